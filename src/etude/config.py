@@ -1,0 +1,269 @@
+"""The configuration of a run: one typed tree. Every field has a default, a unit and a help line.
+
+Defaults are those of the `sd15-ddpo` recipe (Black et al. 2023, arXiv 2305.13301, and its public hyper-parameters) unless the
+help says otherwise. Unknown keys are errors. A run writes the resolved tree to `config.yaml`, and that file reproduces the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from etude.errors import EtudeError, unknown
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class PromptsConfig(Section):
+    train: str = Field("emoji-train", description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`) or a text file.")
+    evaluation: str = Field("emoji-eval", description="Prompts for the held-out evaluation of the gap: a built-in set or a text file.")
+
+
+class SamplingConfig(Section):
+    kernel: Literal["gddim", "ddim"] = Field("gddim", description="Transition kernel of the training sampler.")
+    eta: float = Field(1.0, ge=0, description="Stochasticity while training: 0 the ODE, 1 the DDPM posterior, any value above is valid for gddim.")
+    num_steps: int = Field(50, ge=1, description="Denoising steps, in training and in evaluation.")
+    guidance_scale: float = Field(5.0, ge=0, description="Classifier-free guidance, the same in rollout, replay and evaluation. 1 switches it off.")
+
+
+class RolloutConfig(Section):
+    images_per_iteration: int = Field(256, ge=1, description="Images sampled in one iteration, over all processes.")
+    images_per_prompt: int = Field(1, ge=1, description="Images of one prompt in one iteration (the group of GRPO; 1 for DDPO).")
+    batch_size: int = Field(8, ge=1, description="Images per network call while sampling. Changes memory and speed, never the noise.")
+
+
+class LoraConfig(Section):
+    rank: int = Field(4, ge=0, description="LoRA rank; 0 trains the whole network.")
+    alpha: float = Field(4.0, gt=0, description="LoRA alpha: the update is scaled by alpha / rank.")
+    targets: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="Names of the layers that get an adapter (suffix match, as in peft).")
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas.")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay.")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+
+
+class ObjectiveConfig(Section):
+    kind: Literal["ppo", "reinforce"] = Field("ppo", description="ppo: clipped importance ratio. reinforce: -A log p, one optimiser step a rollout.")
+    clip_range: float | None = Field(1e-4, gt=0, description="PPO clips the ratio to 1 +- clip_range. Give this or clip_nats, not both.")
+    clip_nats: float | None = Field(
+        None,
+        gt=0,
+        description="The clip range in nats of the whole image's log-probability: clip_range = clip_nats / D for D latent dimensions under the mean "
+        "(1e-4 is 1.6 nats for SD1.5 at 512 px, but 0.05 nats at D = 512).",
+    )
+    logprob_reduction: Literal["mean", "sum"] = Field("mean", description="mean over latent dimensions (as the peers) or the true density.")
+    adv_clip_max: float = Field(5.0, gt=0, description="Advantages are clipped to +- this.")
+    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference model, closed form per step, reduced like the log-probability.")
+    num_inner_epochs: int = Field(1, ge=1, description="Passes over a rollout.")
+    updates_per_epoch: int = Field(2, ge=1, description="Optimiser steps in one pass; the rollout is split evenly among them.")
+    batch_size: int = Field(8, ge=1, description="(sample, step) pairs per network call while replaying. Changes memory and speed only.")
+    timestep_fraction: float = Field(1.0, gt=0, le=1, description="Share of the stochastic steps of each sample that is trained, drawn anew each iteration.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ObjectiveConfig:
+        if (self.clip_range is None) == (self.clip_nats is None):
+            raise ValueError("give exactly one of clip_range and clip_nats, and set the other to null")
+        if self.kind == "reinforce" and (self.num_inner_epochs, self.updates_per_epoch) != (1, 1):
+            raise ValueError("reinforce is on-policy: num_inner_epochs and updates_per_epoch must be 1")
+        return self
+
+
+class AdvantageConfig(Section):
+    kind: Literal["per_prompt", "group", "group_mean_global_std"] = Field("per_prompt", description="What rewards are compared with.")
+    buffer_size: int = Field(16, ge=2, description="per_prompt: how many past rewards of a prompt are remembered.")
+    min_count: int = Field(16, ge=2, description="per_prompt: below this many rewards of a prompt, the whole batch's mean and std are used.")
+
+
+class EmaConfig(Section):
+    decay: float = Field(0.0, ge=0, lt=1, description="Exponential moving average of the trained weights, used in evaluation and export; 0 is off.")
+
+
+class EvaluationConfig(Section):
+    every: int = Field(5, ge=1, description="Iterations between evaluations (iteration 0 and the last are always evaluated).")
+    num_images: int = Field(64, ge=2, description="Held-out pairs of images (ODE and SDE from the same noise) per evaluation.")
+    etas: list[float] | None = Field(None, description="Stochasticities compared with the ODE; null means the training sampler's eta.")
+    held_out_rewards: list[str] = Field([], description="Rewards that are measured and not trained on: the guard against reward hacking.")
+    grid_images: int = Field(24, ge=1, description="Images in the before / after grids.")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(1, ge=1, description="Iterations between checkpoints.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept; two, so that a torn one costs one interval.")
+
+
+class TrainConfig(Section):
+    """Everything that determines a run."""
+
+    model: str = Field("emoji-sd", description="Embedded name, local diffusers directory or hub id.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Network weights and inputs; latents and log-probabilities stay float32.")
+    seed: int = Field(0, ge=0, description="Seeds everything; noise is a pure function of (seed, stream, iteration, sample, step).")
+    iterations: int = Field(100, ge=1, description="Rollout-and-update iterations.")
+    rewards: dict[str, float] = Field({"jpeg_compressibility": 1.0}, min_length=1, description="Reward name (or module:function) to weight.")
+    prompts: PromptsConfig = PromptsConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    lora: LoraConfig = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    ema: EmaConfig = EmaConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="Accelerate trackers that also receive the metrics.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        rollout, sampling = self.rollout, self.sampling
+        if rollout.images_per_iteration % rollout.images_per_prompt:
+            raise ValueError(
+                f"rollout.images_per_iteration = {rollout.images_per_iteration} is not a multiple of "
+                f"rollout.images_per_prompt = {rollout.images_per_prompt}"
+            )
+        if self.advantage.kind != "per_prompt" and rollout.images_per_prompt < 2:
+            raise ValueError(f"advantage.kind = {self.advantage.kind} needs rollout.images_per_prompt of at least 2")
+        if sampling.eta == 0:
+            raise ValueError("sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)")
+        if any(not math.isfinite(w) or w == 0 for w in self.rewards.values()):
+            raise ValueError("every weight in rewards must be finite and not 0; measure without training by evaluation.held_out_rewards")
+        if any(eta < 0 for eta in self.evaluation.etas or []):
+            raise ValueError("evaluation.etas must not be negative")
+        return self
+
+    @property
+    def num_prompts(self) -> int:
+        """Distinct prompt slots in one iteration."""
+        return self.rollout.images_per_iteration // self.rollout.images_per_prompt
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(source: str, overrides: list[str] | None = None) -> TrainConfig:
+    """Reads a built-in recipe's name or a YAML file, applies `a.b=value` overrides and validates.
+
+    Raises:
+        EtudeError: naming the key, the value and the remedy.
+    """
+    tree, place = _read_tree(source)
+    for item in overrides or []:
+        _apply_override(tree, item)
+    return parse_config(tree, place)
+
+
+def parse_config(tree: dict[str, Any], place: str = "configuration") -> TrainConfig:
+    """Validates a tree of plain values; `place` names it in errors."""
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, place) from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the built-in recipes."""
+    return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """A built-in recipe as YAML, comments included."""
+    if name not in recipe_names():
+        raise unknown("recipe", name, recipe_names())
+    return (_recipes() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _recipes() -> Any:
+    return resources.files("etude") / "recipes"
+
+
+def _read_tree(source: str) -> tuple[dict[str, Any], str]:
+    path = Path(source)
+    if path.suffix in {".yaml", ".yml"} or path.exists():
+        if not path.is_file():
+            raise EtudeError(f"recipe file '{source}' does not exist: give a YAML file, or a built-in recipe ({', '.join(recipe_names())}).")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise EtudeError(f"recipe file '{source}' cannot be read as UTF-8 text: {error}.") from None
+    else:
+        text = recipe_text(source)
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise EtudeError(f"'{source}' is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise EtudeError(f"'{source}' must hold a mapping of configuration keys, not {type(tree).__name__}.")
+    return tree, f"'{source}'"
+
+
+def _apply_override(tree: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise EtudeError(f"--set takes key=value, for example sampling.eta=1.2, not '{item}'.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise EtudeError(f"--set {item}: '{text}' is not a YAML value; quote it.") from None
+    value = _number_like(value)
+    *parents, leaf = key.split(".")
+    for name in parents:
+        child = tree.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise EtudeError(f"--set {item}: '{name}' is a value, not a section.")
+        tree = child
+    if leaf == "clip_nats" and value is not None:
+        tree["clip_range"] = None
+    if leaf == "clip_range" and value is not None:
+        tree["clip_nats"] = None
+    tree[leaf] = value
+
+
+def _number_like(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; a user means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(error: ValidationError, place: str) -> EtudeError:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    more = f" ({error.error_count() - 1} more errors)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        section = ".".join(location[:-1])
+        named = unknown(f"key in section '{section}' of {place}" if section else f"key in {place}", location[-1], _keys(location[:-1]))
+        return EtudeError(f"{named}{more}")
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    at = f"{key} = {first['input']!r}" if key and not isinstance(first["input"], dict) else key
+    return EtudeError(f"{place}: {at + ': ' if at else ''}{message}.{more}")
+
+
+def _keys(section: list[str]) -> list[str]:
+    model: Any = TrainConfig
+    for name in section:
+        model = model.model_fields[name].annotation
+    return list(model.model_fields)
+
+
+def describe_fields(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, default, help) of every field, in order."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from describe_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.default, field.description or ""

@@ -1,0 +1,18 @@
+"""The one error that users see: a sentence with the value, the place and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EtudeError(ValueError):
+    """Something the user can mend. Its text is one complete sentence; the command line prints it without a traceback."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> EtudeError:
+    """The error for a name that is not in a list: says what was asked, the nearest name and the whole list."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return EtudeError(f"unknown {kind} '{name}': {hint}the choices are {', '.join(choices)}.")
