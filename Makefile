@@ -1,0 +1,61 @@
+# `make demo` and `make test` need Python 3.10 to 3.13 and nothing else: they build their own environment in .venv.
+PYTHON   ?= python3
+VENV     ?= .venv
+PIP_ARGS ?=
+DEMO_OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+TESTS    ?= tests
+
+BIN   := $(VENV)/bin
+PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+NEEDS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format docs bench check clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 14) else "etude needs Python 3.10 to 3.13, this is %d.%d: run make PYTHON=python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(NEEDS) | $(BIN)/python
+	@echo "installing etude into $(VENV) (about a minute)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(NEEDS) | $(BIN)/python
+	@echo "installing etude and its development tools into $(VENV) (about a minute)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.core
+
+$(VENV)/.docs: $(NEEDS) | $(BIN)/python
+	@echo "installing etude and the documentation tools into $(VENV) (about a minute)"
+	@$(PIP) --editable '.[docs]'
+	@touch $@ $(VENV)/.core
+
+demo: $(VENV)/.core  ## fine-tune the embedded model, then show the reward gap (a fresh directory in runs/ each time)
+	$(BIN)/etude train emoji-ddpo --out $(DEMO_OUT)
+
+test: $(VENV)/.dev  ## run every test (TESTS=tests/test_kernels.py for one file)
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.dev  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## mend style and formatting in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs  ## build the documentation into site/, failing on any warning
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/.dev  ## run every benchmark
+	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+
+check: lint docs test  ## everything that continuous integration runs
+
+clean:  ## remove the environment, caches and the built site (runs/ is kept)
+	rm -rf $(VENV) site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
