@@ -1,0 +1,32 @@
+"""One thread, no hub, no accelerator: a test computes the same thing on every machine."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch, transformers or huggingface_hub are imported: they read these once. Child processes inherit them.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[_variable] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["COLUMNS"] = "200"  # help and tables are not wrapped in the middle of what a test looks for
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+# Property tests draw the same examples in every run; a deadline would measure the machine.
+settings.register_profile("etude", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("etude")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    """Each test starts from the same global torch generator, whatever ran before it."""
+    torch.manual_seed(0)
