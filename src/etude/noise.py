@@ -1,0 +1,68 @@
+"""Keyed noise: randomness as a pure function of what it is for.
+
+    z[sample, step] = N(0, I) drawn from Philox(key = blake2b(seed, stream, iteration, sample, step))
+
+Nothing else enters: not the batch size, not the number of processes, not what was drawn before. A resumed run,
+a run on two processes and a comparison of two samplers from the same start all see the same noise, and no noise
+is ever stored. Philox is keyed by 128 bits, where `torch.manual_seed` keeps only 32 on the CPU and two rows of a
+long run would share their noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from etude.errors import EtudeError
+
+
+def _digest(seed: int, stream: str, key: tuple[int, ...]) -> int:
+    """128 bits from an unambiguous text of the key (`repr` quotes the stream, so no two keys share a text)."""
+    text = repr((int(seed), str(stream), *(int(part) for part in key)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+def keyed_generator(seed: int, stream: str, *key: int) -> np.random.Generator:
+    """A NumPy generator that depends on (seed, stream, *key) only; for prompt choices, shuffles and the like."""
+    return np.random.Generator(np.random.Philox(key=_digest(seed, stream, key)))
+
+
+def keyed_torch_generator(seed: int, stream: str, *key: int) -> torch.Generator:
+    """A CPU torch generator that depends on (seed, stream, *key) only; for library calls that ask for one.
+
+    Its seed keeps 32 of the key's bits, which is enough for one draw per iteration and not for one per sample:
+    use `keyed_noise` there.
+    """
+    return torch.Generator().manual_seed(_digest(seed, stream, key) & 0xFFFFFFFF)
+
+
+def keyed_noise(
+    seed: int, stream: str, iteration: int, samples: Iterable[int], step: int, shape: Sequence[int]
+) -> Tensor:
+    """Standard normal noise for some samples at one step.
+
+    Args:
+        seed: the run's seed.
+        stream: what the noise is for: "initial", "step", "evaluation"...
+        iteration: the training iteration (0 outside training).
+        samples: the samples' global indices, one row each, in any order and any grouping.
+        step: the sampler's step.
+        shape: the shape of one row.
+
+    Returns:
+        float32 `[len(samples), *shape]` on the CPU; row k is a function of (seed, stream, iteration, samples[k], step).
+
+    Raises:
+        EtudeError: if `shape` has a negative size.
+    """
+    rows = [int(sample) for sample in samples]
+    if any(size < 0 for size in shape):
+        raise EtudeError(f"noise of shape {tuple(shape)} cannot be drawn: give sizes of at least 0.")
+    noise = np.empty((len(rows), *shape), dtype=np.float32)
+    for row, sample in zip(noise, rows, strict=True):
+        row[...] = keyed_generator(seed, stream, iteration, sample, step).standard_normal(row.shape, dtype=np.float32)
+    return torch.from_numpy(noise)

@@ -1,0 +1,255 @@
+"""Gaussian paths: the levels a sampler visits, and the one conversion of a network's output.
+
+    x_t = a_t x0 + s_t eps,        eps ~ N(0, I)
+
+Variance preserving (VP), the path of Stable Diffusion 1.x, 2.x and XL:
+
+    a_t = sqrt(alphas_cumprod[t]),        s_t = sqrt(1 - alphas_cumprod[t])
+
+A network predicts one of (with `flow` for rectified flow, where a + s = 1)
+
+    epsilon        eps
+    sample         x0
+    v_prediction   a eps - s x0
+    flow           eps - x0
+
+and `to_x0_eps` turns any of them into the pair (x0_hat, eps_hat) with x = a x0_hat + s eps_hat. Nothing
+downstream knows the parametrisation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from etude.errors import EtudeError, unknown
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The levels a sampler visits, from noise to data; step i goes from level i to level i + 1.
+
+    Attributes:
+        timesteps: int64 `[N]`, what the network is given at each step.
+        a: fp64 `[N + 1]` on the CPU, the signal's coefficient at each level.
+        s: fp64 `[N + 1]` on the CPU, the noise's coefficient at each level.
+    """
+
+    timesteps: Tensor
+    a: Tensor
+    s: Tensor
+
+    @property
+    def num_steps(self) -> int:
+        """N, the number of network evaluations."""
+        return len(self.timesteps)
+
+
+@dataclass(frozen=True, eq=False)
+class VPPath:
+    """The variance preserving path of a diffusers scheduler.
+
+    Attributes:
+        alphas_cumprod: fp64 `[T]`, a_t^2 at the T training timesteps.
+        final_alpha_cumprod: a^2 at the level the last step ends on: 1 (clean data), or alphas_cumprod[0] for
+            schedulers with `set_alpha_to_one=False` or `final_sigmas_type="sigma_min"`.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+        timestep_spacing: "leading", "trailing" or "linspace" (arXiv 2305.08891, table 2).
+        steps_offset: added to the timesteps under leading spacing.
+    """
+
+    alphas_cumprod: Tensor
+    final_alpha_cumprod: float
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> VPPath:
+        """Builds the path from the config of a DDIM, DDPM, PNDM, Euler, DPM-Solver or other discrete VP scheduler.
+
+        A key that the config lacks takes the default of the scheduler class that the config names (DDIM's if it
+        names none). Settings that belong to another sampler rather than to the model (Karras sigmas, solver
+        orders, float timesteps) play no part.
+
+        Raises:
+            EtudeError: for schedulers that are not discrete VP ones, and unknown schedules or prediction types.
+        """
+        defaults = _class_defaults(config)
+        values = {**defaults, **{k: v for k, v in config.items() if v is not None or k not in defaults}}
+        if values.get("use_flow_sigmas") or values.get("snr_shift_scale") not in (None, 1.0):
+            raise EtudeError(
+                f"the scheduler config of {config.get('_class_name', 'this model')} shifts its noise levels "
+                "(use_flow_sigmas or snr_shift_scale), so it is not a plain VP schedule: use a DDIM-type config."
+            )
+        prediction_type = values.get("prediction_type", "epsilon")
+        if prediction_type not in PREDICTION_TYPES:
+            raise unknown("prediction_type of a VP scheduler", str(prediction_type), PREDICTION_TYPES)
+        spacing = values.get("timestep_spacing", "leading")
+        if spacing not in SPACINGS:
+            raise unknown("timestep_spacing", str(spacing), SPACINGS)
+        alphas_cumprod = _alphas_cumprod(values)
+        to_clean = values.get("set_alpha_to_one", True) and values.get("final_sigmas_type", "zero") != "sigma_min"
+        final = 1.0 if to_clean else float(alphas_cumprod[0])
+        return cls(alphas_cumprod, final, prediction_type, spacing, int(values.get("steps_offset") or 0))
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T, the number of levels the network was trained on."""
+        return len(self.alphas_cumprod)
+
+    def level(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """(a_t, s_t) in fp64 at integer timesteps of any shape."""
+        alpha = self.alphas_cumprod[timesteps]
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    def timesteps(self, num_steps: int, spacing: str | None = None) -> Tensor:
+        """The N timesteps (int64, descending) that diffusers' DDIM visits under the spacing (arXiv 2305.08891).
+
+            leading    i (T // N) + steps_offset
+            trailing   round(T - i T / N) - 1
+            linspace   round(i (T - 1) / (N - 1))
+
+        One step under linspace starts at T - 1 (diffusers starts it at 0, where the network expects clean data).
+
+        Raises:
+            EtudeError: if N is not in 1..T, the spacing is unknown, or the offset leads past T - 1.
+        """
+        spacing = self.timestep_spacing if spacing is None else spacing
+        total = self.num_train_timesteps
+        if isinstance(num_steps, bool) or int(num_steps) != num_steps or not 1 <= num_steps <= total:
+            raise EtudeError(
+                f"{num_steps} sampling steps cannot be taken: this model needs a whole number from 1 to {total}."
+            )
+        num_steps = int(num_steps)
+        steps: np.ndarray[Any, Any]
+        if spacing == "leading":
+            steps = np.arange(num_steps)[::-1] * (total // num_steps) + self.steps_offset
+        elif spacing == "trailing":
+            steps = np.round(total - np.arange(num_steps) * (total / num_steps)) - 1
+        elif spacing == "linspace":
+            steps = np.linspace(total - 1, 0, num_steps).round()
+        else:
+            raise unknown("timestep_spacing", str(spacing), SPACINGS)
+        if not (steps.max() < total and steps.min() >= 0):
+            raise EtudeError(
+                f"{num_steps} steps under leading spacing with steps_offset {self.steps_offset} reach timestep "
+                f"{int(steps.max())}, past the last one, {total - 1}: take fewer steps or trailing spacing."
+            )
+        return torch.from_numpy(steps.astype(np.int64).copy())
+
+    def grid(self, num_steps: int, spacing: str | None = None) -> Grid:
+        """The levels of an N-step sampler; `spacing` None is the config's own.
+
+        Every step goes to the **next timestep of the grid**, and the last one to the final level. diffusers' DDIM
+        goes to t - T // N instead. Both agree under leading spacing and, where N divides T, under trailing
+        spacing; under linspace (and trailing with another N) diffusers' target is a level that the next step does
+        not start from, so a state would be read at a noise level it does not have.
+
+        Raises:
+            EtudeError: as `timesteps`; and if the grid starts at zero terminal SNR (a = 0) with an epsilon-predicting
+                network, whose output says nothing about x0 there, or passes a level without noise (s = 0).
+        """
+        timesteps = self.timesteps(num_steps, spacing)
+        alpha = torch.cat([self.alphas_cumprod[timesteps], torch.tensor([self.final_alpha_cumprod]).double()])
+        a, s = alpha.sqrt(), (1 - alpha).sqrt()
+        if bool((s[:-1] == 0).any()):
+            raise EtudeError("the schedule has a training timestep without noise (beta 0): start its betas above 0.")
+        if self.prediction_type == "epsilon" and bool((a[:-1] == 0).any()):
+            raise EtudeError(
+                "the grid starts at zero terminal SNR, where an epsilon-predicting network cannot tell x0: use a "
+                "v_prediction or sample model, or set rescale_betas_zero_snr to false."
+            )
+        return Grid(timesteps, a, s)
+
+
+def _class_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor defaults of the diffusers class that the config names; DDIM's for none or a foreign name."""
+    import diffusers
+
+    name = config.get("_class_name")
+    scheduler = getattr(diffusers, name, None) if isinstance(name, str) else None
+    signature = inspect.signature((scheduler or diffusers.DDIMScheduler).__init__)
+    if "beta_start" not in signature.parameters:
+        raise EtudeError(f"{name} is not a variance preserving scheduler: use a model with a DDIM, PNDM or Euler one.")
+    return {k: p.default for k, p in signature.parameters.items() if p.default is not inspect.Parameter.empty}
+
+
+def _alphas_cumprod(values: Mapping[str, Any]) -> Tensor:
+    """alphas_cumprod as diffusers computes it in fp32 (what the network was trained with), held in fp64."""
+    from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
+
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    chosen = {key: values[key] for key in keys if key in values}
+    if chosen.get("trained_betas") is not None:
+        chosen["trained_betas"] = [float(beta) for beta in chosen["trained_betas"]]
+    schedule = chosen.get("beta_schedule", "linear")
+    # Two schedules exist only in one class each; every other one is common to all of them.
+    builder: Any = {"sigmoid": DDPMScheduler, "laplace": DDPMScheduler, "exp": HeunDiscreteScheduler}.get(
+        schedule, DDIMScheduler
+    )
+    if builder is HeunDiscreteScheduler:
+        chosen.pop("rescale_betas_zero_snr", None)
+    try:
+        return builder(**chosen).alphas_cumprod.double()
+    except NotImplementedError as error:
+        raise EtudeError(
+            f"beta_schedule '{schedule}' is not one that diffusers knows: use linear, scaled_linear, "
+            "squaredcos_cap_v2 or sigmoid."
+        ) from error
+
+
+def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
+    """A coefficient as a tensor of `like`'s dtype and device that broadcasts over its samples.
+
+    A scalar becomes `[1, 1, ..]` and a `[n]` vector `[n, 1, ..]`, so that both go through the same arithmetic and
+    give the same bits; anything else is left to broadcast as it is. Free of device synchronisation for tensors
+    already on the device.
+    """
+    tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    return tensor.reshape(-1, *[1] * (like.ndim - 1)) if tensor.ndim < 2 else tensor
+
+
+def to_x0_eps(
+    model_output: Tensor, x: Tensor, a: Tensor | float, s: Tensor | float, prediction_type: str
+) -> tuple[Tensor, Tensor]:
+    """(x0_hat, eps_hat) with x = a x0_hat + s eps_hat, from what the network predicts.
+
+        epsilon        x0 = (x - s e) / a        eps = e
+        v_prediction   x0 = a x - s v            eps = a v + s x
+        sample         x0 = o                    eps = (x - a o) / s
+        flow           x0 = (x - s v) / (a + s)  eps = (x + a v) / (a + s)
+
+    Computed and returned in fp32 whatever the network's dtype (fp64 if the latents are fp64).
+
+    Args:
+        model_output: the network's output, `[n, ...]`, any floating dtype.
+        x: the latents, same shape.
+        a: signal coefficient at x's level, a scalar or `[n]`.
+        s: noise coefficient, same.
+        prediction_type: one of the four above.
+
+    Raises:
+        EtudeError: for an unknown prediction type.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    output, x = model_output.to(dtype), x.to(dtype)
+    a, s = per_sample(a, x), per_sample(s, x)
+    if prediction_type == "epsilon":
+        return (x - s * output) / a, output
+    if prediction_type == "v_prediction":
+        return a * x - s * output, a * output + s * x
+    if prediction_type == "sample":
+        return output, (x - a * output) / s
+    if prediction_type == "flow":
+        return (x - s * output) / (a + s), (x + a * output) / (a + s)
+    raise unknown("prediction_type", str(prediction_type), (*PREDICTION_TYPES, "flow"))
