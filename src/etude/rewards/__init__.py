@@ -1,0 +1,22 @@
+"""What an image is worth. A reward maps `(images, prompts, **metadata)` to one float per image; more is better.
+
+`get(name)` finds a built-in (`names()` lists them), one that was added by `register`, or any callable by its import
+path `package.module:attribute`. Nothing is imported before it is asked for by name.
+"""
+
+from __future__ import annotations
+
+from etude.rewards.registry import Reward, get, names, register, register_factory
+from etude.rewards.scoring import WEIGHTED_SUM, WeightedRewards, score, score_all
+
+__all__ = [
+    "WEIGHTED_SUM",
+    "Reward",
+    "WeightedRewards",
+    "get",
+    "names",
+    "register",
+    "register_factory",
+    "score",
+    "score_all",
+]

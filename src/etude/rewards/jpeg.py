@@ -1,0 +1,28 @@
+"""JPEG size as a reward: the two compressibility rewards of DDPO (Black et al. 2023, arXiv 2305.13301, section 5.1)."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+QUALITY = 95
+
+
+def jpeg_incompressibility(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
+    """+ size of the image as a JPEG of quality 95, in kB (1 kB = 1000 bytes). uint8 [n, 3, h, w] -> float32 [n]."""
+    return torch.tensor([_kilobytes(image) for image in images], dtype=torch.float32)
+
+
+def jpeg_compressibility(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
+    """- size of the image as a JPEG of quality 95, in kB (1 kB = 1000 bytes). uint8 [n, 3, h, w] -> float32 [n]."""
+    return -jpeg_incompressibility(images, prompts, **metadata)
+
+
+def _kilobytes(image: Tensor) -> float:
+    buffer = BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, format="JPEG", quality=QUALITY)
+    return len(buffer.getvalue()) / 1000
