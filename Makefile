@@ -50,7 +50,7 @@ format: $(VENV)/.dev  ## mend style and formatting in place
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.docs  ## build the documentation into site/, failing on any warning
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.dev  ## run every benchmark
 	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done

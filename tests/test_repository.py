@@ -81,7 +81,11 @@ def _forbidden(tree: ast.AST) -> Iterator[str]:
             names = [node.module or ""]
         else:
             names = []
-        yield from (f"import {n}" for n in names if n.split(".")[0] in {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"})
+        yield from (
+            f"import {n}"
+            for n in names
+            if n.split(".")[0] in {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"}
+        )
         if isinstance(node, ast.Call):
             yield from _forbidden_call(node)
 
@@ -166,7 +170,11 @@ def test_every_module_has_its_place_in_the_api_reference() -> None:
         if p.read_text(encoding="utf-8").strip() and p.stem != "__main__"
     }
     public = {m for m in modules if not any(part.startswith("_") for part in m.split("."))}
-    missing = {m for m in public if not any(m == name or m.startswith(name + ".") or name.startswith(m + ".") for name in listed)}
+    missing = {
+        m
+        for m in public
+        if not any(m == name or m.startswith(name + ".") or name.startswith(m + ".") for name in listed)
+    }
     assert missing == set()
 
 
@@ -197,7 +205,11 @@ def test_the_embedded_models_fit_their_size() -> None:
 
 def test_constraints_pin_every_direct_dependency_exactly() -> None:
     project = _pyproject()["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"], *project["optional-dependencies"]["docs"]]
+    wanted = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["dev"],
+        *project["optional-dependencies"]["docs"],
+    ]
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     pinned = {_canonical(line.split("==")[0]) for line in lines}
     assert all(re.fullmatch(r"[a-z0-9.-]+==[^;\s]+(; python_version [<>=]+ \"3\.\d+\")?", line) for line in lines)
