@@ -180,7 +180,7 @@ def test_every_module_has_its_place_in_the_api_reference() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_data_file_and_no_stray_ones(tmp_path: Path) -> None:
-    """Recipes, prompts, templates and embedded weights are read at run time: a wheel without them installs and then fails."""
+    """Recipes, prompts, templates and weights are read at run time: a wheel without them installs and then fails."""
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)],
         cwd=ROOT,
