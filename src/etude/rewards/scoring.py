@@ -34,9 +34,9 @@ def score(
         offset: index of the first image in the whole batch, so that errors count in the batch and not in a slice of it.
 
     Raises:
-        EtudeError: if images and prompts do not match; if the reward raises (its message is repeated, its error
-            chained); if it returns anything but a floating tensor [n]; or if a score is NaN or infinite in float32 (the sample
-            and its prompt are named).
+        EtudeError: if images and prompts do not match; if the reward raises (its message repeated, its error
+            chained); if it returns anything but a floating tensor [n]; or if a score is NaN or infinite in float32 (the
+            sample and its prompt are named).
     """
     import torch
 

@@ -1,0 +1,174 @@
+"""Means with honest intervals: samples of one prompt are not independent, so prompts are what is resampled.
+
+For n values x_i in G clusters (prompts) of sizes n_g,
+
+    mean            m  = sum_i x_i / n
+    standard error  se = sqrt(G / (G - 1) * sum_g u_g^2) / n,   u_g = sum_{i in g} (x_i - m)
+    bootstrap       m* = sum_j S_{g_j} / sum_j n_{g_j},          g_1..g_G drawn with replacement, S_g = sum_{i in g} x_i
+
+With one sample in each cluster, se is the usual s / sqrt(n). The interval takes quantiles of m*, at levels widened for
+the number of clusters: the expanded percentile interval of Hesterberg (arXiv 1411.5279), because plain percentiles are
+too narrow when there are few clusters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from etude.errors import EtudeError
+
+RESAMPLES = 10_000
+_BLOCK = 2_000_000  # indices drawn at a time: bounds the memory, whatever the number of clusters
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval.
+
+    Attributes:
+        mean: the mean of the samples.
+        standard_error: cluster-robust.
+        low: lower end of the 95 % bootstrap interval.
+        high: upper end.
+        n: samples.
+        clusters: distinct prompts.
+        clustered: whether prompts were resampled; False when there is only one, and samples were resampled instead.
+    """
+
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+    n: int
+    clusters: int
+    clustered: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Estimate:
+        """The inverse of `to_dict`."""
+        return cls(**values)
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies wholly on one side of 0."""
+        return self.low > 0 or self.high < 0
+
+    def format(self, signed: bool = True) -> str:
+        """`+1.27 [+1.02, +1.51]`; `signed=False` leaves out the plus signs."""
+        return format_interval(self.mean, self.low, self.high, signed)
+
+
+def paired_summary(
+    differences: ArrayLike, clusters: Sequence[Any] | NDArray[Any], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate:
+    """The mean of paired differences, with its cluster-robust standard error and 95 % interval.
+
+    Args:
+        differences: [n], one per pair of samples from the same prompt and noise. All zeros give exactly 0 [0, 0].
+        clusters: [n], which prompt each belongs to: integers or strings.
+        seed: of the resampling; the result is a pure function of the arguments.
+        resamples: bootstrap draws.
+
+    Raises:
+        EtudeError: for fewer than 2 values, a value that is not finite, or another number of clusters than of values.
+    """
+    values, group = _checked(differences, clusters)
+    prompts = int(group.max()) + 1
+    clustered = prompts > 1
+    if not clustered:
+        group = np.arange(len(values))
+    origin = values[0]  # so that equal values have exactly their value as mean, and an interval of no width
+    values = values - origin
+    mean = values.mean()
+    sizes = np.bincount(group)
+    count = len(sizes)
+    residuals = np.bincount(group, weights=values - mean)
+    error = math.sqrt(count / (count - 1) * float(residuals @ residuals)) / len(values)
+    means = _bootstrap(np.bincount(group, weights=values), sizes, resamples, np.random.default_rng(seed))
+    tail = _tail(count)
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return Estimate(
+        mean=float(origin + mean),
+        standard_error=error,
+        low=float(origin + low),
+        high=float(origin + high),
+        n=len(values),
+        clusters=prompts,
+        clustered=clustered,
+    )
+
+
+def mean_summary(
+    values: ArrayLike, clusters: Sequence[Any] | NDArray[Any], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Estimate:
+    """The mean of samples [n] that come in clusters; estimator, arguments and errors are those of `paired_summary`."""
+    return paired_summary(values, clusters, seed=seed, resamples=resamples)
+
+
+def format_interval(mean: float, low: float, high: float, signed: bool = True) -> str:
+    """`+1.27 [+1.02, +1.51]`: two digits of the interval's half-width and nothing finer; four of a point."""
+    half = (high - low) / 2
+    scale = half / 10 if half > 0 else abs(mean) / 1000
+    decimals = max(0, -math.floor(math.log10(scale))) if scale > 0 else 0
+    texts = [_signed(value, decimals, signed) for value in (mean, low, high)]
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
+
+
+def _signed(value: float, decimals: int, signed: bool) -> str:
+    rounded = round(value, decimals)
+    if rounded == 0:
+        return f"{0:.{decimals}f}"
+    return f"{rounded:{'+' if signed else ''}.{decimals}f}"
+
+
+def _checked(values: ArrayLike, clusters: Sequence[Any] | NDArray[Any]) -> tuple[Floats, NDArray[np.intp]]:
+    array = np.asarray(values, dtype=np.float64)
+    labels = np.asarray(clusters)
+    if array.ndim != 1 or labels.shape != array.shape:
+        raise EtudeError(
+            f"an interval needs one cluster per value, not {labels.shape} clusters for {array.shape} values."
+        )
+    if len(array) < 2:
+        raise EtudeError(f"an interval needs at least 2 values, not {len(array)}: evaluate more images.")
+    if not np.isfinite(array).all():
+        bad = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise EtudeError(f"value {bad} is {array[bad]}; an interval needs finite values.")
+    return array, np.unique(labels, return_inverse=True)[1]
+
+
+def _bootstrap(sums: Floats, sizes: NDArray[np.intp], resamples: int, rng: np.random.Generator) -> Floats:
+    """[resamples] means of G clusters drawn with replacement, as ratios of sums: a cluster weighs what it holds."""
+    count = len(sums)
+    rows = max(1, _BLOCK // count)
+    means = []
+    for start in range(0, resamples, rows):
+        drawn = rng.integers(count, size=(min(rows, resamples - start), count))
+        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    return np.concatenate(means)
+
+
+def _tail(count: int) -> float:
+    """Phi(-sqrt(G / (G - 1)) t), t the 97.5 % quantile of Student's t with G - 1 degrees of freedom: 0.025 for large G.
+
+    The quantile is its Cornish-Fisher expansion to third order: within 0.1 % from 6 clusters on. With 2 or 3 clusters
+    no bootstrap interval is trustworthy; the tail is then so small that the extremes of the bootstrap are taken.
+    """
+    z, nu = NormalDist().inv_cdf(0.975), count - 1
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    t = z + first / nu + second / nu**2 + third / nu**3
+    return NormalDist().cdf(-math.sqrt(count / nu) * t)
