@@ -130,7 +130,7 @@ class GDDIM(Kernel):
         eta: the noise level, finite and >= 0; anything else is an EtudeError.
     """
 
-    eta: float = 1.0
+    eta: float
 
     def __post_init__(self) -> None:
         _check_eta(self.eta)
@@ -141,7 +141,8 @@ class GDDIM(Kernel):
         if self.eta == 0:
             return Coefficients(a_u, s_u, torch.zeros_like(s_u))
         exponent = min(self.eta * self.eta, sys.float_info.max) * log_ratio
-        return Coefficients(a_u, s_u * exponent.exp(), s_u * (-torch.expm1(2 * exponent)).sqrt())
+        exponent = torch.where(log_ratio.isinf(), log_ratio, exponent)  # the square of a tiny eta is 0, and 0 inf NaN
+        return Coefficients(a_u, s_u * exponent.exp(), s_u * torch.expm1(2 * exponent).abs().sqrt())
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class DDIM(Kernel):
         eta: the multiple of the posterior's std, finite and >= 0; anything else is an EtudeError.
     """
 
-    eta: float = 1.0
+    eta: float
 
     def __post_init__(self) -> None:
         _check_eta(self.eta)
@@ -166,7 +167,7 @@ class DDIM(Kernel):
     def largest_eta(self, source: Level, target: Level) -> float:
         """min over the steps of 1 / sqrt(1 - (lam_u / lam_t)^2); infinity if all of them end without noise."""
         _, s_u, log_ratio = _levels(source, target)
-        limit = (-torch.expm1(2 * log_ratio)).rsqrt()
+        limit = torch.expm1(2 * log_ratio).abs().rsqrt()  # abs: the root of -0. is -inf
         return float(torch.where(s_u > 0, limit, math.inf).min())
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
@@ -175,7 +176,7 @@ class DDIM(Kernel):
         limit = self.largest_eta(source, target)
         if self.eta > limit * (1 + 1e-12):  # eta given as exactly the limit is legal despite rounding
             raise illegal_ddim_eta(self.eta, limit, "this step")
-        std = self.eta * s_u * (-torch.expm1(2 * log_ratio)).sqrt()
+        std = self.eta * s_u * torch.expm1(2 * log_ratio).abs().sqrt()
         return Coefficients(a_u, (s_u * s_u - std * std).clamp(min=0).sqrt(), std)
 
 

@@ -84,7 +84,7 @@ class VPPath:
         Raises:
             EtudeError: for schedulers that are not discrete VP ones, and unknown schedules or prediction types.
         """
-        defaults = _class_defaults(config)
+        defaults = scheduler_defaults(config)
         values = {**defaults, **{k: v for k, v in config.items() if v is not None or k not in defaults}}
         if values.get("use_flow_sigmas") or values.get("snr_shift_scale") not in (None, 1.0):
             raise EtudeError(
@@ -172,7 +172,7 @@ class VPPath:
         return Grid(timesteps, a, s)
 
 
-def _class_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+def scheduler_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor defaults of the diffusers class that the config names; DDIM's for none or a foreign name."""
     import diffusers
 
