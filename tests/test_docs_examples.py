@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import runpy
 import sys
@@ -40,3 +42,17 @@ def test_the_code_of_a_how_to_page_runs(page: Path, tmp_path: Path, monkeypatch:
     finally:
         for name in files:
             sys.modules.pop(name.removesuffix(".py"), None)
+
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_name_that_a_document_imports_from_etude_exists(document: Path) -> None:
+    for block in FENCE.finditer(document.read_text(encoding="utf-8")):
+        if "python" not in block["info"]:
+            continue
+        for node in ast.walk(ast.parse(block["body"])):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "etude":
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
