@@ -23,27 +23,48 @@ class Section(BaseModel):
 
 
 class PromptsConfig(Section):
-    train: str = Field("emoji-train", description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`) or a text file.")
-    evaluation: str = Field("emoji-eval", description="Prompts for the held-out evaluation of the gap: a built-in set or a text file.")
+    train: str = Field(
+        "emoji-train",
+        description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`) or a text file.",
+    )
+    evaluation: str = Field(
+        "emoji-eval", description="Prompts for the held-out evaluation of the gap: a built-in set or a text file."
+    )
 
 
 class SamplingConfig(Section):
     kernel: Literal["gddim", "ddim"] = Field("gddim", description="Transition kernel of the training sampler.")
-    eta: float = Field(1.0, ge=0, description="Stochasticity while training: 0 the ODE, 1 the DDPM posterior, any value above is valid for gddim.")
+    eta: float = Field(
+        1.0,
+        ge=0,
+        description="Stochasticity while training: 0 the ODE, 1 the DDPM posterior, any value above is valid for gddim.",
+    )
     num_steps: int = Field(50, ge=1, description="Denoising steps, in training and in evaluation.")
-    guidance_scale: float = Field(5.0, ge=0, description="Classifier-free guidance, the same in rollout, replay and evaluation. 1 switches it off.")
+    guidance_scale: float = Field(
+        5.0,
+        ge=0,
+        description="Classifier-free guidance, the same in rollout, replay and evaluation. 1 switches it off.",
+    )
 
 
 class RolloutConfig(Section):
     images_per_iteration: int = Field(256, ge=1, description="Images sampled in one iteration, over all processes.")
-    images_per_prompt: int = Field(1, ge=1, description="Images of one prompt in one iteration (the group of GRPO; 1 for DDPO).")
-    batch_size: int = Field(8, ge=1, description="Images per network call while sampling. Changes memory and speed, never the noise.")
+    images_per_prompt: int = Field(
+        1, ge=1, description="Images of one prompt in one iteration (the group of GRPO; 1 for DDPO)."
+    )
+    batch_size: int = Field(
+        8, ge=1, description="Images per network call while sampling. Changes memory and speed, never the noise."
+    )
 
 
 class LoraConfig(Section):
     rank: int = Field(4, ge=0, description="LoRA rank; 0 trains the whole network.")
     alpha: float = Field(4.0, gt=0, description="LoRA alpha: the update is scaled by alpha / rank.")
-    targets: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1, description="Names of the layers that get an adapter (suffix match, as in peft).")
+    targets: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        min_length=1,
+        description="Names of the layers that get an adapter (suffix match, as in peft).",
+    )
 
 
 class OptimizerConfig(Section):
@@ -55,21 +76,40 @@ class OptimizerConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    kind: Literal["ppo", "reinforce"] = Field("ppo", description="ppo: clipped importance ratio. reinforce: -A log p, one optimiser step a rollout.")
-    clip_range: float | None = Field(1e-4, gt=0, description="PPO clips the ratio to 1 +- clip_range. Give this or clip_nats, not both.")
+    kind: Literal["ppo", "reinforce"] = Field(
+        "ppo", description="ppo: clipped importance ratio. reinforce: -A log p, one optimiser step a rollout."
+    )
+    clip_range: float | None = Field(
+        1e-4, gt=0, description="PPO clips the ratio to 1 +- clip_range. Give this or clip_nats, not both."
+    )
     clip_nats: float | None = Field(
         None,
         gt=0,
         description="The clip range in nats of the whole image's log-probability: clip_range = clip_nats / D for D latent dimensions under the mean "
         "(1e-4 is 1.6 nats for SD1.5 at 512 px, but 0.05 nats at D = 512).",
     )
-    logprob_reduction: Literal["mean", "sum"] = Field("mean", description="mean over latent dimensions (as the peers) or the true density.")
+    logprob_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="mean over latent dimensions (as the peers) or the true density."
+    )
     adv_clip_max: float = Field(5.0, gt=0, description="Advantages are clipped to +- this.")
-    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference model, closed form per step, reduced like the log-probability.")
+    kl_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the KL to the reference model, closed form per step, reduced like the log-probability.",
+    )
     num_inner_epochs: int = Field(1, ge=1, description="Passes over a rollout.")
-    updates_per_epoch: int = Field(2, ge=1, description="Optimiser steps in one pass; the rollout is split evenly among them.")
-    batch_size: int = Field(8, ge=1, description="(sample, step) pairs per network call while replaying. Changes memory and speed only.")
-    timestep_fraction: float = Field(1.0, gt=0, le=1, description="Share of the stochastic steps of each sample that is trained, drawn anew each iteration.")
+    updates_per_epoch: int = Field(
+        2, ge=1, description="Optimiser steps in one pass; the rollout is split evenly among them."
+    )
+    batch_size: int = Field(
+        8, ge=1, description="(sample, step) pairs per network call while replaying. Changes memory and speed only."
+    )
+    timestep_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the stochastic steps of each sample that is trained, drawn anew each iteration.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:
@@ -81,20 +121,36 @@ class ObjectiveConfig(Section):
 
 
 class AdvantageConfig(Section):
-    kind: Literal["per_prompt", "group", "group_mean_global_std"] = Field("per_prompt", description="What rewards are compared with.")
+    kind: Literal["per_prompt", "group", "group_mean_global_std"] = Field(
+        "per_prompt", description="What rewards are compared with."
+    )
     buffer_size: int = Field(16, ge=2, description="per_prompt: how many past rewards of a prompt are remembered.")
-    min_count: int = Field(16, ge=2, description="per_prompt: below this many rewards of a prompt, the whole batch's mean and std are used.")
+    min_count: int = Field(
+        16,
+        ge=2,
+        description="per_prompt: below this many rewards of a prompt, the whole batch's mean and std are used.",
+    )
 
 
 class EmaConfig(Section):
-    decay: float = Field(0.0, ge=0, lt=1, description="Exponential moving average of the trained weights, used in evaluation and export; 0 is off.")
+    decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Exponential moving average of the trained weights, used in evaluation and export; 0 is off.",
+    )
 
 
 class EvaluationConfig(Section):
-    every: int = Field(5, ge=1, description="Iterations between evaluations (iteration 0 and the last are always evaluated).")
-    num_images: int = Field(64, ge=2, description="Held-out pairs of images (ODE and SDE from the same noise) per evaluation.")
-    etas: list[float] | None = Field(None, description="Stochasticities compared with the ODE; null means the training sampler's eta.")
-    held_out_rewards: list[str] = Field([], description="Rewards that are measured and not trained on: the guard against reward hacking.")
+    every: int = Field(
+        5, ge=1, description="Iterations between evaluations (iteration 0 and the last are always evaluated)."
+    )
+    num_images: int = Field(
+        64, ge=2, description="Held-out pairs of images (ODE and SDE from the same noise) per evaluation."
+    )
+    held_out_rewards: list[str] = Field(
+        [], description="Rewards that are measured and not trained on: the guard against reward hacking."
+    )
     grid_images: int = Field(24, ge=1, description="Images in the before / after grids.")
 
 
@@ -107,10 +163,16 @@ class TrainConfig(Section):
     """Everything that determines a run."""
 
     model: str = Field("emoji-sd", description="Embedded name, local diffusers directory or hub id.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Network weights and inputs; latents and log-probabilities stay float32.")
-    seed: int = Field(0, ge=0, description="Seeds everything; noise is a pure function of (seed, stream, iteration, sample, step).")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Network weights and inputs; latents and log-probabilities stay float32."
+    )
+    seed: int = Field(
+        0, ge=0, description="Seeds everything; noise is a pure function of (seed, stream, iteration, sample, step)."
+    )
     iterations: int = Field(100, ge=1, description="Rollout-and-update iterations.")
-    rewards: dict[str, float] = Field({"jpeg_compressibility": 1.0}, min_length=1, description="Reward name (or module:function) to weight.")
+    rewards: dict[str, float] = Field(
+        {"jpeg_compressibility": 1.0}, min_length=1, description="Reward name (or module:function) to weight."
+    )
     prompts: PromptsConfig = PromptsConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -121,7 +183,9 @@ class TrainConfig(Section):
     ema: EmaConfig = EmaConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="Accelerate trackers that also receive the metrics.")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="Accelerate trackers that also receive the metrics."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -134,17 +198,14 @@ class TrainConfig(Section):
         if self.advantage.kind != "per_prompt" and rollout.images_per_prompt < 2:
             raise ValueError(f"advantage.kind = {self.advantage.kind} needs rollout.images_per_prompt of at least 2")
         if sampling.eta == 0:
-            raise ValueError("sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)")
+            raise ValueError(
+                "sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)"
+            )
         if any(not math.isfinite(w) or w == 0 for w in self.rewards.values()):
-            raise ValueError("every weight in rewards must be finite and not 0; measure without training by evaluation.held_out_rewards")
-        if any(eta < 0 for eta in self.evaluation.etas or []):
-            raise ValueError("evaluation.etas must not be negative")
+            raise ValueError(
+                "every weight in rewards must be finite and not 0; measure without training by evaluation.held_out_rewards"
+            )
         return self
-
-    @property
-    def num_prompts(self) -> int:
-        """Distinct prompt slots in one iteration."""
-        return self.rollout.images_per_iteration // self.rollout.images_per_prompt
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -190,7 +251,9 @@ def _read_tree(source: str) -> tuple[dict[str, Any], str]:
     path = Path(source)
     if path.suffix in {".yaml", ".yml"} or path.exists():
         if not path.is_file():
-            raise EtudeError(f"recipe file '{source}' does not exist: give a YAML file, or a built-in recipe ({', '.join(recipe_names())}).")
+            raise EtudeError(
+                f"recipe file '{source}' does not exist: give a YAML file, or a built-in recipe ({', '.join(recipe_names())})."
+            )
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -245,7 +308,11 @@ def _explain(error: ValidationError, place: str) -> EtudeError:
     more = f" ({error.error_count() - 1} more errors)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         section = ".".join(location[:-1])
-        named = unknown(f"key in section '{section}' of {place}" if section else f"key in {place}", location[-1], _keys(location[:-1]))
+        named = unknown(
+            f"key in section '{section}' of {place}" if section else f"key in {place}",
+            location[-1],
+            _keys(location[:-1]),
+        )
         return EtudeError(f"{named}{more}")
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]

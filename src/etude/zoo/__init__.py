@@ -1,0 +1,35 @@
+"""The embedded models: small, really trained, ordinary diffusers directories inside the package."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from etude.errors import unknown
+
+
+def _root() -> Path:
+    return Path(str(resources.files("etude.zoo"))) / "checkpoints"
+
+
+def names() -> list[str]:
+    """Names of the embedded models."""
+    return sorted(p.name for p in _root().iterdir() if (p / "model_index.json").is_file()) if _root().is_dir() else []
+
+
+def path(name: str) -> Path:
+    """Directory of an embedded model, for any diffusers `from_pretrained`.
+
+    Raises:
+        EtudeError: if there is no embedded model of that name.
+    """
+    if name not in names():
+        raise unknown("embedded model", name, names())
+    return _root() / name
+
+
+def models() -> list[dict[str, Any]]:
+    """The card of each embedded model: what it is, its data, licence and quality figures."""
+    return [json.loads((path(name) / "card.json").read_text(encoding="utf-8")) for name in names()]

@@ -82,7 +82,10 @@ def train_autoencoder(images: np.ndarray, held_out: np.ndarray, recipe: Autoenco
         if (step + 1) % 200 == 0:
             quality = reconstruction_psnr(model, images[held_out])
             seconds = time.monotonic() - start
-            print(f"step {step + 1}  loss {np.mean(losses[-200:]):.4f}  held-out PSNR {quality:.2f} dB  {seconds:.0f} s", flush=True)
+            print(
+                f"step {step + 1}  loss {np.mean(losses[-200:]):.4f}  held-out PSNR {quality:.2f} dB  {seconds:.0f} s",
+                flush=True,
+            )
     latents = encode(model, images[~held_out])
     model.register_to_config(scaling_factor=float(1 / latents.std()))
     figures = {

@@ -1,0 +1,184 @@
+"""What a run leaves for its user: the adapter and its card, before / after pictures, the summary, the report."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etude.checkpoint import atomic_write_bytes, atomic_write_text
+from etude.config import TrainConfig
+from etude.policies import Policy
+from etude.report import write_report
+from etude.report.grids import image_grid
+from etude.statistics import Estimate
+
+PACKAGES = ("etude", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this process so far in MB: the device's where there is a GPU, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """A row of metrics as `a/b/c: number`, the form that trackers take."""
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_grids(out: Path, when: str, ode: Tensor, sde: Tensor, prompts: list[str]) -> None:
+    """`samples/{when}_ode.png`, `samples/{when}_sde.png` and the caption of each cell."""
+    for sampler, images in (("ode", ode), ("sde", sde)):
+        buffer = io.BytesIO()
+        image_grid(images, columns=8, scale=max(1, 96 // images.shape[-1]), labels=prompts).save(buffer, format="PNG")
+        atomic_write_bytes(out / "samples" / f"{when}_{sampler}.png", buffer.getvalue())
+    atomic_write_text(out / "samples" / "prompts.json", json.dumps(prompts, ensure_ascii=False))
+
+
+def export(policy: Policy, out: Path) -> None:
+    """`out/lora`, or `out/model` after full fine-tuning: complete or absent, never half written."""
+    final = out / policy.export_name
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=out))
+    try:
+        policy.export(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def finish(out: Path, config: TrainConfig, name: str, evaluation: dict[str, Any], started: float) -> dict[str, Any]:
+    """Writes `summary.json`, the model card beside the weights and `report.html`; returns the summary."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds: dict[str, float] = {}
+    for row in rows:
+        for phase, value in row["seconds"].items():
+            seconds[phase] = seconds.get(phase, 0.0) + value
+    summary = {
+        "model": config.model,
+        "seed": config.seed,
+        "eta": config.sampling.eta,
+        "num_steps": config.sampling.num_steps,
+        "guidance_scale": config.sampling.guidance_scale,
+        "rewards": list(config.rewards),
+        "held_out_rewards": list(config.evaluation.held_out_rewards),
+        "iterations": config.iterations,
+        "final": evaluation,
+        "deploy": _deployment_advice(config, evaluation),
+        "seconds": seconds,
+        "peak_memory_mb": max(row["memory_mb"] for row in rows),
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": _gpu(),
+        },
+        "started": _timestamp(started),
+        "finished": _timestamp(time.time()),
+    }
+    atomic_write_text(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    atomic_write_text(out / name / "README.md", model_card(summary, config, name))
+    write_report(out)
+    return summary
+
+
+def _deployment_advice(config: TrainConfig, evaluation: dict[str, Any]) -> str:
+    """Which sampler the evidence favours, judged on the first reward that was trained."""
+    reward, eta = next(iter(config.rewards)), config.sampling.eta
+    gap = evaluation["gap"][reward]
+    interval = f"gap {Estimate(**gap)}"
+    if gap["low"] > 0:
+        return f"Ship the ODE sampler: it scores higher than the SDE at eta = {eta:g} on {reward} ({interval})."
+    if gap["high"] < 0:
+        return (
+            f"The ODE sampler is what etude ships, but the SDE at eta = {eta:g} scores higher on {reward} ({interval}): "
+            f"deploy GDDIMScheduler with eta = {eta:g} if that difference matters to you."
+        )
+    return f"Ship the ODE sampler: on {reward} it cannot be told from the SDE at eta = {eta:g} ({interval}), and it is deterministic."
+
+
+def model_card(summary: dict[str, Any], config: TrainConfig, name: str) -> str:
+    """The README.md beside the weights: what they are, the two numbers, and how plain diffusers loads them."""
+    final = summary["final"]
+    rows = [
+        f"| {reward}{' (held out)' if reward in summary['held_out_rewards'] else ''} | "
+        + " | ".join(str(Estimate(**final[quantity][reward])) for quantity in ("ode", "sde", "improvement", "gap"))
+        + " |"
+        for reward in final["ode"]
+    ]
+    load = (
+        f"pipe = StableDiffusionPipeline.from_pretrained({config.model!r})\npipe.load_lora_weights({name!r})"
+        if name == "lora"
+        else f"pipe = StableDiffusionPipeline.from_pretrained({config.model!r}, unet=UNet2DConditionModel.from_pretrained('{name}/unet'))"
+    )
+    classes = "DDIMScheduler, StableDiffusionPipeline" + ("" if name == "lora" else ", UNet2DConditionModel")
+    return f"""---
+base_model: {json.dumps(config.model)}
+library_name: diffusers
+tags: [text-to-image, reinforcement-learning, etude]
+---
+
+# {config.model} tuned on {", ".join(config.rewards)}
+
+Fine-tuned by etude {summary["versions"]["etude"]} with {config.objective.kind.upper()} under the
+{config.sampling.kernel} sampler at eta = {config.sampling.eta:g}: {config.iterations} iterations of
+{config.rollout.images_per_iteration} images, {config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale:g}, seed {config.seed}.
+
+| reward | ODE | SDE, eta = {config.sampling.eta:g} | improvement | gap |
+| --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+improvement = ODE of this model minus ODE of the base model; gap = ODE minus SDE, both of this model. Means with 95 % bootstrap
+intervals clustered by prompt, {config.evaluation.num_images} pairs of images of held-out prompts from the same noise.
+{summary["deploy"]}
+
+```python
+from diffusers import {classes}
+{load}
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # the ODE
+image = pipe("a prompt", num_inference_steps={config.sampling.num_steps}, guidance_scale={config.sampling.guidance_scale:g}).images[0]
+```
+"""
+
+
+def _timestamp(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,0 +1,131 @@
+"""What the sampler needs of a model: encode prompts, predict, decode. What the trainer needs: its weights.
+
+A policy wraps a diffusers pipeline that stays a diffusers pipeline: nothing of it is copied or renamed, so what is trained
+here is what the plain pipeline loads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from etude.config import LoraConfig
+from etude.paths import VPPath
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told about the prompt.
+
+    Attributes:
+        prompt: named tensors, one row per sample.
+        unconditional: the same tensors for the empty prompt, one row.
+    """
+
+    prompt: dict[str, Tensor]
+    unconditional: dict[str, Tensor]
+
+    def take(self, rows: Tensor | slice) -> Conditioning:
+        """The conditioning of some of the samples."""
+        return Conditioning({name: value[rows] for name, value in self.prompt.items()}, self.unconditional)
+
+
+class Policy(ABC):
+    """A text-to-image model seen as a policy over denoising steps.
+
+    Attributes:
+        network: the denoiser, possibly wrapped by Accelerate: every forward that needs gradients goes through it.
+        path: the noise path that the network was trained on.
+        latent_shape: `[c, h, w]` of one sample.
+        device: where the networks live.
+    """
+
+    network: nn.Module
+    path: VPPath
+    latent_shape: tuple[int, ...]
+    device: torch.device
+
+    @property
+    @abstractmethod
+    def export_name(self) -> str:
+        """Directory that `export` fills in a run: `lora`, or `model` after full fine-tuning."""
+
+    @property
+    def prediction_type(self) -> str:
+        return self.path.prediction_type
+
+    @property
+    def dimensions(self) -> int:
+        """D, the number of latent dimensions of one sample."""
+        return int(torch.Size(self.latent_shape).numel())
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Conditioning of `n` prompts; each distinct prompt is encoded once in the policy's life."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
+        """The network's output with guidance, fp32 `[n, c, h, w]`.
+
+        Args:
+            x: fp32 latents `[n, c, h, w]`.
+            timesteps: `[n]`.
+            conditioning: `n` rows.
+            guidance_scale: w of `uncond + w (cond - uncond)`; at most 1 means no guidance, as in diffusers.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """uint8 images `[n, 3, H, W]` on the CPU."""
+
+    @abstractmethod
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name."""
+
+    @abstractmethod
+    def reference(self) -> Any:
+        """Context manager inside which the network is the reference model: the one before training."""
+
+    @abstractmethod
+    def add_lora(self, config: LoraConfig, seed: int) -> None:
+        """Freezes the pipeline and adds a trainable fp32 adapter, drawn from `seed`."""
+
+    @abstractmethod
+    def train_everything(self) -> None:
+        """Full fine-tuning: every weight of the network is trained, in fp32, and a frozen copy is kept as the reference."""
+
+    @abstractmethod
+    def load_lora(self, directory: Path) -> None:
+        """Loads an exported adapter, as the plain pipeline's `load_lora_weights(directory)` does."""
+
+    @abstractmethod
+    def export(self, directory: Path) -> None:
+        """Writes what was trained, in the form that the plain diffusers pipeline loads."""
+
+
+@contextmanager
+def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | None) -> Iterator[None]:
+    """Inside, the parameters hold `values`; outside they are what they were, bit for bit. None swaps nothing."""
+    if values is None:
+        yield
+        return
+    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    assign(parameters, values)
+    try:
+        yield
+    finally:
+        assign(parameters, kept)
+
+
+@torch.no_grad()
+def assign(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    """Copies `values` into the parameters of the same names."""
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])

@@ -1,0 +1,88 @@
+"""From a model's name to its policy: embedded name, local directory or hub id; the pipeline's class chooses the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from etude import zoo
+from etude.errors import EtudeError, unknown
+from etude.policies.base import Policy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FAMILIES = ("StableDiffusionPipeline",)
+"""Pipeline classes that have an adapter."""
+
+
+def load_policy(
+    model: str | Path,
+    lora: str | Path | None = None,
+    dtype: str = "float32",
+    device: torch.device | str | None = None,
+) -> Policy:
+    """Loads a model for sampling, and an exported adapter on top of it.
+
+    Args:
+        model: embedded name, local diffusers directory or hub id.
+        lora: directory that a run exported its adapter to.
+        dtype: `float32`, `bfloat16` or `float16`.
+        device: default: a GPU where there is one.
+
+    Raises:
+        EtudeError: the model does not exist, is of a class without an adapter, or its files cannot be read.
+    """
+    from etude.policies.stable_diffusion import StableDiffusionPolicy
+
+    location = _locate(str(model))
+    try:
+        family = _pipeline_class(location)
+        if family not in FAMILIES:
+            raise EtudeError(f"model '{model}' is a {family}; the supported pipelines are {', '.join(FAMILIES)}.")
+        pipeline = StableDiffusionPolicy.pipeline_class.from_pretrained(
+            location, dtype=DTYPES[dtype], use_safetensors=True, safety_checker=None, requires_safety_checker=False
+        )
+    except EtudeError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise EtudeError(
+            f"model '{model}' cannot be loaded as a diffusers pipeline with safetensors weights: {reason}"
+        ) from error
+    policy = StableDiffusionPolicy(pipeline, DTYPES[dtype], device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if lora is not None:
+        _load_lora(policy, Path(lora))
+    return policy
+
+
+def _pipeline_class(location: str) -> str:
+    from diffusers import DiffusionPipeline
+
+    return str(DiffusionPipeline.load_config(location).get("_class_name"))
+
+
+def _locate(model: str) -> str:
+    if model in zoo.names():
+        return str(zoo.path(model))
+    directory = Path(model)
+    if directory.exists():
+        if not (directory / "model_index.json").is_file():
+            raise EtudeError(f"model '{model}' is not a diffusers pipeline directory: it has no model_index.json.")
+        return model
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise unknown("model (neither an embedded model, a directory nor a hub id)", model, zoo.names())
+    return model
+
+
+def _load_lora(policy: Policy, directory: Path) -> None:
+    weights = directory / "pytorch_lora_weights.safetensors"
+    if not weights.is_file():
+        raise EtudeError(
+            f"--lora '{directory}' holds no pytorch_lora_weights.safetensors; give the lora/ directory of a finished run."
+        )
+    try:
+        policy.load_lora(directory)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise EtudeError(
+            f"--lora '{directory}' does not fit the model: {' '.join(str(error).split())[:300]}"
+        ) from error

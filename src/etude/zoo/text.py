@@ -1,0 +1,88 @@
+"""Captions, and a CLIP tokenizer and text encoder small enough to train together with the denoiser."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from etude.zoo.emoji_data import EmojiSet
+
+MAX_TOKENS = 24
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+class CaptionSampler:
+    """Draws captions: the name, sometimes with keywords, sometimes with the art style, sometimes nothing.
+
+    Dropping the caption trains the unconditional branch of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
+    """
+
+    def __init__(
+        self, data: EmojiSet, seed: int, drop: float = 0.1, style: float = 0.3, keywords: float = 0.15
+    ) -> None:
+        self.data, self.rng = data, np.random.default_rng(seed)
+        self.drop, self.style, self.keywords = drop, style, keywords
+
+    def __call__(self, pictures: np.ndarray) -> list[str]:
+        return [self._caption(i) for i in pictures]
+
+    def _caption(self, picture: int) -> str:
+        drop, style, keywords = self.rng.random(3)
+        if drop < self.drop:
+            return ""
+        emoji = self.data.emoji[picture]
+        words = [self.data.names[emoji]]
+        tags = self.data.tags[emoji]
+        if keywords < self.keywords and tags:
+            words += list(self.rng.choice(tags, size=min(2, len(tags)), replace=False))
+        if style < self.style:
+            words.append(self.data.styles[picture])
+        return ", ".join(words)
+
+
+def train_tokenizer(data: EmojiSet, merges: int = 1500) -> CLIPTokenizer:
+    """A byte-level BPE of CLIP's form, learnt on the names, keywords and styles; it can spell any text."""
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=2 * len(alphabet) + merges, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
+    corpus = [*data.names, *(" ".join(tags) for tags in data.tags), *sorted(set(data.styles))]
+    tokenizer.train_from_iterator(corpus, trainer)
+    learnt = _merges(tokenizer)
+    symbols = [*alphabet, *(c + "</w>" for c in alphabet)]
+    merged = [left + right for left, right in learnt]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([*symbols, *merged, START, END]))}
+    return CLIPTokenizer(vocab=vocab, merges=learnt, model_max_length=MAX_TOKENS)
+
+
+def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    merges: Any = json.loads(tokenizer.to_str())["model"]["merges"]
+    return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, hidden: int = 128, layers: int = 2) -> CLIPTextModel:
+    """A CLIPTextModel of 0.7 M parameters; its last hidden states are what the denoiser attends to."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=hidden,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
