@@ -1,0 +1,353 @@
+"""Checkpoints that survive a kill at any moment, and the small files that a run writes beside them.
+
+A checkpoint is a directory `root/iteration-000012/` with `tensors.safetensors`, `state.json` and `manifest.json` (size
+and SHA-256 of the other two). It is written under a temporary name next to its place, flushed to the disk, and renamed:
+it is there as a whole or not at all. What a rename cannot protect from (a damaged disk, an edited file) the manifest
+detects. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from etude.errors import EtudeError
+
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_CONTENT = (TENSORS, STATE)
+_NAME = re.compile(r"iteration-(\d{6,})")
+_TEMPORARY = ".writing-"
+_ANOTHER = "the checkpoint belongs to another model or LoRA rank, start anew in another --out"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `load_latest` found: tensors on the CPU, JSON state, and where it was."""
+
+    iteration: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    path: Path
+
+
+def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
+    """Writes `root/iteration-<iteration>/` atomically and returns its path.
+
+    Tensors are kept bit for bit, each on its own (aliases become equal copies). A checkpoint of the same number is
+    replaced. Leftovers of killed saves are removed.
+
+    Raises:
+        EtudeError: the state is not JSON (NaN included), or the disk cannot take the checkpoint: the message says where,
+            how much was needed, and that the checkpoints that were there still are.
+    """
+    # A copy each: safetensors refuses tensors that share memory or have gaps.
+    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    text = _json(state, iteration)
+    path = root / f"iteration-{iteration:06d}"
+    temporary = root / f"{_TEMPORARY}{path.name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _clean(root)
+        temporary.mkdir()
+        save_file(own, temporary / TENSORS)
+        _sync(temporary / TENSORS)
+        _write(temporary / STATE, text)
+        _write(temporary / MANIFEST, _json({"iteration": iteration, "files": _listing(temporary)}, iteration))
+        _sync(temporary)
+        _replace_directory(temporary, path)
+        _sync(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(tensor.nbytes for tensor in own.values()) + len(text)
+        raise EtudeError(
+            f"the checkpoint of iteration {iteration} needs {needed / 1e6:.3f} MB in '{root}' and could not be written "
+            f"({_reason(error)}): make room there and continue with --resume, the previous checkpoint is intact."
+        ) from error
+    return path
+
+
+def load_latest(root: Path) -> Checkpoint | None:
+    """The newest checkpoint under `root` that is whole, or None. Each damaged one on the way is named in a warning."""
+    for iteration, path in _numbered(root):
+        try:
+            return _load(iteration, path)
+        except _DamagedError as error:
+            warnings.warn(f"checkpoint '{path}' is damaged and not used: {error}", stacklevel=2)
+    return None
+
+
+def prune(root: Path, keep: int) -> None:
+    """Removes all but the newest `keep` whole checkpoints, and damaged ones older than the newest whole one."""
+    kept = 0
+    for iteration, path in _numbered(root):
+        if kept >= keep:
+            _remove_directory(path)
+        elif _is_whole(iteration, path):
+            kept += 1
+        elif kept:
+            _remove_directory(path)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
+    """AdamW's state as `{"<index>.<name>.exp_avg": ..., "<index>.<name>.exp_avg_sq": ..., "<index>.<name>.step": ...}`.
+
+    Args:
+        optimizer: AdamW, or any optimiser whose state holds only tensors and numbers.
+        names: one for each parameter, in the order of the parameter groups.
+
+    Raises:
+        EtudeError: the number of names is not that of the parameters.
+    """
+    parameters, listed = _parameters(optimizer), list(names)
+    if len(listed) != len(parameters):
+        raise EtudeError(f"the optimiser has {len(parameters)} parameters, not {len(listed)}: give each one name.")
+    return {
+        f"{index}.{name}.{key}": torch.as_tensor(value).detach().cpu().clone()
+        for index, (parameter, name) in enumerate(zip(parameters, listed, strict=True))
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restores what `optimizer_tensors` gave, exactly; hyper-parameters stay those of `optimizer`.
+
+    Parameters are matched by their index in the parameter groups. Those without an entry lose their state, as after
+    a save before the first step.
+
+    Raises:
+        EtudeError: an entry belongs to no parameter, or has another shape than its parameter.
+    """
+    parameters = _parameters(optimizer)
+    states: list[dict[str, Tensor]] = [{} for _ in parameters]
+    for entry, value in tensors.items():
+        index, _, rest = entry.partition(".")
+        name, _, key = rest.rpartition(".")
+        if not index.isdecimal() or int(index) >= len(parameters):
+            raise EtudeError(f"optimiser state '{entry}' belongs to none of {len(parameters)} parameters: {_ANOTHER}.")
+        parameter = parameters[int(index)]
+        if value.ndim and value.shape != parameter.shape:
+            raise EtudeError(
+                f"optimiser state of '{name}' has shape {list(value.shape)}, its parameter {list(parameter.shape)}: "
+                f"{_ANOTHER}."
+            )
+        # AdamW keeps `step` on the CPU unless told otherwise; the moments live with the parameter.
+        device = parameter.device if value.ndim or _on_device(optimizer) else torch.device("cpu")
+        states[int(index)][key] = value.to(device, copy=True)
+    for parameter, state in zip(parameters, states, strict=True):
+        optimizer.state[parameter] = state
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _on_device(optimizer: torch.optim.Optimizer) -> bool:
+    return any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Writes a whole file or leaves the old one: a temporary sibling, flushed to the disk, then renamed.
+
+    Raises:
+        EtudeError: the disk does not take it.
+    """
+    temporary = path.with_name(f".{path.name}.writing")
+    with _explained(path, len(data)):
+        try:
+            _write(temporary, data)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """`atomic_write_bytes` of UTF-8 text, line ends as given."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def append_line(path: Path, text: str) -> None:
+    """Appends one line and returns when it is on the disk. A kill can leave the line torn: see `truncate_metrics`.
+
+    Raises:
+        EtudeError: the text holds a line break, or the disk does not take it.
+    """
+    if "\n" in text:
+        raise EtudeError(f"a line for '{path}' must not hold a line break: {text[:60]!r}.")
+    data = text.encode("utf-8") + b"\n"
+    with _explained(path, len(data)), open(path, "ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def truncate_metrics(path: Path, iteration: int) -> None:
+    """Atomically drops the rows of a JSON-lines file with `"iteration"` above `iteration`, and a torn last line.
+
+    The rows that stay keep their bytes. A file that does not exist is left so.
+
+    Raises:
+        EtudeError: a line before the last is not a JSON object with an integer `"iteration"`.
+    """
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    *lines, torn = data.split(b"\n")  # what follows the last line break was never finished
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        row = _row(line)
+        if row is None and number < len(lines):
+            raise EtudeError(
+                f"'{path}', line {number} is not a metrics row: mend or remove it, or start anew in another --out."
+            )
+        if row is not None and row <= iteration:
+            kept.append(line + b"\n")
+    if torn or len(kept) < len(lines):
+        atomic_write_bytes(path, b"".join(kept))
+
+
+def _row(line: bytes) -> int | None:
+    try:
+        value = json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, int) else None
+
+
+class _DamagedError(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+def _load(iteration: int, path: Path) -> Checkpoint:
+    _verify(iteration, path)
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        tensors = load_file(path / TENSORS)
+    except (ValueError, SafetensorError) as error:
+        raise _DamagedError(f"its content cannot be read ({error})") from None
+    return Checkpoint(iteration, tensors, state, path)
+
+
+def _verify(iteration: int, path: Path) -> None:
+    """Compares the files of a checkpoint with its manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if manifest["iteration"] != iteration:
+            raise _DamagedError(f"{MANIFEST} is of iteration {manifest['iteration']}")
+        expected = {name: (manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]) for name in _CONTENT}
+        for name in _CONTENT:
+            file = path / name
+            if file.stat().st_size != expected[name][0]:
+                raise _DamagedError(f"{name} has {file.stat().st_size} bytes instead of {expected[name][0]}")
+            if _digest(file) != expected[name][1]:
+                raise _DamagedError(f"{name} does not have the SHA-256 that {MANIFEST} gives")
+    except FileNotFoundError as error:
+        raise _DamagedError(f"{Path(error.filename).name} is missing") from None
+    except OSError as error:
+        raise _DamagedError(f"it cannot be read ({_reason(error)})") from None
+    except (ValueError, KeyError, TypeError):
+        raise _DamagedError(f"{MANIFEST} is not the JSON that was written") from None
+
+
+def _is_whole(iteration: int, path: Path) -> bool:
+    try:
+        _verify(iteration, path)
+    except _DamagedError:
+        return False
+    return True
+
+
+def _numbered(root: Path) -> list[tuple[int, Path]]:
+    """Checkpoints by iteration, newest first."""
+    if not root.is_dir():
+        return []
+    found = ((_NAME.fullmatch(entry.name), entry) for entry in root.iterdir())
+    return sorted(((int(match[1]), entry) for match, entry in found if match), reverse=True)
+
+
+def _listing(path: Path) -> dict[str, dict[str, Any]]:
+    return {name: {"bytes": (path / name).stat().st_size, "sha256": _digest(path / name)} for name in _CONTENT}
+
+
+def _json(value: Mapping[str, Any], iteration: int) -> bytes:
+    try:
+        return json.dumps(value, allow_nan=False, indent=1).encode("utf-8")
+    except (TypeError, ValueError) as error:
+        raise EtudeError(f"the state of iteration {iteration} cannot be written as JSON: {error}.") from None
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Makes the content of a file, or the names in a directory, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
+def _clean(root: Path) -> None:
+    for entry in root.iterdir():
+        if entry.name.startswith(_TEMPORARY):
+            shutil.rmtree(entry)
+
+
+def _replace_directory(source: Path, target: Path) -> None:
+    """Moves `source` to `target`. An old `target` goes to a temporary name first, since a rename cannot replace it."""
+    old = source.with_name(f"{source.name}-old")
+    if target.exists():
+        os.rename(target, old)
+    os.rename(source, target)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _remove_directory(path: Path) -> None:
+    """Removes a checkpoint: renamed first, so that a kill halfway leaves nothing that looks like one."""
+    doomed = path.with_name(f"{_TEMPORARY}{path.name}-old")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+@contextmanager
+def _explained(path: Path, size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EtudeError(
+            f"'{path}' could not be written ({_reason(error)}, {size / 1e6:.3f} MB needed): "
+            "free some space or check the permissions there."
+        ) from error

@@ -1,0 +1,110 @@
+"""Policy losses and the KL to the reference, as pure functions of the log-probabilities of (sample, step) pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from etude.errors import EtudeError
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """A loss to differentiate, and what to log about it (detached).
+
+    Attributes:
+        loss: scalar, mean over the `n` pairs.
+        ratio: `[n]`, `exp(log_prob - old_log_prob)`.
+        clipped: bool `[n]`, `|ratio - 1| > clip_range`; the mean is `clipfrac`.
+        approx_kl: scalar, mean of `0.5 (log_prob - old_log_prob)^2`.
+    """
+
+    loss: Tensor
+    ratio: Tensor
+    clipped: Tensor
+    approx_kl: Tensor
+
+
+def ppo_loss(
+    log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float, adv_clip_max: float
+) -> PolicyLoss:
+    """`mean max(-A r, -A clip(r, 1 - c, 1 + c))`, `r = exp(log_prob - old_log_prob)`, `A` clipped to `+- adv_clip_max`.
+
+    The clipped surrogate of PPO (arXiv 1707.06347) as DDPO uses it (arXiv 2305.13301); a term per (sample, step) pair.
+
+    Args:
+        log_prob: `[n]`, of the stored samples under the current weights; carries the gradient.
+        old_log_prob: `[n]`, of the same samples under the weights that drew them.
+        advantages: `[n]`.
+        clip_range: `c`, in units of the ratio.
+        adv_clip_max: largest advantage counted.
+
+    Raises:
+        EtudeError: the shapes differ.
+    """
+    _same_shape(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
+    advantage = _clip(advantages, adv_clip_max, log_prob)
+    difference = log_prob - old_log_prob.detach()
+    ratio = difference.exp()
+    terms = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+    return PolicyLoss(terms.mean(), *_diagnostics(difference, clip_range))
+
+
+def reinforce_loss(log_prob: Tensor, advantages: Tensor, adv_clip_max: float) -> PolicyLoss:
+    """`mean -A log_prob`: the score-function estimator of DDPO (arXiv 2305.13301), valid for one step on fresh samples.
+
+    `log_prob` and `advantages` are `[n]`. The policy is the one that drew the samples: every `ratio` is 1.
+
+    Raises:
+        EtudeError: the shapes differ.
+    """
+    _same_shape(log_prob=log_prob, advantages=advantages)
+    terms = -_clip(advantages, adv_clip_max, log_prob) * log_prob
+    return PolicyLoss(terms.mean(), *_diagnostics(torch.zeros_like(log_prob), 0.0))
+
+
+def gaussian_kl(
+    mean: Tensor, reference_mean: Tensor, std: Tensor, reduction: Literal["mean", "sum"] = "mean"
+) -> Tensor:
+    """`KL(N(mean, std^2) || N(reference_mean, std^2)) = ||mean - reference_mean||^2 / (2 std^2)`, one per sample.
+
+    Args:
+        mean, reference_mean: `[n, ...]`.
+        std: positive, the same for both; a scalar, `[n]` or anything that broadcasts like `[n, 1, 1, 1]`.
+        reduction: over the D latent dimensions, as for the log-probability: `sum` is in nats, `mean` divides by D.
+
+    Returns:
+        `[n]`.
+
+    Raises:
+        EtudeError: the shapes differ, or a std is not positive (a deterministic step has no KL).
+    """
+    _same_shape(mean=mean, reference_mean=reference_mean)
+    if not bool((std > 0).all()):
+        raise EtudeError("std is 0 or negative, and a deterministic step has no KL: pass only the stochastic steps.")
+    if std.ndim == 1:
+        std = std.reshape(-1, *[1] * (mean.ndim - 1))
+    nats = ((mean - reference_mean) / std).square() / 2
+    flat = nats.flatten(1)
+    return flat.mean(dim=1) if reduction == "mean" else flat.sum(dim=1)
+
+
+def _clip(advantages: Tensor, limit: float, like: Tensor) -> Tensor:
+    return advantages.detach().to(like).clamp(-limit, limit)
+
+
+@torch.no_grad()
+def _diagnostics(difference: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
+    difference = difference.detach()
+    ratio = difference.exp()
+    return ratio, (ratio - 1).abs() > clip_range, difference.square().mean() / 2
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if len({tuple(shape) for shape in shapes.values()}) > 1:
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise EtudeError(f"the objective needs tensors of one shape, aligned by (sample, step) pair, not {listed}.")
