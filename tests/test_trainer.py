@@ -1,0 +1,198 @@
+"""The training loop: it learns, it repeats itself, and it says what went wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from etude.config import parse_config
+from etude.errors import EtudeError
+from etude.rewards import register
+from etude.trainer import Trainer
+from tiny import save_stable_diffusion
+
+
+@register("redness")
+def redness(images, prompts, **metadata):
+    red, green, blue = images.float().mean((2, 3)).unbind(1)
+    return (red - (green + blue) / 2) / 255
+
+
+def calls(reward_at):
+    """A reward that misbehaves at its k-th call: the evaluation of iteration 0 makes the first two."""
+    count = 0
+
+    def reward(images, prompts, **metadata):
+        nonlocal count
+        count += 1
+        return reward_at(count, redness(images, prompts))
+
+    return reward
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    root = tmp_path_factory.mktemp("model")
+    prompts = root / "prompts.txt"
+    prompts.write_text("red heart\npizza\ntiger\nsun\n")
+    return {
+        "model": str(save_stable_diffusion(root / "sd")),
+        "iterations": 2,
+        "rewards": {"redness": 1.0},
+        "prompts": {"train": str(prompts), "evaluation": str(prompts)},
+        "sampling": {"eta": 1.2, "num_steps": 4, "guidance_scale": 2.0},
+        "rollout": {"images_per_iteration": 8, "images_per_prompt": 4, "batch_size": 8},
+        "objective": {"clip_range": None, "clip_nats": 1.6, "batch_size": 8},
+        "optimizer": {"learning_rate": 3e-3},
+        "advantage": {"kind": "group"},
+        "evaluation": {"every": 1, "num_images": 8, "grid_images": 4},
+    }
+
+
+def train(settings, out, resume=False, **sections):
+    tree = {**settings}
+    for name, value in sections.items():
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) and name != "rewards" else value
+    trainer = Trainer(parse_config(tree), out, resume=resume)
+    return trainer, trainer.train()
+
+
+def metrics(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in {"seconds", "memory_mb"}} for row in rows]
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_everything_its_user_came_for(settings, tmp_path):
+    _, summary = train(settings, tmp_path / "run")
+    expected = {
+        "config.yaml", "metrics.jsonl", "summary.json", "report.html", "lora/pytorch_lora_weights.safetensors",
+        "lora/README.md", "samples/before_ode.png", "samples/after_ode.png", "samples/before_sde.png", "samples/after_sde.png",
+        "checkpoints",
+    }  # fmt: skip
+    assert all((tmp_path / "run" / name).exists() for name in expected)
+    assert [row["iteration"] for row in metrics(tmp_path / "run")] == [0, 1, 2]
+    assert summary["final"] == metrics(tmp_path / "run")[-1]["evaluation"]
+    assert not [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
+
+
+def test_the_resolved_configuration_reproduces_the_run(settings, tmp_path):
+    from etude.config import load_config
+
+    first, _ = train(settings, tmp_path / "first")
+    again = Trainer(load_config(str(tmp_path / "first" / "config.yaml")), tmp_path / "again")
+    again.train()
+    assert same(weights(first), weights(again))
+    assert metrics(tmp_path / "first") == metrics(tmp_path / "again")
+
+
+def test_another_seed_is_another_run(settings, tmp_path):
+    first, _ = train(settings, tmp_path / "first", iterations=1)
+    other, _ = train(settings, tmp_path / "other", iterations=1, seed=1)
+    assert not same(weights(first), weights(other))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"advantage": {"kind": "per_prompt", "min_count": 4}, "ema": {"decay": 0.5}},
+        {"objective": {"kl_coef": 0.1, "num_inner_epochs": 2, "timestep_fraction": 0.5}},
+        {"objective": {"kind": "reinforce", "updates_per_epoch": 1}, "lora": {"rank": 0}},
+    ],
+    ids=["per-prompt-ema", "kl-inner-epochs", "reinforce-full"],
+)
+def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(settings, tmp_path, sections):
+    whole, _ = train(settings, tmp_path / "whole", iterations=3, **sections)
+
+    class StopError(Exception):
+        pass
+
+    def stop(count, scores):
+        if count == 8:  # evaluations call it twice, rollouts once: in the rollout of iteration 3
+            raise StopError
+        return scores
+
+    broken = calls(stop)
+    register("redness")(broken)
+    try:
+        with pytest.raises(EtudeError, match="redness"):
+            train(settings, tmp_path / "resumed", iterations=3, **sections)
+    finally:
+        register("redness")(redness)
+    resumed, _ = train(settings, tmp_path / "resumed", resume=True, iterations=3, **sections)
+    assert same(weights(whole), weights(resumed))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "resumed")
+
+
+def test_the_first_update_of_every_iteration_starts_at_ratio_one(settings, tmp_path):
+    train(settings, tmp_path / "run", objective={"updates_per_epoch": 1}, sampling={"num_steps": 1})
+    assert all(row["ratio_max_deviation"] == 0 for row in metrics(tmp_path / "run")[1:])
+
+
+@pytest.mark.slow
+def test_training_raises_the_reward_under_the_ode(settings, tmp_path):
+    _, summary = train(
+        settings,
+        tmp_path / "run",
+        iterations=12,
+        rollout={"images_per_iteration": 32, "images_per_prompt": 8, "batch_size": 32},
+        objective={"batch_size": 32},
+        lora={"rank": 0},
+        evaluation={"every": 12, "num_images": 32},
+    )
+    assert summary["final"]["improvement"]["redness"]["low"] > 0
+
+
+@pytest.mark.parametrize(
+    ("reward_at", "says"),
+    [
+        (lambda count, scores: 1 / 0, "division by zero"),
+        (lambda count, scores: scores[:3], r"shape \[3\]"),
+        (lambda count, scores: scores.log() * float("nan"), "sample 0"),
+    ],
+    ids=["raises", "wrong-shape", "nan"],
+)
+def test_a_broken_reward_ends_the_run_in_one_sentence_and_loses_nothing(settings, tmp_path, reward_at, says):
+    register("broken")(calls(lambda count, scores: reward_at(count, scores) if count > 3 else scores))
+    with pytest.raises(EtudeError, match=says) as caught:
+        train(settings, tmp_path / "run", rewards={"broken": 1.0})
+    assert "'broken'" in str(caught.value)
+    assert [row["iteration"] for row in metrics(tmp_path / "run")] == [0]
+    register("broken")(redness)
+    train(settings, tmp_path / "run", resume=True, rewards={"broken": 1.0})
+    assert [row["iteration"] for row in metrics(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_a_directory_in_use_is_left_alone(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(EtudeError, match="--resume"):
+        train(settings, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_diverging_weights_stop_the_run_and_name_the_last_good_checkpoint(settings, tmp_path):
+    with pytest.raises(EtudeError, match="diverged in iteration") as caught:
+        train(settings, tmp_path / "run", iterations=3, optimizer={"learning_rate": 1e30})
+    assert "checkpoints" in str(caught.value)
+
+
+def test_several_rewards_are_logged_apart_and_held_out_ones_are_not_trained(settings, tmp_path):
+    _, summary = train(
+        settings,
+        tmp_path / "run",
+        rewards={"redness": 1.0, "colorfulness": 0.5},
+        evaluation={"held_out_rewards": ["jpeg_compressibility"]},
+    )
+    row = metrics(tmp_path / "run")[1]
+    assert set(row["reward"]) == {"redness", "colorfulness"}
+    assert {"redness", "colorfulness", "jpeg_compressibility", "weighted_sum"} == set(summary["final"]["gap"])
