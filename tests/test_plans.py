@@ -108,6 +108,17 @@ def test_mixed_steps_in_a_batch_give_each_sample_the_bits_of_its_own_step():
         assert torch.equal(alone.log_prob(x, "sum")[rows], mixed.log_prob(x, "sum")[rows])
 
 
+def test_a_transition_reads_nothing_back_from_the_device():
+    """On the meta device any value read back (item, cpu, a branch on a tensor) is an error."""
+    table = SamplingPlan.sde(5, GDDIM(1.2)).tabulate(PATH.grid(5)).to("meta")
+    x = torch.empty(3, 4, 8, 8, device="meta")
+    for step in (2, torch.tensor([0, 1, 2]), torch.zeros(3, dtype=torch.int64, device="meta")):
+        on_device = step if isinstance(step, int) else step.to("meta")
+        pair = to_x0_eps(x, x, table.a[on_device], table.s[on_device], "epsilon")
+        assert table.transition(step, *pair).sample(x).shape == x.shape
+    assert table.transition(torch.tensor([0, 1, 2]), x, x).log_prob(x).shape == (3,)
+
+
 def test_a_replayed_transition_has_ratio_exactly_one():
     table = SamplingPlan.sde(6, GDDIM(1.2)).tabulate(PATH.grid(6))
     x0, eps, z = torch.randn(3, 8, 4, 8, 8, generator=torch.Generator().manual_seed(1))

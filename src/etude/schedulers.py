@@ -198,7 +198,8 @@ class GDDIMScheduler(SchedulerMixin, ConfigMixin):
             self._table = self._table.to(device)
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
             self._index_on_device = self._index_on_device.to(timestep.device)
-            return self._table, self._index_on_device[timestep.long()]
+            # As [1] rather than a scalar: indexing with a scalar tensor reads its value back from the device.
+            return self._table, self._index_on_device[timestep.long().reshape(-1)]
         wanted = torch.as_tensor(timestep).long()
         known = (wanted >= 0) & (wanted < len(self._index_of))
         index = self._index_of[wanted.clamp(0, len(self._index_of) - 1)]
