@@ -103,42 +103,39 @@ def prune(root: Path, keep: int) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
-    """AdamW's state as `{"<index>.<name>.exp_avg": ..., "<index>.<name>.exp_avg_sq": ..., "<index>.<name>.step": ...}`.
+    """AdamW's state as `{"<name>.exp_avg": ..., "<name>.exp_avg_sq": ..., "<name>.step": ...}`, copied to the CPU.
 
     Args:
         optimizer: AdamW, or any optimiser whose state holds only tensors and numbers.
-        names: one for each parameter, in the order of the parameter groups.
+        names: one for each parameter, all different, in the order of the parameter groups.
 
     Raises:
-        EtudeError: the number of names is not that of the parameters.
+        EtudeError: the names are not as many as the parameters, or not distinct.
     """
-    parameters, listed = _parameters(optimizer), list(names)
-    if len(listed) != len(parameters):
-        raise EtudeError(f"the optimiser has {len(parameters)} parameters, not {len(listed)}: give each one name.")
     return {
-        f"{index}.{name}.{key}": torch.as_tensor(value).detach().cpu().clone()
-        for index, (parameter, name) in enumerate(zip(parameters, listed, strict=True))
+        f"{name}.{key}": torch.as_tensor(value).detach().cpu().clone()
+        for name, parameter in _named(optimizer, names).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: Mapping[str, Tensor]
+) -> None:
     """Restores what `optimizer_tensors` gave, exactly; hyper-parameters stay those of `optimizer`.
 
-    Parameters are matched by their index in the parameter groups. Those without an entry lose their state, as after
-    a save before the first step.
+    Parameters without an entry lose their state, as after a save before the first step.
 
     Raises:
         EtudeError: an entry belongs to no parameter, or has another shape than its parameter.
     """
-    parameters = _parameters(optimizer)
-    states: list[dict[str, Tensor]] = [{} for _ in parameters]
+    parameters = _named(optimizer, names)
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for entry, value in tensors.items():
-        index, _, rest = entry.partition(".")
-        name, _, key = rest.rpartition(".")
-        if not index.isdecimal() or int(index) >= len(parameters):
-            raise EtudeError(f"optimiser state '{entry}' belongs to none of {len(parameters)} parameters: {_ANOTHER}.")
-        parameter = parameters[int(index)]
+        name, _, key = entry.rpartition(".")
+        if name not in parameters:
+            raise EtudeError(f"optimiser state '{entry}' belongs to no parameter: {_ANOTHER}.")
+        parameter = parameters[name]
         if value.ndim and value.shape != parameter.shape:
             raise EtudeError(
                 f"optimiser state of '{name}' has shape {list(value.shape)}, its parameter {list(parameter.shape)}: "
@@ -146,13 +143,20 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
             )
         # AdamW keeps `step` on the CPU unless told otherwise; the moments live with the parameter.
         device = parameter.device if value.ndim or _on_device(optimizer) else torch.device("cpu")
-        states[int(index)][key] = value.to(device, copy=True)
-    for parameter, state in zip(parameters, states, strict=True):
-        optimizer.state[parameter] = state
+        states[name][key] = value.to(device, copy=True)
+    for name, parameter in parameters.items():
+        optimizer.state[parameter] = states[name]
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _named(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    listed = list(names)
+    if len(set(listed)) != len(parameters) or len(listed) != len(parameters):
+        raise EtudeError(
+            f"the optimiser has {len(parameters)} parameters, not {len(set(listed))} as the distinct names given: "
+            "give each parameter one name of its own."
+        )
+    return dict(zip(listed, parameters, strict=True))
 
 
 def _on_device(optimizer: torch.optim.Optimizer) -> bool:
