@@ -181,7 +181,8 @@ class StepTable:
 
         Args:
             step: one step for the whole batch, or int64 `[n]`, each sample's own (as in a replay batch). Both give
-                the same bits. (Never a scalar tensor: indexing with one reads it back from the device.) A `[n]` on the CPU lets `log_prob` know what is stochastic without asking the device.
+                the same bits. A `[n]` on the CPU lets `log_prob` know what is stochastic without asking the device.
+                Not a scalar tensor: indexing with one reads its value back from the device.
             x0_hat: `[n, ...]`.
             eps_hat: `[n, ...]`.
 
