@@ -1,0 +1,39 @@
+"""The reward gap between stochastic and deterministic samplers, exact and executable (arXiv 2510.10767)."""
+
+from __future__ import annotations
+
+from etude.theory.distances import kl, w2
+from etude.theory.estimate import Estimate
+from etude.theory.finite_step import ScoreError, finite_step_law
+from etude.theory.gap import GapSplit, gap_split, improvement, reward_gap
+from etude.theory.levels import Levels, levels
+from etude.theory.paths import VE, VP, Path, RectifiedFlow
+from etude.theory.rewards import LipschitzReward, QuadraticReward
+from etude.theory.targets import Gaussian, GaussianMixture
+from etude.theory.terminal import terminal_law
+from etude.theory.tilt import critical_beta, tilt
+
+__all__ = [
+    "VE",
+    "VP",
+    "Estimate",
+    "GapSplit",
+    "Gaussian",
+    "GaussianMixture",
+    "Levels",
+    "LipschitzReward",
+    "Path",
+    "QuadraticReward",
+    "RectifiedFlow",
+    "ScoreError",
+    "critical_beta",
+    "finite_step_law",
+    "gap_split",
+    "improvement",
+    "kl",
+    "levels",
+    "reward_gap",
+    "terminal_law",
+    "tilt",
+    "w2",
+]

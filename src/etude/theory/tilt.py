@@ -1,0 +1,96 @@
+"""The KL-regularised optimum: `p*(x) ∝ p_ref(x) exp(r(x) / beta)`, which maximises `E_p r - beta KL(p || p_ref)`.
+
+For p_ref = N(m, C) and r(x) = -(x - c)^T Q (x - c) + b^T x, with g = b + 2 Q (c - m) the gradient of r at m,
+
+    C* = C^(1/2) (I + 2/beta C^(1/2) Q C^(1/2))^(-1) C^(1/2),      m* = m + C* g / beta,
+    log Z = r(m)/beta - 1/2 log det(I + 2/beta C^(1/2) Q C^(1/2)) + g^T C* g / (2 beta^2),
+
+which exists if and only if beta > -2 lambda_min(C^(1/2) Q C^(1/2)): always when Q is positive semidefinite.
+A mixture stays a mixture: its components are tilted one by one and w_k* ∝ w_k Z_k.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import logsumexp
+
+from etude.errors import EtudeError
+from etude.theory.arrays import Array, positive
+from etude.theory.rewards import QuadraticReward
+from etude.theory.targets import Gaussian, GaussianMixture
+
+
+class TiltedGaussian(Gaussian):
+    """A Gaussian optimum, with `log_normalizer = log E_ref exp(r / beta)`."""
+
+    log_normalizer: float
+
+
+class TiltedMixture(GaussianMixture):
+    """A mixture optimum, with `log_normalizer = log E_ref exp(r / beta)`."""
+
+    log_normalizer: float
+
+
+def critical_beta(target: Gaussian | GaussianMixture, reward: QuadraticReward) -> float:
+    """The optimum exists for beta above this: `max(0, -2 lambda_min(C^(1/2) Q C^(1/2)))`, the worst over components."""
+    if isinstance(target, GaussianMixture):
+        return max(critical_beta(part, reward) for part in target.components)
+    return max(0.0, -2.0 * float(np.linalg.eigvalsh(_curvature(target, reward)).min()))
+
+
+def tilt(
+    target: Gaussian | GaussianMixture, reward: QuadraticReward, beta: float
+) -> TiltedGaussian | TiltedMixture:
+    """The law proportional to target(x) exp(reward(x) / beta), with its `.log_normalizer`.
+
+    Raises EtudeError where it does not exist (a reward that rises faster than the target falls), naming the eigenvalue and
+    the betas that would do.
+    """
+    strength = float(positive(beta, "beta"))
+    if not isinstance(reward, QuadraticReward):
+        raise EtudeError(f"tilt needs a QuadraticReward, got {type(reward).__name__}: the optimum is closed form only there.")
+    if isinstance(target, GaussianMixture):
+        return _tilt_mixture(target, reward, strength)
+    return _tilt_gaussian(target, reward, strength)
+
+
+def _curvature(target: Gaussian, reward: QuadraticReward) -> Array:
+    target.single("tilt")
+    root = target.power(0.5)
+    return np.asarray(root @ reward.parts(target.d)[0] @ root)
+
+
+def _tilt_gaussian(target: Gaussian, reward: QuadraticReward, beta: float) -> TiltedGaussian:
+    shape, root = _curvature(target, reward), target.power(0.5)
+    lowest = float(np.linalg.eigvalsh(shape).min())
+    if beta <= -2.0 * lowest:
+        raise EtudeError(
+            f"the optimum p_ref exp(r / beta) does not exist at beta = {beta:g}: the reward's curvature weighted by the "
+            f"covariance has the eigenvalue {lowest:g}, so use a beta above {-2.0 * lowest:g}."
+        )
+    inner = np.eye(target.d) + (2.0 / beta) * shape
+    cov = root @ np.linalg.solve(inner, root)
+    cov = 0.5 * (cov + cov.T)
+    g = reward.gradient(target.mu)
+    mean = target.mu + cov @ g / beta
+    at_mean = float(reward.value(target.mu))
+    diagonal = target.basis is None and not np.any(cov - np.diag(np.diagonal(cov)))
+    law = TiltedGaussian.__new__(TiltedGaussian)
+    if target.on_line:
+        TiltedGaussian.__init__(law, mean[0], cov[0, 0])
+    else:
+        TiltedGaussian.__init__(law, mean, np.diagonal(cov) if diagonal else cov)
+    law.log_normalizer = (
+        at_mean / beta - 0.5 * float(np.linalg.slogdet(inner)[1]) + float(g @ cov @ g) / (2.0 * beta**2)
+    )
+    return law
+
+
+def _tilt_mixture(target: GaussianMixture, reward: QuadraticReward, beta: float) -> TiltedMixture:
+    parts = [_tilt_gaussian(part, reward, beta) for part in target.components]
+    logs = np.log(target.weights) + np.array([part.log_normalizer for part in parts])
+    law = TiltedMixture.__new__(TiltedMixture)
+    law.log_normalizer = float(logsumexp(logs))
+    law.weights, law.components = np.exp(logs - law.log_normalizer), list(parts)
+    return law
