@@ -66,6 +66,9 @@ class Estimate:
         """Whether the interval lies wholly on one side of 0."""
         return self.low > 0 or self.high < 0
 
+    def __str__(self) -> str:
+        return self.format()
+
     def format(self, signed: bool = True) -> str:
         """`+1.27 [+1.02, +1.51]`; `signed=False` leaves out the plus signs."""
         return format_interval(self.mean, self.low, self.high, signed)
@@ -97,7 +100,8 @@ def paired_summary(
     count = len(sizes)
     residuals = np.bincount(group, weights=values - mean)
     error = math.sqrt(count / (count - 1) * float(residuals @ residuals)) / len(values)
-    means = _bootstrap(np.bincount(group, weights=values), sizes, resamples, np.random.default_rng(seed))
+    sums = np.asarray(np.bincount(group, weights=values), dtype=np.float64)
+    means = _bootstrap(sums, sizes, resamples, np.random.default_rng(seed))
     tail = _tail(count)
     low, high = np.quantile(means, [tail, 1 - tail])
     return Estimate(

@@ -1,0 +1,158 @@
+"""Line and bar figures as inline SVG whose colours are CSS variables, so that one figure serves light and dark pages.
+
+Text in the figures is fixed wording and numbers; reward names and prompts stay in the escaped HTML around them.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Matplotlib needs a colour, CSS a variable: each variable is drawn in a colour of its own and then renamed.
+_VARIABLES = (
+    "ink",
+    "muted",
+    "rule",
+    "ode",
+    "sde",
+    "train",
+    "gain",
+    "gap",
+    "phase-a",
+    "phase-b",
+    "phase-c",
+    "phase-d",
+    "phase-e",
+)
+COLOURS = {name: f"#0a0b{index:02x}" for index, name in enumerate(_VARIABLES, start=1)}
+PHASES = [name for name in _VARIABLES if name.startswith("phase-")]
+SIZE = (4.6, 2.55)  # inches of 72 points: what a column of the page is wide
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "etude",
+    "text.parse_math": False,
+    "axes.unicode_minus": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": COLOURS["rule"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.labelsize": 8.5,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["rule"],
+    "grid.linewidth": 0.6,
+    "xtick.color": COLOURS["rule"],
+    "ytick.color": COLOURS["rule"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "ytick.major.size": 0,
+    "text.color": COLOURS["ink"],
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve, with a band from `low` to `high` where they are given and a mark at every point if `marks`.
+
+    `colour` is a name in `COLOURS`; a line with an empty `label` has no entry in the legend.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    label: str = ""
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    marks: bool = True
+
+
+def line_figure(lines: Sequence[Line], alt: str, *, zero: bool = False, from_zero: bool = False) -> str:
+    """Curves over iterations. `zero` draws a line at 0; `from_zero` starts the axis there."""
+
+    def draw(axes: Axes) -> None:
+        if zero:
+            axes.axhline(0, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)))
+        for line in lines:
+            _draw_line(axes, line)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        if any(line.label for line in lines):
+            axes.legend(
+                loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=len(lines), borderaxespad=0, handlelength=1.4
+            )
+
+    return _figure(draw, alt)
+
+
+def bar_figure(x: Sequence[float], parts: Mapping[str, Sequence[float]], alt: str) -> str:
+    """Bars over iterations, stacked from `parts` in their order; part k has the colour `PHASES[k]`."""
+
+    def draw(axes: Axes) -> None:
+        bottom = [0.0] * len(x)
+        for colour, heights in zip(itertools.cycle(PHASES), parts.values(), strict=False):
+            axes.bar(x, heights, width=0.8, bottom=bottom, color=COLOURS[colour])
+            bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+
+    return _figure(draw, alt)
+
+
+def _draw_line(axes: Axes, line: Line) -> None:
+    colour = COLOURS[line.colour]
+    marker: dict[str, Any] = {"marker": "o", "markersize": 3.2} if line.marks or len(line.x) == 1 else {}
+    if line.low is not None and line.high is not None:
+        if len(line.x) == 1:  # a band of no width would be invisible
+            axes.vlines(line.x, line.low, line.high, color=colour, alpha=0.4, linewidth=3)
+        else:
+            axes.fill_between(line.x, line.low, line.high, color=colour, alpha=0.17, linewidth=0)
+    axes.plot(line.x, line.y, color=colour, label=line.label or None, **marker)
+
+
+def _figure(draw: Any, alt: str) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_xlabel("iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        return _inline(figure, alt)
+
+
+def _inline(figure: Figure, alt: str) -> str:
+    """The figure as an `<svg>` element: no prologue, no metadata, no fonts of its own, ids unlike any other figure's."""
+    from markupsafe import escape
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;\"]+;?", "", svg)
+    prefix = f"f{zlib.crc32(svg.encode()):08x}-"
+    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\g<1>#{prefix}", svg)
+    for name, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    head, _, body = svg.partition(">")
+    box = head.partition('viewBox="')[2].partition('"')[0]
+    return f'<svg viewBox="{box}" role="img" aria-label="{escape(alt)}">{body}'

@@ -1,0 +1,79 @@
+"""Images side by side in one picture, each with its caption."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from PIL import Image, ImageDraw, ImageFont
+
+from etude.errors import EtudeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GAP = 6
+MIN_LABELLED_WIDTH = 84
+FONT_SIZE = 11
+LINE_HEIGHT = 14
+MAX_LINES = 3
+
+
+def image_grid(images: Tensor, columns: int, scale: int = 1, labels: list[str] | None = None) -> Image.Image:
+    """The images row by row on white, in at most `columns` columns.
+
+    Args:
+        images: uint8 [n, 3, h, w].
+        columns: images in a row.
+        scale: every pixel becomes scale x scale pixels, so that what is seen is what the model drew.
+        labels: n captions, drawn under the images in up to three lines (with an ellipsis where that is too short).
+
+    Raises:
+        EtudeError: for no image, fewer than 1 column, a scale below 1, or another number of labels than of images.
+    """
+    count = len(images)
+    if count < 1 or columns < 1 or scale < 1:
+        raise EtudeError(
+            f"a grid needs an image, a column and a scale of at least 1, not {count}, {columns} and {scale}."
+        )
+    if labels is not None and len(labels) != count:
+        raise EtudeError(f"a grid of {count} images needs as many labels, not {len(labels)}.")
+    height, width = images.shape[2] * scale, images.shape[3] * scale
+    cell = max(width, MIN_LABELLED_WIDTH) if labels is not None else width
+    font = ImageFont.load_default(size=FONT_SIZE)
+    captions = [_wrap(label, cell, font) for label in labels] if labels is not None else [[] for _ in range(count)]
+    row = height + GAP + LINE_HEIGHT * max(len(lines) for lines in captions)
+    columns = min(columns, count)
+    size = (GAP + columns * (cell + GAP), GAP + -(-count // columns) * row)
+    grid = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(grid)
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    for index, lines in enumerate(captions):
+        left, top = GAP + index % columns * (cell + GAP), GAP + index // columns * row
+        picture = Image.fromarray(pixels[index]).resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(picture, (left + (cell - width) // 2, top))
+        for number, line in enumerate(lines):
+            position = (left + cell / 2, top + height + 1 + number * LINE_HEIGHT)
+            draw.text(position, line, fill=(60, 60, 60), font=font, anchor="ma")
+    return grid
+
+
+def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """Lines no wider than `width` pixels, at most MAX_LINES of them, broken at spaces."""
+    lines: list[str] = []
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(joined) <= width:
+            lines[-1] = joined
+        else:
+            lines.append(word)
+    if len(lines) > MAX_LINES:
+        lines = [*lines[: MAX_LINES - 1], f"{lines[MAX_LINES - 1]}…"]
+    return [_shorten(line, width, font) for line in lines]
+
+
+def _shorten(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(f"{line}…") > width:
+        line = line[:-1]
+    return f"{line}…"

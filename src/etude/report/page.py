@@ -1,0 +1,351 @@
+"""report.html: one page, nothing outside it, that says what a run did and how sure that is."""
+
+from __future__ import annotations
+
+import base64
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from etude.report.run import Interval, Run, read_run
+from etude.statistics import format_interval
+
+if TYPE_CHECKING:
+    from etude.report.figures import Line
+
+DIAGNOSTICS = {
+    "approx_kl": (
+        "Approximate KL to the rollout policy",
+        "How far the updates of one iteration move the policy; it should stay small.",
+    ),
+    "clipfrac": ("Clipped fraction", "The share of (sample, step) pairs whose ratio left the clip range."),
+    "ratio_mean": ("Mean importance ratio", "Should stay near 1."),
+    "ratio_max_deviation": ("Largest deviation of a ratio from 1", "Over all (sample, step) pairs of an iteration."),
+    "grad_norm": ("Gradient norm", "Before clipping."),
+    "loss": ("Policy loss", "Near 0 by construction: advantages have mean 0."),
+    "kl": ("KL to the reference model", "Closed form, per step."),
+    "zero_std_ratio": (
+        "Groups without a signal",
+        "The share of groups whose rewards are all equal: they teach nothing.",
+    ),
+}
+FROM_ZERO = {"clipfrac", "ratio_max_deviation", "grad_norm", "zero_std_ratio"}
+GRID_TITLES = {
+    "before_ode": ("Before, ODE", "ODE sampler, base model"),
+    "after_ode": ("After, ODE", "ODE sampler, tuned model"),
+    "before_sde": ("Before, SDE", "SDE sampler, base model"),
+    "after_sde": ("After, SDE", "SDE sampler, tuned model"),
+}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes `report.html` into a run's directory, whole or not at all, and returns its path.
+
+    The page has no outside reference. It needs `config.yaml`; without metrics, evaluations, grids or a summary it says so
+    in their place, so that a run can be looked at while it goes on.
+
+    Args:
+        run_dir: holds `config.yaml`, `metrics.jsonl`, `summary.json` and `samples/`, as `etude train` writes them.
+
+    Raises:
+        EtudeError: if the directory is not a run, or one of its files cannot be understood.
+    """
+    run_dir = Path(run_dir)
+    html = render(read_run(run_dir))
+    target = run_dir / "report.html"
+    handle, temporary = tempfile.mkstemp(prefix=".report-", dir=run_dir)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(html)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def render(run: Run) -> str:
+    """The page as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("etude.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["interval"] = interval
+    environment.filters["duration"] = duration
+    return environment.get_template("template.html").render(
+        run=run,
+        title=_title(run),
+        facts=_facts(run),
+        headlines=_headlines(run),
+        basis=_basis(run),
+        table=_table(run),
+        curves=[(reward, reward in run.trained, _curves(run, reward)) for reward in run.rewards],
+        grids=_grids(run),
+        diagnostics=_diagnostics(run),
+        time=_time(run),
+        memory=_memory(run),
+        environment=_environment(run),
+        eta=_number(run.setting("eta", "sampling")),
+    )
+
+
+def interval(estimate: Interval | None, signed: bool = True) -> str:
+    """`+1.27 [+1.02, +1.51]` with real minus signs, or a dash where nothing was measured."""
+    if estimate is None:
+        return "–"
+    return format_interval(estimate["mean"], estimate["low"], estimate["high"], signed).replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """`3 h 20 min`, `4 min 05 s`, `12.3 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _title(run: Run) -> str:
+    rewards = ", ".join(run.trained) or "a reward"
+    return f"{run.setting('model') or 'A model'} tuned on {rewards}"
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    done = max((row["iteration"] for row in run.rows), default=0)
+    planned = run.config.get("iterations")
+    facts = [("iterations", f"{done} of {planned}" if not run.summary and planned else f"{done}")]
+    settings = {
+        "training eta": ("eta", "sampling"),
+        "steps": ("num_steps", "sampling"),
+        "guidance": ("guidance_scale", "sampling"),
+    }
+    for label, (key, section) in settings.items():
+        if (value := run.setting(key, section)) is not None:
+            facts.append((label, _number(value)))
+    facts += [(key, str(run.setting(key))) for key in ("recipe", "seed") if run.setting(key) is not None]
+    facts.append(("time", duration(sum(_phase_totals(run).values()))))
+    if memory := _peak_memory(run):
+        facts.append(("peak memory", _megabytes(memory)))
+    return facts
+
+
+def _headlines(run: Run) -> list[dict[str, Any]]:
+    """The two numbers of each trained reward, in words too."""
+    if not run.evaluations:
+        return []
+    final = run.evaluations[-1][1]
+    eta = _number(final.get("eta", run.setting("eta", "sampling")))
+    return [
+        {
+            "reward": reward,
+            "improvement": (final.get("improvement") or {}).get(reward),
+            "improvement_words": _improvement_words((final.get("improvement") or {}).get(reward)),
+            "gap": (final.get("gap") or {}).get(reward),
+            "gap_words": _gap_words((final.get("gap") or {}).get(reward), eta),
+        }
+        for reward in run.trained
+        if reward in (final.get("ode") or {})
+    ]
+
+
+def _improvement_words(estimate: Interval | None) -> str:
+    if estimate is None:
+        return "Not measured."
+    if estimate["low"] > 0:
+        return "Tuning raised the reward of the images that the ODE sampler makes: the whole interval lies above 0."
+    if estimate["high"] < 0:
+        return "Tuning lowered the reward of the images that the ODE sampler makes: the whole interval lies below 0."
+    return "No improvement is shown: the interval contains 0."
+
+
+def _gap_words(estimate: Interval | None, eta: str) -> str:
+    if estimate is None:
+        return "Not measured."
+    if estimate["low"] > 0:
+        return f"The ODE sampler, which you ship, scores higher than the SDE at η = {eta} that was trained."
+    if estimate["high"] < 0:
+        return (
+            f"The ODE sampler scores lower than the SDE at η = {eta} that was trained: part of the gain stays behind."
+        )
+    return f"The ODE sampler and the SDE at η = {eta} cannot be told apart: the interval contains 0."
+
+
+def _basis(run: Run) -> str:
+    """What the last evaluation rests on."""
+    if not run.evaluations:
+        return ""
+    iteration, final = run.evaluations[-1]
+    estimate: Interval = next(iter((final.get("ode") or {}).values()), {})
+    prompts = estimate.get("clusters")
+    of = f" of {prompts} held-out prompt{'s' if prompts != 1 else ''}" if prompts else " of held-out prompts"
+    by = "images, as there is one prompt only" if estimate.get("clustered") is False else "prompts"
+    steps = f", {final['num_steps']} steps" if "num_steps" in final else ""
+    return (
+        f"Measured after iteration {iteration} on {estimate.get('n', '?')} pairs of images{of} from the same noise{steps}. "
+        f"Square brackets are 95 % bootstrap intervals over {by}."
+    )
+
+
+def _table(run: Run) -> list[dict[str, Any]]:
+    """Every reward of the last evaluation: before, after, improvement, gap."""
+    if not run.evaluations:
+        return []
+    (first_at, first), (_, final) = run.evaluations[0], run.evaluations[-1]
+    before = first if first_at == 0 else {}
+    held_out = set(
+        run.summary.get("held_out_rewards") or (run.config.get("evaluation") or {}).get("held_out_rewards") or []
+    )
+    columns = [("before", before, "ode"), ("ode", final, "ode"), ("sde", final, "sde")]
+    columns += [("improvement", final, "improvement"), ("gap", final, "gap")]
+    return [
+        {
+            "reward": reward,
+            "role": "trained" if reward in run.trained else "held out" if reward in held_out else "measured",
+            **{column: (source.get(quantity) or {}).get(reward) for column, source, quantity in columns},
+        }
+        for reward in run.rewards
+        if reward in (final.get("ode") or {})
+    ]
+
+
+def _curves(run: Run, reward: str) -> list[tuple[str, str, str]]:
+    """(title, explanation, svg) of one reward's figures."""
+    from etude.report.figures import Line, line_figure
+
+    figures = []
+    x, mean = run.series("reward", reward, "mean")
+    if x:
+        _, std = run.series("reward", reward, "std")
+        low, high = ([m + sign * s for m, s in zip(mean, std, strict=False)] for sign in (-1, 1))
+        banded = len(std) == len(mean)
+        line = Line(x, mean, "train", low=low if banded else None, high=high if banded else None, marks=False)
+        alt = f"Training reward {reward} under the SDE: {_first_to_last(mean)} over {len(x)} iterations."
+        note = "SDE samples of the training prompts: mean" + (" and one standard deviation." if banded else ".")
+        figures.append(("While training", note, line_figure([line], alt)))
+    ode, sde = run.intervals("ode", reward), run.intervals("sde", reward)
+    if ode:
+        eta = _number(run.evaluations[-1][1].get("eta"))
+        lines = [_interval_line(ode, "ode", "ODE")] + ([_interval_line(sde, "sde", f"SDE, η = {eta}")] if sde else [])
+        alt = f"Held-out reward {reward}: ODE {_first_to_last(lines[0].y)}"
+        alt += f", SDE {_first_to_last(lines[1].y)}." if sde else "."
+        figures.append(
+            ("On held-out prompts", "Both samplers from the same noise, with 95 % intervals.", line_figure(lines, alt))
+        )
+    for quantity, colour, title, note in (
+        ("gap", "gap", "Reward gap", "ODE minus SDE, same weights. Above 0: the ODE scores higher."),
+        ("improvement", "gain", "Improvement", "ODE of the tuned minus ODE of the base model."),
+    ):
+        if points := run.intervals(quantity, reward):
+            line = _interval_line(points, colour)
+            alt = f"{title} of {reward}: {_first_to_last(line.y)}; last {interval(points[-1][1])}."
+            figures.append((title, note, line_figure([line], alt, zero=True)))
+    return figures
+
+
+def _interval_line(points: list[tuple[int, Interval]], colour: str, label: str = "") -> Line:
+    from etude.report.figures import Line
+
+    x = [iteration for iteration, _ in points]
+    mean, low, high = ([estimate[key] for _, estimate in points] for key in ("mean", "low", "high"))
+    return Line(x, mean, colour, label, low, high)
+
+
+def _grids(run: Run) -> list[tuple[str, str, str]]:
+    """(title, alternative text, data URI) of the grids that exist."""
+    shown = f"{len(run.prompts)} images: " + "; ".join(map(str, run.prompts)) if run.prompts else "grid of images"
+    return [
+        (
+            GRID_TITLES[name][0],
+            f"{GRID_TITLES[name][1]}, {shown}",
+            f"data:image/png;base64,{base64.b64encode(png).decode()}",
+        )
+        for name, png in run.grids.items()
+    ]
+
+
+def _diagnostics(run: Run) -> list[tuple[str, str, str]]:
+    from etude.report.figures import Line, line_figure
+
+    figures = []
+    for key, (title, note) in DIAGNOSTICS.items():
+        x, y = run.series(key)
+        if x:
+            alt = f"{title}: {_first_to_last(y)} over {len(x)} iterations."
+            line = Line(x, y, "train", marks=False)
+            figures.append((title, note, line_figure([line], alt, from_zero=key in FROM_ZERO)))
+    return figures
+
+
+def _phase_totals(run: Run) -> dict[str, float]:
+    """Seconds of each phase over the whole run, in the order of the fullest iteration, without the rows' own totals."""
+    rows = [row.get("seconds") or {} for row in run.rows]
+    ordered = [phase for seconds in sorted(rows, key=len, reverse=True) for phase in seconds if phase != "total"]
+    return {phase: sum(seconds.get(phase, 0.0) for seconds in rows) for phase in dict.fromkeys(ordered)}
+
+
+def _time(run: Run) -> dict[str, Any] | None:
+    from etude.report.figures import PHASES, bar_figure
+
+    totals = _phase_totals(run)
+    if not totals:
+        return None
+    whole = sum(totals.values())
+    x = [row["iteration"] for row in run.rows]
+    parts = {phase: [(row.get("seconds") or {}).get(phase, 0.0) for row in run.rows] for phase in totals}
+    alt = (
+        "Seconds of each iteration by phase: " + ", ".join(f"{p} {duration(s)} in all" for p, s in totals.items()) + "."
+    )
+    rows = [
+        (phase, PHASES[index % len(PHASES)], seconds, f"{100 * seconds / whole:.0f} %" if whole else "–")
+        for index, (phase, seconds) in enumerate(totals.items())
+    ]
+    return {"svg": bar_figure(x, parts, alt), "rows": rows, "total": whole}
+
+
+def _memory(run: Run) -> tuple[str, str] | None:
+    """The figure and the peak."""
+    from etude.report.figures import Line, line_figure
+
+    x, y = run.series("memory_mb")
+    if not x:
+        return None
+    peak = _megabytes(_peak_memory(run))
+    svg = line_figure(
+        [Line(x, y, "train", marks=False)], f"Peak memory so far: {_first_to_last(y)} MB.", from_zero=True
+    )
+    return svg, peak
+
+
+def _peak_memory(run: Run) -> float:
+    return float(run.summary.get("peak_memory_mb") or max(run.series("memory_mb")[1], default=0.0))
+
+
+def _environment(run: Run) -> list[tuple[str, str]]:
+    """Versions, machine and dates, as far as the summary has them."""
+    rows = [(key, str(run.summary[key])) for key in ("started", "finished") if run.summary.get(key)]
+    for section in ("versions", "machine"):
+        rows += [(key, str(value)) for key, value in (run.summary.get(section) or {}).items() if value is not None]
+    return rows
+
+
+def _first_to_last(values: Any) -> str:
+    return f"from {_number(values[0])} to {_number(values[-1])}" if len(values) > 1 else _number(values[0])
+
+
+def _megabytes(value: float) -> str:
+    return f"{value / 1024:.1f} GB" if value >= 1024 else f"{value:.0f} MB"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, int | float) and math.isfinite(value):
+        return f"{value:.4g}".replace("-", "−")
+    return "?" if value is None else str(value)
