@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -90,7 +91,8 @@ def line_figure(lines: Sequence[Line], alt: str, *, zero: bool = False, from_zer
         for line in lines:
             _draw_line(axes, line)
         if from_zero:
-            axes.set_ylim(bottom=0)
+            top = max((value for line in lines for value in line.y if math.isfinite(value)), default=0)
+            axes.set_ylim(*((0, 1.08 * top) if top > 0 else (-0.02, 1)))
         if any(line.label for line in lines):
             axes.legend(
                 loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=len(lines), borderaxespad=0, handlelength=1.4

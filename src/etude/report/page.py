@@ -24,8 +24,8 @@ DIAGNOSTICS = {
     "ratio_mean": ("Mean importance ratio", "Should stay near 1."),
     "ratio_max_deviation": ("Largest deviation of a ratio from 1", "Over all (sample, step) pairs of an iteration."),
     "grad_norm": ("Gradient norm", "Before clipping."),
-    "loss": ("Policy loss", "Near 0 by construction: advantages have mean 0."),
-    "kl": ("KL to the reference model", "Closed form, per step."),
+    "loss": ("Policy loss", "PPO's stays near 0, because advantages have mean 0: it is no measure of progress."),
+    "reference_kl": ("KL to the reference model", "Closed form, per step."),
     "zero_std_ratio": (
         "Groups without a signal",
         "The share of groups whose rewards are all equal: they teach nothing.",
