@@ -18,6 +18,7 @@ from etude.errors import EtudeError
 from etude.report import write_report
 from etude.report.grids import image_grid
 from etude.report.page import duration, interval
+from etude.rewards import WEIGHTED_SUM
 
 HOSTILE = "<script>alert('x')</script>&{{ 7 * 7 }}$a_b$"
 
@@ -214,12 +215,13 @@ def test_each_phase_is_summed_over_the_run(tmp_path: Path) -> None:
 
 
 def test_several_and_held_out_rewards_are_all_shown(tmp_path: Path) -> None:
-    rows = metrics(["alignment", "colorfulness", "jpeg_compressibility"])
+    rows = metrics(["alignment", "colorfulness", "jpeg_compressibility", WEIGHTED_SUM])
     for row in rows:
-        row.get("reward", {}).pop("jpeg_compressibility", None)
+        row["reward"] = {name: v for name, v in row.get("reward", {}).items() if name in ("alignment", "colorfulness")}
     page = Page(write_report(write_run(tmp_path, rows, rewards=["alignment", "colorfulness"])))
     assert "jpeg_compressibility (not trained on)" in page.text
-    assert "colorfulness (not trained on)" not in page.text
+    assert page.text.count("(not trained on)") == 1
+    assert f"{WEIGHTED_SUM} of the trained 2.00" in page.text
     assert len([a for a in page.all("div") if a.get("class") == "card gain"]) == 2
 
 

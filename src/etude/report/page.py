@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etude.report.run import Interval, Run, read_run
+from etude.rewards import WEIGHTED_SUM
 from etude.statistics import format_interval
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def render(run: Run) -> str:
         headlines=_headlines(run),
         basis=_basis(run),
         table=_table(run),
-        curves=[(reward, reward in run.trained, _curves(run, reward)) for reward in run.rewards],
+        curves=[(reward, reward in {*run.trained, WEIGHTED_SUM}, _curves(run, reward)) for reward in run.rewards],
         grids=_grids(run),
         diagnostics=_diagnostics(run),
         time=_time(run),
@@ -204,12 +205,15 @@ def _table(run: Run) -> list[dict[str, Any]]:
     held_out = set(
         run.summary.get("held_out_rewards") or (run.config.get("evaluation") or {}).get("held_out_rewards") or []
     )
+    roles = (
+        dict.fromkeys(held_out, "held out") | dict.fromkeys(run.trained, "trained") | {WEIGHTED_SUM: "of the trained"}
+    )
     columns = [("before", before, "ode"), ("ode", final, "ode"), ("sde", final, "sde")]
     columns += [("improvement", final, "improvement"), ("gap", final, "gap")]
     return [
         {
             "reward": reward,
-            "role": "trained" if reward in run.trained else "held out" if reward in held_out else "measured",
+            "role": roles.get(reward, "measured"),
             **{column: (source.get(quantity) or {}).get(reward) for column, source, quantity in columns},
         }
         for reward in run.rewards
