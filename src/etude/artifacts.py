@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from etude import __version__
 from etude.checkpoint import atomic_write_bytes, atomic_write_text
 from etude.config import TrainConfig
 from etude.policies import Policy
@@ -25,7 +26,7 @@ from etude.report import write_report
 from etude.report.grids import image_grid
 from etude.statistics import Estimate
 
-PACKAGES = ("etude", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 
 
 def peak_memory_mb() -> float:
@@ -49,6 +50,7 @@ def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 def write_grids(out: Path, when: str, ode: Tensor, sde: Tensor, prompts: list[str]) -> None:
     """`samples/{when}_ode.png`, `samples/{when}_sde.png` and the caption of each cell."""
+    (out / "samples").mkdir(exist_ok=True)
     for sampler, images in (("ode", ode), ("sde", sde)):
         buffer = io.BytesIO()
         image_grid(images, columns=8, scale=max(1, 96 // images.shape[-1]), labels=prompts).save(buffer, format="PNG")
@@ -90,7 +92,11 @@ def finish(out: Path, config: TrainConfig, name: str, evaluation: dict[str, Any]
         "deploy": _deployment_advice(config, evaluation),
         "seconds": seconds,
         "peak_memory_mb": max(row["memory_mb"] for row in rows),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": {
+            "etude": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+        },
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),

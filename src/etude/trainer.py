@@ -332,8 +332,8 @@ class Trainer:
 
     def _update_ema(self) -> None:
         if self.ema is not None:
-            averages, current = list(self.ema.values()), [p.detach() for p in self.parameters.values()]
-            torch._foreach_lerp_(averages, current, 1 - self.config.ema.decay)
+            for name, parameter in self.parameters.items():
+                self.ema[name].lerp_(parameter.detach(), 1 - self.config.ema.decay)
 
     def _finish_iteration(self, row: dict[str, Any]) -> None:
         """Evaluates when due, then makes the iteration durable: metrics first, checkpoint second."""
