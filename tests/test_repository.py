@@ -169,7 +169,8 @@ def test_every_module_has_its_place_in_the_api_reference() -> None:
         for p in _python_files()
         if p.read_text(encoding="utf-8").strip() and p.stem != "__main__"
     }
-    public = {m for m in modules if not any(part.startswith("_") for part in m.split("."))}
+    # The command line has a page of its own; what is private has none.
+    public = {m for m in modules if not re.search(r"\._|\.cli", m)}
     missing = {
         m
         for m in public
