@@ -52,8 +52,8 @@ format: $(VENV)/.dev  ## mend style and formatting in place
 docs: $(VENV)/.docs  ## build the documentation into site/, failing on any warning
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(VENV)/.dev  ## run every benchmark
-	@set -e; for bench in benchmarks/bench_*.py; do echo "== $$bench"; $(BIN)/python "$$bench"; done
+bench: $(VENV)/.dev  ## run every benchmark (BENCH=overhead for one)
+	$(BIN)/python -m benchmarks $(BENCH)
 
 check: lint docs test  ## everything that continuous integration runs
 
