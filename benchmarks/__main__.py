@@ -1,0 +1,67 @@
+"""`python -m benchmarks [overhead] [trl] [memory]`: prints a table for each, writes results/<name>.json and .md."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import against_trl, memory, overhead
+from benchmarks.results import RESULTS, Result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the named benchmarks, all by default. 1 if a target is missed and `--strict` was given."""
+    options = _parser().parse_args(arguments)
+    met = True
+    for name in dict.fromkeys(options.benchmarks or BENCHMARKS):
+        result = BENCHMARKS[name](options)
+        _show(result)
+        print(f"written to {result.write(options.out)}\n")
+        met = met and result.headline.met
+    return int(options.strict and not met)
+
+
+def _overhead(options: argparse.Namespace) -> Result:
+    return overhead.run(options.recipe, options.set, options.repeats or 10, options.threads)
+
+
+def _trl(options: argparse.Namespace) -> Result:
+    batches = [(8, 4), (32, 16)]
+    return against_trl.run(32, 10, (32, 64), 8, batches, (32, 80), options.repeats or 10, options.threads, options.seed)
+
+
+def _memory(options: argparse.Namespace) -> Result:
+    return memory.run([5, 10, 20, 40], images=32, latent_size=64, iterations=2, threads=options.threads, seed=options.seed)
+
+
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], Result]] = {"overhead": _overhead, "trl": _trl, "memory": _memory}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("benchmarks", nargs="*", choices=[*BENCHMARKS, []], help="which ones; all by default")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument("--repeats", type=int, help="interleaved pairs of timings (default 10)")
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", default="emoji-ddpo", help="overhead: the recipe, a name or a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="overhead: overrides of the recipe")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed")
+    return parser
+
+
+def _show(result: Result) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*result.columns, title=result.benchmark)
+    for row in result.rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(str(result.headline), style="green" if result.headline.met else "red", highlight=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

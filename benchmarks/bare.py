@@ -1,0 +1,81 @@
+"""The bare network time of an iteration: its UNet and VAE calls recorded, then run again with nothing around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from etude.policies.stable_diffusion import StableDiffusionPolicy
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+KINDS = ("forward", "forward_backward", "decode")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One network call: what was called, with which tensors, and whether its gradient was taken."""
+
+    kind: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    adapted: nn.Module | None
+
+    def __call__(self) -> None:
+        """Runs it again: the forward, and for `forward_backward` the backward of a gradient of ones."""
+        if self.adapted is not None:
+            self.adapted.disable_adapters()
+        try:
+            with torch.set_grad_enabled(self.kind == "forward_backward"):
+                output: Tensor = self.function(*self.arguments, **self.keywords)[0]
+            if self.kind == "forward_backward":
+                output.backward(torch.ones_like(output))
+        finally:
+            if self.adapted is not None:
+                self.adapted.enable_adapters()
+
+
+@contextmanager
+def record(policy: StableDiffusionPolicy) -> Iterator[list[Call]]:
+    """Inside, every call of the UNet (or its frozen reference) and of the VAE's decoder is noted, in order."""
+    calls: list[Call] = []
+    vae, decode = policy.pipeline.vae, policy.pipeline.vae.decode
+
+    def on_network(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        kind = "forward_backward" if torch.is_grad_enabled() else "forward"
+        calls.append(Call(kind, module, arguments, keywords, module if _adapters_off(module) else None))
+
+    def on_decode(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(Call("decode", decode, arguments, keywords, None))
+        return decode(*arguments, **keywords)
+
+    networks = [network for network in (policy.pipeline.unet, policy._initial) if network is not None]
+    hooks = [network.register_forward_pre_hook(on_network, with_kwargs=True) for network in networks]
+    vae.decode = on_decode
+    try:
+        yield calls
+    finally:
+        del vae.decode  # the instance's attribute; the class's method shows again
+        for hook in hooks:
+            hook.remove()
+
+
+def run_bare(calls: list[Call], now: Callable[[], float]) -> dict[str, float]:
+    """Seconds of the calls alone, by kind."""
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for kind, group in groupby(calls, key=lambda call: call.kind):
+        started = now()
+        for call in group:
+            call()
+        seconds[kind] += now() - started
+    return seconds
+
+
+def _adapters_off(module: nn.Module) -> bool:
+    layer = next((m for m in module.modules() if isinstance(m, BaseTunerLayer)), None)
+    return layer is not None and bool(layer.disable_adapters)

@@ -1,0 +1,67 @@
+"""etude's side of every measurement: a trainer that takes one iteration when asked."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.bare import record, run_bare
+from benchmarks.parity import compare
+from benchmarks.protocol import peak_bytes, serve
+from etude.config import load_config
+from etude.trainer import Trainer
+
+
+def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
+    """Settings: `recipe` (a name or a YAML file), `overrides`, `work` (where the run directory goes)."""
+    out = tempfile.TemporaryDirectory(dir=settings["work"], prefix="run-")
+    never = 10**6  # evaluation is not part of an iteration: it is never due
+    overrides = [f"iterations={never}", f"evaluation.every={never}", *settings["overrides"]]
+    trainer = Trainer(load_config(settings["recipe"], overrides), Path(out.name))
+    info = {
+        "device": str(trainer.policy.device),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")},
+        "trained_steps": len(trainer.table.trained_steps),
+        "dimensions": trainer.policy.dimensions,
+        "parameters": sum(p.numel() for p in trainer.parameters.values()),
+    }
+    handlers: dict[str, Callable[..., dict[str, Any]]] = {
+        "iterate": lambda: {"seconds": _iterate(trainer)},
+        "overhead": lambda: _overhead(trainer),
+        "memory": lambda: {"peak_bytes": peak_bytes(), "kept": out.name},
+        "parity": lambda path, prompts: compare(trainer, Path(path), prompts),
+    }
+    return info, handlers
+
+
+def _iterate(trainer: Trainer) -> float:
+    """One iteration as a run has it: rollout, decode, rewards, update, metrics and checkpoint on the disk."""
+    started = _now()
+    trainer.iteration += 1
+    trainer._finish_iteration(trainer._iterate())
+    return _now() - started
+
+
+def _overhead(trainer: Trainer) -> dict[str, Any]:
+    """One iteration, then its network calls alone, on the same tensors in the same batches. Seconds."""
+    with record(trainer.policy) as calls:
+        total = _iterate(trainer)
+    bare = run_bare(calls, _now)
+    trainer.prepared.zero_grad()
+    return {"seconds": total, "phases": dict(trainer.seconds), "bare": bare, "calls": len(calls)}
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    serve(start)

@@ -1,0 +1,54 @@
+"""Whether two implementations of DDPO compute the same thing: one rollout of the peer's, scored again by etude.
+
+The peer writes what it sampled and what it made of it (log-probabilities, loss, gradient); etude computes the same from the same
+latents with its own encoder call, path, kernel and objective.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from etude.objectives import ppo_loss
+from etude.rollout import denoise
+from etude.trainer import Trainer
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def compare(trainer: Trainer, path: Path, prompts: list[str]) -> dict[str, float]:
+    """Largest differences between the peer's values in `path` and etude's.
+
+    Returns:
+        `log_prob`: largest absolute difference, in the units of the mean over latent dimensions. `loss`: absolute difference.
+        `gradient`: norm of the difference over the norm. `clipped`: the share of terms where the clip is active, so that a
+        loss which forgot it could not agree.
+    """
+    peer, config = load_file(path), trainer.config
+    conditioning = trainer.policy.encode(prompts)
+    advantages, losses, differences, clipped = peer["advantages"], [], [], []
+    trainer.prepared.zero_grad()
+    for column in range(peer["timesteps"].shape[1]):
+        step = trainer.table.timesteps.tolist().index(int(peer["timesteps"][0, column]))
+        steps = torch.full((len(prompts),), step)
+        transition = denoise(trainer.policy, trainer.table, steps, peer["latents"][:, column], conditioning, config.sampling.guidance_scale)
+        log_prob = transition.log_prob(peer["next_latents"][:, column], config.objective.logprob_reduction)
+        differences.append((log_prob - peer["log_prob"][:, column]).abs().max().item())
+        old = peer["old_log_prob"][:, column]
+        result = ppo_loss(log_prob, old, advantages, trainer.clip_range, config.objective.adv_clip_max)
+        (result.loss / peer["timesteps"].shape[1]).backward()
+        losses.append(result.loss.item())
+        clipped.append(result.clipped.float().mean().item())
+    gradient = torch.cat([_gradient(parameter) for _, parameter in sorted(trainer.parameters.items())])
+    trainer.prepared.zero_grad()
+    return {
+        "log_prob": max(differences),
+        "loss": abs(sum(losses) / len(losses) - peer["loss"].item()),
+        "gradient": ((gradient - peer["gradient"]).norm() / peer["gradient"].norm()).item(),
+        "clipped": sum(clipped) / len(clipped),
+    }
+
+
+def _gradient(parameter: torch.nn.Parameter) -> Tensor:
+    return torch.zeros(parameter.numel()) if parameter.grad is None else parameter.grad.flatten()

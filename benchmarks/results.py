@@ -1,0 +1,133 @@
+"""What a benchmark found: ratios of interleaved measurements, as a table to read and as JSON to keep."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median of the ratios of pairs that were measured one right after the other, and their range."""
+
+    median: float
+    low: float
+    high: float
+    pairs: int
+
+    @classmethod
+    def of(cls, numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
+        """Ratio of pair i = numerators[i] / denominators[i].
+
+        Raises:
+            ValueError: if there is no pair, or the numbers of the two differ.
+        """
+        ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
+        if not ratios:
+            raise ValueError("a ratio needs at least one pair of measurements.")
+        return cls(statistics.median(ratios), min(ratios), max(ratios), len(ratios))
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The one number of a benchmark, and what it should be."""
+
+    name: str
+    ratio: Ratio
+    target: float
+    at_most: bool
+
+    @property
+    def met(self) -> bool:
+        return self.ratio.median <= self.target if self.at_most else self.ratio.median >= self.target
+
+    def __str__(self) -> str:
+        bound = "at most" if self.at_most else "at least"
+        return f"{self.name}: {self.ratio}, target {bound} {self.target:g}: {'met' if self.met else 'missed'}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one benchmark leaves behind.
+
+    Attributes:
+        columns: names of the table's columns.
+        rows: the table, already text.
+        settings: everything that was chosen, the seed included.
+        measurements: every single timing, so that another summary can be made of them.
+        versions: of the libraries on each side.
+    """
+
+    benchmark: str
+    headline: Headline
+    columns: list[str]
+    rows: list[list[str]]
+    settings: dict[str, Any]
+    measurements: dict[str, Any]
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """A plain tree: the fields, plus date, machine and etude's own version."""
+        return {
+            **asdict(self),
+            "headline": {**asdict(self.headline), "met": self.headline.met},
+            "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            "machine": machine(),
+            "etude": version("etude"),
+        }
+
+    def as_markdown(self) -> str:
+        """The table and where it comes from, for the documentation."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        found = self.as_json()
+        where = found["machine"]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        load = " or ".join(dict.fromkeys(f"{one:.1f}" for one in where["load"]))
+        origin = f"{found['date']}, etude {found['etude']}, {where['processor']}, {where['cores']} cores, Python {where['python']}, load {load}"
+        return f"**{self.headline}.**\n\n{table}\n\n{origin}.\n"
+
+    def write(self, directory: Path = RESULTS) -> Path:
+        """`<benchmark>.json` and `<benchmark>.md` in the directory; returns the path of the first."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"{self.benchmark}.json"
+        path.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".md").write_text(self.as_markdown(), encoding="utf-8")
+        return path
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on; `load` is the 1-minute load average, which says whether the machine was quiet."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load": [round(os.getloadavg()[0], 2)],
+    }
+
+
+def milliseconds(values: Sequence[float]) -> str:
+    """The median of timings in seconds, in ms."""
+    return f"{1e3 * statistics.median(values):.1f}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

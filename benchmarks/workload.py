@@ -1,0 +1,95 @@
+"""The pipeline and the reward that both sides of a comparison share.
+
+Imports nothing of etude or TRL, so that both environments can use it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOKENS = 77
+WIDTH = 32
+
+
+def brightness(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
+    """Mean pixel value: a reward that costs nothing. `[n, 3, h, w]` -> float32 `[n]`."""
+    return images.float().flatten(1).mean(dim=1)
+
+
+def save_pipeline(directory: Path, channels: tuple[int, int], latent_size: int, seed: int = 0) -> Path:
+    """A random StableDiffusionPipeline with the scheduler of Stable Diffusion 1.5, as safetensors.
+
+    Args:
+        channels: of the two levels of the UNet; the VAE has the same and halves the resolution once.
+        latent_size: height and width of the latents, which have 4 channels; images are twice that.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    groups = channels[0] // 2
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(
+            block_out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=groups,
+        ),
+        unet=UNet2DConditionModel(
+            sample_size=latent_size,
+            block_out_channels=channels,
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            cross_attention_dim=WIDTH,
+            norm_num_groups=groups,
+        ),
+        **_text(),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(directory)
+    _let_transformers_4_read(directory, pipeline.tokenizer.get_vocab())
+    return directory
+
+
+def _let_transformers_4_read(directory: Path, vocabulary: dict[str, int]) -> None:
+    """Adds what the older library expects, and the newer one understands too: the tokenizer's files, CLIP's weight names."""
+    from safetensors.torch import load_file, save_file
+
+    (directory / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (directory / "tokenizer" / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    weights = directory / "text_encoder" / "model.safetensors"
+    named = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(weights).items()}
+    save_file(named, weights, metadata={"format": "pt"})
+
+
+def _text() -> dict[str, Any]:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=TOKENS)
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokens),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    return {"tokenizer": tokenizer, "text_encoder": encoder}
