@@ -32,7 +32,7 @@ from etude.checkpoint import (
     save_checkpoint,
     truncate_metrics,
 )
-from etude.config import TrainConfig, parse_config
+from etude.config import TrainConfig
 from etude.display import Display, SilentDisplay
 from etude.errors import EtudeError
 from etude.gap import Protocol, summarise
@@ -432,17 +432,3 @@ def _claim_directory(out: Path, resume: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise EtudeError(f"--out '{out}' cannot be made: {error.strerror}.") from error
-
-
-def load_run_config(out: Path) -> TrainConfig:
-    """The resolved configuration that a run directory holds.
-
-    Raises:
-        EtudeError: if there is none, or it is not a configuration of this version.
-    """
-    import yaml
-
-    path = out / "config.yaml"
-    if not path.is_file():
-        raise EtudeError(f"'{out}' holds no config.yaml, so there is no run to resume there.")
-    return parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), f"'{path}'")
