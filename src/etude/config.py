@@ -6,6 +6,7 @@ help says otherwise. Unknown keys are errors. A run writes the resolved tree to 
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator
 from importlib import resources
@@ -69,9 +70,9 @@ class LoraConfig(Section):
 
 class OptimizerConfig(Section):
     learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW betas.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW decay rates of the first and second moments.")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay.")
-    epsilon: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW addition to the denominator, which keeps it from 0.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
 
 
@@ -249,10 +250,11 @@ def _recipes() -> Any:
 
 def _read_tree(source: str) -> tuple[dict[str, Any], str]:
     path = Path(source)
-    if path.suffix in {".yaml", ".yml"} or path.exists():
+    if source not in recipe_names() and (path.suffix in {".yaml", ".yml"} or path.exists()):
         if not path.is_file():
+            problem = "is a directory" if path.is_dir() else "does not exist"
             raise EtudeError(
-                f"recipe file '{source}' does not exist: give a YAML file, or a built-in recipe ({', '.join(recipe_names())})."
+                f"recipe file '{source}' {problem}: give a YAML file, or a built-in recipe ({', '.join(recipe_names())})."
             )
         try:
             text = path.read_text(encoding="utf-8")
@@ -278,7 +280,7 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
     except yaml.YAMLError:
         raise EtudeError(f"--set {item}: '{text}' is not a YAML value; quote it.") from None
     value = _number_like(value)
-    *parents, leaf = key.split(".")
+    *parents, leaf = key.split(".", 1) if key.startswith("rewards.") else key.split(".")  # package.module:function
     for name in parents:
         child = tree.setdefault(name, {})
         if not isinstance(child, dict):
@@ -305,19 +307,25 @@ def _explain(error: ValidationError, place: str) -> EtudeError:
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
-    more = f" ({error.error_count() - 1} more errors)" if error.error_count() > 1 else ""
+    others = error.error_count() - 1
+    where = f"{place} (and {others} more error{'s' if others > 1 else ''} there)" if others else place
     if first["type"] == "extra_forbidden":
-        section = ".".join(location[:-1])
-        named = unknown(
-            f"key in section '{section}' of {place}" if section else f"key in {place}",
-            location[-1],
-            _keys(location[:-1]),
-        )
-        return EtudeError(f"{named}{more}")
+        return EtudeError(f"{where}: {_unknown_key(location)}")
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     at = f"{key} = {first['input']!r}" if key and not isinstance(first["input"], dict) else key
-    return EtudeError(f"{place}: {at + ': ' if at else ''}{message}.{more}")
+    return EtudeError(f"{where}: {at + ': ' if at else ''}{message}.")
+
+
+def _unknown_key(location: list[str]) -> str:
+    """Says which key is meant: the one of that name in another section, else the nearest in this one."""
+    asked, section = ".".join(location), location[:-1]
+    siblings = [".".join([*section, name]) for name in _keys(section)]
+    everywhere = [key for key, _, _ in describe_fields()]
+    near = [key for key in everywhere if key.rpartition(".")[2] == location[-1]]
+    near = near or difflib.get_close_matches(asked, siblings, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"unknown key '{asked}': {hint}the keys there are {', '.join(siblings)}."
 
 
 def _keys(section: list[str]) -> list[str]:

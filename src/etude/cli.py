@@ -1,0 +1,396 @@
+"""The command line. It parses, reports errors as one sentence, and calls the library; nothing heavy is imported to show help."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from etude.cli_errors import CommandGroup, UsageError, remember_debug
+from etude.errors import EtudeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from etude.config import TrainConfig
+
+
+def main() -> None:
+    """The `etude` program."""
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+    app(prog_name="etude")
+
+
+app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 success, 1 failure, 2 misuse, 130 interrupted. Errors are one sentence on stderr.",
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from etude import __version__
+
+        typer.echo(f"etude {__version__}")
+        raise typer.Exit
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=remember_debug)]
+Model = Annotated[
+    str, typer.Argument(help="Embedded name (`etude models`), diffusers directory or hub id.", show_default=False)
+]
+Lora = Annotated[Path | None, typer.Option(help="Adapter that a run exported, for example runs/first/lora.")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 switches it off.")]
+Kernel = Annotated[str, typer.Option(help="Kernel of the stochastic sampler: gddim (any eta) or ddim.")]
+Seed = Annotated[int, typer.Option(min=0, help="Keys the noise; the same seed gives the same images.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune text-to-image models with a stochastic sampler at any eta, ship the ODE sampler, and know the reward gap.
+
+    A first run on a laptop: `etude train emoji-ddpo --out runs/first`
+    """
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Built-in name (`etude recipes`) or YAML file.", show_default=False)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change one key; may be repeated. `etude recipes --keys` lists them."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run directory, new or empty. Default: `runs/<recipe>-<time>`.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress and no summary.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a model on a reward and measure the ODE reward and the gap as it trains.
+
+    The run directory gets metrics.jsonl, config.yaml (which reproduces the run), checkpoints, the LoRA, before / after
+    samples and report.html. A run that was killed continues with --resume and ends bit for bit where it would have ended;
+    RECIPE may then be left out.
+
+    Examples:
+
+    `etude train emoji-ddpo --set sampling.eta=1.2 --set seed=1 --out runs/first`
+
+    `etude train --resume --out runs/first`
+    """
+    config, directory = _prepare_run(recipe, overrides or [], out, resume)
+    with _heavy_imports():
+        from etude.display import SilentDisplay, TrainingDisplay
+        from etude.trainer import Trainer
+    silent = quiet or os.environ.get("RANK", "0") != "0"
+    display = SilentDisplay() if silent else TrainingDisplay(config, config.iterations)
+    Trainer(config, out=directory, resume=resume, display=display).train()
+    if not silent:
+        typer.echo(f"run: {directory}\nreport: {directory / 'report.html'}")
+
+
+def _prepare_run(recipe: str | None, overrides: list[str], out: Path | None, resume: bool) -> tuple[TrainConfig, Path]:
+    from etude.config import load_config
+
+    if resume:
+        if out is None:
+            raise UsageError("--resume needs --out, the directory of the run to continue")
+        return _resumed_config(recipe, overrides, out), out
+    if recipe is None:
+        raise UsageError("give a RECIPE: a name that `etude recipes` lists, or a YAML file")
+    if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes need --out, since each would choose a directory of its own")
+    return load_config(recipe, overrides), out or Path("runs", f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _resumed_config(recipe: str | None, overrides: list[str], out: Path) -> TrainConfig:
+    """The configuration of the run in `out`; what the user gave beside it must agree with it."""
+    from etude.config import load_config
+
+    stored = out / "config.yaml"
+    if not stored.is_file():
+        if recipe is not None and (not out.exists() or not any(out.iterdir())):
+            typer.echo(f"nothing to resume in '{out}': starting the run there.", err=True)
+            return load_config(recipe, overrides)
+        raise EtudeError(
+            f"--out '{out}' holds no config.yaml, so there is no run to resume: check the directory, "
+            "or give a RECIPE and a new or empty directory to start one."
+        )
+    config = load_config(str(stored))
+    wanted = load_config(recipe if recipe is not None else str(stored), overrides)
+    for (key, old), (_, new) in zip(_leaves(config.model_dump()), _leaves(wanted.model_dump()), strict=True):
+        if old != new:
+            raise EtudeError(
+                f"--resume: {key} is {old!r} in '{stored}' but {new!r} in what was given: continue that run with "
+                f"`etude train --resume --out {out}`, or start another one in another --out."
+            )
+    return config
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value); the weights of the rewards are one value, since their names differ between runs."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and key != "rewards":
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Recipe to print.", show_default=False)] = None,
+    keys: Annotated[
+        bool, typer.Option("--keys", help="List every configuration key, its default and meaning.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """List the built-in recipes, or print one as YAML to start your own from.
+
+    Example: `etude recipes emoji-ddpo > mine.yaml`
+    """
+    from etude.config import describe_fields, recipe_names, recipe_text
+
+    if keys:
+        for key, default, text in describe_fields():
+            typer.echo(f"{key} = {default!r}\n    {text}")
+    elif name is not None:
+        typer.echo(recipe_text(name), nl=False)
+    else:
+        for recipe in recipe_names():
+            comment = re.match(r"#\s*(.*)", recipe_text(recipe))
+            typer.echo(f"{recipe:<16}{comment[1] if comment else ''}")
+
+
+@app.command()
+def gap(
+    model: Model,
+    lora: Lora = None,
+    eta: Annotated[
+        list[float] | None, typer.Option(help="Stochasticity compared with the ODE; may be repeated. Default: 1.2.")
+    ] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Denoising steps; may be repeated. Default: 20.")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="Name or module:function; may be repeated. Default: alignment.")
+    ] = None,
+    prompts: Annotated[str, typer.Option(help="Text file with one prompt per line, or a built-in set.")] = "emoji-eval",
+    samples: Annotated[int, typer.Option(help="Images per sampler, spread over the prompts; at least 2.")] = 128,
+    guidance: Guidance = 5.0,
+    kernel: Kernel = "gddim",
+    seed: Seed = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write the numbers and the settings to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure the reward gap of any model, E r(ODE) - E r(SDE at eta), paired on prompt and noise, with 95 % intervals.
+
+    With --lora the improvement of the adapter over the base model, both under the ODE, is measured too.
+
+    Example: `etude gap emoji-sd --lora runs/first/lora --eta 0.5 --eta 1.2 --reward alignment --json gap.json`
+    """
+    _check_target(json, "--json")
+    with _heavy_imports():
+        from etude.checkpoint import atomic_write_text
+        from etude.gap import reward_gap
+    with _progress("sampling") as (start, step):
+        report = reward_gap(
+            model,
+            lora=lora,
+            etas=eta,
+            steps=steps,
+            rewards=reward,
+            prompts=prompts,
+            num_images=samples,
+            guidance_scale=guidance,
+            kernel=_known_kernel(kernel),
+            seed=seed,
+            on_start=start,
+            on_step=step,
+        )
+    from etude.display import make_console
+
+    make_console().print(_gap_table(report.rows))
+    if json is not None:
+        atomic_write_text(json, report.to_json())
+
+
+def _gap_table(rows: list[dict[str, Any]]) -> Table:
+    from rich.table import Table
+
+    from etude.statistics import format_interval
+
+    quantities = [q for q in ("ode", "sde", "gap", "improvement") if q in rows[0]]
+    titles = {"ode": "ODE", "sde": "SDE", "gap": "gap (ODE - SDE)", "improvement": "improvement (ODE)"}
+    caption = "means with 95 % intervals, clustered by prompt"
+    table = Table("steps", "eta", "reward", *(titles[q] for q in quantities), "pairs", box=None, caption=caption)
+    for row in rows:
+        cells = [
+            format_interval(row[q]["mean"], row[q]["low"], row[q]["high"], signed=q in {"gap", "improvement"})
+            for q in quantities
+        ]
+        table.add_row(str(row["num_steps"]), f"{row['eta']:g}", row["reward"], *cells, str(row["gap"]["n"]))
+    return table
+
+
+@app.command()
+def sample(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option(help="What to draw; may be repeated.", show_default=False)],
+    lora: Lora = None,
+    eta: Annotated[
+        list[float] | None, typer.Option(help="Stochasticity; repeated, one row each. Default: 0, the ODE.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps of every sampler.")] = 20,
+    guidance: Guidance = 5.0,
+    kernel: Kernel = "gddim",
+    seed: Seed = 0,
+    images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("sample.png"),
+    debug: Debug = False,
+) -> None:
+    """Draw images with the ODE or at any eta; several images make a grid.
+
+    Every --eta is a row that starts from the same noise, so a column shows what stochasticity alone changes.
+
+    Example: `etude sample emoji-sd --prompt "red heart" --prompt pizza --eta 0 --eta 1.2 --out grid.png`
+    """
+    _check_target(out, "--out")
+    with _heavy_imports():
+        import torch
+
+        from etude.checkpoint import atomic_write_bytes
+        from etude.policies import load_policy
+        from etude.report.grids import image_grid
+        from etude.sampling import make_plan, sample_images
+    etas = eta or [0.0]
+    plans = [make_plan(_known_kernel(kernel), value, steps) for value in etas]
+    policy = load_policy(model, lora)
+    captions = [text for text in prompt for _ in range(images)]
+    with _progress("sampling") as (start, step):
+        start(len(captions) * len(plans) * steps)
+        drawn = torch.cat([sample_images(policy, captions, plan, guidance, seed, on_step=step) for plan in plans])
+    labels = [f"{text}, eta {value:g}" if value else f"{text}, ODE" for value in etas for text in captions]
+    buffer = io.BytesIO()
+    alone = len(drawn) == 1
+    image_grid(drawn, len(captions), labels=None if alone else labels).save(buffer, format="PNG")
+    atomic_write_bytes(out, buffer.getvalue())
+    typer.echo(str(out))
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="Run directory, finished or not.", show_default=False)],
+    debug: Debug = False,
+) -> None:
+    """Rebuild report.html of a run from what its directory holds.
+
+    Example: `etude report runs/first`
+    """
+    with _heavy_imports():
+        from etude.report import write_report
+    typer.echo(str(write_report(directory)))
+
+
+@app.command()
+def models(debug: Debug = False) -> None:
+    """List the embedded models: what they are, their data, licences and quality figures.
+
+    Example: `etude models`
+    """
+    import yaml
+
+    from etude import zoo
+
+    cards = zoo.models()
+    if not cards:
+        raise EtudeError("this installation holds no embedded models: reinstall etude, or give a diffusers directory.")
+    typer.echo(
+        "\n".join(yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=110) for card in cards), nl=False
+    )
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def theory(ctx: typer.Context) -> None:
+    """Closed forms, finite-step laws and bounds of the reward gap; `etude theory --help` lists them."""
+    with _heavy_imports():
+        from etude.theory.cli import app as theory_app
+    arguments = [argument for argument in ctx.args if argument != "--debug"]
+    remember_debug(ctx, len(arguments) < len(ctx.args))
+    command = typer.main.get_command(theory_app)
+    raise typer.Exit(command.main(args=arguments, prog_name="etude theory", standalone_mode=False) or 0)
+
+
+def _known_kernel(name: str) -> str:
+    from etude.errors import unknown
+    from etude.sampling import KERNELS
+
+    if name not in KERNELS:
+        raise unknown("kernel", name, KERNELS)
+    return name
+
+
+def _check_target(path: Path | None, option: str) -> None:
+    """Finds out before the work whether its result can be written."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise EtudeError(f"{option} '{path}' is a directory: give a file.")
+    if not path.parent.is_dir():
+        raise EtudeError(f"{option} '{path}': the directory '{path.parent}' does not exist, make it first.")
+
+
+@contextmanager
+def _heavy_imports() -> Iterator[None]:
+    """Says on a terminal that something happens while torch loads, and quiets what it brings along."""
+    from etude.display import make_console
+
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # its advice on optional packages is not about this command
+    console = make_console(stderr=True)
+    with console.status("loading") if console.is_terminal else nullcontext():
+        yield
+    for library in ("diffusers", "transformers"):  # their bars are for loading from the disk; downloads keep theirs
+        if logging := sys.modules.get(f"{library}.utils.logging"):
+            logging.disable_progress_bar()
+    if hub := sys.modules.get("huggingface_hub.utils"):
+        hub.enable_progress_bars()
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[tuple[Any, Any]]:
+    """A bar on stderr where that is a terminal; yields what to call with the total and with each advance."""
+    from rich.progress import Progress
+
+    from etude.display import make_console
+
+    console = make_console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda total: bar.update(task, total=total), lambda n: bar.advance(task, n)

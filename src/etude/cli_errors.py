@@ -1,0 +1,80 @@
+"""How the command line fails: one sentence on stderr and an exit code, a traceback only with --debug."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from etude.errors import EtudeError
+
+# typer carries a copy of click in some versions and imports it in others, so these are taken from what it exports.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+_DEBUG = "etude.debug"
+
+
+class CommandGroup(TyperGroup):
+    """Turns every failure into one sentence on stderr: exit code 2 for misuse, 130 for Ctrl-C, 1 for the rest."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Parses and runs; exits with the code."""
+        if not options.get("standalone_mode", True):
+            return super().main(*args, **options)
+        options["standalone_mode"] = False
+        try:
+            result = super().main(*args, **options)
+        except _ClickException as error:
+            result = _usage_error(error)
+        except typer.Abort:
+            result = 1
+        raise SystemExit(result if isinstance(result, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, _ClickException, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            complain("interrupted; what was saved stays, and `etude train --resume --out DIR` continues a run.")
+            raise typer.Exit(130) from None
+        except EtudeError as error:
+            _fail(ctx, str(error))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            _fail(ctx, f"unexpected {type(error).__name__} ({reason}): this is a defect, --debug shows where it arose.")
+
+
+def remember_debug(ctx: typer.Context, value: bool) -> None:
+    """The callback of --debug, wherever on the command line it stands."""
+    if value:
+        ctx.meta[_DEBUG] = True
+
+
+def complain(message: str) -> None:
+    """One sentence on stderr."""
+    typer.secho("error: ", fg="red", err=True, nl=False)
+    typer.echo(message, err=True)
+
+
+def _fail(ctx: Any, message: str) -> NoReturn:
+    if ctx.meta.get(_DEBUG):
+        traceback.print_exc()
+    complain(message)
+    raise typer.Exit(1) from None
+
+
+def _usage_error(error: Any) -> int:
+    """Says a misuse in one sentence that ends with where to read on; returns the exit code."""
+    from pydantic import ValidationError
+
+    message = " ".join(error.format_message().split()).rstrip(".")
+    path = error.ctx.command_path if getattr(error, "ctx", None) is not None else "etude"
+    if isinstance(error.__cause__, ValidationError):  # newer versions of typer leave out the value
+        message += f", not {error.__cause__.errors()[0]['input']!r}"
+    if message:  # there is none where the help was shown for want of a command
+        complain(f"{message[:1].lower()}{message[1:]} (see `{path} --help`).")
+    return int(error.exit_code)

@@ -1,0 +1,291 @@
+"""The command line teaches, fails in one sentence with the right exit code, and passes on what it was given."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from etude.cli import app
+from etude.config import TrainConfig, load_config
+from etude.display import SilentDisplay, TrainingDisplay
+from tiny import save_stable_diffusion
+
+COMMANDS = ["train", "recipes", "gap", "sample", "report", "models"]
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="etude")
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def sentence(result: Result, code: int) -> str:
+    """The one line on stderr of a command that failed."""
+    assert result.exit_code == code, result.output
+    lines = [line for line in plain(result.stderr).splitlines() if line]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+class FakeTrainer:
+    """Remembers what the command line made of its arguments."""
+
+    made: Any
+
+    def __init__(self, config: TrainConfig, **options: Any) -> None:
+        type(self).made = (config, options)
+
+    def train(self) -> dict[str, Any]:
+        return {}
+
+
+@pytest.fixture
+def trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeTrainer]:
+    module = types.ModuleType("etude.trainer")
+    module.Trainer = FakeTrainer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "etude.trainer", module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return FakeTrainer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_stable_diffusion(tmp_path_factory.mktemp("model") / "sd")
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom etude.cli import main\nsys.argv = ['etude', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'scipy', 'matplotlib', 'PIL', 'pydantic', 'etude.theory'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"
+    for command in [*COMMANDS, "theory"]:
+        assert f" {command} " in result.stdout
+    for later in ("study", "advise", "serve"):
+        assert later not in result.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example_and_explains_every_option(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    text = plain(result.stdout)
+    assert f"etude {command}" in text.split("Example", 1)[1]
+    assert "--debug" in text
+    options = re.findall(r"^│[ *]+(--[a-z]+) .*  (\S.*?) *│$", text, flags=re.MULTILINE)
+    assert options
+    assert [option for option, words in options if len(words.split()) < 3] == []
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    from etude import __version__
+
+    assert run("--version").stdout == f"etude {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["trian"], ["'trian'", "'train'", "(see `etude --help`)"]),
+        (["train"], ["give a RECIPE", "(see `etude train --help`)"]),
+        (["train", "emoji-ddpo", "--resume"], ["--resume needs --out"]),
+        (["train", "emoji-ddpo", "--uot", "x"], ["--uot", "--out"]),
+        (["train", "emoji-ddpo", "extra"], ["extra"]),
+        (["gap"], ["model"]),
+        (["gap", "emoji-sd", "--eta", "much"], ["--eta", "'much'"]),
+        (["sample", "emoji-sd"], ["--prompt"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--images", "0"], ["--images", "0"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--seed", "-1"], ["--seed", "-1"]),
+        (["report"], ["directory"]),
+    ],
+)
+def test_misuse_is_one_sentence_and_exit_code_2(arguments: list[str], parts: list[str]) -> None:
+    message = sentence(run(*arguments), 2)
+    assert [part for part in parts if part.lower() not in message.lower()] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["train", "emoji-dpo"], ["unknown recipe 'emoji-dpo'", "did you mean 'emoji-ddpo'"]),
+        (["train", "absent.yaml"], ["'absent.yaml' does not exist"]),
+        (["train", "emoji-ddpo", "--set", "sampling.eat=1"], ["'sampling.eat'", "did you mean 'sampling.eta'"]),
+        (["train", "emoji-ddpo", "--set", "sampling.eta=-0.5"], ["sampling.eta = -0.5"]),
+        (["train", "emoji-ddpo", "--set", "sampling.num_steps=0"], ["sampling.num_steps = 0"]),
+        (["recipes", "sd15"], ["unknown recipe 'sd15'", "sd15-ddpo"]),
+        (["gap", "emoji-sd", "--json", "absent/gap.json"], ["'absent' does not exist"]),
+        (["gap", "emoji-sd", "--json", "."], ["--json '.' is a directory"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--out", "absent/x.png"], ["--out", "'absent' does not exist"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--kernel", "gdim"], ["unknown kernel 'gdim'", "'gddim'"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--eta", "-1"], ["-1"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--eta", "nan"], ["nan"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--steps", "0"], ["0"]),
+        (["report", "absent"], ["absent"]),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_1(
+    arguments: list[str], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = sentence(run(*arguments), 1)
+    assert [part for part in parts if part not in message] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_to_a_real_model_is_one_sentence(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    for arguments, part in [
+        (["--reward", "colourfulness"], "did you mean 'colorfulness'"),
+        (["--reward", "colorfulness", "--eta", "-2"], "-2"),
+        (["--reward", "colorfulness", "--samples", "1"], "at least 2"),
+        (["--reward", "colorfulness", "--prompts", tmp_path / "empty.txt"], "holds no prompt"),
+        (["--reward", "colorfulness", "--lora", tmp_path / "absent"], "absent"),
+    ]:
+        assert part in sentence(run("gap", model, *arguments), 1)
+
+
+def test_debug_adds_the_traceback_wherever_it_stands() -> None:
+    for arguments in (["--debug", "recipes", "absent"], ["recipes", "absent", "--debug"]):
+        result = run(*arguments)
+        assert result.exit_code == 1
+        assert "Traceback" in result.stderr
+        assert plain(result.stderr).splitlines()[-1].startswith("error: unknown recipe 'absent'")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "part"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("out of\nmemory"), 1, "unexpected RuntimeError (out of memory): this is a defect, --debug shows"),
+    ],
+)
+def test_an_interrupt_or_a_defect_is_one_sentence(
+    trainer: type[FakeTrainer], monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, part: str
+) -> None:
+    def fail(self: FakeTrainer) -> None:
+        raise raised
+
+    monkeypatch.setattr(trainer, "train", fail)
+    assert part in sentence(run("train", "emoji-ddpo", "--quiet"), code)
+
+
+def test_recipes_prints_the_file_that_train_takes(tmp_path: Path) -> None:
+    listing = run("recipes").stdout
+    assert "emoji-ddpo " in listing
+    assert "sd15-ddpo " in listing
+    file = tmp_path / "mine.yaml"
+    file.write_text(run("recipes", "emoji-ddpo").stdout)
+    assert load_config(str(file)) == load_config("emoji-ddpo")
+    keys = run("recipes", "--keys").stdout
+    assert "objective.clip_nats = None\n" in keys
+
+
+def test_train_passes_on_what_it_was_given(trainer: type[FakeTrainer]) -> None:
+    result = run("train", "emoji-ddpo", "--set", "seed=3", "--set", "sampling.eta=0.5", "--out", "runs/a")
+    assert result.exit_code == 0
+    config, options = trainer.made
+    assert config == load_config("emoji-ddpo", ["seed=3", "sampling.eta=0.5"])
+    assert options["out"] == Path("runs/a")
+    assert options["resume"] is False
+    assert isinstance(options["display"], TrainingDisplay)
+    assert "report: runs/a/report.html" in result.stdout
+
+
+def test_a_quiet_run_prints_nothing(trainer: type[FakeTrainer]) -> None:
+    result = run("train", "emoji-ddpo", "--quiet")
+    assert result.output == ""
+    assert isinstance(trainer.made[1]["display"], SilentDisplay)
+    assert re.fullmatch(r"runs/emoji-ddpo-\d{8}-\d{6}", str(trainer.made[1]["out"]))
+
+
+def test_only_the_first_of_several_processes_prints(
+    trainer: type[FakeTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert run("train", "emoji-ddpo", "--out", "runs/a").output == ""
+    assert "several processes need --out" in sentence(run("train", "emoji-ddpo"), 2)
+
+
+def stored(directory: Path, *overrides: str) -> TrainConfig:
+    config = load_config("emoji-ddpo", list(overrides))
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    return config
+
+
+def test_a_resumed_run_takes_its_own_configuration(trainer: type[FakeTrainer], tmp_path: Path) -> None:
+    config = stored(tmp_path / "a", "seed=7", "sampling.eta=0.8")
+    for arguments in ([], ["emoji-ddpo", "--set", "seed=7", "--set", "sampling.eta=0.8"], ["--set", "seed=7"]):
+        result = run("train", *arguments, "--out", "a", "--resume", "--quiet")
+        assert result.exit_code == 0, result.output
+        assert trainer.made == (config, trainer.made[1])
+        assert trainer.made[1]["resume"] is True
+
+
+def test_a_resumed_run_that_would_differ_names_the_first_key(trainer: type[FakeTrainer], tmp_path: Path) -> None:
+    stored(tmp_path / "a", "seed=7")
+    message = sentence(run("train", "--set", "sampling.eta=3", "--set", "lora.rank=1", "--out", "a", "--resume"), 1)
+    assert "sampling.eta is 1.2 in 'a/config.yaml' but 3.0" in message
+    message = sentence(run("train", "emoji-ddpo", "--out", "a", "--resume"), 1)
+    assert "seed is 7" in message
+    message = sentence(run("train", "--set", "rewards.colorfulness=1", "--out", "a", "--resume"), 1)
+    assert "rewards is {'alignment': 1.0}" in message
+
+
+def test_resuming_nothing_is_said(trainer: type[FakeTrainer], tmp_path: Path) -> None:
+    assert "no run to resume" in sentence(run("train", "--out", "absent", "--resume"), 1)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert "no run to resume" in sentence(run("train", "emoji-ddpo", "--out", "mine", "--resume"), 1)
+    result = run("train", "emoji-ddpo", "--out", "new", "--resume", "--quiet")
+    assert result.exit_code == 0
+    assert "nothing to resume in 'new': starting the run there" in result.stderr
+
+
+def test_gap_prints_and_writes_the_same_numbers(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("red heart\npizza\n")
+    target = tmp_path / "gap.json"
+    result = run(
+        "gap", model, "--eta", 0, "--eta", 1.2, "--steps", 3, "--reward", "colorfulness", "--samples", 4,
+        "--prompts", tmp_path / "prompts.txt", "--json", target,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads(target.read_text())["rows"]
+    assert [(row["eta"], row["num_steps"]) for row in rows] == [(0, 3), (1.2, 3)]
+    assert rows[0]["gap"]["mean"] == rows[0]["gap"]["low"] == rows[0]["gap"]["high"] == 0
+    assert len([line for line in result.stdout.splitlines() if " colorfulness " in line]) == 2
+    assert "0 [0, 0]" in result.stdout
+
+
+def test_sample_draws_a_row_for_every_eta(model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "x.png"
+    result = run("sample", model, "--prompt", "a", "--steps", 2, "--out", target)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{target}\n"
+    with Image.open(target) as one:
+        small = one.size
+    arguments = ["--prompt", "a", "--prompt", "b", "--images", 2, "--eta", 0, "--eta", 1, "--eta", 2]
+    assert run("sample", model, *arguments, "--steps", 2, "--out", target).exit_code == 0
+    with Image.open(target) as grid:
+        assert grid.size[0] > 4 * small[0]
+        assert grid.size[1] > 3 * small[1]
+    assert list(tmp_path.iterdir()) == [target]
