@@ -7,7 +7,9 @@ from etude.theory.estimate import Estimate
 from etude.theory.finite_step import ScoreError, finite_step_law
 from etude.theory.gap import GapSplit, gap_split, improvement, reward_gap
 from etude.theory.levels import Levels, levels
+from etude.theory.mixture import mixture_gap, simulated
 from etude.theory.paths import VE, VP, Path, RectifiedFlow
+from etude.theory.rates import Rate, fit_rate, own_error_rates, rates
 from etude.theory.rewards import LipschitzReward, QuadraticReward
 from etude.theory.targets import Gaussian, GaussianMixture
 from etude.theory.terminal import terminal_law
@@ -24,15 +26,21 @@ __all__ = [
     "LipschitzReward",
     "Path",
     "QuadraticReward",
+    "Rate",
     "RectifiedFlow",
     "ScoreError",
     "critical_beta",
     "finite_step_law",
+    "fit_rate",
     "gap_split",
     "improvement",
     "kl",
     "levels",
+    "mixture_gap",
+    "own_error_rates",
+    "rates",
     "reward_gap",
+    "simulated",
     "terminal_law",
     "tilt",
     "w2",

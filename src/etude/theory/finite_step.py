@@ -101,7 +101,9 @@ def _ddim(s_u: Array, theta: Array, eta: Array) -> tuple[Array, Array]:
 
 def _euler_maruyama(a_t: Array, s_t: Array, a_u: Array, theta: Array, eta: Array) -> tuple[Array, Array]:
     if np.any(a_t == 0):
-        raise EtudeError("Euler-Maruyama cannot step from a = 0 (infinite noise level): start the grid at an a above 0.")
+        raise EtudeError(
+            "Euler-Maruyama cannot step from a = 0 (infinite noise level): start the grid at an a above 0."
+        )
     v_t = s_t / a_t
     return a_u * v_t * (1.0 - (1.0 + eta**2) * (1.0 - theta)), (a_u * eta * v_t) ** 2 * (1.0 - theta**2)
 
@@ -144,7 +146,9 @@ def transfer(
     if not score_error:
         return A, np.zeros_like(A), np.broadcast_to(noise, A.shape)
     if np.any(a == 0):
-        raise EtudeError("a noise-prediction error is not defined at a = 0, where x0_hat = (x - s eps_hat)/a: start above it.")
+        raise EtudeError(
+            "a noise-prediction error is not defined at a = 0, where x0_hat = (x - s eps_hat)/a: start above it."
+        )
     lever = eps - x0 * s / a
     bias = target.to_eigen(np.broadcast_to(array(score_error.bias, "the score error's bias"), (target.d,)))
     return (

@@ -1,7 +1,7 @@
 """The reward gap and the improvement of a target, in continuous time or with N steps, and what the gap is made of.
 
-    reward gap  = E r(ODE samples) - E r(SDE_eta samples)      of one target (the tuned model)
-    improvement = E r(ODE samples of p*) - E r(ODE samples of p_ref),     p* ∝ p_ref exp(r / beta)
+reward gap  = E r(ODE samples) - E r(SDE_eta samples)      of one target (the tuned model)
+improvement = E r(ODE samples of p*) - E r(ODE samples of p_ref),     p* ∝ p_ref exp(r / beta)
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import numpy as np
 
 from etude.theory.arrays import Array, Numbers, nonnegative
 from etude.theory.finite_step import ScoreError, finite_step_law
+from etude.theory.gap_types import Reward
 from etude.theory.levels import Levels, levels
+from etude.theory.mixture import mixture_gap, mixture_improvement
 from etude.theory.paths import Path, Start, as_path
-from etude.theory.rewards import LipschitzReward, QuadraticReward
+from etude.theory.rewards import QuadraticReward
 from etude.theory.targets import Gaussian, GaussianMixture
 from etude.theory.terminal import contraction, gaussian, law_in_y
 from etude.theory.tilt import tilt
-
-Reward = QuadraticReward | LipschitzReward
 
 
 def reward_gap(
@@ -39,8 +39,6 @@ def reward_gap(
     numerical error on the line and a 95 % interval in d > 1 (`mixture_gap` says more and takes the options).
     """
     if isinstance(target, GaussianMixture):
-        from etude.theory.mixture import mixture_gap
-
         return mixture_gap(target, path, reward, eta, steps=steps, spacing=spacing, kernel=kernel)
     target = gaussian(target, "reward_gap")
     if steps is None and is_path(path):
@@ -116,8 +114,6 @@ def improvement(
     """
     tuned = tilt(target, reward, beta)
     if isinstance(target, GaussianMixture):
-        from etude.theory.mixture import mixture_improvement
-
         return mixture_improvement(target, tuned, path, reward, steps=steps, spacing=spacing)
     rewards = [reward.expected(ode_law(law, path, steps, spacing)) for law in (tuned, target)]
     return rewards[0] - rewards[1]

@@ -134,7 +134,9 @@ def _from_table(alphas_cumprod: Array, steps: int, spacing: str) -> Levels:
 def _top(path: Path) -> Array:
     v = path.v(path.end)
     if not np.all(np.isfinite(v)):
-        raise EtudeError("this path starts at a = 0, where log(s/a) is infinite: use spacing 'trailing' or a delta above 0.")
+        raise EtudeError(
+            "this path starts at a = 0, where log(s/a) is infinite: use spacing 'trailing' or a delta above 0."
+        )
     return v
 
 

@@ -119,7 +119,9 @@ class LipschitzReward:
         x = np.asarray(x, dtype=np.float64)
         value = np.asarray(self.function(x), dtype=np.float64)
         if value.shape not in (x.shape, x.shape[:-1]):
-            raise EtudeError(f"the reward returned shape {value.shape} for points {x.shape}: return one value per point.")
+            raise EtudeError(
+                f"the reward returned shape {value.shape} for points {x.shape}: return one value per point."
+            )
         return value
 
     def expected(self, law: Gaussian | GaussianMixture) -> Any:

@@ -40,7 +40,9 @@ class Gaussian:
         self.on_line = mean.ndim == 0 and cov.ndim == 0
         d = max(mean.size, cov.shape[-1] if cov.ndim else 1)
         if mean.size not in (1, d) or (cov.ndim and cov.shape != (d,) * cov.ndim):
-            raise EtudeError(f"the mean has {mean.size} entries but the covariance has shape {cov.shape}: make them agree.")
+            raise EtudeError(
+                f"the mean has {mean.size} entries but the covariance has shape {cov.shape}: make them agree."
+            )
         self.mu = np.broadcast_to(mean, (d,)).copy()
         if cov.ndim < 2:
             self.basis, spectrum = None, np.broadcast_to(cov, (d,)).copy()
@@ -157,7 +159,9 @@ class GaussianMixture:
         keep = w > 0
         parts = [Gaussian(mk, ck) for mk, ck in zip(m[keep], c[keep], strict=True)]
         if any(part.spectrum.min() <= 0 for part in parts):
-            raise EtudeError("a component has a variance of 0: give every component of a mixture a positive covariance.")
+            raise EtudeError(
+                "a component has a variance of 0: give every component of a mixture a positive covariance."
+            )
         self.weights, self.components = w[keep] / w.sum(), parts
 
     @classmethod

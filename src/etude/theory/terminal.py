@@ -53,7 +53,9 @@ def terminal_law(target: Gaussian, path: Path | str, eta: Numbers, t_stop: Numbe
     path = as_path(path)
     stop = np.asarray(path.time(t_stop))
     if np.any(stop >= path.end):
-        raise EtudeError(f"t_stop is {float(np.max(stop)):g}, but the path starts at {float(np.min(path.end)):g}: stop below it.")
+        raise EtudeError(
+            f"t_stop is {float(np.max(stop)):g}, but the path starts at {float(np.min(path.end)):g}: stop below it."
+        )
     a, s = path.a(stop), path.s(stop)
     law = law_in_y(target, path.start(), eta, (s / a) ** 2)
     return Gaussian.from_spectrum(law.mu * a[..., None], law.spectrum * a[..., None] ** 2, target)
@@ -64,4 +66,6 @@ def gaussian(target: Gaussian | GaussianMixture, what: str) -> Gaussian:
     if isinstance(target, Gaussian):
         target.single(what)
         return target
-    raise EtudeError(f"{what} is closed form for a Gaussian target only, got {type(target).__name__}: use reward_gap for mixtures.")
+    raise EtudeError(
+        f"{what} is closed form for a Gaussian target only, got {type(target).__name__}: use reward_gap for mixtures."
+    )

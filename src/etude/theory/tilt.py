@@ -39,9 +39,7 @@ def critical_beta(target: Gaussian | GaussianMixture, reward: QuadraticReward) -
     return max(0.0, -2.0 * float(np.linalg.eigvalsh(_curvature(target, reward)).min()))
 
 
-def tilt(
-    target: Gaussian | GaussianMixture, reward: QuadraticReward, beta: float
-) -> TiltedGaussian | TiltedMixture:
+def tilt(target: Gaussian | GaussianMixture, reward: QuadraticReward, beta: float) -> TiltedGaussian | TiltedMixture:
     """The law proportional to target(x) exp(reward(x) / beta), with its `.log_normalizer`.
 
     Raises EtudeError where it does not exist (a reward that rises faster than the target falls), naming the eigenvalue and
@@ -49,7 +47,9 @@ def tilt(
     """
     strength = float(positive(beta, "beta"))
     if not isinstance(reward, QuadraticReward):
-        raise EtudeError(f"tilt needs a QuadraticReward, got {type(reward).__name__}: the optimum is closed form only there.")
+        raise EtudeError(
+            f"tilt needs a QuadraticReward, got {type(reward).__name__}: the optimum is closed form only there."
+        )
     if isinstance(target, GaussianMixture):
         return _tilt_mixture(target, reward, strength)
     return _tilt_gaussian(target, reward, strength)
