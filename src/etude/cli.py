@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -106,6 +105,7 @@ def train(
     """
     config, directory = _prepare_run(recipe, overrides or [], out, resume)
     with _heavy_imports():
+        _quiet_libraries()
         from etude.display import SilentDisplay, TrainingDisplay
         from etude.trainer import Trainer
     silent = quiet or os.environ.get("RANK", "0") != "0"
@@ -214,6 +214,7 @@ def gap(
     """
     _check_target(json, "--json")
     with _heavy_imports():
+        _quiet_libraries()
         from etude.checkpoint import atomic_write_text
         from etude.gap import reward_gap
     with _progress("sampling") as (start, step):
@@ -280,6 +281,7 @@ def sample(
     """
     _check_target(out, "--out")
     with _heavy_imports():
+        _quiet_libraries()
         import torch
 
         from etude.checkpoint import atomic_write_bytes
@@ -367,20 +369,25 @@ def _check_target(path: Path | None, option: str) -> None:
 
 @contextmanager
 def _heavy_imports() -> Iterator[None]:
-    """Says on a terminal that something happens while torch loads, and quiets what it brings along."""
+    """Says on a terminal that something happens while torch loads."""
     from etude.display import make_console
 
-    os.environ.setdefault(
-        "TRANSFORMERS_VERBOSITY", "error"
-    )  # its advice on optional packages is not about this command
     console = make_console(stderr=True)
     with console.status("loading") if console.is_terminal else nullcontext():
         yield
-    for library in ("diffusers", "transformers"):  # their bars are for loading from the disk; downloads keep theirs
-        if logging := sys.modules.get(f"{library}.utils.logging"):
-            logging.disable_progress_bar()
-    if hub := sys.modules.get("huggingface_hub.utils"):
-        hub.enable_progress_bars()
+
+
+def _quiet_libraries() -> None:
+    """Leaves stderr to this program: no advice and no bars for reading from the disk. Downloads keep their bars."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, which already warns
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from rich.text import Text
 from etude.config import TrainConfig
 from etude.statistics import format_interval
 
-PLAIN_WIDTH = 140
+PLAIN_WIDTH = 200
 
 
 class Display(Protocol):
