@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from etude.theory.bounds import GapBounds, finite_step_bound, gap_bounds
 from etude.theory.distances import kl, w2
 from etude.theory.estimate import Estimate
 from etude.theory.finite_step import ScoreError, finite_step_law
@@ -19,6 +20,7 @@ __all__ = [
     "VE",
     "VP",
     "Estimate",
+    "GapBounds",
     "GapSplit",
     "Gaussian",
     "GaussianMixture",
@@ -30,8 +32,10 @@ __all__ = [
     "RectifiedFlow",
     "ScoreError",
     "critical_beta",
+    "finite_step_bound",
     "finite_step_law",
     "fit_rate",
+    "gap_bounds",
     "gap_split",
     "improvement",
     "kl",

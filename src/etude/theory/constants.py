@@ -1,0 +1,166 @@
+"""The few constants that the general bounds need, of a target, of a reward, and of the start of a path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.integrate import quad
+
+from etude.errors import EtudeError
+from etude.theory.arrays import Array
+from etude.theory.gap_types import Reward
+from etude.theory.line_flow import Components
+from etude.theory.paths import Start
+from etude.theory.rewards import QuadraticReward
+from etude.theory.targets import Gaussian, GaussianMixture
+
+INFINITE = float("inf")
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Of the target: d, |m|^2, E|x0|^2, tr Cov, and its class: p = N(0, C) * mu with c_min <= C <= c_max and mu in a ball
+    of radius R (R = 0: every 1/c_max-strongly log-concave law; R infinite: not in the class).
+
+    Of the reward under the target: its standard deviation `sd` (or an upper bound of it), `gradient` = (E|grad r|^2)^(1/2)
+    (or an upper bound), the Lipschitz constant of r and that of its gradient (infinite where there is none).
+    """
+
+    d: int
+    mean_squared: float
+    second_moment: float
+    trace: float
+    c_min: float
+    c_max: float
+    R: float
+    sd: float
+    gradient: float
+    lipschitz: float
+    gradient_lipschitz: float
+
+
+def constants_of(target: Gaussian | GaussianMixture, reward: Reward) -> Constants:
+    """The constants of a Gaussian or mixture target and a reward; a Lipschitz reward's sd is bounded by L (tr Cov)^(1/2)."""
+    m, trace = target.mu, float(np.trace(target.matrix))
+    c_min, c_max, R = _class(target)
+    if isinstance(reward, QuadraticReward):
+        sd, gradient = reward.variance(target) ** 0.5, reward.squared_gradient(target) ** 0.5
+        curvature = 2.0 * float(np.abs(np.linalg.eigvalsh(reward.parts(target.d)[0])).max())
+        lipschitz = INFINITE if curvature else gradient
+    else:
+        lipschitz = gradient = reward.lipschitz
+        sd, curvature = lipschitz * trace**0.5, INFINITE
+    square = float(m @ m)
+    return Constants(target.d, square, square + trace, trace, c_min, c_max, R, sd, gradient, lipschitz, curvature)
+
+
+def _class(target: Gaussian | GaussianMixture) -> tuple[float, float, float]:
+    """(c_min, c_max, R); R is infinite for a mixture whose components differ in covariance."""
+    if isinstance(target, Gaussian):
+        return float(target.spectrum.min()), float(target.spectrum.max()), 0.0
+    first = target.components[0]
+    c_min, c_max = float(first.spectrum.min()), float(first.spectrum.max())
+    same = all(np.allclose(part.matrix, first.matrix, rtol=1e-10, atol=1e-12) for part in target.components)
+    low, high = target.means.min(axis=0), target.means.max(axis=0)
+    radius = float(np.linalg.norm(target.means - 0.5 * (low + high), axis=1).max())
+    return c_min, c_max, radius if same else INFINITE
+
+
+def chi2_exact(target: Gaussian | GaussianMixture, start: Start) -> float:
+    """`chi^2(N(0, tau) || p_V)`: closed form for a Gaussian, quadrature for a mixture on the line, infinite if it diverges.
+
+    EtudeError for a mixture in d > 1, where only the bounds below are available.
+    """
+    V, excess = float(start.V), float(start.excess)
+    if isinstance(target, Gaussian):
+        K, D = target.spectrum + V, excess - target.spectrum
+        if np.any(D >= K):
+            return INFINITE
+        m = target.to_eigen(target.mu)
+        return float(np.expm1(np.sum(-0.5 * np.log1p(-((D / K) ** 2)) + m**2 / (K - D))))
+    if target.d > 1:
+        raise EtudeError(f"chi^2 has no closed form for a mixture in {target.d} dimensions: use chi2_jensen or chi2_sharp.")
+    return _chi2_line(Components(target), V, V + excess)
+
+
+def _chi2_line(parts: Components, V: float, tau: float) -> float:
+    """int (prior - p_V)^2 / p_V, which has no cancellation; called infinite from just before its tails diverge."""
+    if tau >= 1.9 * (V + parts.c.max()):
+        return INFINITE
+    reach = 40.0 * tau**0.5 + float(np.abs(parts.m).max())
+
+    def integrand(y: float) -> float:
+        point = np.array([y])
+        p = float(parts.density(point, V)[0])
+        prior = float(np.exp(-0.5 * y * y / tau) / np.sqrt(2.0 * np.pi * tau))
+        return (prior - p) ** 2 / p if p > 0 else 0.0
+
+    value, _ = quad(integrand, -reach, reach, limit=400, epsrel=1e-9, epsabs=0.0, points=[-3.0 * tau**0.5, 0.0, 3.0 * tau**0.5])
+    return float(value)
+
+
+def chi2_jensen(k: Constants, start: Start) -> float:
+    """An upper bound of chi^2 from |m|^2, E|x0|^2 and d alone (Jensen: `p_V >= N(0, V) exp(y.m/V - E|x0|^2/(2V))`).
+
+    With e = tau - V: `1 + chi^2 <= (1 - e^2/V^2)^(-d/2) exp(tau |m|^2 / (2 V (V - e)) + E|x0|^2 / (2 V))`, for e < V
+    (VE always; VP if abar_T < 1/2), else infinite.
+    """
+    V, e = float(start.V), float(start.excess)
+    if e >= V:
+        return INFINITE
+    log = -0.5 * k.d * np.log1p(-((e / V) ** 2)) + (V + e) * k.mean_squared / (2.0 * V * (V - e)) + k.second_moment / (2.0 * V)
+    return float(np.expm1(log)) if log < 700 else INFINITE
+
+
+def chi2_sharp(target: Gaussian | GaussianMixture, k: Constants, start: Start) -> float:
+    """An upper bound of chi^2 of the right order V^-2 for centred targets, by hypercontractivity, for VE and VP starts.
+
+    VE: `(E exp(3 x.x'/V) - 1) exp(|m|^2/V + E|x0|^2/(2V))`, x' an independent copy of x.
+    VP (a^2 = 1/(1 + V) < 1/3): `(E M_(3a^2)(x, x') - 1) [(1 - a^2)^d (1 - 2/V)^(-d/2) exp(...)]^(1/2)`, M Mehler's kernel.
+    Infinite for other starts and where an expectation diverges.
+    """
+    V, e = float(start.V), float(start.excess)
+    if e == 0.0:
+        pairs = pair_expectation(target, 3.0 / V, 0.0)
+        log = k.mean_squared / V + k.second_moment / (2.0 * V)
+    elif abs(e - 1.0) < 1e-9 and V > 2.0:
+        a2 = 1.0 / (1.0 + V)
+        rho = 3.0 * a2
+        norm = -0.5 * k.d * np.log1p(-(rho**2))
+        pairs = pair_expectation(target, rho / (1.0 - rho**2), -(rho**2) / (2.0 * (1.0 - rho**2)), norm)
+        tilted = 2.0 * a2 * k.mean_squared / ((1.0 - a2) ** 2 * (1.0 - 2.0 / V)) + k.second_moment / V
+        log = 0.5 * (k.d * np.log1p(-a2) - 0.5 * k.d * np.log1p(-2.0 / V) + tilted)
+    else:
+        return INFINITE
+    return float(pairs * np.exp(log)) if log < 700 else INFINITE
+
+
+def pair_expectation(
+    target: Gaussian | GaussianMixture, cross: float, own: float, log_factor: float = 0.0, centred: bool = False
+) -> float:
+    """`E exp(cross x.x' + own (|x|^2 + |x'|^2) + log_factor) - 1` for two independent draws; infinite if it diverges."""
+    parts = target.components if isinstance(target, GaussianMixture) else [target]
+    weights = target.weights if isinstance(target, GaussianMixture) else np.ones(1)
+    d, origin = target.d, target.mu if centred else np.zeros(target.d)
+    form = np.kron(np.array([[own, 0.5 * cross], [0.5 * cross, own]]), np.eye(d))
+    total = 0.0
+    for wi, p in zip(weights, parts, strict=True):
+        for wj, q in zip(weights, parts, strict=True):
+            cov = np.zeros((2 * d, 2 * d))
+            cov[:d, :d], cov[d:, d:] = p.matrix, q.matrix
+            log = _log_expectation(np.concatenate([p.mu - origin, q.mu - origin]), cov, form) + log_factor
+            total += wi * wj * (float(np.expm1(log)) if log < 700 else INFINITE)
+    return total
+
+
+def _log_expectation(mean: Array, cov: Array, form: Array) -> float:
+    """log E exp(z^T form z) for z ~ N(mean, cov): infinite unless I - 2 cov^(1/2) form cov^(1/2) is positive definite."""
+    values, vectors = np.linalg.eigh(cov)
+    root = vectors * np.sqrt(np.maximum(values, 0.0))
+    inner = np.eye(mean.size) - 2.0 * root.T @ form @ root
+    spectrum = np.linalg.eigvalsh(inner)
+    if spectrum.min() <= 0.0:
+        return INFINITE
+    pull = root.T @ (2.0 * form @ mean)
+    return float(mean @ form @ mean + 0.5 * pull @ np.linalg.solve(inner, pull) - 0.5 * np.log(spectrum).sum())
