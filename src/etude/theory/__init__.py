@@ -10,8 +10,11 @@ from etude.theory.gap import GapSplit, gap_split, improvement, reward_gap
 from etude.theory.levels import Levels, levels
 from etude.theory.mixture import mixture_gap, simulated
 from etude.theory.paths import VE, VP, Path, RectifiedFlow
+from etude.theory.path_kl import MeanPolicy, mean_policy_optimum, path_kl_optimum
 from etude.theory.rates import Rate, fit_rate, own_error_rates, rates
+from etude.theory.recommend import Recommendation, recommended_eta
 from etude.theory.rewards import LipschitzReward, QuadraticReward
+from etude.theory.score_error import score_bias_shift, terminal_law_with_error, white_variance
 from etude.theory.targets import Gaussian, GaussianMixture
 from etude.theory.terminal import terminal_law
 from etude.theory.tilt import critical_beta, tilt
@@ -26,9 +29,11 @@ __all__ = [
     "GaussianMixture",
     "Levels",
     "LipschitzReward",
+    "MeanPolicy",
     "Path",
     "QuadraticReward",
     "Rate",
+    "Recommendation",
     "RectifiedFlow",
     "ScoreError",
     "critical_beta",
@@ -40,12 +45,18 @@ __all__ = [
     "improvement",
     "kl",
     "levels",
+    "mean_policy_optimum",
     "mixture_gap",
     "own_error_rates",
+    "path_kl_optimum",
     "rates",
+    "recommended_eta",
     "reward_gap",
+    "score_bias_shift",
     "simulated",
     "terminal_law",
+    "terminal_law_with_error",
     "tilt",
     "w2",
+    "white_variance",
 ]
