@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +18,82 @@ from benchmarks.results import Headline, Ratio, Result, milliseconds
 TARGET = 2.0
 WARM_UP = 2
 TOLERANCE = 1e-3
+UPDATES = 2
+DIFFERENCES = "differences: log-prob, loss, gradient"
 REQUIREMENTS = Path(__file__).resolve().parent / "trl-requirements.txt"
 HYPER_PARAMETERS = {"guidance_scale": 5.0, "learning_rate": 1e-5, "clip_range": 1e-4}
 
 
+@dataclass(frozen=True)
+class Work:
+    """What both sides do in one iteration, which ends with two optimiser steps.
+
+    Attributes:
+        channels: of the two levels of the UNet.
+        latent_size: height and width of the 4-channel latents.
+        images: sampled.
+        num_steps: of the sampler; all of them are trained.
+    """
+
+    channels: tuple[int, int]
+    latent_size: int = 8
+    images: int = 32
+    num_steps: int = 10
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of the table: the work, TRL's (sample_batch_size, train_batch_size), etude's (rollout, objective) batch sizes."""
+
+    work: Work
+    trl: tuple[int, int]
+    etude: tuple[int, int]
+
+
 def run(
-    images: int,
-    num_steps: int,
-    channels: tuple[int, int],
-    latent_size: int,
-    trl_batches: list[tuple[int, int]],
-    etude_batches: tuple[int, int],
-    repeats: int,
-    threads: int | None,
-    seed: int = 0,
-    environment: Path | None = None,
+    comparisons: list[Comparison], repeats: int, threads: int | None, seed: int = 0, environment: Path | None = None
 ) -> Result:
-    """Alternates an iteration of etude with one of TRL, for each of TRL's batch sizes.
+    """Alternates an iteration of etude with one of TRL for each comparison. The headline is the first work's, TRL at its fastest.
 
     Args:
-        images: per iteration; both take two optimiser steps on them.
-        num_steps: of the sampler, all of them trained.
-        channels: of the UNet's levels, with latents of `latent_size`.
-        trl_batches: (sample_batch_size, train_batch_size); the headline is against the fastest.
-        etude_batches: (rollout.batch_size, objective.batch_size).
-        repeats: pairs, after two that are thrown away (TRL writes no checkpoint in its first iteration).
+        comparisons: what to compare.
+        repeats: pairs for each, after two that are thrown away (TRL writes no checkpoint in its first iteration).
         environment: TRL's virtual environment; default: one under build/, made when it is missing.
     """
     python = (environment or peer_environment()) / "bin" / "python"
     BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD, prefix="trl-") as folder:
-        work = Path(folder)
-        pipeline = work / "pipeline"
-        build = {"directory": str(pipeline), "channels": list(channels), "latent_size": latent_size, "seed": seed}
-        with Side(sys.executable, "benchmarks.pipeline_side", build):
-            pass
-        etude = {"recipe": _recipe(work, pipeline, images, num_steps, etude_batches, seed), "overrides": [], "work": folder}
-        peer = {"pipeline": str(pipeline), "work": folder, "images": images, "num_steps": num_steps, "updates": 2, "seed": seed}
-        runs = []
-        for sample, train in trl_batches:
-            settings = {**peer, **HYPER_PARAMETERS, "sample_batch_size": sample, "train_batch_size": train}
-            with Side(sys.executable, "benchmarks.etude_side", etude, threads) as ours, Side(python, "benchmarks.trl_side", settings, threads) as theirs:
-                runs.append({"batches": [sample, train], **_alternate(ours, theirs, work, repeats)})
-                infos = {"etude": ours.info, "trl": theirs.info}
-    return _result(runs, infos, {**build, **peer, **HYPER_PARAMETERS, "etude_batches": list(etude_batches), "repeats": repeats})
+    runs = []
+    for comparison in comparisons:
+        with tempfile.TemporaryDirectory(dir=BUILD, prefix="trl-") as folder:
+            runs.append(_compare(comparison, python, Path(folder), repeats, threads, seed))
+    return _result(runs, {**HYPER_PARAMETERS, "repeats": repeats, "seed": seed})
+
+
+def _compare(
+    comparison: Comparison, python: Path, folder: Path, repeats: int, threads: int | None, seed: int
+) -> dict[str, Any]:
+    work, pipeline = comparison.work, folder / "pipeline"
+    build = {"directory": str(pipeline), "channels": list(work.channels), "latent_size": work.latent_size, "seed": seed}
+    with Side(sys.executable, "benchmarks.pipeline_side", build):
+        pass
+    etude = {"recipe": _recipe(folder, pipeline, comparison, seed), "overrides": [], "work": str(folder)}
+    peer = {
+        "pipeline": str(pipeline),
+        "work": str(folder),
+        "images": work.images,
+        "num_steps": work.num_steps,
+        "updates": UPDATES,
+        "seed": seed,
+        "sample_batch_size": comparison.trl[0],
+        "train_batch_size": comparison.trl[1],
+        **HYPER_PARAMETERS,
+    }
+    with (
+        Side(sys.executable, "benchmarks.etude_side", etude, threads) as ours,
+        Side(python, "benchmarks.trl_side", peer, threads) as theirs,
+    ):
+        measured = _alternate(ours, theirs, folder, repeats)
+        return {"comparison": asdict(comparison), "etude": ours.info, "trl": theirs.info, **measured}
 
 
 def peer_environment() -> Path:
@@ -78,7 +111,9 @@ def peer_environment() -> Path:
 def _alternate(ours: Side, theirs: Side, work: Path, repeats: int) -> dict[str, Any]:
     """Checks that both compute the same, then takes turns."""
     if ours.info["parameters"] != theirs.info["parameters"]:
-        raise RuntimeError(f"etude trains {ours.info['parameters']} parameters and TRL {theirs.info['parameters']}: not the same work.")
+        raise RuntimeError(
+            f"etude trains {ours.info['parameters']} parameters and TRL {theirs.info['parameters']}: not the same work."
+        )
     rollout = work / "rollout.safetensors"
     prompts = theirs.ask("parity", path=str(rollout))["prompts"]
     parity = ours.ask("parity", path=str(rollout), prompts=prompts)
@@ -91,48 +126,67 @@ def _alternate(ours: Side, theirs: Side, work: Path, repeats: int) -> dict[str, 
     return {"parity": parity, "seconds": {name: values[WARM_UP:] for name, values in seconds.items()}}
 
 
-def _result(runs: list[dict[str, Any]], infos: dict[str, Any], settings: dict[str, Any]) -> Result:
+def _result(runs: list[dict[str, Any]], settings: dict[str, Any]) -> Result:
     ratios = [Ratio.of(run["seconds"]["trl"], run["seconds"]["etude"]) for run in runs]
-    closest = min(ratios, key=lambda ratio: ratio.median)
-    ours = "{} / {}".format(*settings["etude_batches"])
+    first = runs[0]["comparison"]["work"]
+    closest = min(
+        (ratio for run, ratio in zip(runs, ratios, strict=True) if run["comparison"]["work"] == first),
+        key=lambda r: r.median,
+    )
+    name = f"TRL / etude, time of an iteration of {_work(first)}, TRL at the fastest of its batch sizes"
     return Result(
         "trl",
-        Headline("TRL / etude, time of an iteration, TRL at its fastest batch sizes", closest, TARGET, at_most=False),
-        ["TRL batches (sample / train)", "etude batches", "TRL, ms", "etude, ms", "TRL / etude", "differences: log-prob, loss, gradient"],
+        Headline(name, closest, TARGET, at_most=False),
         [
-            [
-                "{} / {}".format(*run["batches"]),
-                ours,
-                milliseconds(run["seconds"]["trl"]),
-                milliseconds(run["seconds"]["etude"]),
-                str(ratio),
-                ", ".join(f"{run['parity'][name]:.1e}" for name in ("log_prob", "loss", "gradient")),
-            ]
-            for run, ratio in zip(runs, ratios, strict=True)
+            "work",
+            "TRL batches (sample, train)",
+            "etude batches (rollout, replay)",
+            "TRL, ms",
+            "etude, ms",
+            "TRL / etude",
+            DIFFERENCES,
         ],
-        settings={**settings, "threads": infos["etude"]["threads"], "parameters": infos["etude"]["parameters"]},
+        [[*_cells(run), str(ratio), _differences(run["parity"])] for run, ratio in zip(runs, ratios, strict=True)],
+        settings={**settings, "threads": runs[0]["etude"]["threads"]},
         measurements={"runs": runs},
-        versions={name: info["versions"] for name, info in infos.items()},
+        versions={name: runs[0][name]["versions"] for name in ("etude", "trl")},
     )
 
 
-def _recipe(work: Path, pipeline: Path, images: int, num_steps: int, batches: tuple[int, int], seed: int) -> str:
+def _cells(run: dict[str, Any]) -> list[str]:
+    comparison, seconds = run["comparison"], run["seconds"]
+    batches = ["{}, {}".format(*comparison[name]) for name in ("trl", "etude")]
+    return [_work(comparison["work"]), *batches, milliseconds(seconds["trl"]), milliseconds(seconds["etude"])]
+
+
+def _work(work: dict[str, Any]) -> str:
+    channels = "-".join(map(str, work["channels"]))
+    return f"{work['images']} images x {work['num_steps']} steps, UNet {channels}, latents {work['latent_size']}"
+
+
+def _differences(parity: dict[str, float]) -> str:
+    return ", ".join(f"{parity[name]:.0e}" for name in ("log_prob", "loss", "gradient"))
+
+
+def _recipe(folder: Path, pipeline: Path, comparison: Comparison, seed: int) -> str:
     """What TRL's DDPOConfig says, in etude's words."""
-    prompts = work / "prompts.txt"
+    work, (rollout, replay) = comparison.work, comparison.etude
+    prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
+    guidance, clip_range = HYPER_PARAMETERS["guidance_scale"], HYPER_PARAMETERS["clip_range"]
     tree = {
         "model": str(pipeline),
         "seed": seed,
         "rewards": {"benchmarks.workload:brightness": 1.0},
         "prompts": {"train": str(prompts), "evaluation": "animals"},
-        "sampling": {"kernel": "ddim", "eta": 1.0, "num_steps": num_steps, "guidance_scale": HYPER_PARAMETERS["guidance_scale"]},
-        "rollout": {"images_per_iteration": images, "images_per_prompt": 1, "batch_size": batches[0]},
+        "sampling": {"kernel": "ddim", "eta": 1.0, "num_steps": work.num_steps, "guidance_scale": guidance},
+        "rollout": {"images_per_iteration": work.images, "images_per_prompt": 1, "batch_size": rollout},
         "lora": {"rank": 0},
         "optimizer": {"learning_rate": HYPER_PARAMETERS["learning_rate"]},
-        "objective": {"kind": "ppo", "clip_range": HYPER_PARAMETERS["clip_range"], "updates_per_epoch": 2, "batch_size": batches[1]},
+        "objective": {"kind": "ppo", "clip_range": clip_range, "updates_per_epoch": UPDATES, "batch_size": replay},
         "advantage": {"kind": "per_prompt"},
         "evaluation": {"num_images": 2},
     }
-    path = work / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
     return str(path)

@@ -9,22 +9,26 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from etude.policies.stable_diffusion import StableDiffusionPolicy
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+
+from etude.policies.stable_diffusion import StableDiffusionPolicy
 
 KINDS = ("forward", "forward_backward", "decode")
 
 
 @dataclass(frozen=True)
 class Call:
-    """One network call: what was called, with which tensors, and whether its gradient was taken."""
+    """One network call: what was called, with which tensors, and whether its gradient was taken.
+
+    `adapted` is the network whose LoRA layers were switched off for this call, or None.
+    """
 
     kind: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
-    adapted: nn.Module | None
+    adapted: Any
 
     def __call__(self) -> None:
         """Runs it again: the forward, and for `forward_backward` the backward of a gradient of ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmarks.bare import record, run_bare
 from benchmarks.parity import compare
-from benchmarks.protocol import peak_bytes, serve
+from benchmarks.protocol import forget_peak, peak_bytes, serve
 from etude.config import load_config
+from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.trainer import Trainer
 
 
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
-    """Settings: `recipe` (a name or a YAML file), `overrides`, `work` (where the run directory goes)."""
+    """Settings: `recipe` (a name or a YAML file), `overrides`, `work` (where the run directory goes, removed at exit)."""
     out = tempfile.TemporaryDirectory(dir=settings["work"], prefix="run-")
+    atexit.register(out.cleanup)
     never = 10**6  # evaluation is not part of an iteration: it is never due
     overrides = [f"iterations={never}", f"evaluation.every={never}", *settings["overrides"]]
     trainer = Trainer(load_config(settings["recipe"], overrides), Path(out.name))
@@ -34,9 +38,10 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
     handlers: dict[str, Callable[..., dict[str, Any]]] = {
         "iterate": lambda: {"seconds": _iterate(trainer)},
         "overhead": lambda: _overhead(trainer),
-        "memory": lambda: {"peak_bytes": peak_bytes(), "kept": out.name},
+        "memory": lambda: {"peak_bytes": peak_bytes()},
         "parity": lambda path, prompts: compare(trainer, Path(path), prompts),
     }
+    forget_peak()
     return info, handlers
 
 
@@ -50,6 +55,7 @@ def _iterate(trainer: Trainer) -> float:
 
 def _overhead(trainer: Trainer) -> dict[str, Any]:
     """One iteration, then its network calls alone, on the same tensors in the same batches. Seconds."""
+    assert isinstance(trainer.policy, StableDiffusionPolicy)
     with record(trainer.policy) as calls:
         total = _iterate(trainer)
     bare = run_bare(calls, _now)

@@ -12,6 +12,9 @@ from benchmarks.results import Headline, Ratio, Result
 
 TARGET = 1.15
 FLOAT_BYTES = 4
+CHANNELS = [4, 8, 8]
+BATCH_SIZE = 4
+"""Small, as are the channels: the network's own memory should not hide that of the latents."""
 
 
 def run(steps: list[int], images: int, latent_size: int, iterations: int, threads: int | None, seed: int = 0) -> Result:
@@ -32,7 +35,12 @@ def run(steps: list[int], images: int, latent_size: int, iterations: int, thread
         peaks, trained, info = [], [], {}
         for num_steps in steps:
             overrides = [f"sampling.num_steps={num_steps}"]
-            with Side(sys.executable, "benchmarks.etude_side", {"recipe": recipe, "overrides": overrides, "work": folder}, threads) as side:
+            with Side(
+                sys.executable,
+                "benchmarks.etude_side",
+                {"recipe": recipe, "overrides": overrides, "work": folder},
+                threads,
+            ) as side:
                 info = side.info
                 trained.append(info["trained_steps"])
                 for _ in range(iterations):
@@ -43,14 +51,24 @@ def run(steps: list[int], images: int, latent_size: int, iterations: int, thread
     growth = slope([float(n) for n in trained], [float(p) for p in peaks])
     return Result(
         "memory",
-        Headline("growth of peak memory / bytes of the trained latents", Ratio.of([growth], [expected]), TARGET, at_most=True),
+        Headline(
+            "growth of peak memory / bytes of the trained latents", Ratio.of([growth], [expected]), TARGET, at_most=True
+        ),
         ["steps", "trained steps", "peak memory, MB", "latents and log-probabilities, MB"],
         [
-            *([str(s), str(t), f"{p / 1e6:.1f}", f"{t * expected / 1e6:.1f}"] for s, t, p in zip(steps, trained, peaks, strict=True)),
+            *(
+                [str(s), str(t), f"{p / 1e6:.1f}", f"{t * expected / 1e6:.1f}"]
+                for s, t, p in zip(steps, trained, peaks, strict=True)
+            ),
             ["growth per trained step", "", f"{growth / 1e6:.3f}", f"{expected / 1e6:.3f}"],
         ],
         settings=settings,
-        measurements={"peak_bytes": peaks, "trained_steps": trained, "bytes_per_step": growth, "latent_bytes_per_step": latents},
+        measurements={
+            "peak_bytes": peaks,
+            "trained_steps": trained,
+            "bytes_per_step": growth,
+            "latent_bytes_per_step": latents,
+        },
         versions={"etude": info["versions"]},
     )
 
@@ -64,7 +82,8 @@ def slope(x: list[float], y: list[float]) -> float:
 def _recipe(folder: Path, images: int, latent_size: int, seed: int) -> str:
     """Saves a pipeline and a recipe; batches stay the same whatever the number of steps."""
     pipeline = folder / "pipeline"
-    with Side(sys.executable, "benchmarks.pipeline_side", {"directory": str(pipeline), "channels": [4, 8], "latent_size": latent_size, "seed": seed}):
+    build = {"directory": str(pipeline), "channels": CHANNELS, "latent_size": latent_size, "seed": seed}
+    with Side(sys.executable, "benchmarks.pipeline_side", build):
         pass
     tree = {
         "model": str(pipeline),
@@ -72,8 +91,8 @@ def _recipe(folder: Path, images: int, latent_size: int, seed: int) -> str:
         "rewards": {"benchmarks.workload:brightness": 1.0},
         "prompts": {"train": "animals", "evaluation": "animals"},
         "sampling": {"kernel": "gddim", "eta": 1.2, "guidance_scale": 5.0},
-        "rollout": {"images_per_iteration": images, "images_per_prompt": 1, "batch_size": min(8, images)},
-        "objective": {"updates_per_epoch": 1, "batch_size": min(8, images)},
+        "rollout": {"images_per_iteration": images, "images_per_prompt": 1, "batch_size": min(BATCH_SIZE, images)},
+        "objective": {"updates_per_epoch": 1, "batch_size": min(BATCH_SIZE, images)},
         "evaluation": {"num_images": 2},
     }
     path = folder / "recipe.yaml"

@@ -26,13 +26,21 @@ def run(recipe: str, overrides: list[str], repeats: int, threads: int | None) ->
         info = side.info
         pairs = [side.ask("overhead") for _ in range(WARM_UP + repeats)][WARM_UP:]
     parts = _parts(pairs)
-    headline = Headline("iteration / bare network", Ratio.of(parts["iteration"], parts["bare network"]), TARGET, at_most=True)
+    headline = Headline(
+        "iteration / bare network", Ratio.of(parts["iteration"], parts["bare network"]), TARGET, at_most=True
+    )
     return Result(
         "overhead",
         headline,
         ["part of an iteration", "median, ms", "over the bare network"],
         [[name, milliseconds(values), str(Ratio.of(values, parts["bare network"]))] for name, values in parts.items()],
-        settings={**settings, "repeats": repeats, "device": info["device"], "threads": info["threads"], "calls": pairs[0]["calls"]},
+        settings={
+            **settings,
+            "repeats": repeats,
+            "device": info["device"],
+            "threads": info["threads"],
+            "calls": pairs[0]["calls"],
+        },
         measurements={"pairs": pairs},
         versions={"etude": info["versions"]},
     )

@@ -7,14 +7,14 @@ latents with its own encoder call, path, kernel and objective.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
 from etude.objectives import ppo_loss
 from etude.rollout import denoise
 from etude.trainer import Trainer
-from safetensors.torch import load_file
-from torch import Tensor
 
 
 def compare(trainer: Trainer, path: Path, prompts: list[str]) -> dict[str, float]:
@@ -32,7 +32,14 @@ def compare(trainer: Trainer, path: Path, prompts: list[str]) -> dict[str, float
     for column in range(peer["timesteps"].shape[1]):
         step = trainer.table.timesteps.tolist().index(int(peer["timesteps"][0, column]))
         steps = torch.full((len(prompts),), step)
-        transition = denoise(trainer.policy, trainer.table, steps, peer["latents"][:, column], conditioning, config.sampling.guidance_scale)
+        transition = denoise(
+            trainer.policy,
+            trainer.table,
+            steps,
+            peer["latents"][:, column],
+            conditioning,
+            config.sampling.guidance_scale,
+        )
         log_prob = transition.log_prob(peer["next_latents"][:, column], config.objective.logprob_reduction)
         differences.append((log_prob - peer["log_prob"][:, column]).abs().max().item())
         old = peer["old_log_prob"][:, column]

@@ -12,8 +12,7 @@ from benchmarks.workload import save_pipeline
 
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
     """Settings: the arguments of `save_pipeline`."""
-    first, second = settings["channels"]
-    save_pipeline(Path(settings["directory"]), (first, second), settings["latent_size"], settings["seed"])
+    save_pipeline(Path(settings["directory"]), tuple(settings["channels"]), settings["latent_size"], settings["seed"])
     return {}, {}
 
 

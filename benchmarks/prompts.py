@@ -2,4 +2,8 @@
 
 from __future__ import annotations
 
-PROMPTS = [f"a {adjective} {noun}" for adjective in ("red", "small", "round", "old") for noun in ("cat", "house", "boat", "tree")]
+PROMPTS = [
+    f"a {adjective} {noun}"
+    for adjective in ("red", "small", "round", "old")
+    for noun in ("cat", "house", "boat", "tree")
+]

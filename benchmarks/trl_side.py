@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import random
 import tempfile
 import time
@@ -13,20 +14,22 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from benchmarks.protocol import serve
-from benchmarks.prompts import PROMPTS
-from benchmarks.workload import brightness
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.prompts import PROMPTS
+from benchmarks.protocol import serve
+from benchmarks.workload import brightness
+
 PartialState(cpu=True)  # before anything of TRL looks for a device
 
-from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # noqa: E402
+from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # type: ignore[import-not-found]  # noqa: E402
 
 
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
     """Settings: `pipeline`, `work`, `images`, `num_steps`, `updates`, `sample_batch_size`, `train_batch_size` and the hyper-parameters."""
     out = tempfile.TemporaryDirectory(dir=settings["work"], prefix="run-")
+    atexit.register(out.cleanup)
     choice = random.Random(settings["seed"])
     warnings.simplefilter("ignore", DeprecationWarning)
     trainer = DDPOTrainer(
@@ -42,7 +45,7 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
         "versions": {name: version(name) for name in ("trl", "torch", "diffusers", "transformers", "accelerate")},
         "parameters": sum(p.numel() for p in trainer.sd_pipeline.unet.parameters() if p.requires_grad),
     }
-    state = {"epoch": 0, "step": 0, "kept": out}
+    state = {"epoch": 0, "step": 0}
     handlers: dict[str, Callable[..., dict[str, Any]]] = {
         "iterate": lambda: {"seconds": _iterate(trainer, state)},
         "parity": lambda path: _parity(trainer, Path(path)),

@@ -21,37 +21,43 @@ def brightness(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
     return images.float().flatten(1).mean(dim=1)
 
 
-def save_pipeline(directory: Path, channels: tuple[int, int], latent_size: int, seed: int = 0) -> Path:
+def save_pipeline(directory: Path, channels: tuple[int, ...], latent_size: int, seed: int = 0) -> Path:
     """A random StableDiffusionPipeline with the scheduler of Stable Diffusion 1.5, as safetensors.
 
     Args:
-        channels: of the two levels of the UNet; the VAE has the same and halves the resolution once.
+        channels: of the UNet's levels, of which the last has attention; the VAE has the first two and halves once.
         latent_size: height and width of the latents, which have 4 channels; images are twice that.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     torch.manual_seed(seed)
-    groups = channels[0] // 2
+    groups, plain = channels[0] // 2, len(channels) - 1
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderKL(
-            block_out_channels=channels,
+            block_out_channels=channels[:2],
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
             latent_channels=4,
             norm_num_groups=groups,
+            mid_block_add_attention=False,
         ),
         unet=UNet2DConditionModel(
             sample_size=latent_size,
             block_out_channels=channels,
             layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",),
+            up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * plain,
             cross_attention_dim=WIDTH,
             norm_num_groups=groups,
         ),
         **_text(),
         scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
         ),
         safety_checker=None,
         feature_extractor=None,
