@@ -41,7 +41,10 @@ def main() -> None:
             for C, eta in zip(covariances, etas, strict=True)
         ],
     )
-    timed("one target, 1,000 etas, one call each", lambda: [reward_gap(target, "sd", reward, e, steps=STEPS) for e in etas])
+    timed(
+        "one target, 1,000 etas, one call each",
+        lambda: [reward_gap(target, "sd", reward, e, steps=STEPS) for e in etas],
+    )
     timed("one target, 1,000 etas, one call", lambda: reward_gap(target, "sd", reward, etas, steps=STEPS))
 
 

@@ -68,7 +68,9 @@ def test_no_bound_is_below_the_gap_of_a_mixture(seed):
     covs = rng.uniform(0.05, 0.8) if rng.random() < 0.6 else rng.uniform(0.05, 0.8, K)
     target = GaussianMixture(rng.dirichlet(np.ones(K) * 2), rng.uniform(-2.0, 2.0, K), covs)
     smooth = LipschitzReward(lambda x: -np.sqrt(1.0 + (x - 0.5) ** 2), 1.0)
-    reward = smooth if rng.random() < 0.3 else QuadraticReward(1.0, center=float(rng.normal()), linear=float(rng.normal()))
+    reward = (
+        smooth if rng.random() < 0.3 else QuadraticReward(1.0, center=float(rng.normal()), linear=float(rng.normal()))
+    )
     found = gap_bounds(target, random_path(rng), reward, float(rng.uniform(0.2, 2.0)))
     for name, bound in found.bounds.items():
         assert bound >= abs(found.gap) - 2 * found.gap_error, name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -54,7 +56,8 @@ def rollout(mean, cov, grid, eta, kernel, n, error=None, seed=0):
 
 @pytest.mark.parametrize("kernel", ["gddim", "ddim", "euler-maruyama"])
 @pytest.mark.parametrize(
-    ("schedule", "steps", "eta"), [("sd", 7, 0.8), (VE(T=4.0), 5, 0.5), (RectifiedFlow(delta=0.05), 6, 0.9), ("sd", 1, 0.3)]
+    ("schedule", "steps", "eta"),
+    [("sd", 7, 0.8), (VE(T=4.0), 5, 0.5), (RectifiedFlow(delta=0.05), 6, 0.9), ("sd", 1, 0.3)],
 )
 def test_law_is_that_of_simulated_samples(kernel, schedule, steps, eta):
     n, mean, cov = 100_000, np.array([1.0, -0.5]), np.array([[1.0, 0.4], [0.4, 0.6]])
@@ -114,7 +117,7 @@ def test_started_exactly_the_mean_is_exact_and_the_variance_too_small_by_the_pos
     assert float(law.mean) == pytest.approx(1.5, abs=1e-12)
     # deficit recursion D <- A^2 D - (1 - w)^2 Var(x0 | x_t) in y = x/a
     v, D = grid.v, 0.0
-    for v_t, v_u in zip(v[:-1], v[1:], strict=True):
+    for v_t, v_u in pairwise(v):
         w, posterior = (v_u / v_t) ** 1.64, 0.5 * v_t**2 / (0.5 + v_t**2)
         D = (w + (1 - w) * posterior / v_t**2) ** 2 * D - (1 - w) ** 2 * posterior
     assert float(law.cov) - 0.5 == pytest.approx(D, abs=1e-12)

@@ -107,7 +107,9 @@ def test_lipschitz_rewards_work_on_the_line():
     assert gap == pytest.approx(exact, abs=1e-6)
 
 
-@pytest.mark.parametrize(("schedule", "steps", "kernel"), [("sd", 10, "gddim"), ("flow", 6, "gddim"), ("sd", 5, "ddim")])
+@pytest.mark.parametrize(
+    ("schedule", "steps", "kernel"), [("sd", 10, "gddim"), ("flow", 6, "gddim"), ("sd", 5, "ddim")]
+)
 def test_finite_step_gap_of_one_component_is_the_exact_law(schedule, steps, kernel):
     gap = mixture_gap(GaussianMixture([1.0], [1.5], 0.5), schedule, REWARD, 0.9, steps, kernel=kernel)
     exact = reward_gap(Gaussian(1.5, 0.5), schedule, REWARD, 0.9, steps, kernel=kernel)
@@ -154,7 +156,9 @@ def test_flow_from_pure_noise_has_no_continuous_gap():
 
 def test_improvement_of_a_mixture_is_that_of_its_optimum():
     base = GaussianMixture([1.0], [1.0], 1.0)
-    assert improvement(base, "sd", REWARD, 2.0) == pytest.approx(improvement(Gaussian(1.0, 1.0), "sd", REWARD, 2.0), abs=1e-7)
+    assert improvement(base, "sd", REWARD, 2.0) == pytest.approx(
+        improvement(Gaussian(1.0, 1.0), "sd", REWARD, 2.0), abs=1e-7
+    )
     tuned = tilt(THREE, REWARD, 1.0)
     gained = improvement(THREE, VE(T=2000.0), REWARD, 1.0)
     assert gained == pytest.approx(REWARD.expected(tuned) - REWARD.expected(THREE), abs=0.01)

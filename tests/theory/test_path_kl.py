@@ -76,9 +76,10 @@ def test_the_mean_policy_is_the_maximum_over_affine_policies():
             rho = (s[i + 1] * a[i] / (s[i] * a[i + 1])) ** (eta**2)
             K = a[i] ** 2 + s[i] ** 2
             G, std = a[i] / K, s[i + 1] * np.sqrt(1 - rho**2)
-            gain, offset = a[i + 1] * G + s[i + 1] * rho * s[i] / K, a[i + 1] - (
-                a[i + 1] * G + s[i + 1] * rho * s[i] / K
-            ) * a[i]
+            gain, offset = (
+                a[i + 1] * G + s[i + 1] * rho * s[i] / K,
+                a[i + 1] - (a[i + 1] * G + s[i + 1] * rho * s[i] / K) * a[i],
+            )
             F, f = parameters[2 * i : 2 * i + 2] if std > 0 else (0.0, 0.0)
             if std > 0:
                 kl += ((F * mean + f) ** 2 + F**2 * var) / (2 * std**2)

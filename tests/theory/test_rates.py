@@ -12,6 +12,7 @@ from etude.theory import (
     Gaussian,
     QuadraticReward,
     RectifiedFlow,
+    asymptotic_series,
     fit_rate,
     own_error_rates,
     rates,
@@ -79,6 +80,13 @@ def test_the_fit_of_the_numerical_gap_finds_exponent_and_constant(target):
     vp = VP(beta=1.0, T=np.linspace(8.0, 20.0, 30))
     fit, rate = fit_rate(np.exp(vp.total), reward_gap(target, vp, REWARD, 1.0)), rates(target, vp, REWARD, 1.0)
     assert fit.exponent == pytest.approx(rate.exponent, abs=0.01)
+
+
+def test_the_series_is_closer_than_its_leading_term():
+    for path in (VE(T=100.0), VP(beta=1.0, T=9.0), RectifiedFlow(delta=0.01)):
+        gap = reward_gap(GENERIC, path, REWARD, 0.5)
+        series, leading = asymptotic_series(GENERIC, path, REWARD, 0.5), rates(GENERIC, path, REWARD, 0.5)(path)
+        assert abs(float(series) - gap) < 0.2 * abs(float(leading) - gap)
 
 
 def test_no_gap_has_constant_zero():

@@ -84,7 +84,9 @@ def test_bias_shift_is_the_incomplete_beta_function():
 def test_vp_score_shift_has_its_closed_form_at_unit_variance():
     V, eta = np.expm1(3.0), 0.8
     closed = (1 + eta**2) / eta**2 * (1 - (1 + V) ** (-(eta**2) / 2)) * 0.3
-    assert float(score_bias_shift(Gaussian(0.0, 1.0), VP(beta=1.0, T=3.0), eta, 0.3)) == pytest.approx(closed, rel=1e-10)
+    assert float(score_bias_shift(Gaussian(0.0, 1.0), VP(beta=1.0, T=3.0), eta, 0.3)) == pytest.approx(
+        closed, rel=1e-10
+    )
 
 
 def test_stochasticity_corrects_a_gain_error():

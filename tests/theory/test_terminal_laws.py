@@ -63,7 +63,11 @@ def test_euler_maruyama_simulation_agrees_within_its_confidence():
     x, h = 3.0 * rng.standard_normal(n), 3.0 / steps
     for i in range(steps):
         t = 3.0 - (i + 0.5) * h
-        x = x - 0.5 * (1 + eta**2) * 2 * t * (x - 1.3) / (0.7 + t**2) * h + eta * np.sqrt(2 * t * h) * rng.standard_normal(n)
+        x = (
+            x
+            - 0.5 * (1 + eta**2) * 2 * t * (x - 1.3) / (0.7 + t**2) * h
+            + eta * np.sqrt(2 * t * h) * rng.standard_normal(n)
+        )
     law = terminal_law(Gaussian(1.3, 0.7), path, eta)
     assert abs(x.mean() - float(law.mean)) < 4 * np.sqrt(0.7 / n) + 2e-3
     assert abs(x.var() - float(law.cov)) < 4 * np.sqrt(2 / n) * 0.7 + 4e-3

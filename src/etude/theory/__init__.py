@@ -9,9 +9,9 @@ from etude.theory.finite_step import ScoreError, finite_step_law
 from etude.theory.gap import GapSplit, gap_split, improvement, reward_gap
 from etude.theory.levels import Levels, levels
 from etude.theory.mixture import mixture_gap, simulated
-from etude.theory.paths import VE, VP, Path, RectifiedFlow
 from etude.theory.path_kl import MeanPolicy, mean_policy_optimum, path_kl_optimum
-from etude.theory.rates import Rate, fit_rate, own_error_rates, rates
+from etude.theory.paths import VE, VP, Path, RectifiedFlow
+from etude.theory.rates import Rate, asymptotic_series, fit_rate, own_error_rates, rates
 from etude.theory.recommend import Recommendation, recommended_eta
 from etude.theory.rewards import LipschitzReward, QuadraticReward
 from etude.theory.score_error import score_bias_shift, terminal_law_with_error, white_variance
@@ -36,6 +36,7 @@ __all__ = [
     "Recommendation",
     "RectifiedFlow",
     "ScoreError",
+    "asymptotic_series",
     "critical_beta",
     "finite_step_bound",
     "finite_step_law",

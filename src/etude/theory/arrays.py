@@ -44,6 +44,7 @@ def positive(value: Any, name: str) -> Array:
 
 def whole(value: Any, name: str, least: int = 1) -> int:
     """`value` as an int of at least `least`."""
-    if isinstance(value, bool) or not np.isscalar(value) or value != int(value) or value < least:  # type: ignore[call-overload]
+    is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not is_number or not np.isfinite(value) or value != int(value) or value < least:
         raise EtudeError(f"{name} is {value!r}, but it must be a whole number of at least {least}.")
-    return int(value)  # type: ignore[call-overload]
+    return int(value)

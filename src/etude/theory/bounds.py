@@ -169,7 +169,9 @@ def gap_bounds(target: Gaussian | GaussianMixture, path: Path | str, reward: Rew
     if start.V.ndim:
         raise EtudeError("a bound takes one horizon at a time: pass a path whose T is a number.")
     if not np.isfinite(start.V):
-        raise EtudeError("the path starts from pure noise, where the continuous-time gap is 0: there is nothing to bound.")
+        raise EtudeError(
+            "the path starts from pure noise, where the continuous-time gap is 0: there is nothing to bound."
+        )
     k = constants_of(target, reward)
     chi2 = {"Jensen": chi2_jensen(k, start), "sharp": chi2_sharp(target, k, start)}
     if isinstance(target, Gaussian) or target.d == 1:
@@ -201,11 +203,13 @@ def finite_step_bound(
     """
     grid = levels(schedule, steps, spacing)
     if grid.a.ndim > 1 or grid.a[0] == 0 or grid.s[-1] > 0:
-        raise EtudeError("this bound takes one grid from an a above 0 down to s = 0: pass one horizon, and delta above 0.")
+        raise EtudeError(
+            "this bound takes one grid from an a above 0 down to s = 0: pass one horizon, and delta above 0."
+        )
     k, start = constants_of(target, reward), grid.start()
     if not np.isfinite(k.R):
         return INFINITE
-    spectrum = target.spectrum if isinstance(target, Gaussian) else np.linalg.eigvalsh(target.matrix)
+    spectrum = target.spectrum if isinstance(target, Gaussian) else np.asarray(np.linalg.eigvalsh(target.matrix), float)
     v = grid.v
     errors = np.broadcast_to(nonnegative(denoiser_error, "denoiser_error"), (grid.steps,))
     total = 0.0

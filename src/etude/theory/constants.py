@@ -80,7 +80,9 @@ def chi2_exact(target: Gaussian | GaussianMixture, start: Start) -> float:
         m = target.to_eigen(target.mu)
         return float(np.expm1(np.sum(-0.5 * np.log1p(-((D / K) ** 2)) + m**2 / (K - D))))
     if target.d > 1:
-        raise EtudeError(f"chi^2 has no closed form for a mixture in {target.d} dimensions: use chi2_jensen or chi2_sharp.")
+        raise EtudeError(
+            f"chi^2 has no closed form for a mixture in {target.d} dimensions: use chi2_jensen or chi2_sharp."
+        )
     return _chi2_line(Components(target), V, V + excess)
 
 
@@ -96,7 +98,9 @@ def _chi2_line(parts: Components, V: float, tau: float) -> float:
         prior = float(np.exp(-0.5 * y * y / tau) / np.sqrt(2.0 * np.pi * tau))
         return (prior - p) ** 2 / p if p > 0 else 0.0
 
-    value, _ = quad(integrand, -reach, reach, limit=400, epsrel=1e-9, epsabs=0.0, points=[-3.0 * tau**0.5, 0.0, 3.0 * tau**0.5])
+    value, _ = quad(
+        integrand, -reach, reach, limit=400, epsrel=1e-9, epsabs=0.0, points=[-3.0 * tau**0.5, 0.0, 3.0 * tau**0.5]
+    )
     return float(value)
 
 
@@ -109,7 +113,11 @@ def chi2_jensen(k: Constants, start: Start) -> float:
     V, e = float(start.V), float(start.excess)
     if e >= V:
         return INFINITE
-    log = -0.5 * k.d * np.log1p(-((e / V) ** 2)) + (V + e) * k.mean_squared / (2.0 * V * (V - e)) + k.second_moment / (2.0 * V)
+    log = (
+        -0.5 * k.d * np.log1p(-((e / V) ** 2))
+        + (V + e) * k.mean_squared / (2.0 * V * (V - e))
+        + k.second_moment / (2.0 * V)
+    )
     return float(np.expm1(log)) if log < 700 else INFINITE
 
 

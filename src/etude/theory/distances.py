@@ -18,7 +18,7 @@ def w2(p: Gaussian, q: Gaussian) -> Any:
     C_q^(1/2) C_p^(1/2): no subtraction of traces, so nothing cancels.
     """
     _check(p, q)
-    squared = np.sum((p.mu - q.mu) ** 2, axis=-1)
+    squared: Array = np.sum((p.mu - q.mu) ** 2, axis=-1)
     if _same_basis(p, q):
         squared = squared + np.sum((np.sqrt(p.spectrum) - np.sqrt(q.spectrum)) ** 2, axis=-1)
     else:
@@ -39,7 +39,7 @@ def kl(p: Gaussian, q: Gaussian) -> Any:
         distance = _ratio(shift**2, q.spectrum, empty=0.0)
     else:
         whiten = q.power(-0.5)
-        ratio = np.linalg.eigvalsh(whiten @ p.matrix @ whiten)
+        ratio = np.asarray(np.linalg.eigvalsh(whiten @ p.matrix @ whiten), dtype=np.float64)
         if np.any(q.spectrum <= 0):
             return _number(np.full(np.broadcast_shapes(p.batch, q.batch), np.inf))
         shift = np.einsum("...ij,...j->...i", whiten, p.mu - q.mu)

@@ -140,7 +140,7 @@ def transfer(
     k = coefficients(grid, eta, kernel)
     x0, eps, noise = (x[..., None] for x in (k.x0, k.eps, k.variance))
     extra = (1,) * (x0.ndim - 1 - grid.a.ndim)
-    a, s = (x[:-1].reshape((x.shape[0] - 1,) + extra + x.shape[1:] + (1,)) for x in (grid.a, grid.s))
+    a, s = (x[:-1].reshape((x.shape[0] - 1, *extra, *x.shape[1:], 1)) for x in (grid.a, grid.s))
     spread = a**2 * target.spectrum + s**2
     A = (x0 * a * target.spectrum + eps * s) / spread
     if not score_error:

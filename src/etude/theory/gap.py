@@ -112,11 +112,10 @@ def improvement(
 
     Both samplers use the path, steps and spacing given and start from the prior; both scores are exact.
     """
-    tuned = tilt(target, reward, beta)
     if isinstance(target, GaussianMixture):
-        return mixture_improvement(target, tuned, path, reward, steps=steps, spacing=spacing)
-    rewards = [reward.expected(ode_law(law, path, steps, spacing)) for law in (tuned, target)]
-    return rewards[0] - rewards[1]
+        return mixture_improvement(target, tilt(target, reward, beta), path, reward, steps=steps, spacing=spacing)
+    tuned, base = (ode_law(law, path, steps, spacing) for law in (tilt(target, reward, beta), target))
+    return reward.expected(tuned) - reward.expected(base)
 
 
 def ode_law(target: Gaussian, path: Any, steps: int | None, spacing: str) -> Gaussian:

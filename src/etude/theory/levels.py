@@ -42,7 +42,7 @@ class Levels:
     def start(self) -> Start:
         """The continuous-time sampler that starts where this one does."""
         a, s = self.a[0], self.s[0]
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             excess = np.asarray((self.prior_variance - s**2) / a**2)
             return Start(V=np.asarray((s / a) ** 2), excess=np.where(a > 0, excess, np.inf), a=a)
 

@@ -15,6 +15,7 @@ the change of the extrapolation.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.integrate import solve_ivp
@@ -86,7 +87,7 @@ def line_values(
     clock = _Clock(parts, V, time_steps)
     flow = _flow(parts, points, clock)
     results = [_at(parts, points, flow, clock, reward, etas, stride, V + float(start.excess)) for stride in REFINEMENTS]
-    coarse, fine = ((4.0 * b - a) / 3.0 for a, b in zip(results[:-1], results[1:], strict=True))
+    coarse, fine = ((4.0 * b - a) / 3.0 for a, b in pairwise(results))
     error = 3.0 * np.abs(fine - coarse) + 1e-13 * np.abs(fine[0])
     return LineValues(float(fine[0]), float(error[0]), fine[1:], error[1:])
 
@@ -102,13 +103,13 @@ class _Clock:
         return max(float(np.exp(theta)) - self.c, 0.0)
 
     def theta(self, share: Array) -> Array:
-        return np.clip(self.low + share * (self.high - self.low), self.low, self.high)
+        return np.asarray(np.clip(self.low + share * (self.high - self.low), self.low, self.high), dtype=np.float64)
 
     def stages(self, stride: int) -> Array:
         """The two stage times of every step as shares of the whole, [steps / stride, 2], rounded to serve as keys."""
         h = stride / self.steps
         begin = h * np.arange(self.steps // stride)
-        return np.round(np.stack([begin + STAGE * h, begin + h], axis=1), 12)
+        return np.asarray(np.round(np.stack([begin + STAGE * h, begin + h], axis=1), 12), dtype=np.float64)
 
 
 def _integrate(
@@ -135,7 +136,7 @@ def _labels(parts: Components, V: float, tau: float, count: int) -> Array:
     x = np.linspace(low, high, 4001)
     y = _integrate(parts, x, clock, (clock.low, clock.high))
     monitor = (x - low) / (high - low) + (y - y[0]) / (y[-1] - y[0])
-    return np.interp(np.linspace(0.0, monitor[-1], count + 1), monitor, x)
+    return np.asarray(np.interp(np.linspace(0.0, monitor[-1], count + 1), monitor, x))
 
 
 def _flow(parts: Components, points: Array, clock: _Clock) -> dict[float, Array]:

@@ -120,7 +120,9 @@ def adaptive_integral(
     return Estimate(total + float(whole.sum()), error + float(np.abs(whole).sum()) * bool(left.size), KIND)
 
 
-def line_step_gap(target: GaussianMixture, grid: Levels, reward: Reward, eta: float, kernel: str) -> tuple[Estimate, Estimate]:
+def line_step_gap(
+    target: GaussianMixture, grid: Levels, reward: Reward, eta: float, kernel: str
+) -> tuple[Estimate, Estimate]:
     """(E r of the ODE, E r of the SDE) with N steps."""
     if grid.a.ndim > 1:
         raise EtudeError("a mixture takes one horizon at a time: pass a path whose T is a number.")

@@ -38,15 +38,16 @@ def mixture_gap(
     """
     etas = nonnegative(eta, "eta")
     if not isinstance(target, GaussianMixture):
-        raise EtudeError(f"mixture_gap takes a GaussianMixture, got {type(target).__name__}: use reward_gap for a Gaussian.")
+        raise EtudeError(
+            f"mixture_gap takes a GaussianMixture, got {type(target).__name__}: use reward_gap for a Gaussian."
+        )
     samples, start = whole(samples, "samples", 2), _start(path, steps)
     if start is not None and target.d == 1 and np.isfinite(start.V):
         values = line_values(target, start, reward, etas.ravel())
         found = [Estimate(float(g), float(e), KIND) for g, e in zip(values.gaps, values.gap_errors, strict=True)]
     else:
         found = [
-            _one(target, path, start, reward, float(e), steps, spacing, kernel, samples, seed)
-            for e in etas.ravel()
+            _one(target, path, start, reward, float(e), steps, spacing, kernel, samples, seed) for e in etas.ravel()
         ]
     if not etas.ndim:
         return found[0]

@@ -152,11 +152,11 @@ def _regulate(A: Array, variance: float, beta: float, P: Array, p: Array) -> tup
     weight = 2.0 * variance / beta
     inner = np.eye(p.size) + weight * P
     if float(np.linalg.eigvalsh(inner).min()) <= 0.0:
-        raise EtudeError(f"the mean-policy optimum does not exist at beta = {beta:g}: the reward outgrows the penalty, raise beta.")
-    F = -weight * np.linalg.solve(inner, P * A)
-    f = 0.5 * weight * np.linalg.solve(inner, p)
-    closed = np.linalg.solve(inner, np.eye(p.size))
-    pulled = P @ closed
+        raise EtudeError(
+            f"the mean-policy optimum does not exist at beta = {beta:g}: the reward outgrows the penalty, raise beta."
+        )
+    closed: Array = np.linalg.inv(inner).astype(np.float64)
+    F, f, pulled = -weight * closed @ (P * A), 0.5 * weight * closed @ p, P @ closed
     return F, f, A[:, None] * (0.5 * (pulled + pulled.T)) * A, A * (closed.T @ p)
 
 

@@ -78,6 +78,13 @@ def rates(target: Gaussian, path: Path, reward: QuadraticReward, eta: float) -> 
     return _rate(path, power, constant, "generic" if power == 0.5 else "centred")
 
 
+def asymptotic_series(target: Gaussian, path: Path, reward: QuadraticReward, eta: float) -> Array:
+    """All the terms above added up on a path: closer than the leading one alone, above all at small eta."""
+    target, kappa = gaussian(target, "asymptotic_series"), 1.0 + float(nonnegative(eta, "eta")) ** 2
+    terms = _terms(target, path, reward, kappa)
+    return np.asarray(sum(coefficient * path.start().V ** -power for power, coefficient, _ in terms))
+
+
 def own_error_rates(target: Gaussian, path: Path, eta: float) -> tuple[Rate, Rate]:
     """Rates of the SDE_eta sampler's own errors: |mean error| and the trace of the variance error (eta = 0: the ODE's)."""
     target, kappa = gaussian(target, "own_error_rates"), 1.0 + float(nonnegative(eta, "eta")) ** 2

@@ -50,7 +50,9 @@ def law_in_y_with_error(target: Gaussian, start: Start, eta: Numbers, error: Sco
     bias = target.to_eigen(np.broadcast_to(array(error.bias, "the score error's bias"), (target.d,)))
     shift = -kappa * np.sqrt(c) * bias * _cosh_integral(np.arcsinh(np.sqrt(V / c)), 1.0 - 2.0 * K)
     mean = target.mu - target.from_eigen(np.exp(K * log_x) * target.to_eigen(target.mu) - shift)
-    variance = np.exp(2.0 * K * log_x) * (V + start.excess[..., None]) + (kappa - 1.0) * c * _geometric(2.0 * K - 1.0, log_x)
+    variance = np.exp(2.0 * K * log_x) * (V + start.excess[..., None]) + (kappa - 1.0) * c * _geometric(
+        2.0 * K - 1.0, log_x
+    )
     return Gaussian.from_spectrum(mean, variance, target)
 
 
@@ -105,5 +107,7 @@ def as_score_error(value: Any) -> ScoreError:
     if value is None:
         return ScoreError()
     if not isinstance(value, ScoreError):
-        raise EtudeError(f"score_error must be a ScoreError, got {type(value).__name__}: pass ScoreError(bias=..., gain=...).")
+        raise EtudeError(
+            f"score_error must be a ScoreError, got {type(value).__name__}: pass ScoreError(bias=..., gain=...)."
+        )
     return value

@@ -50,7 +50,7 @@ def simulate_steps(
             if k.variance[i] > 0:
                 x = x + np.sqrt(k.variance[i]) * rng.standard_normal(x.shape)
         values.append(_reward(reward, x, target))
-    return _summary(*values, bias_scale=0.0)
+    return _summary(values[0], values[1], bias_scale=0.0)
 
 
 def simulate_continuous(
@@ -58,7 +58,9 @@ def simulate_continuous(
 ) -> Simulated:
     """The continuous-time samplers, extrapolated from `steps` and `steps`/2 steps."""
     if not np.isfinite(start.V):
-        raise EtudeError("the path starts from pure noise, where the continuous-time gap is exactly 0: nothing to simulate.")
+        raise EtudeError(
+            "the path starts from pure noise, where the continuous-time gap is exactly 0: nothing to simulate."
+        )
     rng, V = np.random.default_rng(seed), float(start.V)
     v = np.append(np.sqrt(V) * np.exp(np.linspace(0.0, _span(target, V), steps)), 0.0)
     begin = rng.standard_normal((samples, target.d)) * np.sqrt(V + float(start.excess))
@@ -77,7 +79,7 @@ def simulate_continuous(
     fine, coarse = ([_reward(reward, ends[e, k], target) for e in (0.0, eta)] for k in (1, 2))
     values = [2.0 * f - c for f, c in zip(fine, coarse, strict=True)]
     moved = float(np.mean((fine[0] - coarse[0]) - (fine[1] - coarse[1])))
-    return _summary(*values, bias_scale=abs(moved))
+    return _summary(values[0], values[1], bias_scale=abs(moved))
 
 
 def _span(target: GaussianMixture, V: float) -> float:

@@ -11,6 +11,8 @@ A mixture stays a mixture: its components are tilted one by one and w_k* ∝ w_k
 
 from __future__ import annotations
 
+from typing import overload
+
 import numpy as np
 from scipy.special import logsumexp
 
@@ -37,6 +39,14 @@ def critical_beta(target: Gaussian | GaussianMixture, reward: QuadraticReward) -
     if isinstance(target, GaussianMixture):
         return max(critical_beta(part, reward) for part in target.components)
     return max(0.0, -2.0 * float(np.linalg.eigvalsh(_curvature(target, reward)).min()))
+
+
+@overload
+def tilt(target: Gaussian, reward: QuadraticReward, beta: float) -> TiltedGaussian: ...
+
+
+@overload
+def tilt(target: GaussianMixture, reward: QuadraticReward, beta: float) -> TiltedMixture: ...
 
 
 def tilt(target: Gaussian | GaussianMixture, reward: QuadraticReward, beta: float) -> TiltedGaussian | TiltedMixture:

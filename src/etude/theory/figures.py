@@ -1,0 +1,136 @@
+"""The figures of `etude theory`, drawn from the report alone (matplotlib is imported when the first is drawn)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from etude.errors import EtudeError
+
+COLOURS = ("#3b5bdb", "#e8590c", "#2b8a3e", "#9c36b5", "#c92a2a", "#0b7285")
+STYLE: dict[str, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e9ecef",
+    "axes.axisbelow": True,
+    "font.size": 9.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "svg.hashsalt": "etude",
+    "svg.fonttype": "none",
+}
+FORMATS = ("png", "svg")
+
+
+def draw(report: dict[str, Any], directory: Path, extension: str = "png") -> list[Path]:
+    """Writes every figure of the report into `directory` and returns their paths."""
+    if extension not in FORMATS:
+        raise EtudeError(f"figures cannot be written as '{extension}': choose png or svg.")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    written = []
+    with matplotlib.rc_context(STYLE):
+        for name, (plot, panels) in FIGURES.items():
+            figure = Figure(figsize=(8.4 if panels == 2 or name == "gap-split" else 5.2, 3.2), layout="constrained")
+            axes = figure.subplots(1, panels, squeeze=False)[0]
+            plot(list(axes), report)
+            path = directory / f"{name}.{extension}"
+            figure.savefig(path, dpi=150, metadata={"Date": None} if extension == "svg" else None)
+            written.append(path)
+    return written
+
+
+def _horizon(axes: list[Any], report: dict[str, Any]) -> None:
+    for ax, (name, section) in zip(axes, report["horizon"].items(), strict=True):
+        for colour, row in zip(COLOURS, section["etas"], strict=False):
+            ax.plot(section["T"], _size(row["gap"]), color=colour, label=f"eta {row['eta']:g}")
+            if row.get("constant"):
+                ax.plot(section["T"], _size(row["series"]), color=colour, linestyle=":", linewidth=1)
+        ax.set(yscale="log", xlabel="T", ylabel="|reward gap|", title=_PATHS[name])
+        sizes = [x for row in section["etas"] for x in _size(row["gap"]) if x == x]
+        if sizes:
+            ax.set_ylim(0.5 * min(sizes), 2.0 * max(sizes))
+        if name == "ve":
+            ax.set_xscale("log")
+    axes[0].plot([], [], color="#868e96", linestyle=":", label="asymptote")
+    axes[0].legend()
+
+
+def _steps(axes: list[Any], report: dict[str, Any]) -> None:
+    (ax,), section = axes, report["steps"]
+    for colour, eta, gap, limit in zip(COLOURS, section["etas"], section["gap"], section["limit"], strict=False):
+        ax.plot(section["steps"], gap, color=colour, marker=".", label=f"eta {eta:g}")
+        ax.axhline(limit, color=colour, linestyle=":", linewidth=1)
+    ax.set(
+        xscale="log", xlabel="steps N", ylabel="reward gap", title=f"{report['settings']['schedule']} (dotted: N → ∞)"
+    )
+    ax.legend()
+
+
+def _split(axes: list[Any], report: dict[str, Any]) -> None:
+    (ax,), rows = axes, report["split"]
+    parts = ("prior", "discretisation", "score_error", "interaction")
+    width = 0.8 / len(parts)
+    for k, (colour, part) in enumerate(zip(COLOURS, parts, strict=False)):
+        ax.bar(
+            [i + (k - 1.5) * width for i in range(len(rows))],
+            [row[part] for row in rows],
+            width,
+            color=colour,
+            label=part,
+        )
+    ax.scatter(range(len(rows)), [row["total"] for row in rows], color="#212529", marker="_", s=200, label="total")
+    ax.set_xticks(range(len(rows)), [f"N {row['steps']}\neta {row['eta']:g}" for row in rows], fontsize=7)
+    ax.axhline(0.0, color="#868e96", linewidth=0.8)
+    ax.set(ylabel="reward gap", title="What the gap is made of")
+    ax.legend()
+
+
+def _bounds(axes: list[Any], report: dict[str, Any]) -> None:
+    for ax, name in zip(axes, ("ve", "vp"), strict=True):
+        section = report["bounds"][name]
+        ax.plot(section["T"], section["gap"], color="#212529", linewidth=2, label="|gap|")
+        for colour, (label, values) in zip(COLOURS, section["bounds"].items(), strict=False):
+            ax.plot(
+                section["T"], [v if v is not None else float("nan") for v in values], color=colour, lw=1, label=label
+            )
+        ax.set(yscale="log", xlabel="T", title=f"{_PATHS[name]}, eta {report['bounds']['eta']:g}")
+        if name == "ve":
+            ax.set_xscale("log")
+    axes[0].legend(fontsize=7)
+
+
+def _eta(axes: list[Any], report: dict[str, Any]) -> None:
+    (ax,) = axes
+    for colour, row in zip(COLOURS, report["eta"], strict=False):
+        ax.plot(row["etas"], row["errors"], color=colour, label=f"N {row['steps']}: best eta {row['eta']:.2f}")
+        ax.plot(row["eta"], row["error"], "o", color=colour)
+        ax.plot(row["etas"], row["discretisation"], color=colour, linestyle=":", linewidth=1)
+    ax.plot(
+        report["eta"][0]["etas"],
+        report["eta"][0]["prior"],
+        color="#868e96",
+        linestyle="--",
+        linewidth=1,
+        label="start alone",
+    )
+    ax.plot([], [], color="#868e96", linestyle=":", linewidth=1, label="steps alone")
+    ax.set(xlabel="eta", ylabel="W2 to the target", title="Which eta")
+    ax.legend()
+
+
+def _size(values: list[float]) -> list[float]:
+    return [abs(value) or float("nan") for value in values]
+
+
+_PATHS = {"ve": "VE, sigma = t", "vp": "VP, beta = 1"}
+FIGURES: dict[str, tuple[Callable[[list[Any], dict[str, Any]], None], int]] = {
+    "gap-against-horizon": (_horizon, 2),
+    "gap-against-steps": (_steps, 1),
+    "gap-split": (_split, 1),
+    "bounds": (_bounds, 2),
+    "recommended-eta": (_eta, 1),
+}
