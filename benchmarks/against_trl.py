@@ -102,7 +102,7 @@ def peer_environment() -> Path:
     stamp, digest = directory / ".installed", hashlib.sha256(text).hexdigest()
     if not stamp.is_file() or stamp.read_text() != digest:
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(directory)], check=True)
-        command = [str(directory / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        command = [str(directory / "bin" / "python"), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
         subprocess.run([*command, "--requirement", str(REQUIREMENTS)], check=True)
         stamp.write_text(digest)
     return directory
