@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from tiny import save_stable_diffusion, stable_diffusion
 
 from etude.config import LoraConfig
 from etude.errors import EtudeError
@@ -15,6 +14,7 @@ from etude.policies.base import assign, swapped
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.rollout import NoiseSource, rollout
 from etude.sampling import make_plan
+from tiny import save_stable_diffusion, stable_diffusion
 
 PROMPTS = ["red heart", "pizza", "tiger"]
 

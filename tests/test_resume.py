@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from tiny import save_stable_diffusion
 
 ITERATIONS = 12

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import stable_diffusion
 
 from etude.config import LoraConfig
 from etude.kernels import GDDIM
@@ -12,6 +11,7 @@ from etude.objectives import ppo_loss
 from etude.plans import SamplingPlan
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.rollout import NoiseSource, replay, rollout
+from tiny import stable_diffusion
 
 PROMPTS = ["red heart", "pizza", "tiger", "sun", "moon", "car"]
 

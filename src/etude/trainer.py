@@ -8,6 +8,7 @@ of one that never stopped.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,10 +98,10 @@ class Trainer:
     ) -> None:
         self.config, self.out, self.resume = config, Path(out), resume
         self.display: Display = display or SilentDisplay()
+        _check_directory(self.out, resume)
         self.rewards = WeightedRewards(config.rewards, held_out=config.evaluation.held_out_rewards)
         self.train_prompts = load_prompts(config.prompts.train)
         eval_prompts = load_prompts(config.prompts.evaluation)[: config.evaluation.num_images]
-        _claim_directory(self.out, resume)
         self.accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=self.out)
         if config.rollout.images_per_iteration % self.accelerator.num_processes:
             raise EtudeError(
@@ -159,6 +160,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Runs to the end and returns the summary that is also written to `summary.json`."""
         started = time.time()
+        self.out.mkdir(parents=True, exist_ok=True)
         self._restore()
         if self.accelerator.is_main_process:
             atomic_write_text(self.out / "config.yaml", self.config.to_yaml())
@@ -394,7 +396,12 @@ class Trainer:
 
     def _restore(self) -> None:
         """Takes up the newest sound checkpoint, and drops metrics of iterations that it does not hold."""
-        checkpoint = load_latest(self.out / "checkpoints") if self.resume else None
+        root = self.out / "checkpoints"
+        checkpoint = load_latest(root) if self.resume else None
+        if self.resume and checkpoint is None and root.is_dir() and any(root.glob("iteration-*")):
+            raise EtudeError(
+                f"no checkpoint in '{root}' is sound, so the run cannot be resumed: start it again in another directory."
+            )
         if checkpoint is not None:
             assign(self.parameters, _under("weights/", checkpoint.tensors))
             load_optimizer_tensors(self.optimizer, list(self.parameters), _under("optimizer/", checkpoint.tensors))
@@ -420,15 +427,16 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _claim_directory(out: Path, resume: bool) -> None:
-    """Refuses to mix two runs; a resumed one must be the run that its configuration says it is."""
+def _check_directory(out: Path, resume: bool) -> None:
+    """Refuses to mix two runs. The directory is made when the run starts, so that a refused one leaves nothing."""
     if out.exists() and not out.is_dir():
         raise EtudeError(f"--out '{out}' is a file; give a directory.")
     if out.is_dir() and any(out.iterdir()) and not resume:
         raise EtudeError(
             f"--out '{out}' is not empty: give --resume to continue the run it holds, or another directory."
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EtudeError(f"--out '{out}' cannot be made: {error.strerror}.") from error
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise EtudeError(
+            f"--out '{out}' cannot be written: check the permissions of '{parent}', or give another directory."
+        )

@@ -76,6 +76,8 @@ class Alignment:
     """The reward: images uint8 `[n, 3, h, w]` and prompts to float32 `[n]`."""
 
     def __init__(self, directory: Path = WEIGHTS, batch_size: int = 64) -> None:
+        if not (directory / "alignment.safetensors").is_file():
+            raise EtudeError(f"the alignment reward finds no weights in '{directory}': reinstall etude.")
         self.heads = Heads().eval().requires_grad_(False)
         tensors = load_file(directory / "alignment.safetensors")
         self.heads.load_state_dict(

@@ -63,7 +63,7 @@ def caption_views(data: EmojiSet, seed: int) -> list[list[str]]:
     rng = np.random.default_rng(seed)
 
     def with_tags(name: str, tags: list[str]) -> str:
-        chosen = rng.choice(tags, size=min(2, len(tags)), replace=False) if tags else []
+        chosen: list[str] = rng.choice(tags, size=min(2, len(tags)), replace=False).tolist() if tags else []
         return ", ".join([name, *chosen])
 
     return [data.names, *([with_tags(n, t) for n, t in zip(data.names, data.tags, strict=True)] for _ in range(2))]

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from etude.policies import load_policy
@@ -59,7 +60,7 @@ def write_card(model: Path, quality: dict[str, Any]) -> dict[str, Any]:
         json.loads((model / "figures" / f"{stage}.json").read_text(encoding="utf-8"))
         for stage in ("autoencoder", "denoiser")
     )
-    pipeline = load_policy(model).pipeline
+    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     sizes = {n: sum(p.numel() for p in getattr(pipeline, n).parameters()) for n in ("unet", "vae", "text_encoder")}
     card = {
         "name": model.name,

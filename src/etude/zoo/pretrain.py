@@ -6,6 +6,7 @@ latents cached, the denoiser trained, the pipeline put together. About 90 minute
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,9 +35,10 @@ def pretrain_emoji_sd(
     tokenizer = train_tokenizer(data)
 
     def save(step: int, unet: Any, text_encoder: Any) -> None:
+        """Half precision on disk, which halves the package; diffusers loads it as fp32. The text encoder stays fp32."""
         pipeline = StableDiffusionPipeline(
-            vae=vae,
-            unet=unet,
+            vae=copy.deepcopy(vae).half(),
+            unet=copy.deepcopy(unet).half(),
             text_encoder=text_encoder,
             tokenizer=tokenizer,
             scheduler=stable_diffusion_scheduler(),
