@@ -103,9 +103,10 @@ A {card["class"]} that draws {card["images"]}. Small enough for a laptop, traine
 
 {card["licence"]}. The art itself is not part of this checkpoint.
 
+<!-- --8<-- [start:figures] -->
 Autoencoder: {autoencoder["steps"]} steps, {autoencoder["seconds"]} s, final loss {autoencoder["final_loss"]:.4f};
 {autoencoder["psnr_held_out_db"]:.2f} dB PSNR on {autoencoder["held_out_pictures"]} pictures of emoji not seen in training.
-Denoiser: {denoiser["steps"]} steps, {denoiser["seconds"]} s on {denoiser["pictures"]} pictures, final loss {denoiser["final_loss"]:.4f}.
+Denoiser: {denoiser["steps"]} steps of 64 pictures, {denoiser["seconds"]} s on {denoiser["pictures"]} pictures, final loss {denoiser["final_loss"]:.4f}.
 
 Alignment (the embedded reward) of {quality["prompts"]} common prompts, {quality["images_per_prompt"]} images each, {card["sampler"]},
 with 95 % intervals; `chance` pairs the generated images with other prompts:
@@ -115,6 +116,7 @@ with 95 % intervals; `chance` pairs the generated images with other prompts:
 {scores}
 
 Generated images reach {100 * quality["share_of_real_above_chance"]:.0f} % of what real ones score above chance.
+<!-- --8<-- [end:figures] -->
 
 Made by `python -m etude.zoo.pretrain`, measured by `python -m etude.zoo.card`.
 """

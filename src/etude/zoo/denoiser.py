@@ -91,12 +91,19 @@ def train_denoiser(
     recipe: DenoiserRecipe,
     on_checkpoint: Callable[[int, UNet2DConditionModel, Any], None] = lambda step, unet, text_encoder: None,
     checkpoint_every: int = 500,
+    initial: tuple[UNet2DConditionModel, Any] | None = None,
 ) -> tuple[UNet2DConditionModel, Any, dict]:
-    """Trains on scaled `latents` `[n, 8, 8, 8]`, row by row the pictures of `data`; returns the averaged weights and figures."""
+    """Trains on scaled `latents` `[n, 8, 8, 8]`, row by row the pictures of `data`; returns the averaged weights and figures.
+
+    `initial` is a UNet and a text encoder to go on from instead of random weights, with a fresh optimiser and schedule.
+    """
     torch.manual_seed(recipe.seed)
-    text_encoder = build_text_encoder(tokenizer)
-    unet = build_unet(text_encoder.config.hidden_size)
-    model = torch.nn.ModuleList([unet, text_encoder])
+    if initial is None:
+        text_encoder = build_text_encoder(tokenizer)
+        unet = build_unet(text_encoder.config.hidden_size)
+    else:
+        unet, text_encoder = initial
+    model = torch.nn.ModuleList([unet, text_encoder]).train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(recipe.steps, warmup=300))

@@ -25,14 +25,21 @@ from etude.zoo.text import train_tokenizer
 def pretrain_emoji_sd(
     out: Path,
     cache: Path,
-    autoencoder_recipe: AutoencoderRecipe | None = None,
-    denoiser_recipe: DenoiserRecipe | None = None,
+    autoencoder_recipe: AutoencoderRecipe,
+    denoiser_recipe: DenoiserRecipe,
+    initial: Path | None = None,
 ) -> None:
-    """Writes a StableDiffusionPipeline directory into `out`, and the figures of each stage into `out/figures`."""
+    """Writes a StableDiffusionPipeline directory into `out`, and the figures of each stage into `out/figures`.
+
+    `initial` is an earlier result to go on from: its denoiser, text encoder and tokenizer.
+    """
     data = load_emoji(cache)
-    vae = _autoencoder(out, data, autoencoder_recipe or AutoencoderRecipe())
+    vae = _autoencoder(out, data, autoencoder_recipe)
     latents = encode(vae, data.images) * vae.config.scaling_factor
-    tokenizer = train_tokenizer(data)
+    tokenizer, start = train_tokenizer(data), None
+    if initial is not None:
+        earlier = StableDiffusionPipeline.from_pretrained(initial, safety_checker=None)
+        tokenizer, start = earlier.tokenizer, (earlier.unet, earlier.text_encoder)
 
     def save(step: int, unet: Any, text_encoder: Any) -> None:
         """Half precision on disk, which halves the package; diffusers loads it as fp32. The text encoder stays fp32."""
@@ -48,7 +55,7 @@ def pretrain_emoji_sd(
         )
         pipeline.save_pretrained(out)
 
-    unet, text_encoder, figures = train_denoiser(latents, data, tokenizer, denoiser_recipe or DenoiserRecipe(), save)
+    unet, text_encoder, figures = train_denoiser(latents, data, tokenizer, denoiser_recipe, save, initial=start)
     save(figures["steps"], unet, text_encoder)
     _write(out / "figures" / "denoiser.json", figures)
 
@@ -75,14 +82,18 @@ def main(
     cache: Annotated[Path, typer.Option(help="Where the emoji packages are kept (155 MB).")] = Path("build/emoji-data"),
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
     denoiser_steps: Annotated[int, typer.Option(help="Optimiser steps of the denoiser.", min=1)] = DenoiserRecipe.steps,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate of the denoiser.")] = DenoiserRecipe.learning_rate,
     autoencoder_steps: Annotated[
         int, typer.Option(help="Optimiser steps of the autoencoder.", min=1)
     ] = AutoencoderRecipe.steps,
+    initial: Annotated[Path | None, typer.Option(help="Go on from the denoiser of this earlier result.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the denoiser's training.", min=0)] = DenoiserRecipe.seed,
 ) -> None:
     """Trains `emoji-sd` from scratch: fetches the emoji, trains the autoencoder, the text encoder and the denoiser."""
     torch.set_num_threads(threads)
     np.seterr(all="raise", under="ignore")
-    pretrain_emoji_sd(out, cache, AutoencoderRecipe(steps=autoencoder_steps), DenoiserRecipe(steps=denoiser_steps))
+    denoiser = DenoiserRecipe(steps=denoiser_steps, learning_rate=learning_rate, seed=seed)
+    pretrain_emoji_sd(out, cache, AutoencoderRecipe(steps=autoencoder_steps), denoiser, initial)
 
 
 if __name__ == "__main__":
