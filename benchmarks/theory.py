@@ -1,8 +1,9 @@
-"""Time of 1,000 reward gaps of a 64-dimensional Gaussian with full covariance at N = 50, on one core.
+"""Time of 1,000 reward gaps of a 64-dimensional Gaussian with full covariance at N = 50, on one core; tightness of the bounds.
 
 Run with one thread: `OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/theory.py`. Three readings of the promise
 (under 2 s): a new target every time (its eigendecomposition included), one target and reward at 1,000 etas one call at a
-time, and the same etas in one call.
+time, and the same etas in one call. The tightness is best bound / |gap| over random Gaussians (d = 1 to 6, full indefinite
+Q) and random mixtures on the line, VE, VP and rectified-flow starts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from etude.theory import Gaussian, QuadraticReward, reward_gap
+from etude.theory import VE, VP, Gaussian, GaussianMixture, Path, QuadraticReward, RectifiedFlow, gap_bounds, reward_gap
 
 DIMENSION, STEPS, EVALUATIONS = 64, 50, 1000
 
@@ -26,6 +27,42 @@ def timed(label: str, work: Callable[[], object]) -> None:
     start = time.perf_counter()
     work()
     print(f"{label:<42} {time.perf_counter() - start:6.3f} s")
+
+
+def path(rng: np.random.Generator) -> Path:
+    choices: list[Path] = [
+        VE(T=float(rng.uniform(3.0, 80.0))),
+        VP(T=float(rng.uniform(2.0, 10.0))),
+        RectifiedFlow(delta=float(rng.uniform(0.003, 0.1))),
+    ]
+    return choices[rng.integers(len(choices))]
+
+
+def gaussian_ratio(rng: np.random.Generator, d: int) -> tuple[float, float]:
+    root, Q = rng.standard_normal((2, d, d))
+    target = Gaussian(rng.standard_normal(d), root @ root.T / d + 0.02 * np.eye(d))
+    return _ratios(target, QuadraticReward(Q + Q.T, center=rng.standard_normal(d)), rng)
+
+
+def mixture_ratio(rng: np.random.Generator) -> tuple[float, float]:
+    K = int(rng.integers(2, 5))
+    target = GaussianMixture(rng.dirichlet(np.full(K, 2.0)), rng.uniform(-2.0, 2.0, K), rng.uniform(0.1, 0.8))
+    return _ratios(target, QuadraticReward(1.0, center=float(rng.normal())), rng)
+
+
+def _ratios(
+    target: Gaussian | GaussianMixture, reward: QuadraticReward, rng: np.random.Generator
+) -> tuple[float, float]:
+    found = gap_bounds(target, path(rng), reward, float(rng.uniform(0.2, 2.0)))
+    return found.ratio, found.few_constants / abs(found.gap)
+
+
+def tightness(label: str, ratios: list[tuple[float, float]]) -> None:
+    best, few = np.array(ratios).T
+    print(
+        f"{label:<42} best bound / |gap|: median {np.median(best):.2f}, 90 % below {np.quantile(best, 0.9):.1f}, "
+        f"smallest {best.min():.3f}; few constants only: median {np.median(few):.2f}"
+    )
 
 
 def main() -> None:
@@ -46,6 +83,9 @@ def main() -> None:
         lambda: [reward_gap(target, "sd", reward, e, steps=STEPS) for e in etas],
     )
     timed("one target, 1,000 etas, one call", lambda: reward_gap(target, "sd", reward, etas, steps=STEPS))
+    tightness("400 Gaussians, d = 1", [gaussian_ratio(rng, 1) for _ in range(400)])
+    tightness("400 Gaussians, d = 2 to 6", [gaussian_ratio(rng, int(rng.integers(2, 7))) for _ in range(400)])
+    tightness("60 mixtures on the line", [mixture_ratio(rng) for _ in range(60)])
 
 
 if __name__ == "__main__":

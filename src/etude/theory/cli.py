@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 app = typer.Typer(
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},

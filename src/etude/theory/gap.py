@@ -25,7 +25,7 @@ from etude.theory.tilt import tilt
 
 def reward_gap(
     target: Gaussian | GaussianMixture,
-    path: Any,
+    path_or_schedule: Any,
     reward: Reward,
     eta: Numbers,
     steps: int | None = None,
@@ -34,16 +34,16 @@ def reward_gap(
 ) -> Any:
     """E r of the ODE sampler minus E r of the SDE_eta sampler, both started from the prior with the exact score.
 
-    `path` is a path, "sd", "ddpm" or "flow", or (with N steps) a grid; `steps=None` is continuous time.
+    `path_or_schedule` is a path, "sd", "ddpm" or "flow", or (with N steps) a grid; `steps=None` is continuous time.
     Gaussian target: exact; a number, or an array where eta or T is one. Mixture: an `Estimate` for one eta, with its
     numerical error on the line and a 95 % interval in d > 1 (`mixture_gap` says more and takes the options).
     """
     if isinstance(target, GaussianMixture):
-        return mixture_gap(target, path, reward, eta, steps=steps, spacing=spacing, kernel=kernel)
+        return mixture_gap(target, path_or_schedule, reward, eta, steps=steps, spacing=spacing, kernel=kernel)
     target = gaussian(target, "reward_gap")
-    if steps is None and is_path(path):
-        return continuous_gap(target, as_path(path).start(), reward, eta)
-    return difference(reward, *ode_and_sde(target, levels(path, steps, spacing), eta, kernel))
+    if steps is None and is_path(path_or_schedule):
+        return continuous_gap(target, as_path(path_or_schedule).start(), reward, eta)
+    return difference(reward, *ode_and_sde(target, levels(path_or_schedule, steps, spacing), eta, kernel))
 
 
 def is_path(schedule: Any) -> bool:
