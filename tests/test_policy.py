@@ -110,9 +110,14 @@ def test_swapped_weights_come_back_bit_for_bit(policy):
     parameters = policy.trainable()
     kept = {name: p.detach().clone() for name, p in parameters.items()}
     average = {name: p.detach() * 3 + 1 for name, p in parameters.items()}
-    with pytest.raises(KeyError), swapped(parameters, average):
-        assert all(torch.equal(p, average[name]) for name, p in parameters.items())
-        raise KeyError
+
+    def fail_inside():
+        with swapped(parameters, average):
+            assert all(torch.equal(p, average[name]) for name, p in parameters.items())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
     assert all(torch.equal(p, kept[name]) for name, p in parameters.items())
     assign(parameters, average)
     assert all(torch.equal(p, average[name]) for name, p in parameters.items())
@@ -164,7 +169,7 @@ def test_a_model_that_does_not_exist_is_one_clear_error(model, says):
 
 
 def test_a_directory_that_is_no_pipeline_and_a_class_without_adapter_are_named(tmp_path):
-    with pytest.raises(EtudeError, match="model_index.json"):
+    with pytest.raises(EtudeError, match=r"model_index\.json"):
         load_policy(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
     with pytest.raises(EtudeError, match="KandinskyPipeline; the supported pipelines are StableDiffusionPipeline"):

@@ -6,7 +6,7 @@ batch shape the two give the same bits, so the importance ratio of the first upd
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -95,67 +95,57 @@ def rollout(
         with_reference: also computes the reference model's means along the same states, for the KL.
         on_step: called with the number of images that just made one step.
     """
-    parts = [
-        _rollout_batch(
-            policy,
-            table,
-            conditioning.take(slice(start, start + batch_size)),
-            noise,
-            samples[start : start + batch_size],
-            guidance_scale,
-            reduction,
-            with_reference,
-            on_step,
-        )
-        for start in range(0, len(samples), batch_size)
-    ]
-    return Trajectory(
-        latents=torch.cat([p.latents for p in parts]),
-        steps=parts[0].steps,
-        states=torch.cat([p.states for p in parts]),
-        level=parts[0].level,
-        log_prob=torch.cat([p.log_prob for p in parts]),
-        reference_mean=torch.cat([p.reference_mean for p in parts if p.reference_mean is not None])
-        if with_reference
-        else None,
+    steps = table.trained_steps
+    touched = sorted({*steps, *(step + 1 for step in steps)})
+    shape = policy.latent_shape
+
+    def room(*middle: int) -> Tensor:
+        return torch.empty((len(samples), *middle), device=policy.device)
+
+    trajectory = Trajectory(
+        latents=room(*shape),
+        steps=steps,
+        states=room(len(touched), *shape),
+        level={step: touched.index(step) for step in steps},
+        log_prob=room(len(steps)),
+        reference_mean=room(len(steps), *shape) if with_reference else None,
     )
+    for start in range(0, len(samples), batch_size):
+        rows = slice(start, start + batch_size)
+        for step, x, transition, target in _walk(
+            policy, table, conditioning.take(rows), noise, samples[rows], guidance_scale
+        ):
+            if step in trajectory.level:
+                column, level = steps.index(step), trajectory.level[step]
+                trajectory.states[rows, level], trajectory.states[rows, level + 1] = x, target
+                trajectory.log_prob[rows, column] = transition.log_prob(target, reduction)
+                if trajectory.reference_mean is not None:
+                    with policy.reference():
+                        reference = denoise(policy, table, step, x, conditioning.take(rows), guidance_scale)
+                    trajectory.reference_mean[rows, column] = reference.mean
+            trajectory.latents[rows] = target
+            on_step(len(target))
+    return trajectory
 
 
-def _rollout_batch(
+def _walk(
     policy: Policy,
     table: StepTable,
     conditioning: Conditioning,
     noise: NoiseSource,
     samples: list[int],
     guidance_scale: float,
-    reduction: str,
-    with_reference: bool,
-    on_step: Callable[[int], None],
-) -> Trajectory:
-    steps = table.trained_steps
-    touched = sorted({*steps, *(i + 1 for i in steps)})
-    level = {i: touched.index(i) for i in steps}
+) -> Iterator[tuple[int, Tensor, Transition, Tensor]]:
+    """The sampling loop of one batch: each step with its source, its transition and its target."""
     x = noise.initial(samples, policy.latent_shape).to(policy.device)
-    states = x.new_empty((len(samples), len(touched), *policy.latent_shape))
-    log_prob = x.new_empty((len(samples), len(steps)))
-    reference_mean = x.new_empty((len(samples), len(steps), *policy.latent_shape)) if with_reference else None
     for step in range(table.num_steps):
         transition = denoise(policy, table, step, x, conditioning, guidance_scale)
-        if step in level:
-            states[:, level[step]] = x
-        if step in level and reference_mean is not None:
-            with policy.reference():
-                reference = denoise(policy, table, step, x, conditioning, guidance_scale)
-            reference_mean[:, steps.index(step)] = reference.mean
         if table.stochastic[step]:
-            x = transition.sample(noise.step(samples, step, policy.latent_shape).to(policy.device))
+            target = transition.sample(noise.step(samples, step, policy.latent_shape).to(policy.device))
         else:
-            x = transition.mean
-        if step in level:
-            states[:, level[step] + 1] = x
-            log_prob[:, steps.index(step)] = transition.log_prob(x, reduction)
-        on_step(len(samples))
-    return Trajectory(x, steps, states, level, log_prob, reference_mean)
+            target = transition.mean
+        yield step, x, transition, target
+        x = target
 
 
 def replay(
