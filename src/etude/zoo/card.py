@@ -106,7 +106,8 @@ A {card["class"]} that draws {card["images"]}. Small enough for a laptop, traine
 <!-- --8<-- [start:figures] -->
 Autoencoder: {autoencoder["steps"]} steps, {autoencoder["seconds"]} s, final loss {autoencoder["final_loss"]:.4f};
 {autoencoder["psnr_held_out_db"]:.2f} dB PSNR on {autoencoder["held_out_pictures"]} pictures of emoji not seen in training.
-Denoiser: {denoiser["steps"]} steps of 64 pictures, {denoiser["seconds"]} s on {denoiser["pictures"]} pictures, final loss {denoiser["final_loss"]:.4f}.
+Denoiser: {denoiser["steps"]} steps of 64 pictures, {denoiser["seconds"]} s on {denoiser["pictures"]} pictures,
+final loss {denoiser["final_loss"]:.4f}.
 
 Alignment (the embedded reward) of {quality["prompts"]} common prompts, {quality["images_per_prompt"]} images each, {card["sampler"]},
 with 95 % intervals; `chance` pairs the generated images with other prompts:
