@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before torch, transformers or huggingface_hub are imported: they read these once. Child processes inherit them.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -19,6 +20,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from etude.rewards import registry
+
 torch.set_num_threads(1)
 
 # Property tests draw the same examples in every run; a deadline would measure the machine.
@@ -30,3 +33,14 @@ settings.load_profile("etude")
 def _fixed_seed() -> None:
     """Each test starts from the same global torch generator, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_rewards() -> Iterator[None]:
+    """Rewards that a test registers are gone after it."""
+    factories, loaded = registry._factories.copy(), registry._loaded.copy()
+    yield
+    registry._factories.clear()
+    registry._factories.update(factories)
+    registry._loaded.clear()
+    registry._loaded.update(loaded)

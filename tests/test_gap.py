@@ -20,7 +20,11 @@ from tiny import save_stable_diffusion, stable_diffusion
 PROMPTS = ["red heart", "pizza", "tiger", "sun"]
 
 
-@register("brightness")
+@pytest.fixture(autouse=True)
+def _brightness():
+    register("brightness")(brightness)
+
+
 def brightness(images, prompts, **metadata):
     return images.float().mean((1, 2, 3))
 

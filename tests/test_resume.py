@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import signal
@@ -22,9 +21,10 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "etude", "train", *map(str, arguments)]
 
 
-def outcome(run: Path) -> tuple[str, list[dict]]:
-    """The exported weights' hash, and the metrics without clocks and memory."""
-    weights = hashlib.sha256((run / "lora" / "pytorch_lora_weights.safetensors").read_bytes()).hexdigest()
+def outcome(run: Path) -> tuple[dict[str, bytes], list[dict]]:
+    """The exported weights, bit for bit, and the metrics without clocks and memory."""
+    weights = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
+    weights = {name: tensor.tobytes() for name, tensor in weights.items()}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return weights, [{k: v for k, v in row.items() if k not in {"seconds", "memory_mb"}} for row in rows]
 

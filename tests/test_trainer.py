@@ -14,7 +14,11 @@ from etude.trainer import Trainer
 from tiny import save_stable_diffusion
 
 
-@register("redness")
+@pytest.fixture(autouse=True)
+def _redness():
+    register("redness")(redness)
+
+
 def redness(images, prompts, **metadata):
     red, green, blue = images.float().mean((2, 3)).unbind(1)
     return (red - (green + blue) / 2) / 255

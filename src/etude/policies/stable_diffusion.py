@@ -155,9 +155,9 @@ class StableDiffusionPolicy(Policy):
             unet.save_pretrained(directory / "unet")
             return
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=ADAPTER))
-        self.pipeline_class.save_lora_weights(
-            directory, unet_lora_layers=layers, unet_lora_adapter_metadata=unet.peft_config[ADAPTER].to_dict()
-        )
+        metadata = unet.peft_config[ADAPTER].to_dict()
+        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set in peft, ordered anew by each process
+        self.pipeline_class.save_lora_weights(directory, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
 
     def load_lora(self, directory: Path) -> None:
         self.pipeline.load_lora_weights(directory, adapter_name=ADAPTER, local_files_only=True, use_safetensors=True)
