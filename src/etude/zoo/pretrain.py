@@ -57,7 +57,21 @@ def pretrain_emoji_sd(
 
     unet, text_encoder, figures = train_denoiser(latents, data, tokenizer, denoiser_recipe, save, initial=start)
     save(figures["steps"], unet, text_encoder)
-    _write(out / "figures" / "denoiser.json", figures)
+    _write(out / "figures" / "denoiser.json", with_history(figures, initial))
+
+
+def with_history(figures: dict[str, Any], initial: Path | None) -> dict[str, Any]:
+    """The figures of a denoiser that went on from an earlier one: steps and seconds of all legs together, and each leg."""
+    if initial is None:
+        return figures
+    earlier = json.loads((initial / "figures" / "denoiser.json").read_text(encoding="utf-8"))
+    legs = [*earlier.get("legs", [earlier]), figures]
+    return {
+        **figures,
+        "steps": sum(leg["steps"] for leg in legs),
+        "seconds": sum(leg["seconds"] for leg in legs),
+        "legs": legs,
+    }
 
 
 def _autoencoder(out: Path, data: EmojiSet, recipe: AutoencoderRecipe) -> AutoencoderKL:

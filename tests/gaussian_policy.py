@@ -1,0 +1,119 @@
+"""A policy whose law is known: the exact denoiser of independent Gaussians, with a trainable shift and feedback in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from etude.config import LoraConfig
+from etude.paths import VPPath
+from etude.plans import StepTable
+from etude.policies.base import Conditioning, Policy, swapped
+
+RESOLUTION, LARGEST = 2**-20, 2**11  # of the numbers that an image carries
+
+
+def sd_path(spacing: str = "leading") -> VPPath:
+    """The noise path of Stable Diffusion 1.x, whose last step ends a little above the data."""
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False}
+    return VPPath.from_config({**config, "steps_offset": 1, "timestep_spacing": spacing})
+
+
+class GaussianDenoiser(nn.Module):
+    """`E[eps | x_t]` of x0 ~ N(mean, variance), plus what moves step i's mean by `(shift_i + feedback_i d) std_i`.
+
+    d is the state's distance from the path's mean in standard deviations of the path. Without a table nothing is trained.
+    """
+
+    def __init__(
+        self, path: VPPath, mean: Tensor, variance: Tensor, table: StepTable | None, with_feedback: bool
+    ) -> None:
+        super().__init__()
+        self.path, self.mean, self.variance = path, mean.double(), variance.double()
+        self.count = table.num_steps if table else 0
+        self.index = torch.zeros(path.num_train_timesteps, dtype=torch.int64)
+        self.scale = torch.zeros(self.count, dtype=torch.float64)
+        if table:
+            self.index[table.timesteps] = torch.arange(self.count)
+            # x_u = c_x0 (x - s eps) / a + c_eps eps + std z
+            lever = table.eps.double() - table.x0.double() * table.s[:-1].double() / table.a[:-1].double()
+            self.scale = table.std.double() / lever
+        self.shift = nn.Parameter(torch.zeros(self.count))
+        self.feedback = nn.Parameter(torch.zeros(self.count), requires_grad=with_feedback)
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        a, s = (level.reshape(-1, 1, 1, 1) for level in self.path.level(timesteps))
+        spread = a**2 * self.variance + s**2
+        deviation = x.double() - a * self.mean
+        eps = s * deviation / spread
+        if self.count:
+            step = self.index[timesteps]
+            scale, shift, feedback = (
+                v[step].reshape(-1, 1, 1, 1) for v in (self.scale, self.shift.double(), self.feedback.double())
+            )
+            eps = eps + scale * (shift + feedback * deviation / spread.sqrt())
+        return eps.float()
+
+
+class GaussianPolicy(Policy):
+    """Latents [c, h, w] of independent Gaussians, one mean and variance a channel; every prompt is the same to it.
+
+    A latent of one number is decoded to an image of 2 x 2 pixels, the number's four digits to the base 256; `read` is the inverse.
+    """
+
+    export_name = "model"
+
+    def __init__(
+        self,
+        mean: float | Sequence[float],
+        variance: float | Sequence[float],
+        path: VPPath,
+        size: tuple[int, int] = (1, 1),
+        table: StepTable | None = None,
+        with_feedback: bool = True,
+    ) -> None:
+        means, variances = (torch.tensor(v).reshape(-1, 1, 1) for v in (mean, variance))
+        self.path, self.device = path, torch.device("cpu")
+        self.latent_shape = (len(means), *size)
+        self.network = GaussianDenoiser(path, means, variances, table, with_feedback)
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        return Conditioning({"row": torch.zeros(len(prompts))}, {"row": torch.zeros(1)})
+
+    def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
+        return self.network(x, timesteps)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        number = ((latents.double().flatten() + LARGEST) / RESOLUTION).round().long()
+        digits = torch.stack([(number >> 8 * k) & 255 for k in range(4)], dim=1)
+        return digits.to(torch.uint8).reshape(-1, 1, 2, 2).expand(-1, 3, -1, -1)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def reference(self) -> AbstractContextManager[None]:
+        """The denoiser without corrections."""
+        parameters = self.trainable()
+        return swapped(parameters, {name: torch.zeros_like(p) for name, p in parameters.items()})
+
+    def train_everything(self) -> None:
+        """Its parameters are trainable from the start."""
+
+    def add_lora(self, config: LoraConfig, seed: int) -> None:
+        raise NotImplementedError("a Gaussian has no layers to adapt")
+
+    def load_lora(self, directory: Path) -> None:
+        raise NotImplementedError("a Gaussian has no layers to adapt")
+
+    def export(self, directory: Path) -> None:
+        (directory / "corrections.txt").write_text(str({n: p.tolist() for n, p in self.trainable().items()}))
+
+
+def read(images: Tensor) -> Tensor:
+    """The numbers that `GaussianPolicy.decode` wrote: float64 `[n]`, exact to RESOLUTION / 2."""
+    weights = 256 ** torch.arange(4)
+    return (images[:, 0].reshape(-1, 4).long() * weights).sum(1).double() * RESOLUTION - LARGEST
