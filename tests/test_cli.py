@@ -247,8 +247,8 @@ def test_a_resumed_run_that_would_differ_names_the_first_key(trainer: type[FakeT
     assert "sampling.eta is 1.2 in 'a/config.yaml' but 3.0" in message
     message = sentence(run("train", "emoji-ddpo", "--out", "a", "--resume"), 1)
     assert "seed is 7" in message
-    message = sentence(run("train", "--set", "rewards.colorfulness=1", "--out", "a", "--resume"), 1)
-    assert "rewards is {'alignment': 1.0}" in message
+    message = sentence(run("train", "--set", "rewards.alignment=1", "--out", "a", "--resume"), 1)
+    assert "rewards is {'colorfulness': 1.0}" in message
 
 
 def test_resuming_nothing_is_said(trainer: type[FakeTrainer], tmp_path: Path) -> None:
