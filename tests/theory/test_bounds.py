@@ -196,3 +196,17 @@ def test_a_wrong_argument_is_named():
         gap_bounds(target, "flow", reward, 1.0)
     with pytest.raises(EtudeError, match="delta above 0"):
         finite_step_bound(target, "flow", reward, 1.0, 10)
+
+
+def test_chi2_of_modes_out_of_float_range_is_infinite():
+    assert chi2_exact(GaussianMixture([0.5, 0.5], [-200.0, 200.0], 0.1), VE(T=1.0).start()) == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("mean", "variance", "path"),
+    [(6.0, 0.3, VE(T=1.0)), (1.0, 100.0, VE(T=1.0)), (0.5, 0.3, VE(T=1e4)), (-2.0, 0.3, VP(T=0.75))],
+)
+def test_chi2_by_quadrature_is_the_closed_form_for_equal_components_and_not_below_it(mean, variance, path):
+    exact = chi2_exact(Gaussian(mean, variance), path.start())
+    found = chi2_exact(GaussianMixture([0.4, 0.6], [mean, mean], variance), path.start())
+    assert exact * (1.0 - 1e-14) <= found <= exact * (1.0 + 1e-8)

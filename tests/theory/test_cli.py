@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from etude.errors import EtudeError
-from etude.theory import VE, Gaussian, QuadraticReward, reward_gap, study
-from etude.theory.cli import app
-from etude.theory.figures import draw
+from etude.theory import VE, Gaussian, QuadraticReward, levels, reward_gap, study
+from etude.theory.cli import _serialised, app
+from etude.theory.figures import FIGURES, draw
+from etude.theory.finite_step import largest_ddim_eta
 
 FAST = ["--eta", "1", "--steps", "10", "--no-figures"]
 
@@ -51,7 +54,7 @@ def test_a_default_run_writes_every_table_figure_and_number(tmp_path):
 def test_several_dimensions_other_schedules_and_errors_run(tmp_path):
     several = run("--mean", "1,0", "--variance", "1,0.25", "--center", "2,1", "--beta", "1", *FAST, out=tmp_path)
     assert several.exit_code == 0, several.output
-    assert "two modes" not in several.stdout
+    assert "two modes, " not in several.stdout
     other = run("--schedule", "flow", "--eta", "0", *FAST[2:], out=tmp_path)
     assert other.exit_code == 0, other.output
     error = run("--schedule", "ddpm", "--bias", "0.05", "--gain", "0.02", "--white", "0.1", *FAST, out=tmp_path)
@@ -106,6 +109,7 @@ def test_the_help_teaches():
         (["--white", "-1"], "--white is -1"),
         (["--bias", "inf"], "--bias is inf"),
         (["--ve-horizon", "1"], "--ve-horizon is 1"),
+        (["--ve-horizon", "1e200"], "at most 1e+06"),
         (["--vp-horizon", "100"], "at most 60"),
         (["--format", "gif"], "--format is 'gif'"),
     ],
@@ -134,3 +138,63 @@ def test_the_theory_needs_neither_torch_nor_matplotlib():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--variance", "0"], ["--curvature", "0"], ["--variance", "2", "--mean", "0", "--center", "0", "--beta", "4"]],
+)
+def test_a_gap_of_zero_has_no_rate_and_is_still_json(arguments, tmp_path):
+    result = run(*arguments, *FAST, out=tmp_path)
+    assert result.exit_code == 0, result.exception
+    row = json.loads((tmp_path / "theory.json").read_text())["horizon"]["vp"]["etas"][0]
+    assert row["constant"] == 0
+    assert row["exponent"] is None
+    assert "inf" not in result.stdout.replace("inf)", "")
+
+
+def test_results_beyond_float_range_are_refused_before_anything_is_printed(tmp_path):
+    with pytest.raises(EtudeError, match="beyond the range"):
+        _serialised({"gap": float("inf")})
+
+
+def test_a_directory_that_cannot_be_made_is_refused_before_the_computation(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run", lambda settings: pytest.fail("computed before the directory was made"))
+    (tmp_path / "afile").write_text("")
+    for out in (Path("/proc/nope"), tmp_path / "afile" / "sub"):
+        error = run(*FAST, out=out).exception
+        assert isinstance(error, EtudeError)
+        assert str(error).startswith(f"--out is {out}, which cannot be written")
+
+
+def test_ddim_etas_that_the_steps_asked_for_have_are_computed(tmp_path):
+    result = run("--kernel", "ddim", "--eta", "1.2", "--steps", "100", out=tmp_path)
+    assert result.exit_code == 0, result.exception
+    (curve,) = json.loads((tmp_path / "theory.json").read_text())["steps"]["gap"]
+    limits = [largest_ddim_eta(levels("sd", n)) for n in study.STEP_COUNTS]
+    assert [value is None for value in curve] == [limit < 1.2 for limit in limits]
+    assert None in curve
+
+
+def test_the_example_of_two_modes_does_not_veto_the_model(tmp_path):
+    result = run("--variance", "0.05", "--curvature", "-4", "--beta", "2", *FAST, out=tmp_path)
+    assert result.exit_code == 0, result.exception
+    assert "two modes is left out" in result.stdout
+    assert json.loads((tmp_path / "theory.json").read_text())["mixture"] == []
+
+
+def test_the_gap_against_steps_is_that_of_the_split_with_its_score_error():
+    report = study.run(study.Settings(etas=[1.0], steps=[20], bias=0.05, gain=0.02, white=0.1))
+    at = study.STEP_COUNTS.index(20)
+    assert report["steps"]["gap"][0][at] == pytest.approx(report["split"][0]["total"], rel=1e-12)
+    clean = study.run(study.Settings(etas=[1.0], steps=[20]))
+    assert abs(report["steps"]["limit"][0] - clean["steps"]["limit"][0]) > 1e-3
+
+
+def test_more_curves_than_colours_are_all_drawn_in_different_colours():
+    figure = Figure()
+    etas = [0.2 * k for k in range(9)]
+    section = {"steps": [1, 2], "etas": etas, "gap": [[k, k] for k in range(9)], "limit": None}
+    axes = figure.subplots()
+    FIGURES["gap-against-steps"][0]([axes], {"steps": section, "settings": {"schedule": "sd"}})
+    assert len({to_hex(line.get_color()) for line in axes.lines}) == 9

@@ -169,3 +169,9 @@ def test_distances_between_ode_and_sde_have_their_leading_order():
 def test_a_wrong_argument_is_named(make, names):
     with pytest.raises(EtudeError, match=names):
         make()
+
+
+@pytest.mark.parametrize("distance", [w2, kl])
+def test_laws_of_different_dimension_have_no_distance(distance):
+    with pytest.raises(EtudeError, match="1 and 3 dimensions"):
+        distance(Gaussian(0.0, 1.0), Gaussian([0.0, 0.0, 0.0], 1.0))

@@ -42,6 +42,14 @@ def positive(value: Any, name: str) -> Array:
     return checked(value, name, lambda x: x > 0, "greater than zero")
 
 
+def number(value: Any, name: str) -> float:
+    """`value` as one finite float."""
+    out = array(value, name)
+    if out.ndim:
+        raise EtudeError(f"{name} has shape {out.shape}, but it must be one number: pass them one at a time.")
+    return float(out)
+
+
 def whole(value: Any, name: str, least: int = 1) -> int:
     """`value` as an int of at least `least`."""
     is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)

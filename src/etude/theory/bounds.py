@@ -17,7 +17,7 @@ import numpy as np
 from scipy.integrate import quad
 
 from etude.errors import EtudeError
-from etude.theory.arrays import Array, Numbers, nonnegative
+from etude.theory.arrays import Array, Numbers, nonnegative, number
 from etude.theory.constants import (
     INFINITE,
     Constants,
@@ -165,7 +165,7 @@ def gap_bounds(target: Gaussian | GaussianMixture, path: Path | str, reward: Rew
 
     In d > 1 a mixture's chi^2 is bounded (Jensen, hypercontractivity) rather than computed, and its gap is simulated.
     """
-    start, strength = as_path(path).start(), float(nonnegative(eta, "eta"))
+    start, strength = as_path(path).start(), float(nonnegative(number(eta, "eta"), "eta"))
     if start.V.ndim:
         raise EtudeError("a bound takes one horizon at a time: pass a path whose T is a number.")
     if not np.isfinite(start.V):
@@ -213,7 +213,7 @@ def finite_step_bound(
     v = grid.v
     errors = np.broadcast_to(nonnegative(denoiser_error, "denoiser_error"), (grid.steps,))
     total = 0.0
-    for e in (0.0, float(nonnegative(eta, "eta"))):
+    for e in (0.0, float(nonnegative(number(eta, "eta"), "eta"))):
         W = start_distance(target, k, start)
         for i in range(grid.steps):
             W = _step(k, spectrum, float(v[i] ** 2), float((v[i + 1] / v[i]) ** (1.0 + e**2)), float(errors[i]), W)

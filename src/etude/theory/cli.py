@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,10 +71,10 @@ def theory(
         ),
     ] = "gddim",
     ve_horizon: Annotated[
-        float, typer.Option(help="Largest T of the VE curves, above 4.", rich_help_panel=_SAMPLER)
+        float, typer.Option(help="Largest T of the VE curves, above 4, at most 1e6.", rich_help_panel=_SAMPLER)
     ] = 100.0,
     vp_horizon: Annotated[
-        float, typer.Option(help="Largest T of the VP curves, above 2.", rich_help_panel=_SAMPLER)
+        float, typer.Option(help="Largest T of the VP curves, above 2, at most 60.", rich_help_panel=_SAMPLER)
     ] = 12.0,
     bias: Annotated[float, typer.Option(help="Constant error of the noise prediction.", rich_help_panel=_ERROR)] = 0.0,
     gain: Annotated[
@@ -110,7 +114,6 @@ def theory(
     """
     from etude.theory.study import Settings, run
 
-    _check_out(out)
     _check_format(format)
     settings = Settings(
         mean=_numbers(mean, "--mean"),
@@ -127,18 +130,19 @@ def theory(
         bias=_finite(bias, "--bias"),
         gain=_above(gain, -1.0, "--gain"),
         white=_at_least_zero(white, "--white"),
-        ve_horizon=_above(ve_horizon, 4.0, "--ve-horizon"),
+        ve_horizon=_between(ve_horizon, 4.0, 1e6, "--ve-horizon"),
         vp_horizon=_between(vp_horizon, 2.0, 60.0, "--vp-horizon"),
     )
-    report = run(settings)
-    out.mkdir(parents=True, exist_ok=True)
-    _print(report)
-    (out / "theory.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    written = [out / "theory.json"]
-    if figures:
-        from etude.theory.figures import draw
+    with _directory(out):
+        report = run(settings)
+        text = _serialised(report)
+        _print(report)
+        (out / "theory.json").write_text(text)
+        written = [out / "theory.json"]
+        if figures:
+            from etude.theory.figures import draw
 
-        written += draw(report, out, format)
+            written += draw(report, out, format)
     typer.echo("written: " + ", ".join(str(path) for path in written))
 
 
@@ -180,9 +184,35 @@ def _steps(value: int) -> int:
     return value
 
 
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise EtudeError(f"--out is {out}, which is a file: give a directory.")
+@contextmanager
+def _directory(out: Path) -> Iterator[None]:
+    """Makes the directory before anything is computed, and takes away what it made if nothing comes of it."""
+    made: list[Path] = []
+    try:
+        if out.is_file():
+            raise EtudeError(f"--out is {out}, which is a file: give a directory.")
+        made = [path for path in (out, *out.parents) if not path.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        yield
+    except BaseException as error:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        if isinstance(error, OSError):
+            reason = (error.strerror or str(error)).lower()
+            raise EtudeError(f"--out is {out}, which cannot be written ({reason}): give another directory.") from error
+        raise
+
+
+def _serialised(report: dict[str, Any]) -> str:
+    try:
+        return json.dumps(report, indent=1, allow_nan=False) + "\n"
+    except ValueError:
+        raise EtudeError(
+            "some results are beyond the range of float64: give a mean, variance, reward and beta nearer to 1."
+        ) from None
 
 
 def _check_format(extension: str) -> None:
@@ -202,12 +232,19 @@ def _print(report: dict[str, Any]) -> None:
         f"base N({_list(optimum['reference_mean'])}, {_list(optimum['reference_variance'])}), "
         f"tuned p* = N({_list(optimum['mean'])}, {_list(optimum['variance'])}) at beta {settings['beta']:g}\n"
         f"improvement: {optimum['improvement_exact']:.4f} between the laws, {optimum['improvement_ode']:.4f} between their "
-        f"ODE samplers ({settings['schedule']}, continuous time)\n",
+        f"ODE samplers ({settings['schedule']}, continuous time{_exact(settings)})\n",
         highlight=False,
     )
     for table in (_rate_table(report), _split_table(report), _bound_table(report), _eta_table(report)):
         console.print(table)
         console.print()
+    if report["mixture_skipped"]:
+        console.print(report["mixture_skipped"] + "\n", highlight=False, markup=False)
+
+
+def _exact(settings: dict[str, Any]) -> str:
+    """Says where a score error that was given does not enter."""
+    return ", exact score" if any(settings[name] for name in ("bias", "gain", "white")) else ""
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -223,7 +260,12 @@ def _table(title: str, *columns: str) -> Table:
 
 def _rate_table(report: dict[str, Any]) -> Table:
     table = _table(
-        "Continuous time: how the gap closes", "path", "eta", "gap at the last T", "gap ≃", "fitted exponent"
+        f"Continuous time{_exact(report['settings'])}: how the gap closes",
+        "path",
+        "eta",
+        "gap at the last T",
+        "gap ≃",
+        "fitted exponent",
     )
     for name, section in report["horizon"].items():
         for row in section["etas"]:
@@ -249,7 +291,13 @@ def _split_table(report: dict[str, Any]) -> Table:
 
 def _bound_table(report: dict[str, Any]) -> Table:
     table = _table(
-        "Bounds: never below the gap, and how tight", "model", "eta", "gap", "best bound", "bound / |gap|", "which"
+        f"Bounds{_exact(report['settings'])}: never below the gap, and how tight",
+        "model",
+        "eta",
+        "gap",
+        "best bound",
+        "bound / |gap|",
+        "which",
     )
     section = report["bounds"]
     for name in ("ve", "vp"):

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.integrate import quad
+from scipy.special import logsumexp
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array
-from etude.theory.gap_types import Reward
+from etude.theory.gap_types import Reward, as_reward
 from etude.theory.line_flow import Components
 from etude.theory.paths import Start
 from etude.theory.rewards import QuadraticReward
 from etude.theory.targets import Gaussian, GaussianMixture
 
 INFINITE = float("inf")
+NODES, WEIGHTS = np.polynomial.legendre.leggauss(8)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Constants:
 
 def constants_of(target: Gaussian | GaussianMixture, reward: Reward) -> Constants:
     """The constants of a Gaussian or mixture target and a reward; a Lipschitz reward's sd is bounded by L (tr Cov)^(1/2)."""
+    reward = as_reward(reward)
     m, trace = target.mu, float(np.trace(target.matrix))
     c_min, c_max, R = _class(target)
     if isinstance(reward, QuadraticReward):
@@ -68,7 +70,9 @@ def _class(target: Gaussian | GaussianMixture) -> tuple[float, float, float]:
 
 
 def chi2_exact(target: Gaussian | GaussianMixture, start: Start) -> float:
-    """`chi^2(N(0, tau) || p_V)`: closed form for a Gaussian, quadrature for a mixture on the line, infinite if it diverges.
+    """`chi^2(N(0, tau) || p_V)`: closed form for a Gaussian, infinite if it diverges.
+
+    For a mixture on the line, quadrature plus its error estimate, so an upper bound, and infinite where it would overflow.
 
     EtudeError for a mixture in d > 1, where only the bounds below are available.
     """
@@ -83,25 +87,59 @@ def chi2_exact(target: Gaussian | GaussianMixture, start: Start) -> float:
         raise EtudeError(
             f"chi^2 has no closed form for a mixture in {target.d} dimensions: use chi2_jensen or chi2_sharp."
         )
-    return _chi2_line(Components(target), V, V + excess)
+    return _chi2_line(Components(target), V, excess)
 
 
-def _chi2_line(parts: Components, V: float, tau: float) -> float:
-    """int (prior - p_V)^2 / p_V, which has no cancellation; called infinite from just before its tails diverge."""
-    if tau >= 1.9 * (V + parts.c.max()):
+def _chi2_line(parts: Components, V: float, excess: float) -> float:
+    """int (prior - p_V)^2 / p_V, plus the quadrature's error estimate; infinite from just before its tails diverge.
+
+    In logarithms, because where p_V underflows the integrand is at its largest, not zero. Panels are doubled until the change
+    is below 1e-9 of the integral; that change is the error estimate.
+    """
+    tau, k = V + excess, V + parts.c
+    if tau >= 1.9 * k.max():
         return INFINITE
-    reach = 40.0 * tau**0.5 + float(np.abs(parts.m).max())
+    reach, last, panels = _reach(parts, tau, k), -INFINITE, 250
+    while True:
+        half = reach / panels
+        y = (np.linspace(half - reach, reach - half, panels)[:, None] + half * NODES).ravel()
+        logs = _log_chi2(y, parts, tau, k, excess) + np.log(half * np.tile(WEIGHTS, panels))
+        log = float(logsumexp(logs))
+        if log >= 700.0:
+            return INFINITE
+        error = abs(float(np.expm1(min(last - log, 700.0)))) if log > -INFINITE else 0.0
+        if error < 1e-9 or panels > 60_000:
+            break
+        last, panels = log, 2 * panels
+    log += float(np.log1p(error + 1e-12))
+    return float(np.exp(log)) if log < 700 else INFINITE
 
-    def integrand(y: float) -> float:
-        point = np.array([y])
-        p = float(parts.density(point, V)[0])
-        prior = float(np.exp(-0.5 * y * y / tau) / np.sqrt(2.0 * np.pi * tau))
-        return (prior - p) ** 2 / p if p > 0 else 0.0
 
-    value, _ = quad(
-        integrand, -reach, reach, limit=400, epsrel=1e-9, epsabs=0.0, points=[-3.0 * tau**0.5, 0.0, 3.0 * tau**0.5]
-    )
-    return float(value)
+def _reach(parts: Components, tau: float, k: Array) -> float:
+    """Half the range that holds the integrand.
+
+    `p_V >= w N(m, k)` for the widest component, and prior^2 / N(m, k) is a Gaussian with mean -m tau/(2k - tau) and variance
+    k tau/(2k - tau): beyond 40 deviations of it and of p_V nothing is left.
+    """
+    widest = int(np.argmax(k))
+    room = float(2.0 * k[widest] - tau)
+    tilted = abs(float(parts.m[widest])) * tau / room + 40.0 * float(k[widest] * tau / room) ** 0.5
+    return max(tilted, float(np.abs(parts.m).max() + 40.0 * k.max() ** 0.5))
+
+
+def _log_chi2(y: Array, parts: Components, tau: float, k: Array, excess: float) -> Array:
+    """log of `prior R^2 / (1 + R)` with `R = p_V / prior - 1 = sum_k w_k (e^(e_k) - 1)`, free of cancellation at small R."""
+    y = y[..., None]
+    exponents = 0.5 * np.log1p((excess - parts.c) / k) + 0.5 * (
+        y**2 * (parts.c - excess) + 2.0 * y * parts.m * tau - parts.m**2 * tau
+    ) / (tau * k)
+    total = logsumexp(exponents, b=parts.w, axis=-1)
+    near = np.abs(exponents).max(axis=-1) < 1.0
+    small = np.sum(parts.w * np.expm1(np.where(near[..., None], exponents, 0.0)), axis=-1)
+    with np.errstate(divide="ignore"):
+        far = np.maximum(total, 0.0) + np.log(-np.expm1(-np.abs(total)))
+        log_r = np.where(near, np.log(np.abs(small)), far)
+    return np.asarray(-0.5 * y[..., 0] ** 2 / tau - 0.5 * np.log(2.0 * np.pi * tau) + 2.0 * log_r - total)
 
 
 def chi2_jensen(k: Constants, start: Start) -> float:
@@ -118,7 +156,7 @@ def chi2_jensen(k: Constants, start: Start) -> float:
         + (V + e) * k.mean_squared / (2.0 * V * (V - e))
         + k.second_moment / (2.0 * V)
     )
-    return float(np.expm1(log)) if log < 700 else INFINITE
+    return float(np.expm1(max(log, 0.0))) if log < 700 else INFINITE
 
 
 def chi2_sharp(target: Gaussian | GaussianMixture, k: Constants, start: Start) -> float:
@@ -141,7 +179,7 @@ def chi2_sharp(target: Gaussian | GaussianMixture, k: Constants, start: Start) -
         log = 0.5 * (k.d * np.log1p(-a2) - 0.5 * k.d * np.log1p(-2.0 / V) + tilted)
     else:
         return INFINITE
-    return float(pairs * np.exp(log)) if log < 700 else INFINITE
+    return float(max(pairs, 0.0) * np.exp(log)) if log < 700 else INFINITE
 
 
 def pair_expectation(

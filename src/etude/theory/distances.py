@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from etude.errors import EtudeError
 from etude.theory.arrays import Array
 from etude.theory.targets import Gaussian
 from etude.theory.terminal import gaussian
@@ -15,7 +16,7 @@ def w2(p: Gaussian, q: Gaussian) -> Any:
     """The Wasserstein-2 distance; a number, or an array for batches of laws.
 
     `W2^2 = |m_p - m_q|^2 + min_R |C_p^(1/2) - C_q^(1/2) R|_F^2` over orthogonal R, attained by the polar factor of
-    C_q^(1/2) C_p^(1/2): no subtraction of traces, so nothing cancels.
+    C_q^(1/2) C_p^(1/2): no subtraction of traces, so nothing cancels. EtudeError for laws of different dimensions.
     """
     _check(p, q)
     squared: Array = np.sum((p.mu - q.mu) ** 2, axis=-1)
@@ -32,6 +33,7 @@ def kl(p: Gaussian, q: Gaussian) -> Any:
     """`KL(p || q) = 1/2 [tr(C_q^-1 C_p) - d - log det(C_q^-1 C_p) + |m_p - m_q|^2_(C_q^-1)]`.
 
     Infinite where one of the two has no variance in a direction and the other has, or they differ in mean there.
+    EtudeError for laws of different dimensions.
     """
     _check(p, q)
     if _same_basis(p, q):
@@ -59,6 +61,10 @@ def _check(p: Gaussian, q: Gaussian) -> None:
     for law in (p, q):
         if not isinstance(law, Gaussian):
             gaussian(law, "a distance between laws")
+    if p.d != q.d:
+        raise EtudeError(
+            f"the laws have {p.d} and {q.d} dimensions, so there is no distance between them: give both the same."
+        )
 
 
 def _same_basis(p: Gaussian, q: Gaussian) -> bool:

@@ -43,44 +43,58 @@ def draw(report: dict[str, Any], directory: Path, extension: str = "png") -> lis
     return written
 
 
+def _colours(count: int) -> list[Any]:
+    """One for each of `count` curves, all different."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    import matplotlib
+
+    return [matplotlib.colormaps["turbo"](k / (count - 1)) for k in range(count)]
+
+
 def _horizon(axes: list[Any], report: dict[str, Any]) -> None:
+    exact = ", exact score" if any(report["settings"][name] for name in ("bias", "gain", "white")) else ""
     for ax, (name, section) in zip(axes, report["horizon"].items(), strict=True):
-        for colour, row in zip(COLOURS, section["etas"], strict=False):
+        for colour, row in zip(_colours(len(section["etas"])), section["etas"], strict=True):
             ax.plot(section["T"], _size(row["gap"]), color=colour, label=f"eta {row['eta']:g}")
             if row.get("constant"):
                 ax.plot(section["T"], _size(row["series"]), color=colour, linestyle=":", linewidth=1)
-        ax.set(yscale="log", xlabel="T", ylabel="|reward gap|", title=_PATHS[name])
+        ax.set(yscale="log", xlabel="T", ylabel="|reward gap|", title=_PATHS[name] + exact)
         sizes = [x for row in section["etas"] for x in _size(row["gap"]) if x == x]
         if sizes:
             ax.set_ylim(0.5 * min(sizes), 2.0 * max(sizes))
         if name == "ve":
             ax.set_xscale("log")
-    axes[0].plot([], [], color="#868e96", linestyle=":", label="asymptote")
+    axes[0].plot([], [], color="#868e96", linestyle=":", label="asymptotic series")
     axes[0].legend()
 
 
 def _steps(axes: list[Any], report: dict[str, Any]) -> None:
     (ax,), section = axes, report["steps"]
-    for colour, eta, gap, limit in zip(COLOURS, section["etas"], section["gap"], section["limit"], strict=False):
-        ax.plot(section["steps"], gap, color=colour, marker=".", label=f"eta {eta:g}")
-        ax.axhline(limit, color=colour, linestyle=":", linewidth=1)
-    ax.set(
-        xscale="log", xlabel="steps N", ylabel="reward gap", title=f"{report['settings']['schedule']} (dotted: N → ∞)"
-    )
+    limits = section["limit"] or [None] * len(section["etas"])
+    colours = _colours(len(section["etas"]))
+    for colour, eta, gap, limit in zip(colours, section["etas"], section["gap"], limits, strict=True):
+        ax.plot(section["steps"], _drawn(gap), color=colour, marker=".", label=f"eta {eta:g}")
+        if limit is not None:
+            ax.axhline(limit, color=colour, linestyle=":", linewidth=1)
+    dotted = " (dotted: N → ∞)" if section["limit"] else ""
+    ax.set(xscale="log", xlabel="steps N", ylabel="reward gap", title=report["settings"]["schedule"] + dotted)
     ax.legend()
 
 
 def _split(axes: list[Any], report: dict[str, Any]) -> None:
     (ax,), rows = axes, report["split"]
-    parts = ("prior", "discretisation", "score_error", "interaction")
+    parts = dict(zip(("prior", "discretisation", "score_error", "interaction"), COLOURS, strict=False))
+    if not any(row["score_error"] for row in rows):
+        del parts["score_error"]
     width = 0.8 / len(parts)
-    for k, (colour, part) in enumerate(zip(COLOURS, parts, strict=False)):
+    for k, (part, colour) in enumerate(parts.items()):
         ax.bar(
-            [i + (k - 1.5) * width for i in range(len(rows))],
+            [i + (k - 0.5 * (len(parts) - 1)) * width for i in range(len(rows))],
             [row[part] for row in rows],
             width,
             color=colour,
-            label=part,
+            label=part.replace("_", " "),
         )
     ax.scatter(range(len(rows)), [row["total"] for row in rows], color="#212529", marker="_", s=200, label="total")
     ax.set_xticks(range(len(rows)), [f"N {row['steps']}\neta {row['eta']:g}" for row in rows], fontsize=7)
@@ -93,19 +107,19 @@ def _bounds(axes: list[Any], report: dict[str, Any]) -> None:
     for ax, name in zip(axes, ("ve", "vp"), strict=True):
         section = report["bounds"][name]
         ax.plot(section["T"], section["gap"], color="#212529", linewidth=2, label="|gap|")
-        for colour, (label, values) in zip(COLOURS, section["bounds"].items(), strict=False):
-            ax.plot(
-                section["T"], [v if v is not None else float("nan") for v in values], color=colour, lw=1, label=label
-            )
+        colours = _colours(len(section["bounds"]))
+        for colour, (label, values) in zip(colours, section["bounds"].items(), strict=True):
+            ax.plot(section["T"], _drawn(values), color=colour, lw=1, label=label)
         ax.set(yscale="log", xlabel="T", title=f"{_PATHS[name]}, eta {report['bounds']['eta']:g}")
         if name == "ve":
             ax.set_xscale("log")
+    axes[0].set_ylabel("|reward gap| and its bounds")
     axes[0].legend(fontsize=7)
 
 
 def _eta(axes: list[Any], report: dict[str, Any]) -> None:
     (ax,) = axes
-    for colour, row in zip(COLOURS, report["eta"], strict=False):
+    for colour, row in zip(_colours(len(report["eta"])), report["eta"], strict=True):
         ax.plot(row["etas"], row["errors"], color=colour, label=f"N {row['steps']}: best eta {row['eta']:.2f}")
         ax.plot(row["eta"], row["error"], "o", color=colour)
         ax.plot(row["etas"], row["discretisation"], color=colour, linestyle=":", linewidth=1)
@@ -120,6 +134,11 @@ def _eta(axes: list[Any], report: dict[str, Any]) -> None:
     ax.plot([], [], color="#868e96", linestyle=":", linewidth=1, label="steps alone")
     ax.set(xlabel="eta", ylabel="W2 to the target", title="Which eta")
     ax.legend()
+
+
+def _drawn(values: list[float | None]) -> list[float]:
+    """None leaves a hole in the curve."""
+    return [float("nan") if value is None else value for value in values]
 
 
 def _size(values: list[float]) -> list[float]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from etude.errors import EtudeError, unknown
-from etude.theory.arrays import Array, Numbers, array, nonnegative
+from etude.theory.arrays import Array, Numbers, array, nonnegative, number
 from etude.theory.levels import Levels, levels
 from etude.theory.targets import Gaussian
 from etude.theory.terminal import gaussian
@@ -45,12 +45,34 @@ class ScoreError:
     white: float = 0.0
 
     def __post_init__(self) -> None:
-        array(self.bias, "the score error's bias")
-        array(self.gain, "the score error's gain")
-        nonnegative(self.white, "the score error's white part")
+        shape = array(self.bias, "the score error's bias").shape
+        if len(shape) > 1:
+            raise EtudeError(f"the score error's bias has shape {shape}: pass a number or [d].")
+        number(self.gain, "the score error's gain")
+        nonnegative(number(self.white, "the score error's white part"), "the score error's white part")
 
     def __bool__(self) -> bool:
         return bool(np.any(np.asarray(self.bias) != 0) or self.gain != 0 or self.white != 0)
+
+    def bias_in(self, d: int) -> Array:
+        """The bias in d dimensions, [d]."""
+        bias = array(self.bias, "the score error's bias")
+        if bias.size not in (1, d):
+            raise EtudeError(
+                f"the score error's bias has {bias.size} entries but the law has {d} dimensions: pass a number or {d} of them."
+            )
+        return np.broadcast_to(bias, (d,))
+
+
+def as_score_error(value: Any) -> ScoreError:
+    """None as no error."""
+    if value is None:
+        return ScoreError()
+    if not isinstance(value, ScoreError):
+        raise EtudeError(
+            f"score_error must be a ScoreError, got {type(value).__name__}: pass ScoreError(bias=..., gain=...)."
+        )
+    return value
 
 
 @dataclass(frozen=True)
@@ -86,14 +108,22 @@ def _gddim(s_u: Array, theta: Array, eta: Array) -> tuple[Array, Array]:
     return s_u * np.exp(log_rho), -(s_u**2) * np.expm1(2.0 * log_rho)
 
 
+def largest_ddim_eta(grid: Levels) -> float:
+    """The largest eta for which DDIM exists on every step of the grid; infinite for one step to the data."""
+    return _largest(grid.s[1:], np.asarray(grid.s[1:] * grid.a[:-1] / (grid.s[:-1] * grid.a[1:])))
+
+
+def _largest(s_u: Array, theta: Array) -> float:
+    steepest = float(np.max(np.where(s_u > 0, 1.0 - theta**2, 0.0)))
+    return steepest**-0.5 if steepest > 0 else float("inf")
+
+
 def _ddim(s_u: Array, theta: Array, eta: Array) -> tuple[Array, Array]:
     share = eta**2 * (1.0 - theta**2)
-    over = (share > 1.0 + 1e-12) & (s_u > 0)
-    if np.any(over):
-        steepest = float(np.max(np.where(s_u > 0, 1.0 - theta**2, 0.0)))
+    if np.any((share > 1.0 + 1e-12) & (s_u > 0)):
         raise EtudeError(
             f"DDIM takes the root of a negative number at eta = {float(np.max(eta)):g} on this grid: use an eta of at most "
-            f"{steepest**-0.5:.4f}, or the kernel 'gddim', which takes any eta."
+            f"{_largest(s_u, theta):.4f}, or the kernel 'gddim', which takes any eta."
         )
     share = np.minimum(share, 1.0)
     return s_u * np.sqrt(1.0 - share), s_u**2 * share
@@ -143,6 +173,7 @@ def transfer(
     a, s = (x[:-1].reshape((x.shape[0] - 1, *extra, *x.shape[1:], 1)) for x in (grid.a, grid.s))
     spread = a**2 * target.spectrum + s**2
     A = (x0 * a * target.spectrum + eps * s) / spread
+    score_error = as_score_error(score_error)
     if not score_error:
         return A, np.zeros_like(A), np.broadcast_to(noise, A.shape)
     if np.any(a == 0):
@@ -150,7 +181,7 @@ def transfer(
             "a noise-prediction error is not defined at a = 0, where x0_hat = (x - s eps_hat)/a: start above it."
         )
     lever = eps - x0 * s / a
-    bias = target.to_eigen(np.broadcast_to(array(score_error.bias, "the score error's bias"), (target.d,)))
+    bias = target.to_eigen(score_error.bias_in(target.d))
     return (
         A + lever * score_error.gain * s / spread,
         np.broadcast_to(lever * bias, A.shape),

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from etude.theory.arrays import Array, Numbers, nonnegative
-from etude.theory.finite_step import ScoreError, finite_step_law
-from etude.theory.gap_types import Reward
+from etude.theory.finite_step import ScoreError, as_score_error, finite_step_law
+from etude.theory.gap_types import Reward, as_reward
 from etude.theory.levels import Levels, levels
 from etude.theory.mixture import mixture_gap, mixture_improvement
 from etude.theory.paths import Path, Start, as_path
@@ -38,6 +38,7 @@ def reward_gap(
     Gaussian target: exact; a number, or an array where eta or T is one. Mixture: an `Estimate` for one eta, with its
     numerical error on the line and a 95 % interval in d > 1 (`mixture_gap` says more and takes the options).
     """
+    reward = as_reward(reward)
     if isinstance(target, GaussianMixture):
         return mixture_gap(target, path_or_schedule, reward, eta, steps=steps, spacing=spacing, kernel=kernel)
     target = gaussian(target, "reward_gap")
@@ -156,7 +157,7 @@ class GapSplit:
 def gap_split(
     target: Gaussian,
     schedule: Any,
-    reward: QuadraticReward,
+    reward: Reward,
     eta: Numbers,
     steps: int | None = None,
     spacing: str = "trailing",
@@ -164,7 +165,7 @@ def gap_split(
     score_error: ScoreError | None = None,
 ) -> GapSplit:
     """Splits the N-step reward gap of a Gaussian target into prior mismatch, discretisation and score error."""
-    target = gaussian(target, "gap_split")
+    target, reward = gaussian(target, "gap_split"), as_reward(reward)
     grid = levels(schedule, steps, spacing)
 
     def gap(start: str, error: ScoreError | None) -> Any:
@@ -172,7 +173,7 @@ def gap_split(
 
     clean = gap("prior", None)
     prior, discretisation = continuous_gap(target, grid.start(), reward, eta), gap("exact", None)
-    total = gap("prior", score_error) if score_error else clean
+    total = gap("prior", score_error) if as_score_error(score_error) else clean
     return GapSplit(total, prior, discretisation, total - clean, clean - prior - discretisation)
 
 

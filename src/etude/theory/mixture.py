@@ -9,7 +9,7 @@ import numpy as np
 from etude.errors import EtudeError
 from etude.theory.arrays import Numbers, nonnegative, whole
 from etude.theory.estimate import Estimate
-from etude.theory.gap_types import Reward
+from etude.theory.gap_types import Reward, as_reward
 from etude.theory.levels import levels
 from etude.theory.line_flow import line_values
 from etude.theory.line_steps import KIND, line_step_gap
@@ -36,7 +36,7 @@ def mixture_gap(
     In d > 1: `samples` paired simulations; `.error` is the half-width of a 95 % interval.
     An array of etas gives an object array of `Estimate`s.
     """
-    etas = nonnegative(eta, "eta")
+    etas, reward = nonnegative(eta, "eta"), as_reward(reward)
     if not isinstance(target, GaussianMixture):
         raise EtudeError(
             f"mixture_gap takes a GaussianMixture, got {type(target).__name__}: use reward_gap for a Gaussian."
@@ -89,7 +89,7 @@ def simulated(
     seed: int = 0,
 ) -> Simulated:
     """The same by exact-score simulation in any dimension, with E r of both samplers and the extrapolation's size."""
-    start = _start(path, steps)
+    start, reward = _start(path, steps), as_reward(reward)
     if start is not None:
         return simulate_continuous(target, start, reward, eta, samples, seed)
     return simulate_steps(target, levels(path, steps, spacing), reward, eta, kernel, samples, seed)

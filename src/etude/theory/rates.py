@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from etude.errors import EtudeError
-from etude.theory.arrays import Array, Numbers, array, nonnegative
+from etude.theory.arrays import Array, Numbers, array, nonnegative, number
 from etude.theory.paths import VE, VP, Path, RectifiedFlow
 from etude.theory.rewards import QuadraticReward
 from etude.theory.targets import Gaussian
@@ -66,7 +66,7 @@ def rates(target: Gaussian, path: Path, reward: QuadraticReward, eta: float) -> 
     Of all the terms above it takes the slowest whose coefficient does not vanish (relative to its size, 1e-12): "generic"
     for the V^(-1/2) term, "centred" otherwise. A constant of 0 means that no term up to V^(-kappa) is there.
     """
-    target, kappa = gaussian(target, "rates"), 1.0 + float(nonnegative(eta, "eta")) ** 2
+    target, kappa = gaussian(target, "rates"), 1.0 + float(nonnegative(number(eta, "eta"), "eta")) ** 2
     if kappa == 1.0:
         raise EtudeError("eta is 0, where the SDE is the ODE and the gap is 0: ask for a rate at an eta above 0.")
     merged: dict[float, tuple[float, float]] = {}
@@ -80,14 +80,14 @@ def rates(target: Gaussian, path: Path, reward: QuadraticReward, eta: float) -> 
 
 def asymptotic_series(target: Gaussian, path: Path, reward: QuadraticReward, eta: float) -> Array:
     """All the terms above added up on a path: closer than the leading one alone, above all at small eta."""
-    target, kappa = gaussian(target, "asymptotic_series"), 1.0 + float(nonnegative(eta, "eta")) ** 2
+    target, kappa = gaussian(target, "asymptotic_series"), 1.0 + float(nonnegative(number(eta, "eta"), "eta")) ** 2
     terms = _terms(target, path, reward, kappa)
     return np.asarray(sum(coefficient * path.start().V ** -power for power, coefficient, _ in terms))
 
 
 def own_error_rates(target: Gaussian, path: Path, eta: float) -> tuple[Rate, Rate]:
     """Rates of the SDE_eta sampler's own errors: |mean error| and the trace of the variance error (eta = 0: the ODE's)."""
-    target, kappa = gaussian(target, "own_error_rates"), 1.0 + float(nonnegative(eta, "eta")) ** 2
+    target, kappa = gaussian(target, "own_error_rates"), 1.0 + float(nonnegative(number(eta, "eta"), "eta")) ** 2
     m, c = target.to_eigen(target.mu), target.spectrum
     mean = float(np.linalg.norm(c ** (kappa / 2) * m))
     if isinstance(path, RectifiedFlow):
@@ -118,7 +118,8 @@ def _terms(target: Gaussian, path: Path, reward: QuadraticReward, kappa: float) 
         linear, moved = g * root * m, root * m
         square, spread = (moved[:, None] * Q) * moved, np.diagonal(Q) * root**2 * (_excess(path) - c)
         out.append((k / 2, sign * float(linear.sum()), float(np.abs(linear).sum())))
-        out.append((k, sign * float(square.sum() + spread.sum()), float(np.abs(square).sum() + np.abs(spread).sum())))
+        apart = np.abs(np.diagonal(Q)) * root**2 * (_excess(path) + c)  # the size before e - c cancels
+        out.append((k, sign * float(square.sum() + spread.sum()), float(np.abs(square).sum() + apart.sum())))
         if isinstance(path, RectifiedFlow):
             extra = 2.0 * np.diagonal(Q) * c**k
             out.append((k - 0.5, sign * float(extra.sum()), float(np.abs(extra).sum())))

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from etude.theory.arrays import Array, array, positive
-from etude.theory.finite_step import ScoreError, finite_step_law
+from etude.theory.arrays import Array, array, number, positive
+from etude.theory.finite_step import ScoreError, as_score_error, finite_step_law, largest_ddim_eta
 from etude.theory.gap import is_path
 from etude.theory.levels import levels
 from etude.theory.paths import as_path
-from etude.theory.score_error import as_score_error, law_in_y_with_error
+from etude.theory.score_error import law_in_y_with_error
 from etude.theory.targets import Gaussian
 from etude.theory.terminal import gaussian, law_in_y
 
@@ -62,11 +62,14 @@ def recommended_eta(
     """The eta in [0, eta_max] whose sampler comes closest to the target, with the whole curve.
 
     `steps=None` is continuous time on a path: then nothing speaks against a large eta but the score error.
+    For the kernel "ddim" eta_max is lowered to the largest eta that it has on the grid.
     `known_sign=False` takes the score error's size only: the worst case over the signs of its bias and gain.
     """
     target, error = gaussian(target, "recommended_eta"), as_score_error(score_error)
-    top = float(positive(eta_max, "eta_max"))
     laws = _Laws(target, schedule, steps, spacing, kernel)
+    top = float(positive(number(eta_max, "eta_max"), "eta_max"))
+    if kernel == "ddim" and laws.grid is not None:
+        top = min(top, largest_ddim_eta(laws.grid))
     signs = _signs(error) if not known_sign else [error]
 
     def distance(etas: Array) -> Array:

@@ -10,7 +10,7 @@ from scipy.special import ndtri
 from scipy.stats import qmc
 
 from etude.errors import EtudeError
-from etude.theory.arrays import Array, Numbers, array, nonnegative
+from etude.theory.arrays import Array, Numbers, array, nonnegative, number
 from etude.theory.estimate import Estimate
 from etude.theory.targets import Gaussian, GaussianMixture
 
@@ -113,11 +113,19 @@ class LipschitzReward:
     def __init__(self, function: Callable[[Array], Array], lipschitz: float):
         if not callable(function):
             raise EtudeError(f"a Lipschitz reward needs a function of points, got {function!r}: pass a callable.")
-        self.function, self.lipschitz = function, float(nonnegative(lipschitz, "the Lipschitz constant"))
+        self.function, self.lipschitz = (
+            function,
+            float(nonnegative(number(lipschitz, "the Lipschitz constant"), "the Lipschitz constant")),
+        )
 
     def __call__(self, x: Numbers) -> Array:
         x = np.asarray(x, dtype=np.float64)
-        value = np.asarray(self.function(x), dtype=np.float64)
+        try:
+            value = np.asarray(self.function(x), dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise EtudeError(
+                f"the reward's function failed on an array of points {x.shape} ({error}): it must take all points at once."
+            ) from error
         if value.shape not in (x.shape, x.shape[:-1]):
             raise EtudeError(
                 f"the reward returned shape {value.shape} for points {x.shape}: return one value per point."

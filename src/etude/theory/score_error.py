@@ -14,13 +14,11 @@ A score that is exact for another law makes no error of this kind: the sampler i
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from etude.errors import EtudeError
-from etude.theory.arrays import Array, Numbers, array, nonnegative
-from etude.theory.finite_step import ScoreError
+from etude.theory.arrays import Array, Numbers, nonnegative
+from etude.theory.finite_step import ScoreError, as_score_error
 from etude.theory.paths import Path, Start, as_path
 from etude.theory.targets import Gaussian
 from etude.theory.terminal import gaussian
@@ -39,6 +37,7 @@ def terminal_law_with_error(target: Gaussian, path: Path | str, eta: Numbers, er
 
 def law_in_y_with_error(target: Gaussian, start: Start, eta: Numbers, error: ScoreError) -> Gaussian:
     """The same from any start with finite V and positive variances."""
+    error = as_score_error(error)
     if error.white:
         raise EtudeError(f"a white error of {error.white:g} vanishes in continuous time: give a number of steps.")
     if not np.all(np.isfinite(start.V)) or np.any(target.spectrum <= 0):
@@ -47,7 +46,7 @@ def law_in_y_with_error(target: Gaussian, start: Start, eta: Numbers, error: Sco
     c, V = target.spectrum, start.V[..., None]
     K = 0.5 * kappa * (1.0 + error.gain)
     log_x = -np.log1p(V / c)
-    bias = target.to_eigen(np.broadcast_to(array(error.bias, "the score error's bias"), (target.d,)))
+    bias = target.to_eigen(error.bias_in(target.d))
     shift = -kappa * np.sqrt(c) * bias * _cosh_integral(np.arcsinh(np.sqrt(V / c)), 1.0 - 2.0 * K)
     mean = target.mu - target.from_eigen(np.exp(K * log_x) * target.to_eigen(target.mu) - shift)
     variance = np.exp(2.0 * K * log_x) * (V + start.excess[..., None]) + (kappa - 1.0) * c * _geometric(
@@ -85,7 +84,7 @@ def score_bias_shift(target: Gaussian, path: Path | str, eta: Numbers, bias: Num
     a, _ = path.at_level(np.sqrt(q))
     inside = np.exp((1.0 - 0.5 * kappa[..., None]) * u) * a
     area = 0.5 * np.log1p(V / c) * (inside @ WEIGHTS) * c
-    along = target.to_eigen(np.broadcast_to(array(bias, "the bias"), (target.d,)))
+    along = target.to_eigen(ScoreError(bias=bias).bias_in(target.d))
     shift = target.from_eigen(0.5 * kappa * area * along)
     return np.asarray(shift[..., 0] if target.on_line else shift)
 
@@ -100,14 +99,3 @@ def white_variance(target: Gaussian, start: Start, eta: Numbers, h: Numbers, whi
     c, V = target.spectrum, start.V[..., None]
     step = nonnegative(h, "h")[..., None]
     return np.asarray(0.5 * (1.0 + power) ** 2 * c * step * white**2 * _geometric(power, -np.log1p(V / c)))
-
-
-def as_score_error(value: Any) -> ScoreError:
-    """None as no error."""
-    if value is None:
-        return ScoreError()
-    if not isinstance(value, ScoreError):
-        raise EtudeError(
-            f"score_error must be a ScoreError, got {type(value).__name__}: pass ScoreError(bias=..., gain=...)."
-        )
-    return value

@@ -10,13 +10,14 @@ import numpy as np
 from etude.errors import EtudeError
 from etude.theory.arrays import Array
 from etude.theory.bounds import GapBounds, gap_bounds
-from etude.theory.finite_step import ScoreError
-from etude.theory.gap import continuous_gap, gap_split, improvement, reward_gap
+from etude.theory.finite_step import ScoreError, largest_ddim_eta
+from etude.theory.gap import continuous_gap, difference, gap_split, improvement, ode_and_sde, reward_gap
 from etude.theory.levels import Levels, levels
 from etude.theory.paths import VE, VP, Path, as_path
 from etude.theory.rates import asymptotic_series, fit_rate, natural, rates
 from etude.theory.recommend import recommended_eta
 from etude.theory.rewards import QuadraticReward
+from etude.theory.score_error import law_in_y_with_error
 from etude.theory.targets import Gaussian, GaussianMixture
 from etude.theory.tilt import TiltedGaussian, tilt
 
@@ -84,7 +85,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "steps": _steps(tuned, reward, settings),
         "split": _split(tuned, grids, reward, settings),
         "bounds": _bounds(tuned, reward, settings),
-        "mixture": _mixture(reward, settings),
+        **_mixture(reward, settings),
         "eta": [_eta(tuned, grids[n], settings) for n in settings.steps],
     }
 
@@ -112,23 +113,39 @@ def _horizon(tuned: Gaussian, path: VE | VP, reward: QuadraticReward, etas: list
         if eta > 0:
             rate = rates(tuned, path, reward, eta)
             row |= {"asymptote": rate(path).tolist(), "series": asymptotic_series(tuned, path, reward, eta).tolist()}
-            row |= {"exponent": rate.exponent, "constant": rate.constant, "regime": rate.regime}
+            row |= {"exponent": _finite(rate.exponent), "constant": rate.constant, "regime": rate.regime}
             row["fitted_exponent"] = fit_rate(variable, gap, 0.25).exponent if np.all(gap != 0) else None
         rows.append(row)
     return {"T": np.asarray(path.T).tolist(), "variable": name, "etas": rows}
 
 
 def _steps(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dict[str, Any]:
+    """The N-step gap, score error included, against N; None where the kernel "ddim" has no such eta."""
     etas = np.array(settings.etas)
-    counts = [n for n in STEP_COUNTS if n <= 500]
-    gaps = [reward_gap(tuned, settings.schedule, reward, etas, n, settings.spacing, settings.kernel) for n in counts]
-    limit = continuous_gap(tuned, as_path(settings.schedule).start(), reward, etas)
+    gaps = []
+    for n in STEP_COUNTS:
+        grid = levels(settings.schedule, n, settings.spacing)
+        legal = etas <= (largest_ddim_eta(grid) if settings.kernel == "ddim" else np.inf)
+        laws = ode_and_sde(tuned, grid, np.where(legal, etas, 0.0), settings.kernel, score_error=settings.score_error())
+        gaps.append([float(gap) if ok else None for gap, ok in zip(difference(reward, *laws), legal, strict=True)])
     return {
-        "steps": counts,
+        "steps": list(STEP_COUNTS),
         "etas": settings.etas,
-        "gap": np.transpose(gaps).tolist(),
-        "limit": np.asarray(limit).tolist(),
+        "gap": [list(column) for column in zip(*gaps, strict=True)],
+        "limit": _limit(tuned, reward, settings),
     }
+
+
+def _limit(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> list[float] | None:
+    """The gaps for N -> infinity, where a white error vanishes; None where the other errors have no closed form."""
+    start, etas = as_path(settings.schedule).start(), np.array(settings.etas)
+    error = ScoreError(settings.bias, settings.gain)
+    if not error:
+        return np.asarray(continuous_gap(tuned, start, reward, etas)).tolist()
+    if not np.isfinite(start.V) or np.any(tuned.spectrum <= 0):
+        return None
+    ode, sde = (law_in_y_with_error(tuned, start, x, error) for x in (np.zeros_like(etas), etas))
+    return np.asarray(difference(reward, ode, sde)).tolist()
 
 
 def _split(
@@ -161,10 +178,20 @@ def _bounds(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dic
     return {"eta": eta, **curves}
 
 
-def _mixture(reward: QuadraticReward, settings: Settings) -> list[dict[str, Any]]:
-    """Gap and bounds of the tilted two-mode example on the line; nothing in more dimensions."""
-    if any(x.ndim for x in (reward.Q, reward.center, reward.linear)):
-        return []
+def _mixture(reward: QuadraticReward, settings: Settings) -> dict[str, Any]:
+    """Gap and bounds of the tilted two-mode example on the line, or why there are none: it is not the user's problem."""
+    if settings.reference().d > 1:
+        return {
+            "mixture": [],
+            "mixture_skipped": "The example of two modes is on the line: left out in more dimensions.",
+        }
+    try:
+        return {"mixture": _mixture_rows(reward, settings), "mixture_skipped": None}
+    except EtudeError as error:
+        return {"mixture": [], "mixture_skipped": f"The example of two modes is left out: {error}"}
+
+
+def _mixture_rows(reward: QuadraticReward, settings: Settings) -> list[dict[str, Any]]:
     tuned = tilt(EXAMPLE, reward, settings.beta)
     rows = []
     paths: list[tuple[str, Path]] = [("VE(T=10)", VE(T=10.0)), ("VP(T=4)", VP(T=4.0))]
@@ -186,7 +213,7 @@ def _bounded(found: GapBounds) -> dict[str, Any]:
 
 
 def _eta(tuned: Gaussian, grid: Levels, settings: Settings) -> dict[str, Any]:
-    top = 3.0 if settings.kernel == "gddim" else 1.0
+    top = 1.0 if settings.kernel == "euler-maruyama" else 3.0
     found = recommended_eta(tuned, grid, score_error=settings.score_error(), kernel=settings.kernel, eta_max=top)
     curves = {
         name: getattr(found, name).tolist() for name in ("etas", "errors", "prior", "discretisation", "score", "to_ode")

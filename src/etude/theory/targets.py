@@ -140,8 +140,15 @@ class Gaussian:
         return f"Gaussian(d={self.d}, batch={self.batch})"
 
 
+def _is_covariance(matrix: Array) -> bool:
+    return bool(np.allclose(matrix, matrix.T) and np.linalg.eigvalsh(matrix).min() > 0)
+
+
 class GaussianMixture:
-    """`sum_k w_k N(m_k, C_k)`. `means` [K] (on the line) or [K, d]; `covs` one variance for all, [K], [K, d] or [K, d, d]."""
+    """`sum_k w_k N(m_k, C_k)`. `means` [K] (on the line) or [K, d]; `covs` one variance for all, [K], [K, d] or [K, d, d].
+
+    With K = d, `covs` [K, d] that could also be one shared covariance matrix are refused as ambiguous.
+    """
 
     weights: Array
     components: list[Gaussian]
@@ -155,6 +162,11 @@ class GaussianMixture:
             )
         if np.any(w < 0) or not np.isclose(w.sum(), 1.0, rtol=0, atol=1e-6):
             raise EtudeError(f"the weights sum to {w.sum():g}: a mixture needs weights of zero or more that sum to 1.")
+        if m.ndim == 2 and c.shape == (w.size, w.size) == m.shape and w.size > 1 and _is_covariance(c):
+            raise EtudeError(
+                f"covariances of shape {c.shape} for {w.size} components in {w.size} dimensions may be one shared matrix or "
+                "one row of variances each: pass [K, d, d], one matrix per component."
+            )
         c = np.broadcast_to(c, (w.size,)) if c.ndim == 0 else c
         keep = w > 0
         parts = [Gaussian(mk, ck) for mk, ck in zip(m[keep], c[keep], strict=True)]

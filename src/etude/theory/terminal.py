@@ -66,6 +66,8 @@ def gaussian(target: Gaussian | GaussianMixture, what: str) -> Gaussian:
     if isinstance(target, Gaussian):
         target.single(what)
         return target
-    raise EtudeError(
-        f"{what} is closed form for a Gaussian target only, got {type(target).__name__}: use reward_gap for mixtures."
-    )
+    if isinstance(target, GaussianMixture):
+        raise EtudeError(
+            f"{what} is closed form for a Gaussian target only, got a mixture: use reward_gap for mixtures."
+        )
+    raise EtudeError(f"{what} got a {type(target).__name__}, which is not a law: pass Gaussian(mean, cov).")

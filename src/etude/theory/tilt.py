@@ -11,13 +11,13 @@ A mixture stays a mixture: its components are tilted one by one and w_k* ∝ w_k
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from scipy.special import logsumexp
 
 from etude.errors import EtudeError
-from etude.theory.arrays import Array, positive
+from etude.theory.arrays import Array, number, positive
 from etude.theory.rewards import QuadraticReward
 from etude.theory.targets import Gaussian, GaussianMixture
 
@@ -36,6 +36,7 @@ class TiltedMixture(GaussianMixture):
 
 def critical_beta(target: Gaussian | GaussianMixture, reward: QuadraticReward) -> float:
     """The optimum exists for beta above this: `max(0, -2 lambda_min(C^(1/2) Q C^(1/2)))`, the worst over components."""
+    _check_target(target)
     if isinstance(target, GaussianMixture):
         return max(critical_beta(part, reward) for part in target.components)
     return max(0.0, -2.0 * float(np.linalg.eigvalsh(_curvature(target, reward)).min()))
@@ -55,7 +56,8 @@ def tilt(target: Gaussian | GaussianMixture, reward: QuadraticReward, beta: floa
     Raises EtudeError where it does not exist (a reward that rises faster than the target falls), naming the eigenvalue and
     the betas that would do.
     """
-    strength = float(positive(beta, "beta"))
+    strength = float(positive(number(beta, "beta"), "beta"))
+    _check_target(target)
     if not isinstance(reward, QuadraticReward):
         raise EtudeError(
             f"tilt needs a QuadraticReward, got {type(reward).__name__}: the optimum is closed form only there."
@@ -63,6 +65,13 @@ def tilt(target: Gaussian | GaussianMixture, reward: QuadraticReward, beta: floa
     if isinstance(target, GaussianMixture):
         return _tilt_mixture(target, reward, strength)
     return _tilt_gaussian(target, reward, strength)
+
+
+def _check_target(target: Any) -> None:
+    if not isinstance(target, (Gaussian, GaussianMixture)):
+        raise EtudeError(
+            f"the law to tilt is a {type(target).__name__}: pass a Gaussian(mean, cov) or a GaussianMixture."
+        )
 
 
 def _curvature(target: Gaussian, reward: QuadraticReward) -> Array:
