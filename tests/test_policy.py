@@ -159,7 +159,8 @@ def test_bfloat16_weights_keep_latents_predictions_and_adapters_in_float32():
     ("model", "says"),
     [
         ("emoji-ds", "did you mean"),
-        ("./nowhere/at/all", "neither an embedded model, a directory nor a hub id"),
+        ("./nowhere/at/all", "there is no such directory"),
+        ("nowhere/at/all", "neither an embedded model, a directory nor a hub id"),
         ("someone/some-model", "cannot be loaded"),
     ],
 )

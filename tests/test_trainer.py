@@ -200,3 +200,34 @@ def test_several_rewards_are_logged_apart_and_held_out_ones_are_not_trained(sett
     row = metrics(tmp_path / "run")[1]
     assert set(row["reward"]) == {"redness", "colorfulness"}
     assert {"redness", "colorfulness", "jpeg_compressibility", "weighted_sum"} == set(summary["final"]["gap"])
+
+
+def test_a_checkpoint_continues_only_the_run_that_wrote_it(settings, tmp_path):
+    train(settings, tmp_path / "run", iterations=1)
+    with pytest.raises(EtudeError, match="seed = 0, but 5 was given"):
+        train(settings, tmp_path / "run", iterations=1, resume=True, seed=5)
+    assert "seed: 0" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_averaged_weights_are_restored_in_place(settings, tmp_path):
+    train(settings, tmp_path / "run", iterations=1, ema={"decay": 0.5})
+    trainer = Trainer(parse_config({**settings, "iterations": 1, "ema": {"decay": 0.5}}), tmp_path / "run", resume=True)
+    before = dict(trainer.ema)
+    trainer._restore()
+    assert all(trainer.ema[name] is tensor for name, tensor in before.items())  # they stay on the model's device
+
+
+def test_a_launchers_environment_does_not_scale_the_loss(settings, tmp_path, monkeypatch):
+    plain, _ = train(settings, tmp_path / "plain", iterations=1)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    launched, _ = train(settings, tmp_path / "launched", iterations=1)
+    assert same(weights(plain), weights(launched))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16"])
+def test_gradients_of_half_precision_weights_point_where_those_of_float32_do(settings, tmp_path, dtype):
+    moved = []
+    for precision in ("float32", dtype):
+        trainer, _ = train(settings, tmp_path / precision, iterations=1, dtype=precision)
+        moved.append(torch.cat([p.flatten() for n, p in weights(trainer).items() if "lora_B" in n]))
+    assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.8

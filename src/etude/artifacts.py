@@ -9,18 +9,19 @@ import platform
 import resource
 import shutil
 import sys
-import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from etude import __version__
 from etude.checkpoint import atomic_write_bytes, atomic_write_text
 from etude.config import TrainConfig
+from etude.errors import EtudeError, brief
 from etude.policies import Policy
 from etude.report import write_report
 from etude.report.grids import image_grid
@@ -62,17 +63,28 @@ def export(policy: Policy, out: Path) -> None:
     """`out/lora`, or `out/model` after full fine-tuning: complete or absent, never half written."""
     final = out / policy.export_name
     out.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=out))
+    temporary = out / f".{final.name}.writing"
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
+        temporary.mkdir()
         policy.export(temporary)
+        for file in temporary.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors writes files that only their owner reads
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
+    except (OSError, SafetensorError) as error:
+        raise EtudeError(
+            f"the trained weights could not be written to '{final}' ({brief(error)}): free some space or check the "
+            "permissions, then give --resume; the last checkpoint is intact."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def finish(out: Path, config: TrainConfig, name: str, evaluation: dict[str, Any], started: float) -> dict[str, Any]:
+def finish(
+    out: Path, config: TrainConfig, policy: Policy, evaluation: dict[str, Any], started: float
+) -> dict[str, Any]:
     """Writes `summary.json`, the model card beside the weights and `report.html`; returns the summary."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds: dict[str, float] = {}
@@ -107,7 +119,7 @@ def finish(out: Path, config: TrainConfig, name: str, evaluation: dict[str, Any]
         "finished": _timestamp(time.time()),
     }
     atomic_write_text(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    atomic_write_text(out / name / "README.md", model_card(summary, config, name))
+    atomic_write_text(out / policy.export_name / "README.md", model_card(summary, config, policy))
     write_report(out)
     return summary
 
@@ -127,9 +139,14 @@ def _deployment_advice(config: TrainConfig, evaluation: dict[str, Any]) -> str:
     return f"Ship the ODE sampler: on {reward} it cannot be told from the SDE at eta = {eta:g} ({interval}), and it is deterministic."
 
 
-def model_card(summary: dict[str, Any], config: TrainConfig, name: str) -> str:
+def model_card(summary: dict[str, Any], config: TrainConfig, policy: Policy) -> str:
     """The README.md beside the weights: what they are, the two numbers, and how plain diffusers loads them."""
-    final = summary["final"]
+    final, name, path = summary["final"], policy.export_name, policy.path
+    # Spelt out: a scheduler of another class may leave them to defaults that are not DDIM's.
+    scheduler = (
+        f"clip_sample=False, set_alpha_to_one={path.final_alpha_cumprod == 1}, "
+        f"timestep_spacing={path.timestep_spacing!r}, steps_offset={path.steps_offset}"
+    )
     rows = [
         f"| {reward}{' (held out)' if reward in summary['held_out_rewards'] else ''} | "
         + " | ".join(str(Estimate(**final[quantity][reward])) for quantity in ("ode", "sde", "improvement", "gap"))
@@ -165,7 +182,8 @@ intervals clustered by prompt, {config.evaluation.num_images} pairs of images of
 ```python
 from diffusers import {classes}
 {load}
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # the ODE
+# DDIM at eta 0 is the ODE.
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {scheduler})
 image = pipe("a prompt", num_inference_steps={config.sampling.num_steps}, guidance_scale={config.sampling.guidance_scale:g}).images[0]
 ```
 """

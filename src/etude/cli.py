@@ -131,7 +131,7 @@ def _prepare_run(recipe: str | None, overrides: list[str], out: Path | None, res
 
 def _resumed_config(recipe: str | None, overrides: list[str], out: Path) -> TrainConfig:
     """The configuration of the run in `out`; what the user gave beside it must agree with it."""
-    from etude.config import load_config
+    from etude.config import leaves, load_config
 
     stored = out / "config.yaml"
     if not stored.is_file():
@@ -144,22 +144,13 @@ def _resumed_config(recipe: str | None, overrides: list[str], out: Path) -> Trai
         )
     config = load_config(str(stored))
     wanted = load_config(recipe if recipe is not None else str(stored), overrides)
-    for (key, old), (_, new) in zip(_leaves(config.model_dump()), _leaves(wanted.model_dump()), strict=True):
+    for (key, old), (_, new) in zip(leaves(config.model_dump()), leaves(wanted.model_dump()), strict=True):
         if old != new:
             raise EtudeError(
                 f"--resume: {key} is {old!r} in '{stored}' but {new!r} in what was given: continue that run with "
                 f"`etude train --resume --out {out}`, or start another one in another --out."
             )
     return config
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value); the weights of the rewards are one value, since their names differ between runs."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and key != "rewards":
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 @app.command()

@@ -11,12 +11,14 @@ import math
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from etude.errors import EtudeError, unknown
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -70,7 +72,7 @@ class LoraConfig(Section):
 
 class OptimizerConfig(Section):
     learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW decay rates of the first and second moments.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW decay rates of the first and second moments.")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay.")
     epsilon: float = Field(1e-8, gt=0, description="AdamW addition to the denominator, which keeps it from 0.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
@@ -164,8 +166,9 @@ class TrainConfig(Section):
     """Everything that determines a run."""
 
     model: str = Field("emoji-sd", description="Embedded name, local diffusers directory or hub id.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Network weights and inputs; latents and log-probabilities stay float32."
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Network weights and inputs; the rest stays float32. No float16: the gradients underflow.",
     )
     seed: int = Field(
         0, ge=0, description="Seeds everything; noise is a pure function of (seed, stream, iteration, sample, step)."
@@ -342,3 +345,12 @@ def describe_fields(model: type[BaseModel] = TrainConfig, prefix: str = "") -> I
             yield from describe_fields(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", field.default, field.description or ""
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value); the weights of the rewards are one value, since their names differ between runs."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and key != "rewards":
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -16,3 +16,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> EtudeError:
     near = difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return EtudeError(f"unknown {kind} '{name}': {hint}the choices are {', '.join(choices)}.")
+
+
+def brief(error: BaseException, limit: int = 300) -> str:
+    """An exception's text on one line, cut at `limit` characters: what fits in a sentence."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."

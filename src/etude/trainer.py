@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
 from etude import artifacts
@@ -33,7 +34,7 @@ from etude.checkpoint import (
     save_checkpoint,
     truncate_metrics,
 )
-from etude.config import TrainConfig
+from etude.config import TrainConfig, leaves
 from etude.display import Display, SilentDisplay
 from etude.errors import EtudeError
 from etude.gap import Protocol, summarise
@@ -102,7 +103,13 @@ class Trainer:
         self.rewards = WeightedRewards(config.rewards, held_out=config.evaluation.held_out_rewards)
         self.train_prompts = load_prompts(config.prompts.train)
         eval_prompts = load_prompts(config.prompts.evaluation)[: config.evaluation.num_images]
-        self.accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=self.out)
+        # Explicit, so that no environment variable of a launcher scales the loss or changes the precision.
+        self.accelerator = Accelerator(
+            log_with=list(config.trackers) or None,
+            project_dir=self.out,
+            mixed_precision="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
         if config.rollout.images_per_iteration % self.accelerator.num_processes:
             raise EtudeError(
                 f"rollout.images_per_iteration = {config.rollout.images_per_iteration} is not a multiple of "
@@ -205,10 +212,11 @@ class Trainer:
             advantages = self._advantages(scores, captions, groups)[samples]
         with self._phase("update", len(samples) * len(trajectory.steps) * objective.num_inner_epochs):
             statistics = self._update(trajectory, conditioning, advantages)
+        alone = config.rollout.images_per_prompt == 1
         return {
             "iteration": self.iteration,
             "reward": {n: {"mean": v.mean().item(), "std": v.std(correction=0).item()} for n, v in scores.items()},
-            "zero_std_ratio": zero_std_ratio(self.rewards.combine(scores), groups),
+            **({} if alone else {"zero_std_ratio": zero_std_ratio(self.rewards.combine(scores), groups)}),
             **statistics.row(),
         }
 
@@ -403,9 +411,12 @@ class Trainer:
                 f"no checkpoint in '{root}' is sound, so the run cannot be resumed: start it again in another directory."
             )
         if checkpoint is not None:
+            self._check_same_run(checkpoint.state["config"])
             assign(self.parameters, _under("weights/", checkpoint.tensors))
             load_optimizer_tensors(self.optimizer, list(self.parameters), _under("optimizer/", checkpoint.tensors))
-            self.ema = _under("ema/", checkpoint.tensors) if self.ema is not None else None
+            if self.ema is not None:
+                for name, average in _under("ema/", checkpoint.tensors).items():
+                    self.ema[name].copy_(average)
             self.iteration = checkpoint.iteration
             self.base_scores = checkpoint.state["base_scores"]
             self.last_evaluation = checkpoint.state["last_evaluation"]
@@ -414,13 +425,22 @@ class Trainer:
         if self.accelerator.is_main_process:
             truncate_metrics(self.out / "metrics.jsonl", self.iteration if checkpoint is not None else -1)
 
+    def _check_same_run(self, stored: dict[str, Any]) -> None:
+        """A checkpoint continues only the run that wrote it."""
+        for (key, old), (_, new) in zip(leaves(stored), leaves(self.config.model_dump(mode="json")), strict=True):
+            if old != new:
+                raise EtudeError(
+                    f"the run in '{self.out}' has {key} = {old!r}, but {new!r} was given: resume it with its own "
+                    "config.yaml, or start another run in another directory."
+                )
+
     def _finish(self, started: float) -> dict[str, Any]:
         """Writes what the user came for: the adapter, its card, the summary and the report."""
         if not self.accelerator.is_main_process:
             return {}
         with swapped(self.parameters, self.ema):
             artifacts.export(self.policy, self.out)
-        return artifacts.finish(self.out, self.config, self.policy.export_name, self.last_evaluation, started)
+        return artifacts.finish(self.out, self.config, self.policy, self.last_evaluation, started)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from etude import zoo
-from etude.errors import EtudeError, unknown
+from etude.errors import EtudeError, brief, unknown
 from etude.policies.base import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,10 +45,9 @@ def load_policy(
         )
     except EtudeError:
         raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise EtudeError(
-            f"model '{model}' cannot be loaded as a diffusers pipeline with safetensors weights: {reason}"
+            f"model '{model}' cannot be loaded as a diffusers pipeline with safetensors weights: {brief(error)}"
         ) from error
     policy = StableDiffusionPolicy(pipeline, DTYPES[dtype], device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if lora is not None:
@@ -69,7 +69,9 @@ def _locate(model: str) -> str:
         if not (directory / "model_index.json").is_file():
             raise EtudeError(f"model '{model}' is not a diffusers pipeline directory: it has no model_index.json.")
         return model
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if model.startswith((".", "/", "~")):
+        raise EtudeError(f"model '{model}': there is no such directory.")
+    if model.count("/") != 1:
         raise unknown("model (neither an embedded model, a directory nor a hub id)", model, zoo.names())
     return model
 
@@ -82,7 +84,5 @@ def _load_lora(policy: Policy, directory: Path) -> None:
         )
     try:
         policy.load_lora(directory)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise EtudeError(
-            f"--lora '{directory}' does not fit the model: {' '.join(str(error).split())[:300]}"
-        ) from error
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise EtudeError(f"--lora '{directory}' does not fit the model: {brief(error)}") from error

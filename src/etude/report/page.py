@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,18 +51,12 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         EtudeError: if the directory is not a run, or one of its files cannot be understood.
     """
+    from etude.checkpoint import atomic_write_text
+
     run_dir = Path(run_dir)
     html = render(read_run(run_dir))
     target = run_dir / "report.html"
-    handle, temporary = tempfile.mkstemp(prefix=".report-", dir=run_dir)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(html)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    atomic_write_text(target, html)
     return target
 
 

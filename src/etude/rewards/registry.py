@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from etude.errors import EtudeError, unknown
+from etude.errors import EtudeError, brief, unknown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +86,7 @@ def get(name: str) -> Reward:
     if name not in _loaded:
         if name not in _factories and ":" not in name:
             raise unknown("reward", name, names())
-        _loaded[name] = _factories[name]() if name in _factories else _instance(_import(name))
+        _loaded[name] = _build(name)
     return _loaded[name]
 
 
@@ -99,6 +100,16 @@ def _check_name(name: str) -> None:
         )
 
 
+def _build(name: str) -> Reward:
+    found = _factories[name] if name in _factories else partial(_instance, _import(name))
+    try:
+        return found()
+    except EtudeError:
+        raise
+    except Exception as error:  # the user's constructor: whatever it raises has to say which reward it was
+        raise EtudeError(f"reward '{name}' could not be built: {type(error).__name__}: {brief(error)}") from error
+
+
 def _instance(reward: Any) -> Reward:
     made: Reward = reward() if isinstance(reward, type) else reward
     return made
@@ -109,9 +120,9 @@ def _import(path: str) -> Any:
     try:
         with _working_directory_importable():
             module = import_module(module_name)
-    except (ImportError, ValueError, TypeError) as error:  # the last two: an empty or a relative module name
+    except Exception as error:  # the user's code runs at import: whatever it raises has to say which reward it was
         raise EtudeError(
-            f"reward '{path}': module '{module_name}' cannot be imported ({error}); "
+            f"reward '{path}': module '{module_name}' cannot be imported ({type(error).__name__}: {brief(error)}); "
             "install it, or run from the directory that holds it."
         ) from error
     found: Any = module

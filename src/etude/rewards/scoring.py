@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from etude.errors import EtudeError
+from etude.errors import EtudeError, brief
 from etude.rewards.registry import Reward, get
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def score(
             scores = reward(images, prompts, **(metadata or {}))
     except Exception as error:  # a reward is the user's code: whatever it raises has to say which reward it was
         raise EtudeError(
-            f"reward '{name}' failed on {_batch(offset, prompts)}: {type(error).__name__}: {error}"
+            f"reward '{name}' failed on {_batch(offset, prompts)}: {type(error).__name__}: {brief(error)}"
         ) from error
     if not isinstance(scores, torch.Tensor):
         raise EtudeError(
