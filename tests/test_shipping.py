@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 from etude.config import LoraConfig
@@ -16,6 +17,7 @@ from etude.sampling import make_plan, sample_images
 from tiny import save_stable_diffusion, stable_diffusion
 
 PROMPTS = ["red heart", "pizza", "tiger"]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 PLAIN_DIFFUSERS = """
 import sys
@@ -36,10 +38,11 @@ np.savez(out, before=before, after=after)
 """
 
 
-def test_the_adapter_changes_plain_diffusers_images_exactly_as_etudes_own(tmp_path):
+@pytest.mark.parametrize("targets", [ATTENTION, [*ATTENTION, "proj_in", "ff.net.0.proj", "ff.net.2"]])
+def test_the_adapter_changes_plain_diffusers_images_exactly_as_etudes_own(tmp_path, targets):
     base = save_stable_diffusion(tmp_path / "base")
     policy = StableDiffusionPolicy(stable_diffusion())
-    policy.add_lora(LoraConfig(rank=2, alpha=4.0), seed=0)
+    policy.add_lora(LoraConfig(rank=2, alpha=4.0, targets=targets), seed=0)
     with torch.no_grad():
         for parameter in policy.trainable().values():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -57,6 +60,7 @@ def test_the_adapter_changes_plain_diffusers_images_exactly_as_etudes_own(tmp_pa
     ours = sample_images(tuned, PROMPTS, plan, guidance_scale=3.0).numpy()
     with tuned.reference():
         untuned = sample_images(tuned, PROMPTS, plan, guidance_scale=3.0).numpy()
+    assert np.array_equal(ours, sample_images(policy, PROMPTS, plan, guidance_scale=3.0).numpy())  # nothing was lost
     assert np.abs(ours - after).max() <= 1  # one grey level: the rounding of 1e-6
     assert np.abs(untuned - before).max() <= 1
     assert np.abs(after - before).mean() > 1

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -154,7 +153,7 @@ class StableDiffusionPolicy(Policy):
         if self._initial is not None:
             unet.save_pretrained(directory / "unet")
             return
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=ADAPTER))
+        layers = get_peft_model_state_dict(unet, adapter_name=ADAPTER)  # peft names: the older ones lose mixed targets
         metadata = unet.peft_config[ADAPTER].to_dict()
         metadata["target_modules"] = sorted(metadata["target_modules"])  # a set in peft, ordered anew by each process
         self.pipeline_class.save_lora_weights(directory, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
