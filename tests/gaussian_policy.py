@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,7 @@ class GaussianPolicy(Policy):
     ) -> None:
         means, variances = (torch.tensor(v).reshape(-1, 1, 1) for v in (mean, variance))
         self.path, self.device = path, torch.device("cpu")
+        self.scheduler_config = _scheduler_config(path)
         self.latent_shape = (len(means), *size)
         self.network = GaussianDenoiser(path, means, variances, table, with_feedback)
 
@@ -100,7 +102,7 @@ class GaussianPolicy(Policy):
         parameters = self.trainable()
         return swapped(parameters, {name: torch.zeros_like(p) for name, p in parameters.items()})
 
-    def train_everything(self) -> None:
+    def train_everything(self, keep_reference: bool = True) -> None:
         """Its parameters are trainable from the start."""
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:
@@ -111,6 +113,22 @@ class GaussianPolicy(Policy):
 
     def export(self, directory: Path) -> None:
         (directory / "corrections.txt").write_text(str({n: p.tolist() for n, p in self.trainable().items()}))
+
+
+def _scheduler_config(path: VPPath) -> dict[str, Any]:
+    """The config of a DDIM scheduler of that path."""
+    alphas = path.alphas_cumprod
+    betas = 1 - alphas / torch.cat([torch.ones(1, dtype=alphas.dtype), alphas[:-1]])
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": path.num_train_timesteps,
+        "trained_betas": betas.tolist(),
+        "prediction_type": path.prediction_type,
+        "timestep_spacing": path.timestep_spacing,
+        "steps_offset": path.steps_offset,
+        "set_alpha_to_one": path.final_alpha_cumprod == 1,
+        "clip_sample": False,
+    }
 
 
 def read(images: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ here is what the plain pipeline loads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.config import LoraConfig
-from etude.paths import VPPath
+from etude.paths import Grid, VPPath
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class Policy(ABC):
     Attributes:
         network: the denoiser, possibly wrapped by Accelerate: every forward that needs gradients goes through it.
         path: the noise path that the network was trained on.
-        latent_shape: `[c, h, w]` of one sample.
+        scheduler_config: of the pipeline's own scheduler.
+        latent_shape: of one sample.
         device: where the networks live.
     """
 
     network: nn.Module
     path: VPPath
+    scheduler_config: Mapping[str, Any]
     latent_shape: tuple[int, ...]
     device: torch.device
 
@@ -60,6 +62,10 @@ class Policy(ABC):
     @property
     def prediction_type(self) -> str:
         return self.path.prediction_type
+
+    def grid(self, num_steps: int) -> Grid:
+        """The levels that the pipeline itself would visit in N steps at this policy's resolution."""
+        return self.path.grid(num_steps)
 
     @property
     def dimensions(self) -> int:
@@ -98,8 +104,12 @@ class Policy(ABC):
         """Freezes the pipeline and adds a trainable fp32 adapter, drawn from `seed`."""
 
     @abstractmethod
-    def train_everything(self) -> None:
-        """Full fine-tuning: every weight of the network is trained, in fp32, and a frozen copy is kept as the reference."""
+    def train_everything(self, keep_reference: bool = True) -> None:
+        """Full fine-tuning: every weight of the network is trained, in fp32.
+
+        Args:
+            keep_reference: keep a frozen copy of the network for `reference`, which otherwise raises EtudeError.
+        """
 
     @abstractmethod
     def load_lora(self, directory: Path) -> None:

@@ -21,6 +21,7 @@ def load_policy(
     lora: str | Path | None = None,
     dtype: str = "float32",
     device: torch.device | str | None = None,
+    resolution: int | None = None,
 ) -> Policy:
     """Loads a model for sampling, and an exported adapter on top of it.
 
@@ -29,9 +30,11 @@ def load_policy(
         lora: directory that a run exported its adapter to.
         dtype: `float32`, `bfloat16` or `float16`.
         device: default: a GPU where there is one.
+        resolution: side of the images in pixels; default: the pipeline's own.
 
     Raises:
-        EtudeError: the model does not exist, is of a class without an adapter, or its files cannot be read.
+        EtudeError: the model does not exist, is of a class without an adapter, its files cannot be read, or it cannot make images of
+            that resolution.
     """
     from etude.policies.stable_diffusion import StableDiffusionPolicy
 
@@ -49,7 +52,8 @@ def load_policy(
         raise EtudeError(
             f"model '{model}' cannot be loaded as a diffusers pipeline with safetensors weights: {brief(error)}"
         ) from error
-    policy = StableDiffusionPolicy(pipeline, DTYPES[dtype], device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    policy = StableDiffusionPolicy(pipeline, DTYPES[dtype], target, resolution)
     if lora is not None:
         _load_lora(policy, Path(lora))
     return policy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class StableDiffusionPolicy(Policy):
         pipeline: its scheduler's config gives the noise path; its scheduler is not used.
         dtype: of the frozen weights and of the network's input. Adapters, latents and predictions stay fp32.
         device: where it runs.
+        resolution: side of the images in pixels; None is the pipeline's own.
         decode_batch_size: images decoded at a time.
     """
 
@@ -40,6 +41,7 @@ class StableDiffusionPolicy(Policy):
         pipeline: StableDiffusionPipeline,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        resolution: int | None = None,
         decode_batch_size: int = 32,
     ) -> None:
         pipeline.to(device=device) if pipeline.dtype == dtype else pipeline.to(device=device, dtype=dtype)
@@ -48,11 +50,23 @@ class StableDiffusionPolicy(Policy):
         self.pipeline = pipeline
         self.network: nn.Module = pipeline.unet
         self.path = VPPath.from_config(pipeline.scheduler.config)
-        unet = pipeline.unet.config
-        self.latent_shape = (unet.in_channels, unet.sample_size, unet.sample_size)
+        self.scheduler_config: Mapping[str, Any] = dict(pipeline.scheduler.config)
+        self.latent_shape = (pipeline.unet.config.in_channels, *self._latent_size(resolution))
         self.dtype, self.device, self.decode_batch_size = dtype, torch.device(device), decode_batch_size
         self._encoded: dict[str, Tensor] = {}
         self._initial: nn.Module | None = None
+        self._trains_everything = False
+
+    def _latent_size(self, resolution: int | None) -> tuple[int, int]:
+        if resolution is None:
+            size = self.pipeline.unet.config.sample_size
+            return (size, size) if isinstance(size, int) else (size[0], size[1])
+        factor = self.pipeline.vae_scale_factor
+        if resolution < factor or resolution % factor:
+            raise EtudeError(
+                f"resolution = {resolution}: this model makes images whose side is a multiple of {factor} pixels."
+            )
+        return (resolution // factor, resolution // factor)
 
     def encode(self, prompts: list[str]) -> Conditioning:
         new = [prompt for prompt in dict.fromkeys([*prompts, ""]) if prompt not in self._encoded]
@@ -123,8 +137,10 @@ class StableDiffusionPolicy(Policy):
             )
         cast_training_params(self.pipeline.unet, dtype=torch.float32)
 
-    def train_everything(self) -> None:
-        self._initial = copy.deepcopy(self.pipeline.unet)
+    def train_everything(self, keep_reference: bool = True) -> None:
+        if keep_reference:
+            self._initial = copy.deepcopy(self.pipeline.unet)
+        self._trains_everything = True
         self.pipeline.unet.float().requires_grad_(True)
 
     @contextmanager
@@ -135,6 +151,10 @@ class StableDiffusionPolicy(Policy):
                 yield
             finally:
                 self.network = trained
+        elif self._trains_everything:
+            raise EtudeError(
+                "no copy of the model before training was kept: call train_everything(keep_reference=True)."
+            )
         elif not getattr(self.pipeline.unet, "peft_config", None):
             yield
         else:
@@ -146,11 +166,11 @@ class StableDiffusionPolicy(Policy):
 
     @property
     def export_name(self) -> str:
-        return "lora" if self._initial is None else "model"
+        return "model" if self._trains_everything else "lora"
 
     def export(self, directory: Path) -> None:
         unet = self.pipeline.unet
-        if self._initial is not None:
+        if self._trains_everything:
             unet.save_pretrained(directory / "unet")
             return
         layers = get_peft_model_state_dict(unet, adapter_name=ADAPTER)  # peft names: the older ones lose mixed targets
