@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etude.errors import EtudeError
-from etude.paths import VPPath, to_x0_eps
+from etude.paths import FlowPath, VPPath, path_from_config, to_x0_eps
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
@@ -116,6 +116,8 @@ def test_an_offset_past_the_last_timestep_is_an_error():
         ({**SD, "prediction_type": "epsilom"}, "did you mean 'epsilon'"),
         ({**SD, "beta_schedule": "cubic"}, "beta_schedule 'cubic'"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "not a variance preserving"),
+        (diffusers.FlowMatchEulerDiscreteScheduler().config, "not a variance preserving"),
+        ({"_class_name": "FlowMatchGDDIMScheduler"}, "not a variance preserving"),
         ({"_class_name": "EDMEulerScheduler"}, "not a variance preserving"),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas"),
     ],
@@ -185,3 +187,101 @@ def test_conversion_is_in_fp32_and_per_sample_levels_give_the_same_bits(kind, dt
 def test_an_unknown_prediction_type_is_an_error():
     with pytest.raises(EtudeError, match="unknown prediction_type 'score'"):
         to_x0_eps(torch.zeros(1, 1), torch.zeros(1, 1), 0.5, 0.5, "score")
+
+
+SHIFTS = {
+    "none": {},
+    "static": {"shift": 3.0},
+    "dynamic": {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15},
+    "linear": {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+    "terminal": {"shift_terminal": 0.02, "use_dynamic_shifting": True},
+    "karras": {"use_karras_sigmas": True, "shift": 3.0},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True, "shift": 1.7},
+    "stochastic": {"stochastic_sampling": True, "num_train_timesteps": 250},
+}
+
+
+@pytest.mark.parametrize("num_steps", [2, 6, 50, 1000])
+@pytest.mark.parametrize("given", [True, False], ids=["sigmas", "count"])
+@pytest.mark.parametrize("name", SHIFTS)
+def test_the_flow_levels_are_those_of_diffusers_under_every_shift(name, given, num_steps):
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**SHIFTS[name])
+    sigmas = torch.linspace(1, 1 / num_steps, num_steps).tolist() if given else None
+    mu = 0.8 if scheduler.config.use_dynamic_shifting else None
+    scheduler.set_timesteps(num_steps, sigmas=sigmas, mu=mu)
+    path = path_from_config(scheduler.config)
+    assert isinstance(path, FlowPath)
+    grid = path.grid(num_steps, sigmas, mu)
+    assert grid.timesteps.dtype == torch.float32
+    assert grid.a.dtype == grid.s.dtype == torch.float64
+    assert torch.equal(grid.timesteps, scheduler.timesteps)
+    assert torch.equal(grid.s, scheduler.sigmas.double())
+    assert torch.equal(grid.a, 1 - grid.s)
+    assert (grid.a[-1], grid.s[-1]) == (1, 0)
+
+
+def test_the_usual_and_the_dynamic_shift_are_their_formulas():
+    sigmas = torch.tensor([1.0, 0.6, 0.3, 0.1], dtype=torch.float64)
+    static = FlowPath.from_config({"shift": 3.0}).grid(4, sigmas.tolist())
+    torch.testing.assert_close(static.s[:-1], 3 * sigmas / (1 + 2 * sigmas), atol=1e-7, rtol=1e-6)
+    dynamic = FlowPath.from_config({"use_dynamic_shifting": True, "shift": 3.0}).grid(4, sigmas.tolist(), mu=1.15)
+    growth = torch.tensor(1.15).double().exp()
+    torch.testing.assert_close(dynamic.s[:-1], growth / (growth + 1 / sigmas - 1), atol=1e-7, rtol=1e-6)
+
+
+def test_a_flow_of_one_step_starts_from_pure_noise_and_ends_clean():
+    grid = FlowPath.from_config({"shift": 3.0}).grid(1)
+    assert (grid.a.tolist(), grid.s.tolist(), grid.timesteps.tolist()) == ([0, 1], [1, 0], [1000])
+
+
+def test_mu_is_ignored_without_a_dynamic_shift_as_pipelines_give_it_regardless():
+    path = FlowPath.from_config({"shift": 3.0})
+    assert torch.equal(path.grid(5, mu=2.0).s, path.grid(5).s)
+
+
+def test_the_scheduler_class_decides_the_path():
+    flow = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchGDDIMScheduler")
+    for name in flow:
+        path = path_from_config({"_class_name": name, "shift": 3.0})
+        assert isinstance(path, FlowPath)
+        assert (path.config["shift"], path.prediction_type, path.num_train_timesteps) == (3.0, "flow", 1000)
+    for config in ({}, {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "GDDIMScheduler"}):
+        assert isinstance(path_from_config(config), VPPath)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"_class_name": "DDIMScheduler"}, "DDIMScheduler is not a rectified-flow scheduler"),
+        (diffusers.DDIMScheduler().config, "with betas is not a rectified-flow scheduler"),
+        ({"invert_sigmas": True}, "invert_sigmas"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "Only one of"),
+        ({"time_shift_type": "cubic"}, "time_shift_type"),
+    ],
+)
+def test_a_config_that_is_no_flow_path_is_an_error_that_says_why(config, says):
+    with pytest.raises(EtudeError, match=says):
+        FlowPath.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "says"),
+    [
+        ({"use_dynamic_shifting": True}, {"num_steps": 4}, "no mu was given: pass mu"),
+        ({"use_dynamic_shifting": True}, {"num_steps": 4, "mu": float("nan")}, "finite"),
+        ({"shift_terminal": 0.1}, {"num_steps": 1}, "at least 2 steps"),
+        ({"shift": 0.0}, {"num_steps": 3}, "change the shift"),
+        ({}, {"num_steps": 0}, "at least 1"),
+        ({}, {"num_steps": 2.5}, "at least 1"),
+        ({}, {"num_steps": True}, "at least 1"),
+        ({}, {"num_steps": 3, "sigmas": [1.0, 0.5]}, "do not give 3 steps"),
+        ({}, {"num_steps": 2, "sigmas": [0.5, 1.0]}, "falling numbers"),
+        ({}, {"num_steps": 2, "sigmas": [1.0, 0.0]}, "without the final 0"),
+        ({}, {"num_steps": 2, "sigmas": [1.5, 0.5]}, "at most 1"),
+        ({}, {"num_steps": 2, "sigmas": [1.0, float("nan")]}, "falling numbers"),
+    ],
+)
+def test_a_flow_grid_that_cannot_be_is_an_error_that_says_why(config, arguments, says):
+    with pytest.raises(EtudeError, match=says):
+        FlowPath.from_config(config).grid(**arguments)

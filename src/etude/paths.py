@@ -6,7 +6,11 @@ Variance preserving (VP), the path of Stable Diffusion 1.x, 2.x and XL:
 
     a_t = sqrt(alphas_cumprod[t]),        s_t = sqrt(1 - alphas_cumprod[t])
 
-A network predicts one of (with `flow` for rectified flow, where a + s = 1)
+Rectified flow, the path of Stable Diffusion 3 and FLUX, on levels sigma that the sampler is free to choose:
+
+    a = 1 - sigma,        s = sigma
+
+A network predicts one of (`flow` on rectified flow)
 
     epsilon        eps
     sample         x0
@@ -20,15 +24,17 @@ downstream knows the parametrisation.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from etude.errors import EtudeError, unknown
+from etude.errors import EtudeError, brief, unknown
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -39,7 +45,7 @@ class Grid:
     """The levels a sampler visits, from noise to data; step i goes from level i to level i + 1.
 
     Attributes:
-        timesteps: int64 `[N]`, what the network is given at each step.
+        timesteps: `[N]`, what the network is given at each step: int64 on VP, float32 on rectified flow.
         a: fp64 `[N + 1]` on the CPU, the signal's coefficient at each level.
         s: fp64 `[N + 1]` on the CPU, the noise's coefficient at each level.
     """
@@ -172,6 +178,155 @@ class VPPath:
         return Grid(timesteps, a, s)
 
 
+@dataclass(frozen=True, eq=False)
+class FlowPath:
+    """Rectified flow (arXiv 2209.03003) as Stable Diffusion 3 and FLUX are trained: a = 1 - sigma, s = sigma.
+
+    The network predicts the velocity eps - x0. Which levels a sampler visits is the scheduler's choice, so they come from
+    diffusers' own `FlowMatchEulerDiscreteScheduler`, whatever shift the config asks of it.
+
+    Attributes:
+        config: every option of that scheduler; make it with `from_config`, which fills in the defaults.
+    """
+
+    config: Mapping[str, Any]
+    prediction_type: ClassVar[str] = "flow"
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FlowPath:
+        """Builds the path from the config of a FlowMatch scheduler; a key that the config lacks takes the default.
+
+        `stochastic_sampling` plays no part: it says how the scheduler steps between the levels, which is the kernel's
+        business here.
+
+        Raises:
+            EtudeError: for another scheduler's config, for options that diffusers refuses, and for `invert_sigmas`
+                (Mochi): its levels count the signal, from 0 to 1, and its network's timesteps with them.
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        name = config.get("_class_name")
+        if (name and not is_flow_config(config)) or "beta_start" in config:
+            raise EtudeError(
+                f"{name or 'a scheduler with betas'} is not a rectified-flow scheduler: use a model with a "
+                "FlowMatchEulerDiscreteScheduler, or VPPath for Stable Diffusion 1.x, 2.x and XL."
+            )
+        if config.get("invert_sigmas"):
+            raise EtudeError(
+                "the scheduler config has invert_sigmas, so its levels run from data to noise: set it to false, or use "
+                "a model whose levels run from noise to data."
+            )
+        options = set(inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters) - {"self"}
+        given = {key: value for key, value in config.items() if key in options}
+        try:
+            scheduler = FlowMatchEulerDiscreteScheduler(**given)
+        except (ValueError, TypeError, ImportError) as error:
+            raise EtudeError(f"diffusers refuses the flow scheduler's config ({brief(error)}): mend it.") from error
+        return cls({key: scheduler.config[key] for key in sorted(options)})
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """What a level is multiplied by to make the timestep that the network is given."""
+        return int(self.config["num_train_timesteps"])
+
+    @property
+    def needs_mu(self) -> bool:
+        """Whether the levels depend on the resolution, through the mu that `grid` then asks for."""
+        return bool(self.config["use_dynamic_shifting"])
+
+    def grid(self, num_steps: int, sigmas: Sequence[float] | None = None, mu: float | None = None) -> Grid:
+        """The levels of an N-step sampler: what `set_timesteps` makes of the arguments, and 0 after the last.
+
+        diffusers computes them in fp32; they are held in fp64 as they are, with a = 1 - sigma exact. Under the usual
+        shift every level is `shift sigma / (1 + (shift - 1) sigma)`; under a dynamic one
+        `exp(mu) / (exp(mu) + 1 / sigma - 1)`, or mu in place of exp(mu) (`time_shift_type` "linear").
+
+        Args:
+            num_steps: N.
+            sigmas: N levels before shifting, in (0, 1], from noise to data; None: evenly spaced.
+            mu: the shift that the resolution asks for; needed with `use_dynamic_shifting`, without it ignored (as
+                pipelines give it regardless).
+
+        Raises:
+            EtudeError: if N is not a whole number of at least 1, sigmas are not N falling levels, mu is missing, or the
+                config's options leave a level that is not in (0, 1].
+        """
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        if isinstance(num_steps, bool) or int(num_steps) != num_steps or num_steps < 1:
+            raise EtudeError(f"{num_steps} sampling steps cannot be taken: give a whole number of at least 1.")
+        levels = None if sigmas is None else _checked_sigmas(sigmas, int(num_steps))
+        check_mu(self.config, mu)
+        scheduler = FlowMatchEulerDiscreteScheduler(**self.config)
+        with np.errstate(all="ignore"):  # what overflows or divides by 0 is caught below
+            scheduler.set_timesteps(int(num_steps), sigmas=levels, mu=mu if self.needs_mu else None)
+        return flow_grid(scheduler.timesteps, scheduler.sigmas)
+
+
+Path = VPPath | FlowPath
+
+
+def path_from_config(config: Mapping[str, Any]) -> Path:
+    """The path of a model by the class of its scheduler: rectified flow for a FlowMatch one, else VP.
+
+    Raises:
+        EtudeError: as `FlowPath.from_config` and `VPPath.from_config`.
+    """
+    return FlowPath.from_config(config) if is_flow_config(config) else VPPath.from_config(config)
+
+
+def is_flow_config(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config is that of a rectified-flow (FlowMatch) one.
+
+    A scheduler made in code has no class name in its config; there its options tell.
+    """
+    name = config.get("_class_name")
+    return str(name).startswith("FlowMatch") if name else "shift" in config and "beta_start" not in config
+
+
+def check_mu(config: Mapping[str, Any], mu: float | None) -> None:
+    """Refuses a grid whose levels depend on the resolution when nothing says which resolution."""
+    if config["use_dynamic_shifting"] and mu is None:
+        raise EtudeError(
+            "the scheduler shifts its levels with the resolution (use_dynamic_shifting), but no mu was given: pass mu, "
+            "or set use_dynamic_shifting to false."
+        )
+    if mu is not None and not math.isfinite(mu):
+        raise EtudeError(f"the shift mu is {mu}: give a finite number.")
+
+
+def flow_grid(timesteps: Tensor, sigmas: Tensor) -> Grid:
+    """The grid of a flow scheduler's timesteps `[N]` and sigmas `[N + 1]`, held in fp64 on the CPU.
+
+    Raises:
+        EtudeError: if a level that a step starts from is not in (0, 1], or they do not fall.
+    """
+    s = sigmas.detach().cpu().double()
+    # Written so that NaN fails it too.
+    if not bool(((s[:-1] > 0) & (s[:-1] <= 1)).all() and (s.diff() <= 0).all()):
+        raise EtudeError(
+            f"the flow scheduler's options give the levels {_shown(s.tolist())}, but they must fall from at most 1 and "
+            "stay above 0 until the last: change the shift (shift_terminal needs at least 2 steps), mu or sigmas."
+        )
+    return Grid(timesteps.detach().cpu().float(), 1 - s, s)
+
+
+def _checked_sigmas(sigmas: Sequence[float], num_steps: int) -> list[float]:
+    levels = [float(sigma) for sigma in sigmas]
+    falling = all(later < sooner for sooner, later in pairwise(levels))
+    if len(levels) != num_steps or not falling or not all(0 < level <= 1 for level in levels):
+        raise EtudeError(
+            f"the sigmas {_shown(levels)} do not give {num_steps} steps: give {num_steps} falling numbers above 0 and at "
+            "most 1, without the final 0."
+        )
+    return levels
+
+
+def _shown(values: list[float]) -> str:
+    texts = [f"{value:g}" for value in values]
+    return ", ".join(texts if len(texts) <= 6 else [*texts[:3], "...", *texts[-2:]])
+
+
 def scheduler_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor defaults of the diffusers class that the config names; DDIM's for none or a foreign name."""
     import diffusers
@@ -179,8 +334,11 @@ def scheduler_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     name = config.get("_class_name")
     scheduler = getattr(diffusers, name, None) if isinstance(name, str) else None
     signature = inspect.signature((scheduler or diffusers.DDIMScheduler).__init__)
-    if "beta_start" not in signature.parameters:
-        raise EtudeError(f"{name} is not a variance preserving scheduler: use a model with a DDIM, PNDM or Euler one.")
+    if "beta_start" not in signature.parameters or is_flow_config(config):
+        raise EtudeError(
+            f"{name or 'a scheduler with a shift and no betas'} is not a variance preserving scheduler: use a model with a "
+            "DDIM, PNDM or Euler one."
+        )
     return {k: p.default for k, p in signature.parameters.items() if p.default is not inspect.Parameter.empty}
 
 
