@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from etude.rewards.alignment import Heads, ImageFeatures, text_features
-from etude.zoo.autoencoder import encode, warmup_cosine
+from etude.zoo.autoencoder import encode
 from etude.zoo.emoji_data import EmojiSet, load_emoji
+from etude.zoo.training import warmup_cosine
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ loss = |x - y| + 2 (x - y)^2 + kl_weight KL(q(z | x) || N(0, I)), each a mean ov
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from rich.progress import track
+
+from etude.zoo.training import warmup_cosine
 
 LATENT_CHANNELS = 8
 
@@ -97,17 +98,6 @@ def train_autoencoder(images: np.ndarray, held_out: np.ndarray, recipe: Autoenco
         "scaling_factor": model.config.scaling_factor,
     }
     return model.eval(), figures
-
-
-def warmup_cosine(steps: int, warmup: int = 100) -> Any:
-    """Learning-rate factor: linear over `warmup` steps, then half a cosine to 0."""
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    return factor
 
 
 @torch.no_grad()

@@ -1,62 +1,62 @@
-"""Trains the embedded models from nothing: `python -m etude.zoo.pretrain --out build/emoji-sd`.
+"""Trains an embedded model from nothing: `python -m etude.zoo.pretrain emoji-sd --out build/emoji-sd`.
 
-Stages, each skipped when its result is already in the output directory: the data is fetched, the autoencoder trained, the
-latents cached, the denoiser trained, the pipeline put together. About 90 minutes on two cores.
+Stages, each skipped when its result is already in the output directory: the data is fetched, the autoencoder trained (or taken
+over from another model), the latents cached, the denoiser trained, the pipeline put together.
 """
 
 from __future__ import annotations
 
-import copy
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL
+from torch import Tensor
 
 from etude.zoo.autoencoder import AutoencoderRecipe, encode, train_autoencoder
-from etude.zoo.denoiser import DenoiserRecipe, stable_diffusion_scheduler, train_denoiser
 from etude.zoo.emoji_data import EmojiSet, load_emoji
-from etude.zoo.text import train_tokenizer
+from etude.zoo.flux import FluxNetworks, FluxRecipe, train_flux
+from etude.zoo.training import OnCheckpoint, TrainingRecipe
+from etude.zoo.unet import UNetNetworks, train_unet
+
+Train = Callable[[Tensor, EmojiSet, Any, OnCheckpoint], tuple[Any, dict[str, Any]]]
 
 
-def pretrain_emoji_sd(
+def pretrain(
+    networks_class: type[UNetNetworks] | type[FluxNetworks],
+    train: Train,
     out: Path,
     cache: Path,
-    autoencoder_recipe: AutoencoderRecipe,
-    denoiser_recipe: DenoiserRecipe,
+    autoencoder: AutoencoderRecipe | Path,
     initial: Path | None = None,
+    seed: int = 0,
 ) -> None:
-    """Writes a StableDiffusionPipeline directory into `out`, and the figures of each stage into `out/figures`.
+    """Writes a pipeline directory into `out`, and the figures of each stage into `out/figures`.
 
-    `initial` is an earlier result to go on from: its denoiser, text encoder and tokenizer.
+    Args:
+        networks_class: what is trained.
+        train: trains it on scaled latents, and returns the averaged networks and the figures.
+        autoencoder: how to train it, or the directory of a model whose autoencoder is taken over.
+        initial: an earlier result to go on from: its networks and tokenizers.
     """
     data = load_emoji(cache)
-    vae = _autoencoder(out, data, autoencoder_recipe)
-    latents = encode(vae, data.images) * vae.config.scaling_factor
-    tokenizer, start = train_tokenizer(data), None
-    if initial is not None:
-        earlier = StableDiffusionPipeline.from_pretrained(initial, safety_checker=None)
-        tokenizer, start = earlier.tokenizer, (earlier.unet, earlier.text_encoder)
+    vae = _autoencoder(out, data, autoencoder)
+    latents = (encode(vae, data.images) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    torch.manual_seed(seed)
+    start: Any = networks_class.build(data) if initial is None else networks_class.load(initial)
 
-    def save(step: int, unet: Any, text_encoder: Any) -> None:
-        """Half precision on disk, which halves the package; diffusers loads it as fp32. The text encoder stays fp32."""
-        pipeline = StableDiffusionPipeline(
-            vae=copy.deepcopy(vae).half(),
-            unet=copy.deepcopy(unet).half(),
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            scheduler=stable_diffusion_scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.save_pretrained(out)
+    def save(networks: Any) -> None:
+        networks.pipeline(vae).save_pretrained(out)
+        for config in out.glob("*/config.json"):
+            _forget_origin(config)
 
-    unet, text_encoder, figures = train_denoiser(latents, data, tokenizer, denoiser_recipe, save, initial=start)
-    save(figures["steps"], unet, text_encoder)
+    networks, figures = train(latents, data, start, save)
+    save(networks)
     _write(out / "figures" / "denoiser.json", with_history(figures, initial))
 
 
@@ -66,21 +66,29 @@ def with_history(figures: dict[str, Any], initial: Path | None) -> dict[str, Any
         return figures
     earlier = json.loads((initial / "figures" / "denoiser.json").read_text(encoding="utf-8"))
     legs = [*earlier.get("legs", [earlier]), figures]
-    return {
-        **figures,
-        "steps": sum(leg["steps"] for leg in legs),
-        "seconds": sum(leg["seconds"] for leg in legs),
-        "legs": legs,
-    }
+    totals = {key: sum(leg[key] for leg in legs) for key in ("steps", "seconds")}
+    return {**figures, **totals, "legs": legs}
 
 
-def _autoencoder(out: Path, data: EmojiSet, recipe: AutoencoderRecipe) -> AutoencoderKL:
+def _autoencoder(out: Path, data: EmojiSet, source: AutoencoderRecipe | Path) -> AutoencoderKL:
     done = out / "figures" / "autoencoder.json"
     if not done.exists():
-        vae, figures = train_autoencoder(data.images, data.held_out(recipe.held_out, recipe.seed), recipe)
+        if isinstance(source, Path):
+            vae = AutoencoderKL.from_pretrained(source / "vae").eval()
+            vae.register_to_config(shift_factor=float(encode(vae, data.images).mean()))
+            figures = json.loads((source / "figures" / "autoencoder.json").read_text(encoding="utf-8"))
+        else:
+            vae, figures = train_autoencoder(data.images, data.held_out(source.held_out, source.seed), source)
         vae.save_pretrained(out / "vae")
         _write(done, figures)
     return AutoencoderKL.from_pretrained(out / "vae").eval()
+
+
+def _forget_origin(config: Path) -> None:
+    """The directory that a network was loaded from is nobody's business."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    if values.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
@@ -88,27 +96,82 @@ def _write(path: Path, figures: dict[str, Any]) -> None:
     path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-def main(
-    out: Annotated[
-        Path,
-        typer.Option(help="Where the pipeline directory is written; a finished stage found there is not repeated."),
-    ],
-    cache: Annotated[Path, typer.Option(help="Where the emoji packages are kept (155 MB).")] = Path("build/emoji-data"),
-    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
-    denoiser_steps: Annotated[int, typer.Option(help="Optimiser steps of the denoiser.", min=1)] = DenoiserRecipe.steps,
-    learning_rate: Annotated[float, typer.Option(help="Peak rate of the denoiser.")] = DenoiserRecipe.learning_rate,
+Out = Annotated[
+    Path, typer.Option(help="Where the pipeline directory is written; a finished stage found there is not repeated.")
+]
+Cache = Annotated[Path, typer.Option(help="Where the emoji packages are kept (155 MB).")]
+Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
+Steps = Annotated[int, typer.Option(help="Optimiser steps of the denoiser.", min=0)]
+Rate = Annotated[float, typer.Option(help="Peak learning rate of the denoiser.")]
+Initial = Annotated[Path | None, typer.Option(help="Go on from the denoiser of this earlier result.")]
+Seed = Annotated[int, typer.Option(help="Seed of the denoiser's training.", min=0)]
+CACHE = Path("build/emoji-data")
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _prepare(threads: int) -> None:
+    torch.set_num_threads(threads)
+    np.seterr(all="raise", under="ignore")
+
+
+@app.command("emoji-sd")
+def emoji_sd(
+    out: Out,
+    cache: Cache = CACHE,
+    threads: Threads = 2,
+    steps: Steps = TrainingRecipe.steps,
+    learning_rate: Rate = TrainingRecipe.learning_rate,
     autoencoder_steps: Annotated[
         int, typer.Option(help="Optimiser steps of the autoencoder.", min=1)
     ] = AutoencoderRecipe.steps,
-    initial: Annotated[Path | None, typer.Option(help="Go on from the denoiser of this earlier result.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the denoiser's training.", min=0)] = DenoiserRecipe.seed,
+    initial: Initial = None,
+    seed: Seed = 0,
 ) -> None:
-    """Trains `emoji-sd` from scratch: fetches the emoji, trains the autoencoder, the text encoder and the denoiser."""
-    torch.set_num_threads(threads)
-    np.seterr(all="raise", under="ignore")
-    denoiser = DenoiserRecipe(steps=denoiser_steps, learning_rate=learning_rate, seed=seed)
-    pretrain_emoji_sd(out, cache, AutoencoderRecipe(steps=autoencoder_steps), denoiser, initial)
+    """A StableDiffusionPipeline: fetches the emoji, trains the autoencoder, the text encoder and the UNet."""
+    _prepare(threads)
+    recipe = TrainingRecipe(steps=steps, learning_rate=learning_rate, seed=seed)
+
+    def train(
+        latents: Tensor, data: EmojiSet, networks: UNetNetworks, save: OnCheckpoint
+    ) -> tuple[Any, dict[str, Any]]:
+        return train_unet(latents, data, networks, recipe, save)
+
+    pretrain(UNetNetworks, train, out, cache, AutoencoderRecipe(steps=autoencoder_steps), initial, seed)
+
+
+@app.command("emoji-flux")
+def emoji_flux(
+    out: Out,
+    autoencoder: Annotated[
+        Path, typer.Option(help="A model whose autoencoder is taken over: `emoji-sd`, trained first.")
+    ],
+    cache: Cache = CACHE,
+    threads: Threads = 2,
+    steps: Steps = FluxRecipe.matching.steps,
+    learning_rate: Rate = FluxRecipe.matching.learning_rate,
+    distillation_steps: Annotated[
+        int, typer.Option(help="Optimiser steps of the guidance distillation.", min=0)
+    ] = FluxRecipe.distillation.steps,
+    initial: Initial = None,
+    seed: Seed = 0,
+) -> None:
+    """A FluxPipeline: fetches the emoji, trains both text encoders and the transformer, then distils the guidance."""
+    _prepare(threads)
+    recipe = FluxRecipe()
+    recipe = replace(
+        recipe,
+        matching=replace(recipe.matching, steps=steps, learning_rate=learning_rate, seed=seed),
+        distillation=replace(recipe.distillation, steps=distillation_steps, seed=seed),
+    )
+
+    def train(
+        latents: Tensor, data: EmojiSet, networks: FluxNetworks, save: OnCheckpoint
+    ) -> tuple[Any, dict[str, Any]]:
+        return train_flux(latents, data, networks, recipe, save)
+
+    pretrain(FluxNetworks, train, out, cache, autoencoder, initial, seed)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -1,4 +1,4 @@
-"""Captions, and a CLIP tokenizer and text encoder small enough to train together with the denoiser."""
+"""Captions, and CLIP and T5 tokenizers and text encoders small enough to train together with the denoiser."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from etude.zoo.emoji_data import EmojiSet
 
 MAX_TOKENS = 24
+MAX_TOKENS_T5 = 16
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -56,13 +57,32 @@ def train_tokenizer(data: EmojiSet, merges: int = 1500) -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=2 * len(alphabet) + merges, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
     )
-    corpus = [*data.names, *(" ".join(tags) for tags in data.tags), *sorted(set(data.styles))]
-    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.train_from_iterator(_corpus(data), trainer)
     learnt = _merges(tokenizer)
     symbols = [*alphabet, *(c + "</w>" for c in alphabet)]
     merged = [left + right for left, right in learnt]
     vocab = {token: i for i, token in enumerate(dict.fromkeys([*symbols, *merged, START, END]))}
     return CLIPTokenizer(vocab=vocab, merges=learnt, model_max_length=MAX_TOKENS)
+
+
+def train_t5_tokenizer(data: EmojiSet, size: int = 1200) -> T5Tokenizer:
+    """A Unigram model of T5's form, learnt on the names, keywords and styles; it spells ASCII."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
+    )
+    special = ["<pad>", "</s>", "<unk>"]
+    printable = [chr(code) for code in range(33, 127)]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=size, special_tokens=special, unk_token="<unk>", initial_alphabet=printable, show_progress=False
+    )
+    tokenizer.train_from_iterator(_corpus(data), trainer)
+    pieces: Any = json.loads(tokenizer.to_str())["model"]["vocab"]
+    return T5Tokenizer(vocab=[tuple(piece) for piece in pieces], extra_ids=0, model_max_length=MAX_TOKENS_T5)
+
+
+def _corpus(data: EmojiSet) -> list[str]:
+    return [*data.names, *(" ".join(tags) for tags in data.tags), *sorted(set(data.styles))]
 
 
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
@@ -84,5 +104,23 @@ def build_text_encoder(tokenizer: CLIPTokenizer, hidden: int = 128, layers: int 
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_t5_encoder(tokenizer: T5Tokenizer, hidden: int = 128, layers: int = 2) -> T5EncoderModel:
+    """A T5 encoder of 0.5 M parameters; its last hidden states are the tokens that FLUX attends to."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=hidden,
+            d_kv=hidden // 4,
+            d_ff=2 * hidden,
+            num_layers=layers,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
         )
     )

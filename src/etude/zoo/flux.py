@@ -1,0 +1,210 @@
+"""Trains the denoiser of `emoji-flux`, a FLUX transformer with its CLIP and T5 encoders, on cached latents.
+
+Two stages, as FLUX.1-dev came about (its own guidance distillation follows Meng et al. 2023, arXiv 2210.03142):
+
+1. Flow matching: loss = |v - (eps - x0)|^2 at x = (1 - sigma) x0 + sigma eps, with sigma = sigmoid(N(0, 1)) (Esser et al.
+   2024, arXiv 2403.03206), captions dropped 10 % of the time, and the guidance embedding held at 1.
+2. Guidance distillation: the frozen result is the teacher, v = u(empty) + w (u(prompt) - u(empty)), and the student learns to
+   give it in one evaluation when its guidance embedding says w, w uniform in [1, 5].
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+
+from etude.zoo.autoencoder import LATENT_CHANNELS
+from etude.zoo.emoji_data import EmojiSet
+from etude.zoo.text import (
+    MAX_TOKENS,
+    MAX_TOKENS_T5,
+    CaptionSampler,
+    build_t5_encoder,
+    build_text_encoder,
+    train_t5_tokenizer,
+    train_tokenizer,
+)
+from etude.zoo.training import OnCheckpoint, TrainingRecipe, fit, in_half_precision, sampling_weights
+
+LATENT_SIZE = 8
+TEXT_WIDTH = 128
+
+
+@dataclass(frozen=True)
+class FluxRecipe:
+    """How the two stages are trained.
+
+    Attributes:
+        matching: of the flow matching stage.
+        distillation: of the guidance distillation; 0 steps leave it out.
+        largest_guidance: w is drawn uniformly from [1, this].
+    """
+
+    matching: TrainingRecipe = field(default_factory=lambda: TrainingRecipe(steps=12000, learning_rate=2e-3))
+    distillation: TrainingRecipe = field(default_factory=lambda: TrainingRecipe(steps=2000, learning_rate=5e-4))
+    largest_guidance: float = 5.0
+
+
+def flux_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """FLUX.1-dev's: the shift of the noise levels grows with the number of tokens."""
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        shift=3.0,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+
+
+def build_transformer() -> FluxTransformer2DModel:
+    """A FLUX transformer of 4.7 M parameters on 16 packed tokens; each block starts as the identity (adaLN-Zero)."""
+    model = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=6,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12),
+    )
+    for name, module in model.named_modules():
+        modulation = name.rpartition(".")[2] == "linear" and "norm" in name
+        if isinstance(module, nn.Linear) and (modulation or name == "proj_out"):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return model
+
+
+class FluxNetworks(nn.Module):
+    """The trained networks of the pipeline, seen as one velocity v(x, sigma, captions, guidance)."""
+
+    def __init__(
+        self, transformer: Any, text_encoder: Any, text_encoder_2: Any, tokenizer: Any, tokenizer_2: Any
+    ) -> None:
+        super().__init__()
+        self.transformer, self.text_encoder, self.text_encoder_2 = transformer, text_encoder, text_encoder_2
+        self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
+        side = LATENT_SIZE // 2
+        image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
+        self.register_buffer("image_ids", image_ids, persistent=False)
+        self.register_buffer("text_ids", torch.zeros(MAX_TOKENS_T5, 3), persistent=False)
+
+    @classmethod
+    def build(cls, data: EmojiSet) -> FluxNetworks:
+        """From random weights, with tokenizers learnt on the captions."""
+        clip, t5 = train_tokenizer(data), train_t5_tokenizer(data)
+        return cls(
+            build_transformer(),
+            build_text_encoder(clip, TEXT_WIDTH, layers=1),
+            build_t5_encoder(t5, TEXT_WIDTH),
+            clip,
+            t5,
+        )
+
+    @classmethod
+    def load(cls, directory: Path) -> FluxNetworks:
+        """From an earlier result."""
+        earlier = FluxPipeline.from_pretrained(directory)
+        return cls(
+            earlier.transformer, earlier.text_encoder, earlier.text_encoder_2, earlier.tokenizer, earlier.tokenizer_2
+        )
+
+    def pipeline(self, vae: AutoencoderKL) -> FluxPipeline:
+        """The pipeline that these networks are part of; see `training.in_half_precision` for its types."""
+        return FluxPipeline(
+            vae=in_half_precision(vae),
+            transformer=in_half_precision(self.transformer),
+            text_encoder=self.text_encoder,
+            text_encoder_2=self.text_encoder_2,
+            tokenizer=self.tokenizer,
+            tokenizer_2=self.tokenizer_2,
+            scheduler=flux_scheduler(),
+        )
+
+    def forward(self, x: Tensor, sigma: Tensor, captions: list[str], guidance: Tensor) -> Tensor:
+        """Velocity `[n, 16, 32]` at packed latents `x`, levels `sigma` `[n]` and guidance `[n]`."""
+        clip = self.tokenizer(
+            captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        )
+        t5 = self.tokenizer_2(
+            captions, padding="max_length", max_length=MAX_TOKENS_T5, truncation=True, return_tensors="pt"
+        )
+        output: Tensor = self.transformer(
+            hidden_states=x,
+            timestep=sigma,
+            guidance=guidance,
+            pooled_projections=self.text_encoder(clip.input_ids).pooler_output,
+            encoder_hidden_states=self.text_encoder_2(t5.input_ids)[0],
+            txt_ids=self.text_ids,
+            img_ids=self.image_ids,
+            return_dict=False,
+        )[0]
+        return output
+
+
+def pack(latents: Tensor) -> Tensor:
+    """`[n, c, h, w]` to FLUX's packed `[n, h w / 4, 4 c]`."""
+    n, channels, height, width = latents.shape
+    packed: Tensor = FluxPipeline._pack_latents(latents, n, channels, height, width)
+    return packed
+
+
+def train_flux(
+    latents: Tensor, data: EmojiSet, networks: FluxNetworks, recipe: FluxRecipe, on_checkpoint: OnCheckpoint
+) -> tuple[FluxNetworks, dict[str, Any]]:
+    """Trains on scaled `latents` `[n, 8, 8, 8]`, row by row the pictures of `data`; returns the averaged weights and figures."""
+    packed = pack(latents)
+    weights = sampling_weights(data)
+    figures: dict[str, Any] = {"pictures": int((weights > 0).sum())}
+    if recipe.matching.steps:
+        draw = _Batches(packed, data, weights, recipe.matching)
+
+        def matching() -> Tensor:
+            x0, captions, sigma, noise, level = draw()
+            velocity = networks(x0.lerp(noise, level), sigma, captions, torch.ones_like(sigma))
+            return (velocity - (noise - x0)).square().mean()
+
+        networks, figures["matching"] = fit(networks, matching, recipe.matching, on_checkpoint)
+    if recipe.distillation.steps:
+        teacher = copy.deepcopy(networks).requires_grad_(False).eval()
+        draw_captioned = _Batches(packed, data, weights, recipe.distillation)
+
+        def distillation() -> Tensor:
+            x0, captions, sigma, noise, level = draw_captioned()
+            guidance = 1 + (recipe.largest_guidance - 1) * torch.rand(len(x0), generator=draw_captioned.generator)
+            x, one = x0.lerp(noise, level), torch.ones_like(sigma)
+            with torch.no_grad():
+                empty, prompted = teacher(x, sigma, [""] * len(x), one), teacher(x, sigma, captions, one)
+            target = empty + guidance[:, None, None] * (prompted - empty)
+            return (networks(x, sigma, captions, guidance) - target).square().mean()
+
+        networks, figures["distillation"] = fit(networks, distillation, recipe.distillation, on_checkpoint)
+    return networks, figures
+
+
+class _Batches:
+    """Draws pictures, captions and noise levels."""
+
+    def __init__(self, latents: Tensor, data: EmojiSet, weights: np.ndarray, recipe: TrainingRecipe) -> None:
+        self.latents, self.weights, self.size = latents, weights, recipe.batch_size
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.rng, self.captions = np.random.default_rng(recipe.seed), CaptionSampler(data, recipe.seed)
+
+    def __call__(self) -> tuple[Tensor, list[str], Tensor, Tensor, Tensor]:
+        """x0, captions, sigma `[n]`, noise, and sigma as it broadcasts over x0."""
+        rows = self.rng.choice(len(self.latents), size=self.size, p=self.weights)
+        x0 = self.latents[rows]
+        sigma = torch.randn(len(rows), generator=self.generator).sigmoid()
+        noise = torch.randn(x0.shape, generator=self.generator)
+        return x0, self.captions(rows), sigma, noise, sigma[:, None, None]
