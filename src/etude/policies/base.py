@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from etude.config import LoraConfig
-from etude.paths import Grid, VPPath
+from etude.paths import Grid
+from etude.paths import Path as NoisePath
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Conditioning:
 
     Attributes:
         prompt: named tensors, one row per sample.
-        unconditional: the same tensors for the empty prompt, one row.
+        unconditional: the same tensors for the empty prompt, one row; empty where guidance does not need them.
     """
 
     prompt: dict[str, Tensor]
@@ -44,12 +45,12 @@ class Policy(ABC):
         network: the denoiser, possibly wrapped by Accelerate: every forward that needs gradients goes through it.
         path: the noise path that the network was trained on.
         scheduler_config: of the pipeline's own scheduler.
-        latent_shape: of one sample.
+        latent_shape: of one sample: `[c, h, w]`, or `[tokens, c]` where the network takes packed latents.
         device: where the networks live.
     """
 
     network: nn.Module
-    path: VPPath
+    path: NoisePath
     scheduler_config: Mapping[str, Any]
     latent_shape: tuple[int, ...]
     device: torch.device
@@ -58,6 +59,19 @@ class Policy(ABC):
     @abstractmethod
     def export_name(self) -> str:
         """Directory that `export` fills in a run: `lora`, or `model` after full fine-tuning."""
+
+    @property
+    def pipeline_name(self) -> str:
+        """The diffusers class that loads the model."""
+        return "DiffusionPipeline"
+
+    def loading_arguments(self) -> dict[str, Any]:
+        """What the plain pipeline's `from_pretrained` must be given beside the model's name."""
+        return {}
+
+    def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
+        """What the plain pipeline must be called with, beside the prompt and the number of steps, to do as this policy does."""
+        return {"guidance_scale": guidance_scale}
 
     @property
     def prediction_type(self) -> str:
@@ -74,17 +88,18 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of `n` prompts; each distinct prompt is encoded once in the policy's life."""
+        """Conditioning of `n` prompts; each distinct prompt is encoded once in the policy's life, alone."""
 
     @abstractmethod
     def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
-        """The network's output with guidance, fp32 `[n, c, h, w]`.
+        """The network's output with guidance, fp32 and shaped like `x`.
 
         Args:
-            x: fp32 latents `[n, c, h, w]`.
+            x: fp32 latents `[n, *latent_shape]`.
             timesteps: `[n]`.
             conditioning: `n` rows.
-            guidance_scale: w of `uncond + w (cond - uncond)`; at most 1 means no guidance, as in diffusers.
+            guidance_scale: as the plain pipeline takes it: w of `uncond + w (cond - uncond)`, where at most 1 means no
+                guidance, or, for models with a guidance embedding (FLUX), what the embedding is told.
         """
 
     @abstractmethod

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,8 +14,12 @@ from etude.errors import EtudeError, brief, unknown
 from etude.policies.base import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FAMILIES = ("StableDiffusionPipeline",)
-"""Pipeline classes that have an adapter."""
+FAMILIES = {
+    "StableDiffusionPipeline": "etude.policies.stable_diffusion:StableDiffusionPolicy",
+    "StableDiffusion3Pipeline": "etude.policies.stable_diffusion_3:StableDiffusion3Policy",
+    "FluxPipeline": "etude.policies.flux:FluxPolicy",
+}
+"""Pipeline classes that have an adapter, and where it is."""
 
 
 def load_policy(
@@ -36,15 +42,18 @@ def load_policy(
         EtudeError: the model does not exist, is of a class without an adapter, its files cannot be read, or it cannot make images of
             that resolution.
     """
-    from etude.policies.stable_diffusion import StableDiffusionPolicy
+    import diffusers
 
     location = _locate(str(model))
     try:
-        family = _pipeline_class(location)
+        index = diffusers.DiffusionPipeline.load_config(location)
+        family = str(index.get("_class_name"))
         if family not in FAMILIES:
             raise EtudeError(f"model '{model}' is a {family}; the supported pipelines are {', '.join(FAMILIES)}.")
-        pipeline = StableDiffusionPolicy.pipeline_class.from_pretrained(
-            location, dtype=DTYPES[dtype], use_safetensors=True, safety_checker=None, requires_safety_checker=False
+        adapter = _adapter(family)
+        absent = {name: None for name in adapter.optional if index.get(name, [None])[0] is None}
+        pipeline = getattr(diffusers, family).from_pretrained(
+            location, dtype=DTYPES[dtype], use_safetensors=True, **adapter.load_arguments, **absent
         )
     except EtudeError:
         raise
@@ -53,16 +62,15 @@ def load_policy(
             f"model '{model}' cannot be loaded as a diffusers pipeline with safetensors weights: {brief(error)}"
         ) from error
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy = StableDiffusionPolicy(pipeline, DTYPES[dtype], target, resolution)
+    policy: Policy = adapter(pipeline, DTYPES[dtype], target, resolution)
     if lora is not None:
         _load_lora(policy, Path(lora))
     return policy
 
 
-def _pipeline_class(location: str) -> str:
-    from diffusers import DiffusionPipeline
-
-    return str(DiffusionPipeline.load_config(location).get("_class_name"))
+def _adapter(family: str) -> Any:
+    module, _, name = FAMILIES[family].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _locate(model: str) -> str:

@@ -1,0 +1,109 @@
+"""FLUX.1 (any FluxPipeline: dev, schnell, `emoji-flux`) as a policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch import Tensor
+
+from etude.errors import EtudeError
+from etude.paths import FlowPath, Grid
+from etude.policies.pipeline import PipelinePolicy
+
+LONGEST_PROMPT = 512
+"""Tokens of the pipeline's own `max_sequence_length`, and the most that it takes."""
+
+
+class FluxPolicy(PipelinePolicy):
+    """A FluxPipeline as a policy.
+
+    `guidance_scale` is what the transformer's guidance embedding is told, any value, in one evaluation: the model was distilled
+    to give the guided velocity. A model without that embedding (schnell) has no guidance: a scale above 1 is refused.
+
+    Latents are packed, `[tokens, c]`: each token is a 2 x 2 patch of the autoencoder's latents. T5 reads at most 512 tokens, or
+    what its tokenizer allows if that is less. Without a resolution images have the autoencoder's `sample_size` (1024 pixels in
+    FLUX.1).
+
+    Raises:
+        EtudeError: also from `predict`, for a guidance scale above 1 without a guidance embedding.
+    """
+
+    path: FlowPath
+    path_class = FlowPath
+    denoiser = "transformer"
+    classifier_free = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        height, width = self.latent_size
+        self._image_ids = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, self.device, self.dtype)
+        self._text_ids = torch.zeros(self.max_sequence_length, 3, device=self.device, dtype=self.dtype)
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of a prompt that T5 reads."""
+        return min(LONGEST_PROMPT, self.pipeline.tokenizer_2.model_max_length)
+
+    def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
+        return {**super().call_arguments(guidance_scale), "max_sequence_length": self.max_sequence_length}
+
+    def pipeline_size(self) -> tuple[int, int]:
+        side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+        return (side, side)
+
+    def grid(self, num_steps: int) -> Grid:
+        """Sigmas from 1 to 1/N, evenly spaced, then shifted: under dynamic shifting by the mu of the number of tokens."""
+        config = self.pipeline.scheduler.config
+        mu = calculate_shift(
+            self.latent_shape[0],
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+        sigmas = np.linspace(1.0, 1 / num_steps, num_steps).tolist() if num_steps > 0 else None  # None: refused there
+        return self.path.grid(num_steps, sigmas=sigmas, mu=mu)
+
+    @property
+    def _side_multiple(self) -> int:
+        return 2 * int(self.pipeline.vae_scale_factor)
+
+    def _default_size(self) -> tuple[int, int]:
+        return self._size_of(self.pipeline.vae.config.sample_size)
+
+    def _shape(self) -> tuple[int, ...]:
+        height, width = self.latent_size
+        return ((height // 2) * (width // 2), self.pipeline.transformer.config.in_channels)
+
+    def _unpack(self, latents: Tensor) -> Tensor:
+        unpacked: Tensor = FluxPipeline._unpack_latents(latents, *self.image_size, self.pipeline.vae_scale_factor)
+        return unpacked
+
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        embedding, pooled, _ = self.pipeline.encode_prompt(
+            [prompt], device=self.device, max_sequence_length=self.max_sequence_length
+        )
+        return {"encoder_hidden_states": embedding, "pooled_projections": pooled}
+
+    def _forward(self, x: Tensor, timesteps: Tensor, told: dict[str, Tensor], guidance_scale: float) -> Tensor:
+        guidance = None
+        if self.pipeline.transformer.config.guidance_embeds:
+            guidance = torch.full([len(x)], guidance_scale, device=x.device, dtype=torch.float32)
+        elif guidance_scale > 1:
+            raise EtudeError(
+                f"guidance_scale = {guidance_scale:g}: this FLUX model has no guidance embedding, so set it to 1 (no guidance)."
+            )
+        output: Tensor = self.network(
+            hidden_states=x,
+            timestep=timesteps.to(x.dtype) / 1000,  # in the pipeline's order: half precision rounds before dividing
+            guidance=guidance,
+            img_ids=self._image_ids,
+            txt_ids=self._text_ids,
+            return_dict=False,
+            **told,
+        )[0]
+        return output

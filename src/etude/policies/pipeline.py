@@ -1,0 +1,269 @@
+"""What every diffusers pipeline has in common as a policy: prompt cache, guidance, adapters, reference, decoding, export.
+
+An adapter of a family (one file each) says only how its pipeline encodes a prompt, calls its denoiser, shapes its latents and
+lays out its noise levels.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from etude.config import LoraConfig
+from etude.errors import EtudeError
+from etude.paths import FlowPath, VPPath
+from etude.policies.base import Conditioning, Policy
+
+ADAPTER = "default"
+DECODED_PIXELS = 2**21
+"""Pixels decoded at a time: 8 images of 512 x 512, whose activations take about as much memory as a large denoiser's."""
+
+
+class PipelinePolicy(Policy):
+    """A diffusers pipeline with a `unet` or a `transformer` as a policy.
+
+    Args:
+        pipeline: its scheduler's config gives the noise path; its scheduler is not used.
+        dtype: of the frozen weights and of the network's input. Adapters, latents and predictions stay fp32.
+        device: where it runs.
+        resolution: side of the images in pixels; None is the pipeline's own.
+        decode_batch_size: images decoded at a time; None keeps to 32 and to 2 million pixels.
+
+    Attributes:
+        latent_size: `(h, w)` of the autoencoder's latents.
+        image_size: `(height, width)` in pixels.
+
+    Raises:
+        EtudeError: the pipeline cannot make images of that resolution, or its scheduler has no path here.
+    """
+
+    path_class: ClassVar[type[VPPath] | type[FlowPath]]
+    denoiser: ClassVar[str]
+    """The pipeline's component that is trained."""
+    classifier_free: ClassVar[bool] = True
+    """Guidance by a second evaluation with the empty prompt; otherwise the network itself is told the scale."""
+    load_arguments: ClassVar[dict[str, Any]] = {}
+    """What `from_pretrained` is told beside the dtype."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Components that a pipeline may have been saved without, and that `from_pretrained` must then be told are None."""
+
+    def __init__(
+        self,
+        pipeline: Any,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        resolution: int | None = None,
+        decode_batch_size: int | None = None,
+    ) -> None:
+        pipeline.to(device=device) if pipeline.dtype == dtype else pipeline.to(device=device, dtype=dtype)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        self.pipeline = pipeline
+        self.network: nn.Module = self._trained_network
+        self.dtype, self.device = dtype, torch.device(device)
+        # A scheduler made in code does not have its class in its config, one that was loaded does.
+        scheduler = pipeline.scheduler
+        self.scheduler_config: Mapping[str, Any] = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        self.path = self.path_class.from_config(self.scheduler_config)
+        self.latent_size = self._default_size() if resolution is None else self._size_of(resolution)
+        factor = pipeline.vae_scale_factor
+        self.image_size = (self.latent_size[0] * factor, self.latent_size[1] * factor)
+        self.latent_shape = self._shape()
+        pixels = self.image_size[0] * self.image_size[1]
+        self.decode_batch_size = decode_batch_size or max(1, min(32, DECODED_PIXELS // pixels))
+        self._encoded: dict[str, dict[str, Tensor]] = {}
+        self._initial: nn.Module | None = None
+        self._trains_everything = False
+
+    @abstractmethod
+    def _default_size(self) -> tuple[int, int]:
+        """`(h, w)` of the latents that the pipeline makes when it is not told a size."""
+
+    @abstractmethod
+    def _shape(self) -> tuple[int, ...]:
+        """Shape of one sample as the denoiser takes it."""
+
+    @abstractmethod
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        """What the denoiser is told about one prompt, by the names of its arguments, each with one row."""
+
+    @abstractmethod
+    def _forward(self, x: Tensor, timesteps: Tensor, told: dict[str, Tensor], guidance_scale: float) -> Tensor:
+        """One evaluation of the denoiser."""
+
+    @property
+    def _trained_network(self) -> Any:
+        """The denoiser itself, which `network` may wrap."""
+        return getattr(self.pipeline, self.denoiser)
+
+    @property
+    def pipeline_name(self) -> str:
+        return type(self.pipeline).__name__
+
+    def loading_arguments(self) -> dict[str, Any]:
+        return {name: None for name in self.optional if getattr(self.pipeline, name) is None}
+
+    def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
+        own = self.pipeline_size()
+        size = {} if self.image_size == own else {"height": self.image_size[0], "width": self.image_size[1]}
+        return {"guidance_scale": guidance_scale, **size}
+
+    def pipeline_size(self) -> tuple[int, int] | None:
+        """`(height, width)` of the images that the plain pipeline makes when it is not told a size."""
+        factor, size = self.pipeline.vae_scale_factor, self._default_size()
+        return (size[0] * factor, size[1] * factor)
+
+    @property
+    def _side_multiple(self) -> int:
+        """What the side of an image must be a multiple of, in pixels."""
+        return int(self.pipeline.vae_scale_factor)
+
+    def _size_of(self, resolution: int) -> tuple[int, int]:
+        """`(h, w)` of the latents of square images."""
+        multiple = self._side_multiple
+        if resolution < multiple or resolution % multiple:
+            raise EtudeError(
+                f"resolution = {resolution}: this model makes images whose side is a multiple of {multiple} pixels."
+            )
+        side = resolution // int(self.pipeline.vae_scale_factor)
+        return (side, side)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Conditioning of `n` prompts on the policy's device; each is encoded once and kept on the CPU.
+
+        Prompts are encoded one by one: in a batch, the last bits of a row can depend on the other rows.
+        """
+        empty = [""] if self.classifier_free else []
+        for prompt in dict.fromkeys([*prompts, *empty]):
+            if prompt not in self._encoded:
+                self._encoded[prompt] = {name: rows.cpu() for name, rows in self._encode(prompt).items()}
+        return Conditioning(self._rows(prompts), self._rows(empty))
+
+    def _rows(self, prompts: list[str]) -> dict[str, Tensor]:
+        """The named tensors of the prompts, `[n, ...]` each; a prompt that occurs often is moved to the device once."""
+        if not prompts:
+            return {}
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        index = torch.tensor([distinct[prompt] for prompt in prompts], device=self.device)
+        names = self._encoded[prompts[0]]
+        return {name: torch.cat([self._encoded[p][name] for p in distinct]).to(self.device)[index] for name in names}
+
+    def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
+        guided = self.classifier_free and guidance_scale > 1
+        inputs, told = x.to(self.dtype), conditioning.prompt
+        if guided:
+            empty = conditioning.unconditional
+            inputs, timesteps = torch.cat([inputs, inputs]), torch.cat([timesteps, timesteps])
+            told = {name: torch.cat([empty[name].expand_as(rows), rows]) for name, rows in told.items()}
+        with self._autocast():
+            output = self._forward(inputs, timesteps, told, guidance_scale).float()
+        if not guided:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _autocast(self) -> Any:
+        """Adapters are fp32 while the frozen weights may be half precision."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae, images = self.pipeline.vae, []
+        scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+        for batch in latents.split(self.decode_batch_size):
+            scaled = self._unpack(batch) / scale + shift
+            decoded = vae.decode(scaled.to(self.dtype), return_dict=False)[0].float()
+            images.append((decoded / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu())
+        return torch.cat(images)
+
+    def _unpack(self, latents: Tensor) -> Tensor:
+        """The denoiser's latents as the autoencoder's, `[n, c, h, w]`."""
+        return latents
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._trained_network.named_parameters() if p.requires_grad}
+
+    def add_lora(self, config: LoraConfig, seed: int) -> None:
+        network = self._trained_network
+        names = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        missing = [t for t in config.targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+        if missing:
+            layers = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+            raise EtudeError(
+                f"lora.targets: no layer of the {self.denoiser} is named '{missing[0]}'; it has {', '.join(layers)}, to_out.0."
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network.add_adapter(
+                PeftLoraConfig(
+                    r=config.rank,
+                    lora_alpha=config.alpha,
+                    target_modules=list(config.targets),
+                    init_lora_weights="gaussian",
+                ),
+                adapter_name=ADAPTER,
+            )
+        cast_training_params(network, dtype=torch.float32)
+
+    def train_everything(self, keep_reference: bool = True) -> None:
+        if keep_reference:
+            self._initial = copy.deepcopy(self._trained_network)
+        self._trains_everything = True
+        self._trained_network.float().requires_grad_(True)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        if self._initial is not None:
+            trained, self.network = self.network, self._initial
+            try:
+                yield
+            finally:
+                self.network = trained
+        elif self._trains_everything:
+            raise EtudeError(
+                "no copy of the model before training was kept: call train_everything(keep_reference=True)."
+            )
+        elif not getattr(self._trained_network, "peft_config", None):
+            yield
+        else:
+            self._trained_network.disable_adapters()
+            try:
+                yield
+            finally:
+                self._trained_network.enable_adapters()
+
+    @property
+    def export_name(self) -> str:
+        return "model" if self._trains_everything else "lora"
+
+    def export(self, directory: Path) -> None:
+        """The adapter, or after full fine-tuning the whole pipeline with its frozen parts."""
+        if self._trains_everything:
+            self.pipeline.save_pretrained(directory)
+            return
+        network = self._trained_network
+        layers = get_peft_model_state_dict(
+            network, adapter_name=ADAPTER
+        )  # peft names: the older ones lose mixed targets
+        metadata = network.peft_config[ADAPTER].to_dict()
+        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set in peft, ordered anew by each process
+        named = {f"{self.denoiser}_lora_layers": layers, f"{self.denoiser}_lora_adapter_metadata": metadata}
+        self.pipeline.save_lora_weights(directory, **named)
+
+    def load_lora(self, directory: Path) -> None:
+        self.pipeline.load_lora_weights(directory, adapter_name=ADAPTER, local_files_only=True, use_safetensors=True)
+        self._trained_network.requires_grad_(False)

@@ -1,0 +1,86 @@
+"""Stable Diffusion 3 and 3.5 (any StableDiffusion3Pipeline, with or without its T5 encoder) as a policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from torch import Tensor
+
+from etude.errors import EtudeError
+from etude.paths import FlowPath, Grid
+from etude.policies.pipeline import PipelinePolicy
+
+LONGEST_PROMPT = 256
+"""Tokens of the pipeline's own `max_sequence_length`."""
+
+
+class StableDiffusion3Policy(PipelinePolicy):
+    """A StableDiffusion3Pipeline as a policy.
+
+    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond - uncond)`, both evaluated in one
+    batch; at most 1 means no guidance. Latents are the autoencoder's, `[c, h, w]`. T5 reads at most 256 tokens, or what its
+    tokenizer allows if that is less; a pipeline saved without T5 gets the zeros that it was built to accept.
+    """
+
+    path: FlowPath
+    path_class = FlowPath
+    denoiser = "transformer"
+    optional = ("text_encoder_3", "tokenizer_3")
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Tokens of a prompt that T5 reads."""
+        tokenizer = self.pipeline.tokenizer_3
+        return LONGEST_PROMPT if tokenizer is None else min(LONGEST_PROMPT, tokenizer.model_max_length)
+
+    def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
+        return {**super().call_arguments(guidance_scale), "max_sequence_length": self.max_sequence_length}
+
+    def grid(self, num_steps: int) -> Grid:
+        """The scheduler's levels; under dynamic shifting at the mu of this resolution's number of patches."""
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting"):
+            return self.path.grid(num_steps)
+        patch = self.pipeline.transformer.config.patch_size
+        tokens = (self.latent_size[0] // patch) * (self.latent_size[1] // patch)
+        mu = calculate_shift(
+            tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.16),
+        )
+        return self.path.grid(num_steps, mu=mu)
+
+    @property
+    def _side_multiple(self) -> int:
+        return int(self.pipeline.vae_scale_factor * self.pipeline.transformer.config.patch_size)
+
+    def _default_size(self) -> tuple[int, int]:
+        size = self.pipeline.transformer.config.sample_size
+        return (size, size)
+
+    def _size_of(self, resolution: int) -> tuple[int, int]:
+        largest = self.pipeline.transformer.config.pos_embed_max_size * self._side_multiple
+        if resolution > largest:
+            raise EtudeError(f"resolution = {resolution}: this model's position embeddings end at {largest} pixels.")
+        return super()._size_of(resolution)
+
+    def _shape(self) -> tuple[int, ...]:
+        return (self.pipeline.transformer.config.in_channels, *self.latent_size)
+
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        embedding, _, pooled, _ = self.pipeline.encode_prompt(
+            [prompt],
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
+        return {"encoder_hidden_states": embedding, "pooled_projections": pooled}
+
+    def _forward(self, x: Tensor, timesteps: Tensor, told: dict[str, Tensor], guidance_scale: float) -> Tensor:
+        output: Tensor = self.network(hidden_states=x, timestep=timesteps, return_dict=False, **told)[0]
+        return output
