@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from etude.config import TrainConfig
 from etude.errors import EtudeError
@@ -212,6 +213,50 @@ def test_each_phase_is_summed_over_the_run(tmp_path: Path) -> None:
     assert "update 22.0 s 51 %" in page.text
     assert "evaluation 3.0 s 7 %" in page.text
     assert "total 43.0 s" in page.text
+
+
+def windowed(starts: list[int], size: int = 4) -> list[dict[str, Any]]:
+    rows = metrics(["alignment"], iterations=len(starts))
+    for row, start in zip(rows[1:], starts, strict=True):
+        row["window"] = {"start": start, "size": size}
+    return rows
+
+
+def flow_config(path: Path, **sampling: Any) -> None:
+    """Gives a run the settings of a flow model, those that this version may not know included."""
+    tree = yaml.safe_load((path / "config.yaml").read_text())
+    tree["sampling"] |= {"kernel": "flow_sde", "num_steps": 10, **sampling}
+    tree |= {"model": "emoji-flux", "advantage": {"kind": "group"}, "resolution": 64}
+    (path / "config.yaml").write_text(yaml.safe_dump(tree))
+
+
+def test_a_moving_window_is_shown_with_the_visits_of_every_step(tmp_path: Path) -> None:
+    run = write_run(tmp_path, windowed([0, 0, 1, 1, 2, 0]), done=False)
+    flow_config(run, window={"strategy": "progressive", "size": 4, "compression": 0.4})
+    page = Page(write_report(run))
+    assert "algorithm MixGRPO-Flash kernel flow_sde" in page.text
+    assert "These steps of 10 were sampled with noise" in page.text
+    alts = [a["aria-label"] for a in page.all("svg")]
+    assert "Window of trained steps over 6 iterations: starts from step 0 to step 0, at 3 positions." in alts
+    visits = "step 0 3, step 1 5, step 2 6, step 3 6, step 4 3, step 5 1"
+    assert f"Iterations in which each step was in the window: {visits}." in alts
+
+
+def test_a_window_of_one_iteration_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path, windowed([3], size=2), done=False)
+    flow_config(run, window={"strategy": "fixed", "size": 2})
+    page = Page(write_report(run))
+    assert any(
+        "over 1 iteration: starts from step 3 to step 3, at 1 position." in a["aria-label"] for a in page.all("svg")
+    )
+
+
+def test_a_flow_run_without_a_window_shows_none(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    flow_config(run, window=None)
+    page = Page(write_report(run))
+    assert "algorithm GRPO kernel flow_sde" in page.text
+    assert "Trained steps" not in page.text
 
 
 def test_several_and_held_out_rewards_are_all_shown(tmp_path: Path) -> None:

