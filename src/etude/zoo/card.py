@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from etude.policies import load_policy
@@ -60,8 +60,9 @@ def write_card(model: Path, quality: dict[str, Any]) -> dict[str, Any]:
         json.loads((model / "figures" / f"{stage}.json").read_text(encoding="utf-8"))
         for stage in ("autoencoder", "denoiser")
     )
-    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
-    sizes = {n: sum(p.numel() for p in getattr(pipeline, n).parameters()) for n in ("unet", "vae", "text_encoder")}
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     card = {
         "name": model.name,
         "class": type(pipeline).__name__,
@@ -86,6 +87,9 @@ def _readme(card: dict[str, Any]) -> str:
         f"| {name} | {quality[name]['mean']:.1f} [{quality[name]['low']:.1f}, {quality[name]['high']:.1f}] |"
         for name in ("generated", "real", "chance")
     )
+    legs = denoiser.get("legs", [denoiser])
+    distilled = sum(leg.get("stages", {}).get("guidance distillation", {}).get("steps", 0) for leg in legs)
+    stages = f", the last {distilled} of them distilling the guidance" if distilled else ""
     sizes = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in card["parameters"].items())
     return f"""---
 license: apache-2.0
@@ -106,7 +110,7 @@ A {card["class"]} that draws {card["images"]}. Small enough for a laptop, traine
 <!-- --8<-- [start:figures] -->
 Autoencoder: {autoencoder["steps"]} steps, {autoencoder["seconds"]} s, final loss {autoencoder["final_loss"]:.4f};
 {autoencoder["psnr_held_out_db"]:.2f} dB PSNR on {autoencoder["held_out_pictures"]} pictures of emoji not seen in training.
-Denoiser: {denoiser["steps"]} steps of 64 pictures, {denoiser["seconds"]} s on {denoiser["pictures"]} pictures,
+Denoiser: {denoiser["steps"]} steps of 64 pictures{stages}, {denoiser["seconds"]} s on {denoiser["pictures"]} pictures,
 final loss {denoiser["final_loss"]:.4f}.
 
 Alignment (the embedded reward) of {quality["prompts"]} common prompts, {quality["images_per_prompt"]} images each, {card["sampler"]},
@@ -119,7 +123,7 @@ with 95 % intervals; `chance` pairs the generated images with other prompts:
 Generated images reach {100 * quality["share_of_real_above_chance"]:.0f} % of what real ones score above chance.
 <!-- --8<-- [end:figures] -->
 
-Made by `python -m etude.zoo.pretrain`, measured by `python -m etude.zoo.card`.
+Made by `python -m etude.zoo.pretrain {card["name"]}`, measured by `python -m etude.zoo.card`.
 """
 
 

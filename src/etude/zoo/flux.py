@@ -11,7 +11,8 @@ Two stages, as FLUX.1-dev came about (its own guidance distillation follows Meng
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from etude.zoo.training import OnCheckpoint, TrainingRecipe, fit, in_half_precis
 
 LATENT_SIZE = 8
 TEXT_WIDTH = 128
+MATCHING = TrainingRecipe(steps=12000, learning_rate=2e-3)
+DISTILLATION = TrainingRecipe(steps=2000, learning_rate=5e-4)
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class FluxRecipe:
         largest_guidance: w is drawn uniformly from [1, this].
     """
 
-    matching: TrainingRecipe = field(default_factory=lambda: TrainingRecipe(steps=12000, learning_rate=2e-3))
-    distillation: TrainingRecipe = field(default_factory=lambda: TrainingRecipe(steps=2000, learning_rate=5e-4))
+    matching: TrainingRecipe = MATCHING
+    distillation: TrainingRecipe = DISTILLATION
     largest_guidance: float = 5.0
 
 
@@ -164,33 +167,43 @@ def train_flux(
     latents: Tensor, data: EmojiSet, networks: FluxNetworks, recipe: FluxRecipe, on_checkpoint: OnCheckpoint
 ) -> tuple[FluxNetworks, dict[str, Any]]:
     """Trains on scaled `latents` `[n, 8, 8, 8]`, row by row the pictures of `data`; returns the averaged weights and figures."""
-    packed = pack(latents)
-    weights = sampling_weights(data)
-    figures: dict[str, Any] = {"pictures": int((weights > 0).sum())}
+    packed, weights = pack(latents), sampling_weights(data)
+    stages: dict[str, dict[str, Any]] = {}
     if recipe.matching.steps:
-        draw = _Batches(packed, data, weights, recipe.matching)
-
-        def matching() -> Tensor:
-            x0, captions, sigma, noise, level = draw()
-            velocity = networks(x0.lerp(noise, level), sigma, captions, torch.ones_like(sigma))
-            return (velocity - (noise - x0)).square().mean()
-
-        networks, figures["matching"] = fit(networks, matching, recipe.matching, on_checkpoint)
+        loss = _matching_loss(networks, _Batches(packed, data, weights, recipe.matching))
+        networks, stages["flow matching"] = fit(networks, loss, recipe.matching, on_checkpoint)
     if recipe.distillation.steps:
-        teacher = copy.deepcopy(networks).requires_grad_(False).eval()
-        draw_captioned = _Batches(packed, data, weights, recipe.distillation)
+        loss = _distillation_loss(
+            networks, _Batches(packed, data, weights, recipe.distillation), recipe.largest_guidance
+        )
+        networks, stages["guidance distillation"] = fit(networks, loss, recipe.distillation, on_checkpoint)
+    totals = {key: sum(stage[key] for stage in stages.values()) for key in ("steps", "seconds")}
+    final = next(iter(stages.values()))["final_loss"]
+    return networks, {**totals, "final_loss": final, "pictures": int((weights > 0).sum()), "stages": stages}
 
-        def distillation() -> Tensor:
-            x0, captions, sigma, noise, level = draw_captioned()
-            guidance = 1 + (recipe.largest_guidance - 1) * torch.rand(len(x0), generator=draw_captioned.generator)
-            x, one = x0.lerp(noise, level), torch.ones_like(sigma)
-            with torch.no_grad():
-                empty, prompted = teacher(x, sigma, [""] * len(x), one), teacher(x, sigma, captions, one)
-            target = empty + guidance[:, None, None] * (prompted - empty)
-            return (networks(x, sigma, captions, guidance) - target).square().mean()
 
-        networks, figures["distillation"] = fit(networks, distillation, recipe.distillation, on_checkpoint)
-    return networks, figures
+def _matching_loss(networks: FluxNetworks, draw: _Batches) -> Callable[[], Tensor]:
+    def loss() -> Tensor:
+        x0, captions, sigma, noise, level = draw()
+        velocity = networks(x0.lerp(noise, level), sigma, captions, torch.ones_like(sigma))
+        return (velocity - (noise - x0)).square().mean()
+
+    return loss
+
+
+def _distillation_loss(student: FluxNetworks, draw: _Batches, largest_guidance: float) -> Callable[[], Tensor]:
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+
+    def loss() -> Tensor:
+        x0, captions, sigma, noise, level = draw()
+        guidance = 1 + (largest_guidance - 1) * torch.rand(len(x0), generator=draw.generator)
+        x, one = x0.lerp(noise, level), torch.ones_like(sigma)
+        with torch.no_grad():
+            empty, prompted = teacher(x, sigma, [""] * len(x), one), teacher(x, sigma, captions, one)
+        target = empty + guidance[:, None, None] * (prompted - empty)
+        return (student(x, sigma, captions, guidance) - target).square().mean()
+
+    return loss
 
 
 class _Batches:

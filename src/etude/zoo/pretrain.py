@@ -20,7 +20,7 @@ from torch import Tensor
 
 from etude.zoo.autoencoder import AutoencoderRecipe, encode, train_autoencoder
 from etude.zoo.emoji_data import EmojiSet, load_emoji
-from etude.zoo.flux import FluxNetworks, FluxRecipe, train_flux
+from etude.zoo.flux import DISTILLATION, MATCHING, FluxNetworks, FluxRecipe, train_flux
 from etude.zoo.training import OnCheckpoint, TrainingRecipe
 from etude.zoo.unet import UNetNetworks, train_unet
 
@@ -148,22 +148,18 @@ def emoji_flux(
     ],
     cache: Cache = CACHE,
     threads: Threads = 2,
-    steps: Steps = FluxRecipe.matching.steps,
-    learning_rate: Rate = FluxRecipe.matching.learning_rate,
+    steps: Steps = MATCHING.steps,
+    learning_rate: Rate = MATCHING.learning_rate,
     distillation_steps: Annotated[
         int, typer.Option(help="Optimiser steps of the guidance distillation.", min=0)
-    ] = FluxRecipe.distillation.steps,
+    ] = DISTILLATION.steps,
     initial: Initial = None,
     seed: Seed = 0,
 ) -> None:
     """A FluxPipeline: fetches the emoji, trains both text encoders and the transformer, then distils the guidance."""
     _prepare(threads)
-    recipe = FluxRecipe()
-    recipe = replace(
-        recipe,
-        matching=replace(recipe.matching, steps=steps, learning_rate=learning_rate, seed=seed),
-        distillation=replace(recipe.distillation, steps=distillation_steps, seed=seed),
-    )
+    matching = replace(MATCHING, steps=steps, learning_rate=learning_rate, seed=seed)
+    recipe = FluxRecipe(matching, replace(DISTILLATION, steps=distillation_steps, seed=seed))
 
     def train(
         latents: Tensor, data: EmojiSet, networks: FluxNetworks, save: OnCheckpoint

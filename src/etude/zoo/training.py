@@ -61,7 +61,9 @@ def fit(
     average = copy.deepcopy(networks).requires_grad_(False)
     networks.requires_grad_(True).train()
     optimizer = torch.optim.AdamW(networks.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(recipe.steps, warmup=300))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, warmup_cosine(recipe.steps, warmup=min(300, recipe.steps // 10))
+    )
     losses: list[float] = []
     start = time.monotonic()
     for step in track(range(recipe.steps), "denoiser"):
