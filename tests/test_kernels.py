@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etude.errors import EtudeError
-from etude.kernels import DDIM, GDDIM, Transition
-from etude.paths import VPPath
+from etude.kernels import CPS, DDIM, GDDIM, KERNELS, DanceSDE, FlowSDE, Kernel, Transition, equivalent_eta
+from etude.paths import FlowPath, VPPath, to_x0_eps
+from etude.plans import SamplingPlan
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 ETAS = st.floats(0, 60)
@@ -17,6 +18,10 @@ ETAS = st.floats(0, 60)
 
 def vp(alpha: float) -> tuple[float, float]:
     return math.sqrt(alpha), math.sqrt(1 - alpha)
+
+
+def flow(sigma: float) -> tuple[float, float]:
+    return 1 - sigma, sigma
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -175,7 +180,7 @@ def test_an_unknown_reduction_is_an_error():
 
 
 @pytest.mark.parametrize("eta", [-0.1, math.nan, math.inf, -math.inf, "1"])
-@pytest.mark.parametrize("kernel", [GDDIM, DDIM])
+@pytest.mark.parametrize("kernel", KERNELS.values())
 def test_an_eta_that_is_no_noise_level_is_an_error(kernel, eta):
     with pytest.raises(EtudeError, match="finite number that is at least 0"):
         kernel(eta)
@@ -252,3 +257,269 @@ def test_a_half_precision_pair_gives_an_fp32_transition(dtype):
     x0, eps = torch.randn(2, 3, 4, 8, 8, generator=generator()).to(dtype)
     transition = GDDIM(1.0).transition(x0, eps, vp(0.2), vp(0.3))
     assert transition.mean.dtype == transition.std.dtype == torch.float32
+
+
+@st.composite
+def flow_steps(draw):
+    """(sigma_t, sigma_u), both inside (0, 1)."""
+    sigma = draw(st.floats(1e-3, 0.999))
+    return sigma, sigma * draw(st.floats(0.01, 0.999))
+
+
+@settings(max_examples=100, deadline=None)
+@given(step=flow_steps(), noise=st.floats(0.01, 3))
+def test_flow_sde_is_the_published_step_in_x_and_v(step, noise):
+    (sigma, sigma_u), dt = step, step[1] - step[0]
+    x0, eps = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator())
+    x, v = (1 - sigma) * x0 + sigma * eps, eps - x0
+    g = noise * math.sqrt(sigma / (1 - sigma))
+    mean = x * (1 + g**2 / (2 * sigma) * dt) + v * (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
+    got = FlowSDE(noise).transition(x0, eps, flow(sigma), flow(sigma_u))
+    scale = float(mean.abs().max()) + g**2 / sigma
+    torch.testing.assert_close(got.mean, mean, atol=1e-12 * scale, rtol=1e-10)
+    assert float(got.std) == pytest.approx(g * math.sqrt(-dt), rel=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(step=flow_steps(), noise=st.floats(0.01, 3))
+def test_dance_sde_is_the_published_step_in_x_v_and_the_score(step, noise):
+    (sigma, sigma_u), dt = step, step[1] - step[0]
+    x0, eps = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator())
+    x, v = (1 - sigma) * x0 + sigma * eps, eps - x0
+    score = -(x - (1 - sigma) * x0) / sigma**2
+    mean = x + v * dt - noise**2 / 2 * score * dt
+    got = DanceSDE(noise).transition(x0, eps, flow(sigma), flow(sigma_u))
+    torch.testing.assert_close(got.mean, mean, atol=1e-11 * (1 + noise**2 / sigma**2), rtol=1e-9)
+    assert float(got.std) == pytest.approx(noise * math.sqrt(-dt), rel=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(step=steps(), share=st.floats(0, 1))
+def test_cps_keeps_the_marginals_of_the_true_pair_and_its_share_whatever_the_step(step, share):
+    c = CPS(share).coefficients(*step)
+    a_u, s_u = step[1]
+    assert float(c.x0) == pytest.approx(a_u, rel=1e-14)
+    assert float(c.std) == pytest.approx(s_u * math.sin(share * math.pi / 2), rel=1e-12)
+    assert float(c.eps**2 + c.std**2) == pytest.approx(s_u**2, rel=1e-12)
+    assert float(c.eps) >= 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(step=flow_steps(), noise=st.floats(0.01, 3))
+def test_the_euler_maruyama_kernels_leave_too_much_noise_by_the_square_of_the_step(step, noise):
+    sigma, sigma_u = step
+    h = sigma - sigma_u
+    for kernel, drift, diffusion in (
+        (FlowSDE(noise), noise**2 / (2 * (1 - sigma)), noise**2 * sigma / (1 - sigma)),
+        (DanceSDE(noise), noise**2 / (2 * sigma), noise**2),
+    ):
+        c = kernel.coefficients(flow(sigma), flow(sigma_u))
+        excess = 2 * drift * h**2 + (drift * h) ** 2
+        assert float(c.eps**2 + c.std**2 - sigma_u**2) == pytest.approx(excess, rel=1e-6, abs=1e-12 * diffusion + 1e-13)
+
+
+@settings(max_examples=60, deadline=None)
+@given(step=flow_steps())
+def test_every_kernel_at_eta_zero_is_the_euler_step_of_the_flow(step):
+    sigma, sigma_u = step
+    x, v = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator())
+    x0, eps = to_x0_eps(v, x, *flow(sigma), "flow")
+    for kernel in KERNELS.values():
+        got = kernel(0.0).transition(x0, eps, flow(sigma), flow(sigma_u))
+        torch.testing.assert_close(got.mean, x + (sigma_u - sigma) * v, atol=1e-12, rtol=1e-12)
+        assert float(got.std) == 0
+
+
+def variance_at_the_end(kernel: Kernel, num_steps: int, target: float, start: float = 0.95, end: float = 0.02) -> float:
+    """Var x at sigma = end under the exact posterior mean of x0 ~ N(0, target), from the exact law at start."""
+    sigma = torch.linspace(start, end, num_steps + 1, dtype=torch.float64)
+    a, s = 1 - sigma, sigma
+    marginal = a**2 * target + s**2
+    c = kernel.coefficients((a[:-1], s[:-1]), (a[1:], s[1:]))
+    gain = c.x0 * (a * target / marginal)[:-1] + c.eps * (s / marginal)[:-1]
+    variance = marginal[0]
+    for i in range(num_steps):
+        variance = gain[i] ** 2 * variance + c.std[i] ** 2
+    return float(variance / marginal[-1])
+
+
+@pytest.mark.parametrize("target", [0.3, 2.0])
+@pytest.mark.parametrize("kernel", [GDDIM(1.2), FlowSDE(0.7), FlowSDE(1.2), DanceSDE(0.3), DanceSDE(1.0)])
+def test_a_gaussian_target_keeps_its_marginals_in_the_limit_of_many_steps(kernel, target):
+    """With an error of first order: twice the steps, half the error."""
+    coarse, fine = (abs(variance_at_the_end(kernel, n, target) - 1) for n in (4_000, 8_000))
+    assert fine < 2e-3
+    assert fine / coarse == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("target", [0.3, 2.0])
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_cps_keeps_a_fixed_part_of_a_gaussian_targets_variance_however_many_steps(share, target):
+    """(1 + cos(eta pi / 2)) / 2, where the noise that a step redraws balances what the posterior mean contracts."""
+    kept = (1 + math.cos(share * math.pi / 2)) / 2
+    assert variance_at_the_end(CPS(share), 10_000, target) == pytest.approx(kept, rel=2e-3)
+    assert variance_at_the_end(CPS(share), 100, target) < kept
+
+
+@pytest.mark.parametrize("kernel", [FlowSDE(0.7), DanceSDE(0.3), CPS(0.8), GDDIM(1.4)])
+def test_log_prob_of_the_flow_kernels_is_that_of_torch_distributions(kernel):
+    x0, eps, z = torch.randn(3, 5, 16, 8, generator=generator(1))
+    sigma = torch.linspace(0.3, 0.9, 5, dtype=torch.float64)
+    transition = kernel.transition(x0, eps, (1 - sigma, sigma), (1.1 - sigma, sigma - 0.1))
+    x = transition.sample(z)
+    density = torch.distributions.Normal(transition.mean, transition.std.expand_as(x)).log_prob(x).flatten(1)
+    torch.testing.assert_close(transition.log_prob(x, "sum"), density.sum(1), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(transition.log_prob(x), density.mean(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [FlowSDE(0.7), DanceSDE(0.8), CPS(0.5)])
+def test_samples_have_the_moments_that_the_coefficients_say(kernel):
+    """5 standard errors: sqrt(1 / n) of a mean, sqrt(2 / n) of a variance."""
+    n, source, target = 200_000, flow(0.6), flow(0.5)
+    c = kernel.coefficients(source, target)
+    x0, eps = torch.full((n, 1), 0.7), torch.full((n, 1), -0.4)
+    x = kernel.transition(x0, eps, source, target).sample(torch.randn(n, 1, generator=generator(4)))
+    assert abs(float(x.mean()) - float(0.7 * c.x0 - 0.4 * c.eps)) < 5 * float(c.std) / math.sqrt(n)
+    assert abs(float(x.var() / c.std**2) - 1) < 5 * math.sqrt(2 / n)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 0.95])
+@pytest.mark.parametrize("kernel", [FlowSDE(0.7), FlowSDE(1.2), DanceSDE(0.3), GDDIM(0.5), DDIM(0.9)])
+def test_equivalent_eta_tends_to_the_small_step_eta(kernel, sigma):
+    limit = float(kernel.small_step_eta(flow(sigma)))
+    errors = []
+    for h in (1e-3, 1e-4):
+        eta = float(equivalent_eta(kernel, flow(sigma), flow(sigma - h * min(sigma, 1 - sigma))))
+        errors.append(abs(eta / limit - 1))
+    assert errors[1] < 2e-4
+    assert errors[1] < 0.2 * errors[0] + 1e-9
+
+
+@given(noise=st.floats(0, 5), sigma=st.floats(0.01, 0.99))
+def test_the_noise_level_of_flow_grpo_is_root_two_times_eta(noise, sigma):
+    assert float(FlowSDE(noise).small_step_eta(flow(sigma))) == pytest.approx(noise / math.sqrt(2), rel=1e-12)
+    dance = float(DanceSDE(noise).small_step_eta(flow(sigma)))
+    assert dance == pytest.approx(noise * math.sqrt((1 - sigma) / (2 * sigma)), rel=1e-12)
+    same = FlowSDE(noise * math.sqrt((1 - sigma) / sigma))  # the two differ by their unit of noise only
+    assert float(same.small_step_eta(flow(sigma))) == pytest.approx(dance, rel=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(step=steps(), eta=st.floats(0.01, 1.2))
+def test_gddim_at_the_equivalent_eta_has_the_kernels_std(step, eta):
+    source, target = step
+    limit = DDIM(0.0).largest_eta(source, target)
+    kernels: list[Kernel] = [GDDIM(eta), CPS(min(eta / 2, 0.99)), DDIM(min(eta, 0.99 * limit))]
+    if sum(source) == pytest.approx(1, abs=1e-9):
+        kernels += [FlowSDE(eta), DanceSDE(eta)]
+    for kernel in kernels:
+        std = float(kernel.coefficients(source, target).std)
+        equivalent = float(equivalent_eta(kernel, source, target))
+        if std >= target[1]:
+            assert equivalent == math.inf
+        elif source != target and equivalent < 1e100:
+            assert float(GDDIM(equivalent).coefficients(source, target).std) == pytest.approx(std, rel=1e-6, abs=1e-12)
+
+
+def test_equivalent_eta_of_gddim_and_of_ddim_at_one_is_their_own_and_of_a_deterministic_step_zero():
+    step = flow(0.6), flow(0.5)
+    for eta in (0.0, 0.1, 1.0, 2.0):
+        assert float(equivalent_eta(GDDIM(eta), *step)) == pytest.approx(eta, rel=1e-12)
+    assert float(equivalent_eta(DDIM(1.0), *step)) == pytest.approx(1, rel=1e-12)
+    for kernel in KERNELS.values():
+        assert float(equivalent_eta(kernel(0.5), flow(0.1), flow(0.0))) == 0
+        assert float(equivalent_eta(kernel(0.0), *step)) == 0
+    assert float(equivalent_eta(FlowSDE(3.0), *step)) == math.inf
+    assert float(equivalent_eta(CPS(1.0), *step)) == math.inf
+    assert float(CPS(0.5).small_step_eta(step[0])) == math.inf
+    assert float(CPS(0.0).small_step_eta(step[0])) == 0
+
+
+def test_equivalent_eta_takes_many_steps_at_once():
+    sigma = torch.linspace(0.9, 0.0, 10, dtype=torch.float64)
+    source, target = (1 - sigma[:-1], sigma[:-1]), (1 - sigma[1:], sigma[1:])
+    eta = equivalent_eta(FlowSDE(0.7), source, target)
+    assert eta.shape == (9,)
+    for i in range(9):
+        one = equivalent_eta(FlowSDE(0.7), flow(float(sigma[i])), flow(float(sigma[i + 1])))
+        assert float(eta[i]) == pytest.approx(float(one), rel=1e-9)
+
+
+SHIFTED = FlowPath.from_config({"shift": 3.0})
+FLUX = FlowPath.from_config({"use_dynamic_shifting": True})
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 6, 50, 1000])
+@pytest.mark.parametrize("first_step", ["ode", "sde"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_kernel_is_ever_nan_or_infinite_on_a_flow(name, first_step, num_steps):
+    """Where a kernel is legal; where it is not it says so."""
+    grids = [
+        SHIFTED.grid(num_steps),
+        FLUX.grid(num_steps, torch.linspace(1, 1 / num_steps, num_steps).tolist(), mu=1.15),
+    ]
+    for grid in grids:
+        for eta in (0.0, 0.5, 1.0, 1.5, 5.0, 50.0):
+            try:
+                table = SamplingPlan.sde(num_steps, KERNELS[name](eta), first_step=first_step).tabulate(grid)
+            except EtudeError:
+                over = name == "cps" and eta > 1
+                over |= name == "ddim" and eta > 1
+                assert over or (name == "flow_sde" and first_step == "sde" and eta > 0)
+                continue
+            assert bool(torch.stack([table.x0, table.eps, table.std]).isfinite().all())
+            assert table.stochastic == (
+                *(eta > 0 and (i > 0 or first_step == "sde") for i in range(num_steps - 1)),
+                False,
+            )
+            x0, eps = torch.randn(2, 2, 4, generator=generator())
+            for dtype in (torch.float32, torch.bfloat16):
+                for i in {0, num_steps // 2, num_steps - 1}:
+                    transition = table.transition(i, x0.to(dtype), eps.to(dtype))
+                    assert bool(transition.sample(x0).isfinite().all())
+                    if table.stochastic[i]:
+                        assert bool(transition.log_prob(transition.sample(x0)).isfinite().all())
+
+
+def test_flow_kernels_refuse_other_paths_pure_noise_and_rising_levels():
+    for kernel in (FlowSDE(0.7), DanceSDE(0.3)):
+        with pytest.raises(EtudeError, match=r"rectified flow \(a \+ s = 1\) only"):
+            kernel.coefficients(vp(0.2), vp(0.6))
+        with pytest.raises(EtudeError, match="less noisy one"):
+            kernel.coefficients(flow(0.2), flow(0.6))
+    with pytest.raises(EtudeError, match="infinite noise at sigma = 1"):
+        FlowSDE(0.7).coefficients(flow(1.0), flow(0.9))
+    with pytest.raises(EtudeError, match="beyond float64"):
+        FlowSDE(1e200).coefficients(flow(0.9), flow(0.8))
+    assert float(FlowSDE(0.7).coefficients(flow(1.0), flow(0.0)).std) == 0
+    assert float(FlowSDE(0.0).coefficients(flow(1.0), flow(0.9)).eps) == 0.9
+    assert float(DanceSDE(0.3).coefficients(flow(1.0), flow(0.9)).std) == pytest.approx(0.3 * math.sqrt(0.1))
+
+
+def test_levels_that_have_been_in_fp32_are_on_the_flow_still():
+    sigma = torch.tensor([0.9004, 0.7511, 0.0089])
+    got = FlowSDE(0.7).coefficients((1 - sigma[0], sigma[0]), (1 - sigma[1:], sigma[1:]))
+    assert got.std.shape == (2,)
+
+
+def test_cps_beyond_one_is_an_error():
+    with pytest.raises(EtudeError, match="folds back"):
+        CPS(1.01)
+    assert CPS(0.5).largest_eta(flow(0.5), flow(0.4)) == 1
+    c = CPS(1.0).coefficients(flow(0.5), flow(0.4))
+    assert (float(c.eps), float(c.std)) == (0, 0.4)
+
+
+def test_a_kernel_without_a_small_step_eta_says_so():
+    class Still(Kernel):
+        def coefficients(self, source, target):
+            return GDDIM(0.0).coefficients(source, target)
+
+    with pytest.raises(EtudeError, match="Still states no eta"):
+        Still(0.1).small_step_eta(flow(0.5))
+
+
+def test_kernels_are_equal_by_class_and_eta():
+    kernels = [kernel(0.5) for kernel in KERNELS.values()]
+    assert len(set(kernels)) == len(kernels)
+    assert all(kernel(0.5) == kernel(eta=0.5) and kernel(0.5) != kernel(0.6) for kernel in KERNELS.values())
