@@ -1,20 +1,21 @@
-"""The Stable Diffusion adapter: what the pipeline computes is what the policy computes."""
+"""Stable Diffusion's parametrisations, adapters and weights as they come and go, and what can be loaded."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler
 
 from etude.config import LoraConfig
 from etude.errors import EtudeError
 from etude.plans import SamplingPlan
 from etude.policies import load_policy
 from etude.policies.base import assign, swapped
+from etude.policies.flux import FluxPolicy
 from etude.policies.stable_diffusion import StableDiffusionPolicy
+from etude.policies.stable_diffusion_3 import StableDiffusion3Policy
 from etude.rollout import NoiseSource, rollout
-from etude.sampling import make_plan
-from tiny import save_stable_diffusion, stable_diffusion
+from tiny import flux, stable_diffusion, stable_diffusion_3
 
 PROMPTS = ["red heart", "pizza", "tiger"]
 
@@ -30,7 +31,7 @@ def test_the_ode_plan_makes_the_pipelines_own_latents(prediction_type, guidance_
     pipeline = stable_diffusion(prediction_type=prediction_type)
     policy = StableDiffusionPolicy(pipeline)
     noise = NoiseSource(0, "evaluation")
-    table = SamplingPlan.ode(6).tabulate(policy.path.grid(6))
+    table = SamplingPlan.ode(6).tabulate(policy.grid(6))
     ours = rollout(policy, table, policy.encode(PROMPTS), noise, [0, 1, 2], guidance_scale, batch_size=2).latents
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -62,17 +63,6 @@ def test_each_distinct_prompt_is_encoded_once(policy, monkeypatch):
     assert sorted(encoded) == ["", "heart", "pizza", "tiger"]
 
 
-def test_gradients_reach_exactly_the_adapter(policy):
-    policy.add_lora(LoraConfig(rank=2, alpha=2.0), seed=0)
-    x, t = torch.randn(3, *policy.latent_shape), torch.tensor([1, 500, 900])
-    policy.predict(x, t, policy.encode(PROMPTS), 5.0).square().mean().backward()
-    trained = policy.trainable()
-    assert trained
-    assert all("lora" in name and p.grad is not None for name, p in trained.items())
-    for module in (policy.pipeline.unet, policy.pipeline.vae, policy.pipeline.text_encoder):
-        assert all(p.grad is None for name, p in module.named_parameters() if "lora" not in name)
-
-
 def test_a_fresh_adapter_changes_nothing_and_its_draw_depends_on_the_seed_alone():
     drawn = []
     for seed, global_seed in ((0, 1), (0, 2), (3, 1)):
@@ -85,24 +75,6 @@ def test_a_fresh_adapter_changes_nothing_and_its_draw_depends_on_the_seed_alone(
         drawn.append(next(p for name, p in policy.trainable().items() if "lora_A" in name))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_the_reference_is_the_model_before_training(policy, full):
-    x, t = torch.ones(1, *policy.latent_shape), torch.tensor([500])
-    conditioning = policy.encode(["pizza"])
-    before = policy.predict(x, t, conditioning, 5.0).detach()
-    policy.train_everything() if full else policy.add_lora(LoraConfig(), seed=0)
-    with torch.no_grad():
-        for parameter in policy.trainable().values():
-            parameter.add_(0.05)
-    after = policy.predict(x, t, conditioning, 5.0).detach()
-    with policy.reference():
-        assert torch.equal(policy.predict(x, t, conditioning, 5.0), before)
-    assert not torch.equal(after, before)
-    assert torch.equal(policy.predict(x, t, conditioning, 5.0), after)
-    assert all(p.requires_grad for p in policy.trainable().values())
-    assert policy.trainable()
 
 
 def test_swapped_weights_come_back_bit_for_bit(policy):
@@ -123,38 +95,6 @@ def test_swapped_weights_come_back_bit_for_bit(policy):
     assert all(torch.equal(p, average[name]) for name, p in parameters.items())
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_an_export_loads_in_the_plain_pipeline(tmp_path, full):
-    base = save_stable_diffusion(tmp_path / "base")
-    policy = load_policy(base, device="cpu")
-    policy.train_everything() if full else policy.add_lora(LoraConfig(rank=2, alpha=6.0), seed=0)
-    with torch.no_grad():
-        for parameter in policy.trainable().values():
-            parameter.add_(0.03 * torch.randn_like(parameter))
-    policy.export(tmp_path / "export")
-    plain = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
-    if full:
-        plain.unet = type(plain.unet).from_pretrained(tmp_path / "export" / "unet")
-    else:
-        plain.load_lora_weights(tmp_path / "export")
-    x, t = torch.ones(1, *policy.latent_shape), torch.tensor([500])
-    conditioning = policy.encode(["pizza"])
-    theirs = plain.unet(x, t, encoder_hidden_states=conditioning.prompt["encoder_hidden_states"]).sample
-    assert torch.allclose(policy.predict(x, t, conditioning, 1.0), theirs, atol=1e-6)
-    with policy.reference():
-        assert not torch.allclose(policy.predict(x, t, conditioning, 1.0), theirs, atol=1e-3)
-
-
-def test_bfloat16_weights_keep_latents_predictions_and_adapters_in_float32():
-    policy = StableDiffusionPolicy(stable_diffusion(), dtype=torch.bfloat16)
-    policy.add_lora(LoraConfig(), seed=0)
-    assert {p.dtype for p in policy.trainable().values()} == {torch.float32}
-    table = make_plan("gddim", 1.2, 4).tabulate(policy.path.grid(4))
-    latents = rollout(policy, table, policy.encode(PROMPTS), NoiseSource(0, "x"), [0, 1, 2], 5.0, 3).latents
-    assert latents.dtype == torch.float32
-    assert latents.isfinite().all()
-
-
 @pytest.mark.parametrize(
     ("model", "says"),
     [
@@ -173,8 +113,34 @@ def test_a_directory_that_is_no_pipeline_and_a_class_without_adapter_are_named(t
     with pytest.raises(EtudeError, match=r"model_index\.json"):
         load_policy(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    with pytest.raises(EtudeError, match="KandinskyPipeline; the supported pipelines are StableDiffusionPipeline"):
+    supported = "StableDiffusionPipeline, StableDiffusion3Pipeline, FluxPipeline"
+    with pytest.raises(EtudeError, match=f"KandinskyPipeline; the supported pipelines are {supported}"):
         load_policy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "adapter"),
+    [
+        (stable_diffusion, StableDiffusionPolicy),
+        (stable_diffusion_3, StableDiffusion3Policy),
+        (lambda: stable_diffusion_3(with_t5=False), StableDiffusion3Policy),
+        (flux, FluxPolicy),
+        (lambda: flux(guidance_embeds=False), FluxPolicy),
+    ],
+)
+def test_the_pipelines_class_chooses_the_adapter_and_a_resolution_its_latents(tmp_path, pipeline, adapter):
+    pipeline().save_pretrained(tmp_path)
+    policy = load_policy(tmp_path, device="cpu", resolution=16)
+    assert type(policy) is adapter
+    assert policy.image_size == (16, 16)
+    with pytest.raises(EtudeError, match=r"resolution = 7: .* multiple of"):
+        load_policy(tmp_path, device="cpu", resolution=7)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    flux().save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(EtudeError, match="safetensors"):
+        load_policy(tmp_path, device="cpu")
 
 
 def test_lora_targets_that_match_no_layer_are_named(policy):

@@ -66,6 +66,7 @@ def t5_encoder(words: T5Tokenizer, width: int = 16) -> T5EncoderModel:
             d_ff=2 * width,
             num_layers=1,
             num_heads=2,
+            dropout_rate=0.0,  # a pipeline made in code is in training mode
             feed_forward_proj="gated-gelu",
             pad_token_id=words.pad_token_id,
             eos_token_id=words.eos_token_id,

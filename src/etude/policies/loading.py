@@ -57,7 +57,7 @@ def load_policy(
         )
     except EtudeError:
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise EtudeError(
             f"model '{model}' cannot be loaded as a diffusers pipeline with safetensors weights: {brief(error)}"
         ) from error
