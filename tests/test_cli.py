@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from etude.algorithm import algorithm
 from etude.cli import app
-from etude.config import TrainConfig, load_config
+from etude.config import TrainConfig, load_config, recipe_names, recipe_text
 from etude.display import SilentDisplay, TrainingDisplay
 from tiny import save_stable_diffusion
 
@@ -114,6 +115,14 @@ def test_the_version_is_that_of_the_package() -> None:
         (["sample", "emoji-sd"], ["--prompt"]),
         (["sample", "emoji-sd", "--prompt", "x", "--images", "0"], ["--images", "0"]),
         (["sample", "emoji-sd", "--prompt", "x", "--seed", "-1"], ["--seed", "-1"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--eta", "0.5", "--eta", "nan"], ["--eta", "nan is not a finite"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--eta", "-1"], ["--eta", "-1"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--guidance", "-inf"], ["--guidance", "-inf is not a finite"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--resolution", "0"], ["--resolution", "0"]),
+        (["gap", "emoji-sd", "--guidance", "nan"], ["--guidance", "nan is not a finite"]),
+        (["gap", "emoji-sd", "--guidance", "inf"], ["--guidance", "inf is not a finite"]),
+        (["gap", "emoji-sd", "--guidance", "-3"], ["--guidance", "-3 is not a finite"]),
+        (["gap", "emoji-sd", "--eta", "inf"], ["--eta", "inf is not a finite"]),
         (["report"], ["directory"]),
     ],
 )
@@ -135,8 +144,6 @@ def test_misuse_is_one_sentence_and_exit_code_2(arguments: list[str], parts: lis
         (["gap", "emoji-sd", "--json", "."], ["--json '.' is a directory"]),
         (["sample", "emoji-sd", "--prompt", "x", "--out", "absent/x.png"], ["--out", "'absent' does not exist"]),
         (["sample", "emoji-sd", "--prompt", "x", "--kernel", "gdim"], ["unknown kernel 'gdim'", "'gddim'"]),
-        (["sample", "emoji-sd", "--prompt", "x", "--eta", "-1"], ["-1"]),
-        (["sample", "emoji-sd", "--prompt", "x", "--eta", "nan"], ["nan"]),
         (["sample", "emoji-sd", "--prompt", "x", "--steps", "0"], ["0"]),
         (["report", "absent"], ["absent"]),
     ],
@@ -154,7 +161,7 @@ def test_bad_input_to_a_real_model_is_one_sentence(model: Path, tmp_path: Path) 
     (tmp_path / "empty.txt").write_text("# nothing\n")
     for arguments, part in [
         (["--reward", "colourfulness"], "did you mean 'colorfulness'"),
-        (["--reward", "colorfulness", "--eta", "-2"], "-2"),
+        (["--reward", "colorfulness", "--kernel", "ddim", "--eta", "9"], "largest legal eta"),
         (["--reward", "colorfulness", "--samples", "1"], "at least 2"),
         (["--reward", "colorfulness", "--prompts", tmp_path / "empty.txt"], "holds no prompt"),
         (["--reward", "colorfulness", "--lora", tmp_path / "absent"], "absent"),
@@ -189,8 +196,13 @@ def test_an_interrupt_or_a_defect_is_one_sentence(
 
 def test_recipes_prints_the_file_that_train_takes(tmp_path: Path) -> None:
     listing = run("recipes").stdout
-    assert "emoji-ddpo " in listing
-    assert "sd15-ddpo " in listing
+    for name in recipe_names():
+        config, comment = load_config(name), recipe_text(name).splitlines()[0].removeprefix("# ")
+        essence = f"{algorithm(config.model_dump())} on {config.model}, {config.sampling.kernel} at eta"
+        assert re.search(
+            rf"^{name}\n    {re.escape(comment)}\n    {re.escape(essence)} .*", listing, flags=re.MULTILINE
+        )
+    assert "emoji-sd, gddim at eta 1.2, reward: colorfulness\n" in listing
     file = tmp_path / "mine.yaml"
     file.write_text(run("recipes", "emoji-ddpo").stdout)
     assert load_config(str(file)) == load_config("emoji-ddpo")
@@ -256,9 +268,14 @@ def test_resuming_nothing_is_said(trainer: type[FakeTrainer], tmp_path: Path) ->
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     assert "no run to resume" in sentence(run("train", "emoji-ddpo", "--out", "mine", "--resume"), 1)
-    result = run("train", "emoji-ddpo", "--out", "new", "--resume", "--quiet")
-    assert result.exit_code == 0
-    assert "nothing to resume in 'new': starting the run there" in result.stderr
+    (tmp_path / "file").write_text("mine")
+    assert "no run to resume" in sentence(run("train", "emoji-ddpo", "--out", "file", "--resume"), 1)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".config.yaml.writing").write_text("mod")  # killed before it had written anything whole
+    for out in ("new", "killed"):
+        result = run("train", "emoji-ddpo", "--out", out, "--resume", "--quiet")
+        assert result.exit_code == 0
+        assert f"nothing to resume in '{out}': starting the run there" in result.stderr
 
 
 def test_gap_prints_and_writes_the_same_numbers(model: Path, tmp_path: Path) -> None:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
-import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from etude.cli_errors import CommandGroup, UsageError, remember_debug
+from etude.cli_runs import essence, prepare_run
 from etude.errors import EtudeError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from torch import Tensor
 
-    from etude.config import TrainConfig
+    from etude.policies import Policy
 
 
 def main() -> None:
@@ -47,13 +50,32 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
+def _finite(value: Any) -> Any:
+    """Refuses NaN, infinity and numbers below 0: of a guidance scale, and of every eta of a list."""
+    for number in value if isinstance(value, list) else [value]:
+        if number is not None and not (math.isfinite(number) and number >= 0):
+            raise typer.BadParameter(f"{number:g} is not a finite number of at least 0")
+    return value
+
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=remember_debug)]
 Model = Annotated[
     str, typer.Argument(help="Embedded name (`etude models`), diffusers directory or hub id.", show_default=False)
 ]
 Lora = Annotated[Path | None, typer.Option(help="Adapter that a run exported, for example runs/first/lora.")]
-Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 switches it off.")]
-Kernel = Annotated[str, typer.Option(help="Kernel of the stochastic sampler: gddim (any eta) or ddim.")]
+Guidance = Annotated[
+    float, typer.Option(callback=_finite, help="Guidance scale; 1 switches classifier-free guidance off.")
+]
+Kernel = Annotated[
+    str,
+    typer.Option(
+        help="Kernel of the stochastic sampler: gddim (any eta), ddim (up to a largest eta); "
+        "for flow models also flow_sde, dance_sde or cps, each with an eta of its own."
+    ),
+]
+Resolution = Annotated[
+    int | None, typer.Option(min=1, help="Side of the images in pixels. Default: the pipeline's own.")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Keys the noise; the same seed gives the same images.")]
 
 
@@ -95,7 +117,8 @@ def train(
 
     The run directory gets metrics.jsonl, config.yaml (which reproduces the run), checkpoints, the LoRA, before / after
     samples and report.html. A run that was killed continues with --resume and ends bit for bit where it would have ended;
-    RECIPE may then be left out.
+    RECIPE may then be left out. The built-in recipes are DDPO, GRPO, MixGRPO and MixGRPO-Flash runs on the embedded models,
+    which take minutes on two CPU cores, and the published ones on full-size models: `etude recipes` lists them.
 
     Examples:
 
@@ -103,7 +126,7 @@ def train(
 
     `etude train --resume --out runs/first`
     """
-    config, directory = _prepare_run(recipe, overrides or [], out, resume)
+    config, directory = prepare_run(recipe, overrides or [], out, resume)
     with _heavy_imports():
         _quiet_libraries()
         from etude.display import SilentDisplay, TrainingDisplay
@@ -113,44 +136,6 @@ def train(
     Trainer(config, out=directory, resume=resume, display=display).train()
     if not silent:
         typer.echo(f"run: {directory}\nreport: {directory / 'report.html'}")
-
-
-def _prepare_run(recipe: str | None, overrides: list[str], out: Path | None, resume: bool) -> tuple[TrainConfig, Path]:
-    from etude.config import load_config
-
-    if resume:
-        if out is None:
-            raise UsageError("--resume needs --out, the directory of the run to continue")
-        return _resumed_config(recipe, overrides, out), out
-    if recipe is None:
-        raise UsageError("give a RECIPE: a name that `etude recipes` lists, or a YAML file")
-    if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("several processes need --out, since each would choose a directory of its own")
-    return load_config(recipe, overrides), out or Path("runs", f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-
-
-def _resumed_config(recipe: str | None, overrides: list[str], out: Path) -> TrainConfig:
-    """The configuration of the run in `out`; what the user gave beside it must agree with it."""
-    from etude.config import leaves, load_config
-
-    stored = out / "config.yaml"
-    if not stored.is_file():
-        if recipe is not None and (not out.exists() or not any(out.iterdir())):
-            typer.echo(f"nothing to resume in '{out}': starting the run there.", err=True)
-            return load_config(recipe, overrides)
-        raise EtudeError(
-            f"--out '{out}' holds no config.yaml, so there is no run to resume: check the directory, "
-            "or give a RECIPE and a new or empty directory to start one."
-        )
-    config = load_config(str(stored))
-    wanted = load_config(recipe if recipe is not None else str(stored), overrides)
-    for (key, old), (_, new) in zip(leaves(config.model_dump()), leaves(wanted.model_dump()), strict=True):
-        if old != new:
-            raise EtudeError(
-                f"--resume: {key} is {old!r} in '{stored}' but {new!r} in what was given: continue that run with "
-                f"`etude train --resume --out {out}`, or start another one in another --out."
-            )
-    return config
 
 
 @app.command()
@@ -165,7 +150,7 @@ def recipes(
 
     Example: `etude recipes emoji-ddpo > mine.yaml`
     """
-    from etude.config import describe_fields, recipe_names, recipe_text
+    from etude.config import describe_fields, load_config, recipe_names, recipe_text
 
     if keys:
         for key, default, text in describe_fields():
@@ -175,7 +160,8 @@ def recipes(
     else:
         for recipe in recipe_names():
             comment = re.match(r"#\s*(.*)", recipe_text(recipe))
-            typer.echo(f"{recipe:<16}{comment[1] if comment else ''}")
+            about = f"    {comment[1]}\n" if comment else ""
+            typer.echo(f"{recipe}\n{about}    {essence(load_config(recipe))}")
 
 
 @app.command()
@@ -183,7 +169,8 @@ def gap(
     model: Model,
     lora: Lora = None,
     eta: Annotated[
-        list[float] | None, typer.Option(help="Stochasticity compared with the ODE; may be repeated. Default: 1.2.")
+        list[float] | None,
+        typer.Option(callback=_finite, help="Stochasticity compared with the ODE; may be repeated. Default: 1.2."),
     ] = None,
     steps: Annotated[list[int] | None, typer.Option(help="Denoising steps; may be repeated. Default: 20.")] = None,
     reward: Annotated[
@@ -208,6 +195,7 @@ def gap(
         _quiet_libraries()
         from etude.checkpoint import atomic_write_text
         from etude.gap import reward_gap
+    _check_names(kernel)
     with _progress("sampling") as (start, step):
         report = reward_gap(
             model,
@@ -218,7 +206,7 @@ def gap(
             prompts=prompts,
             num_images=samples,
             guidance_scale=guidance,
-            kernel=_known_kernel(kernel),
+            kernel=kernel,
             seed=seed,
             on_start=start,
             on_step=step,
@@ -254,12 +242,20 @@ def sample(
     prompt: Annotated[list[str], typer.Option(help="What to draw; may be repeated.", show_default=False)],
     lora: Lora = None,
     eta: Annotated[
-        list[float] | None, typer.Option(help="Stochasticity; repeated, one row each. Default: 0, the ODE.")
+        list[float] | None,
+        typer.Option(callback=_finite, help="Stochasticity; repeated, one row each. Default: 0, the ODE."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps of every sampler.")] = 20,
     guidance: Guidance = 5.0,
     kernel: Kernel = "gddim",
+    solver: Annotated[
+        str | None,
+        typer.Option(
+            help="Draw with a deterministic solver of diffusers instead: ddim, euler, heun, dpmsolver++, unipc."
+        ),
+    ] = None,
     seed: Seed = 0,
+    resolution: Resolution = None,
     images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("sample.png"),
     debug: Debug = False,
@@ -271,6 +267,8 @@ def sample(
     Example: `etude sample emoji-sd --prompt "red heart" --prompt pizza --eta 0 --eta 1.2 --out grid.png`
     """
     _check_target(out, "--out")
+    if solver is not None and any(eta or []):
+        raise UsageError(f"--solver {solver} is deterministic: leave out --eta, or --solver to draw with noise")
     with _heavy_imports():
         _quiet_libraries()
         import torch
@@ -278,20 +276,40 @@ def sample(
         from etude.checkpoint import atomic_write_bytes
         from etude.policies import load_policy
         from etude.report.grids import image_grid
-        from etude.sampling import make_plan, sample_images
-    etas = eta or [0.0]
-    plans = [make_plan(_known_kernel(kernel), value, steps) for value in etas]
-    policy = load_policy(model, lora)
+    _check_names(kernel, solver)
+    policy = load_policy(model, lora, resolution=resolution)
     captions = [text for text in prompt for _ in range(images)]
+    drawings = _drawings(policy, solver, kernel, eta or [0.0], steps)
     with _progress("sampling") as (start, step):
-        start(len(captions) * len(plans) * steps)
-        drawn = torch.cat([sample_images(policy, captions, plan, guidance, seed, on_step=step) for plan in plans])
-    labels = [f"{text}, eta {value:g}" if value else f"{text}, ODE" for value in etas for text in captions]
+        start(len(captions) * len(drawings) * steps)
+        rows = [draw(policy, captions, guidance_scale=guidance, seed=seed, on_step=step) for _, draw in drawings]
+    drawn = torch.cat(rows)
+    labels = [f"{text}, {label}" for label, _ in drawings for text in captions]
     buffer = io.BytesIO()
     alone = len(drawn) == 1
     image_grid(drawn, len(captions), labels=None if alone else labels).save(buffer, format="PNG")
     atomic_write_bytes(out, buffer.getvalue())
     typer.echo(str(out))
+
+
+def _drawings(
+    policy: Policy, solver: str | None, kernel: str, etas: list[float], steps: int
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """The label of each row of images, and what draws it from (policy, captions, guidance_scale, seed, on_step).
+
+    Every eta is checked on the model's own levels before the first row is drawn.
+    """
+    from etude.sampling import make_plan, sample_images
+
+    if solver is not None:
+        from etude.solvers import sample_with_solver
+
+        return [(solver, partial(sample_with_solver, solver=solver, num_steps=steps))]
+    plans = [make_plan(kernel, eta, steps) for eta in etas]
+    for plan in plans:
+        plan.tabulate(policy.grid(steps))
+    labels = [f"eta {eta:g}" if eta else "ODE" for eta in etas]
+    return [(label, partial(sample_images, plan=plan)) for label, plan in zip(labels, plans, strict=True)]
 
 
 @app.command()
@@ -339,13 +357,18 @@ def theory(ctx: typer.Context) -> None:
     raise typer.Exit(command.main(args=arguments, prog_name="etude theory", standalone_mode=False) or 0)
 
 
-def _known_kernel(name: str) -> str:
+def _check_names(kernel: str, solver: str | None = None) -> None:
+    """Finds out before a model is loaded whether the samplers exist."""
     from etude.errors import unknown
-    from etude.sampling import KERNELS
+    from etude.kernels import KERNELS
 
-    if name not in KERNELS:
-        raise unknown("kernel", name, KERNELS)
-    return name
+    if kernel not in KERNELS:
+        raise unknown("kernel", kernel, KERNELS)
+    if solver is not None:
+        from etude.solvers import SOLVERS
+
+        if solver not in SOLVERS:
+            raise unknown("solver", solver, SOLVERS)
 
 
 def _check_target(path: Path | None, option: str) -> None:

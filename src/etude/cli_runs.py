@@ -1,0 +1,79 @@
+"""Which run the command line asks for: a new one from a recipe, or the one that a directory holds."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from etude.cli_errors import UsageError
+from etude.errors import EtudeError
+
+if TYPE_CHECKING:
+    from etude.config import TrainConfig
+
+
+def prepare_run(recipe: str | None, overrides: list[str], out: Path | None, resume: bool) -> tuple[TrainConfig, Path]:
+    """The configuration and the directory of the run that the arguments of `etude train` ask for.
+
+    Raises:
+        EtudeError: a recipe, an override or a directory that cannot be used; a misuse of the options is a usage error.
+    """
+    from etude.config import load_config
+
+    if resume:
+        if out is None:
+            raise UsageError("--resume needs --out, the directory of the run to continue")
+        return _resumed_config(recipe, overrides, out), out
+    if recipe is None:
+        raise UsageError("give a RECIPE: a name that `etude recipes` lists, or a YAML file")
+    if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes need --out, since each would choose a directory of its own")
+    return load_config(recipe, overrides), out or Path("runs", f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _resumed_config(recipe: str | None, overrides: list[str], out: Path) -> TrainConfig:
+    """The configuration of the run in `out`; what the user gave beside it must agree with it."""
+    from etude.config import leaves, load_config
+
+    stored = out / "config.yaml"
+    if not stored.is_file():
+        if recipe is not None and not _holds_something(out):
+            typer.echo(f"nothing to resume in '{out}': starting the run there.", err=True)
+            return load_config(recipe, overrides)
+        raise EtudeError(
+            f"--out '{out}' holds no config.yaml, so there is no run to resume: check the directory, "
+            "or give a RECIPE and a new or empty directory to start one."
+        )
+    config = load_config(str(stored))
+    wanted = load_config(recipe if recipe is not None else str(stored), overrides)
+    for (key, old), (_, new) in zip(leaves(config.model_dump()), leaves(wanted.model_dump()), strict=True):
+        if old != new:
+            raise EtudeError(
+                f"--resume: {key} is {old!r} in '{stored}' but {new!r} in what was given: continue that run with "
+                f"`etude train --resume --out {out}`, or start another one in another --out."
+            )
+    return config
+
+
+def _holds_something(out: Path) -> bool:
+    """Whether a directory holds more than the halves of files that a killed run was writing (`.NAME.writing`)."""
+    if not out.is_dir():
+        return out.exists()
+    return any(not re.fullmatch(r"\..*\.writing", entry.name) for entry in out.iterdir())
+
+
+def essence(config: TrainConfig) -> str:
+    """What a run trains and how, on one line."""
+    from etude.algorithm import algorithm
+
+    sampling, rewards = config.sampling, config.rewards
+    weighted = ", ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in rewards.items())
+    return (
+        f"{algorithm(config.model_dump())} on {config.model}, {sampling.kernel} at eta {sampling.eta:g}, "
+        f"reward{'s' if len(rewards) > 1 else ''}: {weighted}"
+    )
