@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from etude.config import TrainConfig, describe_fields, load_config, parse_config, recipe_names, recipe_text
+from etude.config import (
+    KernelName,
+    TrainConfig,
+    WindowConfig,
+    describe_fields,
+    load_config,
+    parse_config,
+    recipe_names,
+    recipe_text,
+)
 from etude.errors import EtudeError
+from etude.kernels import KERNELS
 
 
 def failure(source: str, *overrides: str) -> str:
@@ -51,6 +62,31 @@ def test_giving_one_clip_range_takes_back_the_other() -> None:
     assert (config.objective.clip_range, config.objective.clip_nats) == (1e-3, None)
 
 
+def test_a_window_can_be_made_changed_and_closed_by_overrides() -> None:
+    assert load_config("sd15-ddpo").sampling.window is None
+    made = load_config("sd15-ddpo", ["sampling.window.size=3", "sampling.window.strategy=random"]).sampling.window
+    assert made == WindowConfig(size=3, strategy="random")
+    assert load_config("sd15-ddpo", ["sampling.window={}"]).sampling.window == WindowConfig()
+    assert load_config("sd15-ddpo", ["sampling.window.size=3", "sampling.window=null"]).sampling.window is None
+
+
+def test_a_window_without_stochasticity_is_refused() -> None:
+    assert "sampling.eta = 0 is the ODE" in failure("sd15-ddpo", "sampling.window={}", "sampling.eta=0")
+
+
+def test_cps_is_refused_beyond_the_eta_where_it_folds_back() -> None:
+    assert "eta = 1.2 is beyond cps" in failure("sd15-ddpo", "sampling.kernel=cps", "sampling.eta=1.2")
+    assert load_config("sd15-ddpo", ["sampling.kernel=cps", "sampling.eta=1"]).sampling.eta == 1
+
+
+def test_every_kernel_can_be_configured() -> None:
+    assert set(get_args(KernelName)) == set(KERNELS)
+
+
+def test_one_tracker_needs_no_list() -> None:
+    assert load_config("sd15-ddpo", ["trackers=tensorboard"]).trackers == ["tensorboard"]
+
+
 def test_a_reward_by_import_path_can_be_set() -> None:
     assert load_config("sd15-ddpo", ["rewards.my.module:score=0.5"]).rewards["my.module:score"] == 0.5
 
@@ -69,7 +105,20 @@ def test_a_reward_by_import_path_can_be_set() -> None:
         ("sampling.eta=much", ["sampling.eta = 'much'", "valid number"]),
         ("sampling.num_steps=0", ["sampling.num_steps = 0", "greater than or equal to 1"]),
         ("sampling.num_steps=1.5", ["sampling.num_steps = 1.5", "integer"]),
-        ("sampling.kernel=euler", ["sampling.kernel = 'euler'", "'gddim' or 'ddim'"]),
+        ("sampling.kernel=euler", ["sampling.kernel = 'euler'", "'gddim', 'ddim', 'cps', 'flow_sde' or 'dance_sde'"]),
+        ("sampling.first_step=euler", ["sampling.first_step = 'euler'", "'ode' or 'sde'"]),
+        ("sampling.window.size=0", ["sampling.window.size = 0", "greater than or equal to 1"]),
+        ("sampling.window.size=51", ["a window of size 51 does not fit in steps 0 to 49", "lower window.size"]),
+        ("sampling.window.start=47", ["a window of size 4 does not fit in steps 47 to 49"]),
+        ("sampling.window.end=51", ["window.end = 51 is beyond num_steps = 50"]),
+        ("sampling.window.strategy=slow", ["sampling.window.strategy = 'slow'", "'progressive', 'random'"]),
+        ("sampling.window.compression=0", ["sampling.window.compression = 0", "greater than 0"]),
+        ("sampling.window.compression=1.5", ["sampling.window.compression = 1.5", "less than or equal to 1"]),
+        ("sampling.window.siez=1", ["unknown key 'sampling.window.siez'", "did you mean 'sampling.window.size'?"]),
+        ("window.size=1", ["unknown key 'window'", "did you mean 'sampling.window'?"]),
+        ("rollout.shared_noise=true", ["rollout.shared_noise needs rollout.images_per_prompt of at least 2"]),
+        ("evaluation.num_steps=0", ["evaluation.num_steps = 0", "greater than or equal to 1"]),
+        ("resolution=0", ["resolution = 0", "greater than or equal to 8"]),
         ("rollout.images_per_prompt=7", ["is not a multiple of rollout.images_per_prompt = 7"]),
         ("advantage.kind=group", ["advantage.kind = group needs rollout.images_per_prompt of at least 2"]),
         ("rewards={}", ["rewards", "at least 1"]),
@@ -129,15 +178,22 @@ def test_a_configuration_cannot_be_changed_after_it_was_checked() -> None:
         load_config("emoji-ddpo").seed = 3  # type: ignore[misc]
 
 
+def nested(fields: list[tuple[str, Any, str]]) -> dict[str, Any]:
+    """The tree of the described defaults; what an absent section would hold is left out."""
+    absent = tuple(f"{key}." for key, default, _ in fields if default is None)
+    tree: dict[str, Any] = {}
+    for key, default, _ in fields:
+        *sections, name = key.split(".")
+        target = tree
+        for section in sections:
+            target = target.setdefault(section, {}) if not key.startswith(absent) else {}
+        target[name] = default
+    return tree
+
+
 def test_every_field_has_a_help_line_and_the_defaults_are_valid() -> None:
     fields = list(describe_fields())
     assert [key for key, _, text in fields if len(text) < 15] == []
     assert len({key for key, _, _ in fields}) == len(fields)
-    tree: dict[str, object] = {}
-    for key, default, _ in fields:
-        section, _, name = key.rpartition(".")
-        target = tree.setdefault(section, {}) if section else tree
-        assert isinstance(target, dict)
-        target[name] = default
-    assert parse_config(tree) == TrainConfig()
+    assert parse_config(nested(fields)) == TrainConfig()
     assert yaml.safe_load(TrainConfig().to_yaml()) == TrainConfig().model_dump(mode="json")

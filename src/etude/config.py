@@ -1,7 +1,8 @@
 """The configuration of a run: one typed tree. Every field has a default, a unit and a help line.
 
 Defaults are those of the `sd15-ddpo` recipe (Black et al. 2023, arXiv 2305.13301, and its public hyper-parameters) unless the
-help says otherwise. Unknown keys are errors. A run writes the resolved tree to `config.yaml`, and that file reproduces the run.
+help says otherwise; those of `sampling.window` are MixGRPO's (arXiv 2507.21802). Unknown keys are errors. A run writes the
+resolved tree to `config.yaml`, and that file reproduces the run.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import math
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from etude.errors import EtudeError, unknown
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+KernelName = Literal["gddim", "ddim", "cps", "flow_sde", "dance_sde"]
 
 
 class Section(BaseModel):
@@ -35,19 +37,97 @@ class PromptsConfig(Section):
     )
 
 
+class WindowConfig(Section):
+    """MixGRPO (arXiv 2507.21802): the kernel inside a moving window of steps, which alone are trained; the ODE elsewhere."""
+
+    strategy: Literal["progressive", "random", "decay", "fixed"] = Field(
+        "progressive",
+        description="How the window moves. progressive: by stride steps every iters_per_shift iterations (the paper's choice). random: drawn anew "
+        "each iteration. decay: progressive, but staying ever shorter as it moves on. fixed: never.",
+    )
+    size: int = Field(4, ge=1, description="Consecutive stochastic steps, all of them trained. The paper's default.")
+    iters_per_shift: int = Field(
+        25,
+        ge=1,
+        description="Iterations before a progressive window moves, and before a decay window first does. The paper's default.",
+    )
+    stride: int = Field(1, ge=1, description="Steps that the window moves at a time. The paper's default.")
+    roll_back: bool = Field(
+        True,
+        description="From its last place the window goes back to the first; otherwise it stays there. The default of the published code.",
+    )
+    start: int | None = Field(
+        None, ge=0, description="First step that the window can hold; null is the first step that is stochastic at all."
+    )
+    end: int | None = Field(
+        None,
+        ge=1,
+        description="Step before which the window ends (it holds end - 1 at most); null is after the last step that is stochastic at all.",
+    )
+    decay_rate: float = Field(
+        0.1,
+        ge=0,
+        description="decay: at place l the window stays iters_per_shift * exp(-decay_rate * max(0, l - decay_threshold)) "
+        "iterations. The paper's default.",
+    )
+    decay_threshold: int = Field(
+        13, ge=0, description="decay: the place from which on the window stays ever shorter. The paper's default."
+    )
+    compression: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="MixGRPO-Flash: the steps after the window become this share of them, taken by second-order DPM-Solver++ (the paper's is 0.4). "
+        "null: plain MixGRPO.",
+    )
+
+
 class SamplingConfig(Section):
-    kernel: Literal["gddim", "ddim"] = Field("gddim", description="Transition kernel of the training sampler.")
+    kernel: KernelName = Field(
+        "gddim",
+        description="Transition kernel of the training sampler: gddim (any model, any eta), ddim (to a largest eta), cps (eta at most 1), and for "
+        "flow models flow_sde (Flow-GRPO) and dance_sde (DanceGRPO).",
+    )
     eta: float = Field(
         1.0,
         ge=0,
-        description="Stochasticity while training: 0 the ODE, 1 the DDPM posterior, any value above is valid for gddim.",
+        description="Stochasticity while training, in the kernel's own unit. gddim: 0 is the ODE, 1 the DDPM posterior, any value above is valid. "
+        "flow_sde at 0.7, the ecosystem's usual value, amounts to gddim at 0.5.",
     )
-    num_steps: int = Field(50, ge=1, description="Denoising steps, in training and in evaluation.")
+    num_steps: int = Field(
+        50, ge=1, description="Denoising steps in training, and in evaluation unless that says otherwise."
+    )
     guidance_scale: float = Field(
         5.0,
         ge=0,
-        description="Classifier-free guidance, the same in rollout, replay and evaluation. 1 switches it off.",
+        description="Guidance, the same in rollout, replay and evaluation: classifier-free (1 switches it off), or the embedded scale of FLUX.",
     )
+    first_step: Literal["ode", "sde"] = Field(
+        "ode",
+        description="What becomes of a step that starts at pure noise (flow models): ode leaves it deterministic and untrained; "
+        "sde redraws all of the noise at any eta above 0. Published flow samplers cap the noise there instead.",
+    )
+    window: WindowConfig | None = Field(
+        None,
+        description="null: every step is stochastic and trained (DDPO, Flow-GRPO). A section: MixGRPO, with the kernel in a window and "
+        "the ODE elsewhere; with compression MixGRPO-Flash.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SamplingConfig:
+        if self.kernel == "cps" and self.eta > 1:
+            raise ValueError(
+                f"eta = {self.eta:g} is beyond cps, which redraws all of the noise at 1; use at most 1, or gddim"
+            )
+        if self.window is not None:
+            first, end = self.window.start or 0, self.window.end or self.num_steps
+            if end > self.num_steps:
+                raise ValueError(f"window.end = {end} is beyond num_steps = {self.num_steps}")
+            if first + self.window.size > end:
+                raise ValueError(
+                    f"a window of size {self.window.size} does not fit in steps {first} to {end - 1}; lower window.size or raise num_steps"
+                )
+        return self
 
 
 class RolloutConfig(Section):
@@ -57,6 +137,11 @@ class RolloutConfig(Section):
     )
     batch_size: int = Field(
         8, ge=1, description="Images per network call while sampling. Changes memory and speed, never the noise."
+    )
+    shared_noise: bool = Field(
+        False,
+        description="The images of one prompt start from the same noise (DanceGRPO, MixGRPO) and differ by the stochastic steps alone; "
+        "with a window the steps before it are then computed once a group. false: each from its own (DDPO, Flow-GRPO).",
     )
 
 
@@ -148,6 +233,12 @@ class EvaluationConfig(Section):
     every: int = Field(
         5, ge=1, description="Iterations between evaluations (iteration 0 and the last are always evaluated)."
     )
+    num_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Denoising steps of both sides of the gap, ODE and SDE; null is sampling.num_steps. Flow-GRPO evaluates at 40 steps "
+        "what it trains at 10.",
+    )
     num_images: int = Field(
         64, ge=2, description="Held-out pairs of images (ODE and SDE from the same noise) per evaluation."
     )
@@ -166,6 +257,11 @@ class TrainConfig(Section):
     """Everything that determines a run."""
 
     model: str = Field("emoji-sd", description="Embedded name, local diffusers directory or hub id.")
+    resolution: int | None = Field(
+        None,
+        ge=8,
+        description="Side of the images in pixels; null is the pipeline's own (512 for SD1.5, 1024 for SD3 and FLUX).",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
         description="Network weights and inputs; the rest stays float32. No float16: the gradients underflow.",
@@ -188,8 +284,13 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="Accelerate trackers that also receive the metrics."
+        [], description="Accelerate trackers that also receive the metrics: a name or a list of names."
     )
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -201,6 +302,8 @@ class TrainConfig(Section):
             )
         if self.advantage.kind != "per_prompt" and rollout.images_per_prompt < 2:
             raise ValueError(f"advantage.kind = {self.advantage.kind} needs rollout.images_per_prompt of at least 2")
+        if rollout.shared_noise and rollout.images_per_prompt < 2:
+            raise ValueError("rollout.shared_noise needs rollout.images_per_prompt of at least 2")
         if sampling.eta == 0:
             raise ValueError(
                 "sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)"
@@ -285,7 +388,9 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
     value = _number_like(value)
     *parents, leaf = key.split(".", 1) if key.startswith("rewards.") else key.split(".")  # package.module:function
     for name in parents:
-        child = tree.setdefault(name, {})
+        if tree.get(name) is None:
+            tree[name] = {}
+        child = tree[name]
         if not isinstance(child, dict):
             raise EtudeError(f"--set {item}: '{name}' is a value, not a section.")
         tree = child
@@ -334,17 +439,24 @@ def _unknown_key(location: list[str]) -> str:
 def _keys(section: list[str]) -> list[str]:
     model: Any = TrainConfig
     for name in section:
-        model = model.model_fields[name].annotation
+        model = _section(model.model_fields[name].annotation)
     return list(model.model_fields)
 
 
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, be it optional, or None for a plain value."""
+    candidates = get_args(annotation) or (annotation,)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
 def describe_fields(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, default, help) of every field, in order."""
+    """(dotted key, default, help) of every field, in order; an optional section is described itself and then its fields."""
     for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from describe_fields(field.annotation, f"{prefix}{name}.")
-        else:
+        section = _section(field.annotation)
+        if section is None or field.default is None:
             yield f"{prefix}{name}", field.default, field.description or ""
+        if section is not None:
+            yield from describe_fields(section, f"{prefix}{name}.")
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
