@@ -106,16 +106,17 @@ def window_figure(x: Sequence[int], starts: Sequence[int], sizes: Sequence[int],
     """The window [start, start + size) of each iteration as a band over the steps 0..N-1."""
 
     def draw(axes: Axes) -> None:
-        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
-        # Each iteration's step of the band is one iteration wide, the first and the last included.
+        # A step and an iteration are each 1 wide and centred on their number, the first and the last included.
+        low = [start - 0.5 for start in starts]
+        high = [edge + size for edge, size in zip(low, sizes, strict=True)]
         edges = [x[0] - 0.5, *x, x[-1] + 0.5]
-        low, high = ([values[0], *values, values[-1]] for values in (starts, ends))
+        low, high = ([values[0], *values, values[-1]] for values in (low, high))
         axes.fill_between(edges, low, high, step="mid", color=COLOURS["train"], alpha=0.75, linewidth=0)
         axes.set_xlim(edges[0], edges[-1])
-        axes.set_ylim(0, num_steps)
+        axes.set_ylim(-0.5, num_steps - 0.5)
         axes.set_ylabel("step")
 
-    return _figure(draw, alt, size=LOW)
+    return _figure(draw, alt, size=LOW, whole=True)
 
 
 def visits_figure(visits: Sequence[int], alt: str) -> str:
@@ -126,7 +127,7 @@ def visits_figure(visits: Sequence[int], alt: str) -> str:
         axes.set_xlim(-0.5, len(visits) - 0.5)
         axes.set_ylabel("iterations")
 
-    return _figure(draw, alt, size=LOW, xlabel="step")
+    return _figure(draw, alt, size=LOW, xlabel="step", whole=True)
 
 
 def bar_figure(x: Sequence[float], parts: Mapping[str, Sequence[float]], alt: str) -> str:
@@ -152,7 +153,10 @@ def _draw_line(axes: Axes, line: Line) -> None:
     axes.plot(line.x, line.y, color=colour, label=line.label or None, **marker)
 
 
-def _figure(draw: Any, alt: str, size: tuple[float, float] = SIZE, xlabel: str = "iteration") -> str:
+def _figure(
+    draw: Any, alt: str, size: tuple[float, float] = SIZE, xlabel: str = "iteration", whole: bool = False
+) -> str:
+    """An inline figure of what `draw` puts on its axes; `whole` numbers on the vertical one."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -163,7 +167,7 @@ def _figure(draw: Any, alt: str, size: tuple[float, float] = SIZE, xlabel: str =
         draw(axes)
         axes.set_xlabel(xlabel)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole))
         return _inline(figure, alt)
 
 
