@@ -25,7 +25,7 @@ def policy():
 
 def make_rollout(policy, plan, batch_size=6, samples=None, seed=0, **kwargs):
     samples = samples if samples is not None else list(range(len(PROMPTS)))
-    table = plan.tabulate(policy.path.grid(plan.num_steps))
+    table = plan.tabulate(policy.grid(plan.grid_size))
     conditioning = policy.encode([PROMPTS[i] for i in samples])
     noise = NoiseSource(seed, "training", iteration=1)
     return table, conditioning, rollout(policy, table, conditioning, noise, samples, 5.0, batch_size, **kwargs)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -66,3 +67,26 @@ def keyed_noise(
     for row, sample in zip(noise, rows, strict=True):
         row[...] = keyed_generator(seed, stream, iteration, sample, step).standard_normal(row.shape, dtype=np.float32)
     return torch.from_numpy(noise)
+
+
+@dataclass(frozen=True)
+class NoiseSource:
+    """Noise keyed by what it is for: never by batch size, process or history.
+
+    Attributes:
+        seed: of the run.
+        stream: what the samples are for ("training", "evaluation").
+        iteration: of the run; evaluations use 0, so that every one of them sees the same noise.
+    """
+
+    seed: int
+    stream: str
+    iteration: int = 0
+
+    def initial(self, samples: list[int], shape: tuple[int, ...]) -> Tensor:
+        """x_T of each sample, N(0, I) as in diffusers: fp32 `[len(samples), *shape]`. Equal keys give equal rows."""
+        return keyed_noise(self.seed, f"{self.stream}/initial", self.iteration, samples, 0, shape)
+
+    def step(self, samples: list[int], step: int, shape: tuple[int, ...]) -> Tensor:
+        """The noise that a stochastic step injects: fp32 `[len(samples), *shape]`."""
+        return keyed_noise(self.seed, f"{self.stream}/step", self.iteration, samples, step, shape)

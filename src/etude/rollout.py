@@ -2,45 +2,29 @@
 
 The same function, `denoise`, takes one step of the rollout and one micro-batch of the replay: with unchanged weights and the same
 batch shape the two give the same bits, so the importance ratio of the first update is exactly 1.
+
+Images of one prompt that start from the same noise are the same image until the first stochastic step: that part is computed once
+for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from etude.errors import EtudeError
 from etude.kernels import Transition
-from etude.noise import keyed_noise
+from etude.noise import NoiseSource as NoiseSource
 from etude.paths import to_x0_eps
 from etude.plans import StepTable
 from etude.policies.base import Conditioning, Policy
+from etude.solvers import multistep_tail
 
-
-@dataclass(frozen=True)
-class NoiseSource:
-    """Noise keyed by what it is for: never by batch size, process or history.
-
-    Attributes:
-        seed: of the run.
-        stream: what the samples are for ("training", "evaluation").
-        iteration: of the run; evaluations use 0, so that every one of them sees the same noise.
-    """
-
-    seed: int
-    stream: str
-    iteration: int = 0
-
-    def initial(self, samples: list[int], shape: tuple[int, ...]) -> Tensor:
-        """x_T of each sample, N(0, I) as in diffusers: fp32 `[len(samples), *shape]`."""
-        return keyed_noise(self.seed, f"{self.stream}/initial", self.iteration, samples, 0, shape)
-
-    def step(self, samples: list[int], step: int, shape: tuple[int, ...]) -> Tensor:
-        """The noise that a stochastic step injects: fp32 `[len(samples), *shape]`."""
-        return keyed_noise(self.seed, f"{self.stream}/step", self.iteration, samples, step, shape)
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -51,17 +35,27 @@ class Trajectory:
         latents: final latents, fp32 `[n, ...]`.
         steps: the K trained steps.
         states: `x` at the source and the target of each trained step, fp32 `[n, L, ...]`, each level once.
-        level: level index of a step's source in `states`, by step; its target is the next one.
         log_prob: fp32 `[n, K]`.
+        step_index: the trained steps as a tensor on the device, int64 `[K]`.
+        level_index: where `states` has the source of each trained step, int64 `[K]`; its target is the next one.
+        levels: the L levels that `states` holds.
         reference_mean: the reference model's means of the trained steps, fp32 `[n, K, ...]`, when asked for.
     """
 
     latents: Tensor
     steps: tuple[int, ...]
     states: Tensor
-    level: dict[int, int]
     log_prob: Tensor
+    step_index: Tensor
+    level_index: Tensor
+    levels: tuple[int, ...]
     reference_mean: Tensor | None = None
+
+    def store(self, rows: slice, step: int, x: Tensor, target: Tensor, log_prob: Tensor) -> None:
+        """Keeps one trained step of some rows."""
+        level = self.levels.index(step)
+        self.states[rows, level], self.states[rows, level + 1] = x, target
+        self.log_prob[rows, self.steps.index(step)] = log_prob
 
 
 def denoise(
@@ -85,67 +79,134 @@ def rollout(
     batch_size: int,
     reduction: str = "mean",
     with_reference: bool = False,
-    on_step: Callable[[int], None] = lambda images: None,
+    on_step: Progress = lambda images: None,
+    noise_samples: list[int] | None = None,
+    share_prefix: bool = True,
 ) -> Trajectory:
     """Samples one image per row of `conditioning`.
 
     Args:
-        samples: the global index of each row: the key of its noise.
+        samples: the global index of each row: the key of the noise that its steps inject.
+        batch_size: rows in a network call, at most.
         reduction: of the log-probability over latent dimensions, "mean" or "sum".
         with_reference: also computes the reference model's means along the same states, for the KL.
         on_step: called with the number of images that just made one step.
+        noise_samples: the key of each row's initial noise; rows of a group that share theirs carry the same one. None: `samples`.
+        share_prefix: compute the steps before the first stochastic one once for all rows of equal initial noise and equal
+            conditioning. The images are the same, bit for bit where the network is called with batches of the same size and to
+            rounding otherwise.
+
+    Raises:
+        EtudeError: if `noise_samples` is not one key a row.
     """
-    steps = table.trained_steps
-    touched = sorted({*steps, *(step + 1 for step in steps)})
-    shape = policy.latent_shape
-
-    def room(*middle: int) -> Tensor:
-        return torch.empty((len(samples), *middle), device=policy.device)
-
-    trajectory = Trajectory(
-        latents=room(*shape),
-        steps=steps,
-        states=room(len(touched), *shape),
-        level={step: touched.index(step) for step in steps},
-        log_prob=room(len(steps)),
-        reference_mean=room(len(steps), *shape) if with_reference else None,
+    keys = samples if noise_samples is None else noise_samples
+    if len(keys) != len(samples):
+        raise EtudeError(f"{len(keys)} keys of the initial noise do not fit {len(samples)} samples: give one each.")
+    trajectory = _empty(policy, table, len(samples), with_reference)
+    origin = _origins(keys, conditioning) if share_prefix else list(range(len(keys)))
+    # Where each image starts from waits in the room of where it ends.
+    first = _begin(
+        policy, table, conditioning, noise, keys, origin, guidance_scale, batch_size, on_step, trajectory.latents
     )
     for start in range(0, len(samples), batch_size):
         rows = slice(start, start + batch_size)
-        for step, x, transition, target in _walk(
-            policy, table, conditioning.take(rows), noise, samples[rows], guidance_scale
-        ):
-            if step in trajectory.level:
-                column, level = steps.index(step), trajectory.level[step]
-                trajectory.states[rows, level], trajectory.states[rows, level + 1] = x, target
-                trajectory.log_prob[rows, column] = transition.log_prob(target, reduction)
+        told, x = conditioning.take(rows), trajectory.latents[rows]
+        for step in range(first, table.num_steps):
+            transition = denoise(policy, table, step, x, told, guidance_scale)
+            target = transition.mean
+            if table.stochastic[step]:
+                target = transition.sample(noise.step(samples[rows], step, policy.latent_shape).to(policy.device))
+            if table.trained[step]:
+                trajectory.store(rows, step, x, target, transition.log_prob(target, reduction))
                 if trajectory.reference_mean is not None:
                     with policy.reference():
-                        reference = denoise(policy, table, step, x, conditioning.take(rows), guidance_scale)
-                    trajectory.reference_mean[rows, column] = reference.mean
-            trajectory.latents[rows] = target
-            on_step(len(target))
+                        reference = denoise(policy, table, step, x, told, guidance_scale)
+                    trajectory.reference_mean[rows, trajectory.steps.index(step)] = reference.mean
+            x = target
+            on_step(len(x))
+        if table.tail is not None:
+            x = multistep_tail(policy, table.tail, told, x, guidance_scale, on_step)
+        trajectory.latents[rows] = x
     return trajectory
 
 
-def _walk(
+def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -> Trajectory:
+    """A trajectory of `count` images, not yet filled, with room for the trained steps only."""
+    steps, shape, device = table.trained_steps, policy.latent_shape, policy.device
+    touched = sorted({*steps, *(step + 1 for step in steps)})
+
+    def room(*middle: int) -> Tensor:
+        return torch.empty((count, *middle), device=device)
+
+    return Trajectory(
+        latents=room(*shape),
+        steps=steps,
+        states=room(len(touched), *shape),
+        log_prob=room(len(steps)),
+        step_index=torch.tensor(steps, dtype=torch.int64, device=device),
+        level_index=torch.tensor([touched.index(step) for step in steps], dtype=torch.int64, device=device),
+        levels=tuple(touched),
+        reference_mean=room(len(steps), *shape) if with_reference else None,
+    )
+
+
+def _begin(
     policy: Policy,
     table: StepTable,
     conditioning: Conditioning,
     noise: NoiseSource,
-    samples: list[int],
+    keys: list[int],
+    origin: list[int],
     guidance_scale: float,
-) -> Iterator[tuple[int, Tensor, Transition, Tensor]]:
-    """The sampling loop of one batch: each step with its source, its transition and its target."""
-    x = noise.initial(samples, policy.latent_shape).to(policy.device)
-    for step in range(table.num_steps):
-        transition = denoise(policy, table, step, x, conditioning, guidance_scale)
-        if table.stochastic[step]:
-            target = transition.sample(noise.step(samples, step, policy.latent_shape).to(policy.device))
-        else:
-            target = transition.mean
-        yield step, x, transition, target
-        x = target
+    batch_size: int,
+    on_step: Progress,
+    out: Tensor,
+) -> int:
+    """Writes where each row's own path begins to `out` `[n, ...]`, and returns the step it begins with.
+
+    That is the initial noise and 0, or, if some rows share theirs (`origin` names the row that stands for each), the state in
+    front of the first stochastic step.
+    """
+    heads = sorted(set(origin))
+    shared = len(heads) < len(origin)
+    first = table.prefix_steps if shared else 0
+    states = torch.empty((len(heads), *out.shape[1:]), device=out.device) if shared else out
+    for start in range(0, len(heads), batch_size):
+        some = heads[start : start + batch_size]
+        x = noise.initial([keys[head] for head in some], policy.latent_shape).to(policy.device)
+        images = sum(map(set(some).__contains__, origin))
+        told = conditioning.take(torch.tensor(some, device=policy.device)) if first else conditioning
+        for step in range(first):
+            x = denoise(policy, table, step, x, told, guidance_scale).mean
+            on_step(images)
+        states[start : start + len(some)] = x
+    if shared:
+        place = {head: i for i, head in enumerate(heads)}
+        out.copy_(states[torch.tensor([place[head] for head in origin], device=out.device)])
+    return first
+
+
+def _origins(keys: list[int], conditioning: Conditioning) -> list[int]:
+    """For each row, the first row with the same key and the same conditioning: itself if there is no earlier one."""
+    origin, left = list(range(len(keys))), list(range(len(keys)))
+    while len({keys[row] for row in left}) < len(left):
+        first: dict[int, int] = {}
+        heads = [first.setdefault(keys[row], row) for row in left]
+        same = _same_rows(conditioning, left, heads)
+        for row, head, equal in zip(left, heads, same, strict=True):
+            if equal:
+                origin[row] = head
+        left = [row for row, head, equal in zip(left, heads, same, strict=True) if row != head and not equal]
+    return origin
+
+
+def _same_rows(conditioning: Conditioning, rows: list[int], others: list[int]) -> list[bool]:
+    """Whether row `rows[i]` of the conditioning equals row `others[i]` in every number."""
+    found = torch.ones(len(rows), dtype=torch.bool)
+    for value in conditioning.prompt.values():
+        pairs = value[torch.tensor(rows, device=value.device)] == value[torch.tensor(others, device=value.device)]
+        found &= pairs.reshape(len(rows), -1).all(1).cpu()
+    return found.tolist()
 
 
 def replay(
@@ -160,16 +221,16 @@ def replay(
 ) -> tuple[Transition, Tensor]:
     """The transition of stored (sample, step) pairs under the current weights, and the stored target of each.
 
+    Nothing is read back from an accelerator.
+
     Args:
         rows: int64 `[m]`, which samples.
         columns: int64 `[m]`, which of the trained steps: indices into `trajectory.steps`.
         conditioning: of all samples of the trajectory.
     """
-    device = trajectory.states.device
-    steps = torch.tensor(trajectory.steps, device=device)[columns]
-    levels = torch.tensor([trajectory.level[step] for step in trajectory.steps], device=device)[columns]
+    steps, levels = trajectory.step_index[columns], trajectory.level_index[columns]
     with nullcontext() if with_gradient else torch.no_grad():
         transition = denoise(
             policy, table, steps, trajectory.states[rows, levels], conditioning.take(rows), guidance_scale
         )
-    return transition, trajectory.states[rows, levels + 1]
+    return replace(transition, stochastic=True), trajectory.states[rows, levels + 1]  # trained steps are stochastic

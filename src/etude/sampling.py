@@ -6,24 +6,28 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from etude.kernels import DDIM, GDDIM, Kernel
+from etude.errors import unknown
+from etude.kernels import KERNELS as KERNELS
+from etude.kernels import Kernel
+from etude.noise import NoiseSource
 from etude.plans import SamplingPlan
 from etude.policies.base import Policy
-from etude.rollout import NoiseSource, rollout
-
-KERNELS: dict[str, type[GDDIM] | type[DDIM]] = {"gddim": GDDIM, "ddim": DDIM}
+from etude.rollout import rollout
 
 
-def make_plan(kernel: str, eta: float, num_steps: int) -> SamplingPlan:
+def make_plan(kernel: str, eta: float, num_steps: int, first_step: str = "ode") -> SamplingPlan:
     """The plan of every step under one kernel; eta = 0 is the ODE. Nothing of it is trained."""
     if eta == 0:
         return SamplingPlan.ode(num_steps)
-    return SamplingPlan.sde(num_steps, make_kernel(kernel, eta), trained=False)
+    return SamplingPlan.sde(num_steps, make_kernel(kernel, eta), trained=False, first_step=first_step)
 
 
 def make_kernel(kernel: str, eta: float) -> Kernel:
     """A kernel by its name in the configuration."""
-    return KERNELS[kernel](eta=eta)
+    if kernel not in KERNELS:
+        raise unknown("kernel", kernel, KERNELS)
+    make: Callable[[float], Kernel] = KERNELS[kernel]
+    return make(eta)
 
 
 def sample_images(
@@ -40,7 +44,7 @@ def sample_images(
 
     Image i starts from the noise keyed by (seed, stream, i), whatever the plan: two plans give pairs.
     """
-    table = plan.tabulate(policy.path.grid(len(plan.steps))).to(policy.device)
+    table = plan.tabulate(policy.grid(plan.grid_size)).to(policy.device)
     trajectory = rollout(
         policy,
         table,

@@ -1,0 +1,180 @@
+"""diffusers' own ODE solvers: the compressed tail of MixGRPO-Flash, and what a tuned model is deployed with.
+
+Nothing is integrated here. A solver of diffusers is told the levels and what the network says, in the two ways that the package
+needs one:
+
+* `multistep_tail` takes a batch from the end of a window to the last level in a few steps of DPM-Solver++(2M) (arXiv 2211.01095).
+  Its history is empty at the start: what the network said before the last injection of noise belongs to another path.
+* `sample_with_solver` makes images as the plain pipeline does with another scheduler put in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etude.errors import EtudeError, unknown
+from etude.noise import NoiseSource
+from etude.paths import FlowPath, Grid, to_x0_eps
+from etude.policies.base import Conditioning, Policy
+
+Progress = Callable[[int], None]
+LARGEST_SIGMA = 1 - 1e-6
+"""Of a multistep solver on rectified flow, which takes the logarithm of a; diffusers' UniPC keeps the same distance from pure noise."""
+
+
+@dataclass(frozen=True)
+class Solver:
+    """The diffusers schedulers of one name.
+
+    Attributes:
+        vp: class for variance preserving models.
+        flow: class for rectified flow.
+        evaluations: of the network, from the number of steps.
+    """
+
+    vp: str
+    flow: str
+    evaluations: Callable[[int], int] = lambda num_steps: num_steps
+
+
+SOLVERS: dict[str, Solver] = {
+    "ddim": Solver("DDIMScheduler", "FlowMatchEulerDiscreteScheduler"),  # on rectified flow DDIM is Euler's method
+    "euler": Solver("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
+    "heun": Solver("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", lambda num_steps: 2 * num_steps - 1),
+    "dpmsolver++": Solver("DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler"),
+    "unipc": Solver("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
+}
+"""What models are deployed with, by name."""
+
+
+def multistep_tail(
+    policy: Policy,
+    tail: Grid,
+    conditioning: Conditioning,
+    x: Tensor,
+    guidance_scale: float,
+    on_step: Progress = lambda images: None,
+) -> Tensor:
+    """Takes a batch down the levels of `tail` with DPM-Solver++(2M), the first step of first order.
+
+        D       = x0_hat + (x0_hat - x0_hat') h / (2 h')        h = log(lam_t / lam_u), the last step's with '
+        x_u     = (s_u / s_t) x - a_u (exp(-h) - 1) D           lam = s / a
+
+    Also the last step of fewer than 15, or into clean data, is of first order, as diffusers has it; one of first order is the step
+    of the ODE plan.
+
+    Args:
+        tail: M + 1 levels, the first one that of `x`.
+        x: fp32 latents `[n, *latent_shape]`.
+        on_step: called with n after each of the M steps.
+
+    Returns:
+        Latents at the last level, shaped like `x`.
+    """
+    solver = _pinned(_class("DPMSolverMultistepScheduler"), tail, policy, prediction_type="sample")
+    for step in range(tail.num_steps):
+        told = tail.timesteps[step : step + 1].expand(len(x))
+        output = policy.predict(x, told, conditioning, guidance_scale)
+        x0_hat, _ = to_x0_eps(output, x, float(tail.a[step]), float(tail.s[step]), policy.prediction_type)
+        x = solver.step(x0_hat, solver.timesteps[step], x, return_dict=False)[0]
+        on_step(len(x))
+    return x
+
+
+@torch.no_grad()
+def sample_with_solver(
+    policy: Policy,
+    prompts: list[str],
+    solver: str,
+    num_steps: int,
+    guidance_scale: float = 5.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    stream: str = "evaluation",
+    on_step: Progress = lambda images: None,
+) -> Tensor:
+    """uint8 images `[len(prompts), 3, h, w]`, as the plain pipeline makes them with that scheduler.
+
+    On VP the solver picks its levels itself, as it does after `pipeline.scheduler = Scheduler.from_config(...)`. On rectified flow
+    every solver visits the levels of the model's own pipeline, whatever shift makes them, so that solvers differ in nothing else.
+
+    Args:
+        solver: a name in SOLVERS.
+        num_steps: Heun's method takes the network twice in every one but the last.
+        on_step: called with the number of images after every evaluation of the network.
+
+    Image i starts from the same noise as in `sample_images`, so that the two give pairs.
+
+    Raises:
+        EtudeError: for an unknown solver, or a number of steps that it cannot take.
+    """
+    if solver not in SOLVERS:
+        raise unknown("solver", solver, SOLVERS)
+    policy.grid(num_steps)  # refuses a number of steps with this project's own words
+    conditioning, noise = policy.encode(prompts), NoiseSource(seed, stream)
+    latents = []
+    for start in range(0, len(prompts), batch_size):
+        samples = list(range(start, min(start + batch_size, len(prompts))))
+        scheduler = _scheduler(policy, solver, num_steps)
+        told = conditioning.take(slice(start, start + len(samples)))
+        x = noise.initial(samples, policy.latent_shape).to(policy.device) * getattr(scheduler, "init_noise_sigma", 1.0)
+        scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
+        for timestep in scheduler.timesteps.to(policy.device):
+            output = policy.predict(scale(x, timestep), timestep.expand(len(x)), told, guidance_scale)
+            x = scheduler.step(output, timestep, x, return_dict=False)[0]
+            on_step(len(x))
+        latents.append(x)
+    return policy.decode(torch.cat(latents))
+
+
+def _scheduler(policy: Policy, solver: str, num_steps: int) -> Any:
+    """A fresh scheduler of that name, ready for the first step."""
+    if isinstance(policy.path, FlowPath):
+        grid = policy.grid(num_steps)
+        if solver == "heun":
+            return _pinned_heun(grid)
+        return _pinned(_class(SOLVERS[solver].flow), grid, policy, prediction_type="flow_prediction")
+    options = {"algorithm_type": "dpmsolver++"} if solver == "dpmsolver++" else {}
+    scheduler = _class(SOLVERS[solver].vp).from_config(policy.scheduler_config, **options)
+    try:
+        scheduler.set_timesteps(num_steps)
+    except (ValueError, IndexError) as error:
+        raise EtudeError(f"the {solver} solver refuses {num_steps} steps ({error}): take another number.") from error
+    return scheduler
+
+
+def _class(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)
+
+
+def _pinned(kind: Any, grid: Grid, policy: Policy, prediction_type: str) -> Any:
+    """A scheduler on the grid's very levels with an empty history; its `set_timesteps` would choose others."""
+    flow = isinstance(policy.path, FlowPath)
+    if kind.__name__ == "FlowMatchEulerDiscreteScheduler":
+        scheduler, sigmas = kind(), grid.s
+    else:
+        end = "zero" if grid.s[-1] == 0 else "sigma_min"
+        scheduler = kind(prediction_type=prediction_type, use_flow_sigmas=flow, final_sigmas_type=end)
+        sigmas = grid.s.clamp(max=LARGEST_SIGMA) if flow else grid.s / grid.a
+    scheduler.sigmas, scheduler.timesteps = sigmas.float(), grid.timesteps
+    scheduler.num_inference_steps = grid.num_steps
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _pinned_heun(grid: Grid) -> Any:
+    """The same for Heun's method, which lists every inner level twice."""
+    scheduler = _class("FlowMatchHeunDiscreteScheduler")()
+    scheduler.set_timesteps(grid.num_steps)  # makes its state empty
+    sigmas, timesteps = grid.s.float(), grid.timesteps
+    scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+    scheduler.timesteps = torch.cat([timesteps[:1], timesteps[1:].repeat_interleave(2)])
+    scheduler.set_begin_index(0)
+    return scheduler
