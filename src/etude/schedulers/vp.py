@@ -1,11 +1,4 @@
-"""Kernels as drop-in diffusers schedulers.
-
-    pipe.scheduler = GDDIMScheduler.from_config(pipe.scheduler.config, eta=1.2)
-
-**eta lives in the config, and `step` has no eta argument.** The Stable Diffusion pipelines look at the signature of
-`scheduler.step` and, where it has an `eta`, pass their own, whose default is 0: a scheduler that took eta there would
-silently sample the ODE. In the config it is also saved with the pipeline and loads with it.
-"""
+"""gDDIM as a diffusers scheduler for variance preserving models."""
 
 from __future__ import annotations
 
@@ -18,16 +11,16 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from etude.errors import EtudeError
 from etude.kernels import GDDIM
-from etude.paths import VPPath, per_sample, scheduler_defaults, to_x0_eps
+from etude.paths import VPPath, is_flow_config, per_sample, scheduler_defaults
 from etude.plans import SamplingPlan, StepTable
+from etude.schedulers.kernel_step import Generators, KernelStep
 
 
-class GDDIMScheduler(SchedulerMixin, ConfigMixin):
+class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
     """gDDIM (arXiv 2206.05564) at any eta >= 0 for variance preserving models; drop-in for `DDIMScheduler`.
 
         x_u = a_u x0_hat + s_u rho eps_hat + s_u sqrt(1 - rho^2) z,      rho = (lam_u / lam_t)^(eta^2),  lam = s / a
@@ -105,11 +98,6 @@ class GDDIMScheduler(SchedulerMixin, ConfigMixin):
         """The path of the current config; pipelines may amend a scheduler's config after it was built."""
         return VPPath.from_config(dict(self.config))
 
-    @property
-    def eta(self) -> float:
-        """The config's noise level."""
-        return float(self.config.eta)
-
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
@@ -137,7 +125,7 @@ class GDDIMScheduler(SchedulerMixin, ConfigMixin):
         model_output: Tensor,
         timestep: Tensor | int,
         sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
@@ -159,19 +147,10 @@ class GDDIMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             EtudeError: before `set_timesteps`, at a timestep that is not in the grid, with both kinds of noise.
         """
-        if generator is not None and variance_noise is not None:
-            raise EtudeError("both a generator and variance_noise were given: give one of the two.")
-        table, index = self._locate(timestep, sample.device)
-        x0_hat, eps_hat = to_x0_eps(model_output, sample, table.a[index], table.s[index], self.config.prediction_type)
-        x0_hat = self._limit(x0_hat)
-        transition = table.transition(index, x0_hat, eps_hat)
-        previous = transition.mean
-        if self.eta > 0:
-            if variance_noise is None:
-                variance_noise = randn_tensor(
-                    sample.shape, generator=generator, device=sample.device, dtype=torch.float32
-                )
-            previous = transition.sample(variance_noise)
+        index = self._locate(timestep, self._table_on(sample.device))
+        previous, x0_hat = self._move(
+            index, self.config.prediction_type, model_output, sample, generator, variance_noise
+        )
         previous, x0_hat = previous.to(sample.dtype), x0_hat.to(sample.dtype)
         return DDIMSchedulerOutput(previous, x0_hat) if return_dict else (previous, x0_hat)
 
@@ -190,25 +169,21 @@ class GDDIMScheduler(SchedulerMixin, ConfigMixin):
         alpha = self.alphas_cumprod[timesteps.to(like.device)]
         return per_sample(alpha.sqrt(), like), per_sample((1 - alpha).sqrt(), like)
 
-    def _locate(self, timestep: Tensor | int, device: torch.device) -> tuple[StepTable, int | Tensor]:
-        """The table on the latents' device, and the timestep's index in it."""
-        if self._table is None:
-            raise EtudeError("the scheduler has no timesteps yet: call set_timesteps before step.")
-        if self._table.a.device != device:
-            self._table = self._table.to(device)
+    def _locate(self, timestep: Tensor | int, table: StepTable) -> int | Tensor:
+        """The timestep's index in the table."""
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
             self._index_on_device = self._index_on_device.to(timestep.device)
             # As [1] rather than a scalar: indexing with a scalar tensor reads its value back from the device.
-            return self._table, self._index_on_device[timestep.long().reshape(-1)]
+            return self._index_on_device[timestep.long().reshape(-1)]
         wanted = torch.as_tensor(timestep).long()
         known = (wanted >= 0) & (wanted < len(self._index_of))
         index = self._index_of[wanted.clamp(0, len(self._index_of) - 1)]
-        if not bool((known & (index < self._table.num_steps)).all()):
+        if not bool((known & (index < table.num_steps)).all()):
             raise EtudeError(
                 f"timestep {wanted.tolist()} is not among the {self.num_inference_steps} of this run: pass the values "
                 "of scheduler.timesteps."
             )
-        return self._table, int(index) if index.ndim == 0 else index
+        return int(index) if index.ndim == 0 else index
 
     def _limit(self, x0_hat: Tensor) -> Tensor:
         """Dynamic thresholding or clipping of x0_hat, where the config asks for one."""
@@ -230,7 +205,7 @@ def _effective(config: Mapping[str, Any], wanted: Any) -> dict[str, Any]:
     """
     given = {key: value for key, value in config.items() if key != "_use_default_values"}
     name = config.get("_class_name")
-    if not (isinstance(name, str) and hasattr(diffusers, name)):
+    if not is_flow_config(config) and not (isinstance(name, str) and hasattr(diffusers, name)):
         return given
     defaults = scheduler_defaults(config)
     return {**{key: value for key, value in defaults.items() if key in wanted}, **given}
