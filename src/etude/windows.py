@@ -39,7 +39,7 @@ class WindowSchedule:
         roll_back: after the last place, begin again; False: stay there.
         seed: of the random strategy.
         decay_rate: k, per step, at least 0.
-        decay_threshold: l0, the left edge from which on the dwell shrinks; None: half of `num_steps`.
+        decay_threshold: l0, the left edge from which on the dwell shrinks; the default is meant for 25 steps.
 
     Raises:
         EtudeError: for an unknown strategy, a window that does not fit, or numbers that make no schedule.
@@ -54,7 +54,7 @@ class WindowSchedule:
     roll_back: bool = True
     seed: int = 0
     decay_rate: float = 0.1
-    decay_threshold: int | None = None
+    decay_threshold: int = 13
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -88,8 +88,8 @@ class WindowSchedule:
         """For how many iterations a progressive or decaying window stays at a left edge: at least 1."""
         if self.strategy != "decay":
             return self.iters_per_shift
-        threshold = self.num_steps / 2 if self.decay_threshold is None else self.decay_threshold
-        return max(1, round(self.iters_per_shift * math.exp(-self.decay_rate * max(0.0, place - threshold))))
+        beyond = max(0, place - self.decay_threshold)
+        return max(1, round(self.iters_per_shift * math.exp(-self.decay_rate * beyond)))
 
     def start_at(self, iteration: int) -> int:
         """The left edge in an iteration; the first one is iteration 1.
