@@ -90,13 +90,19 @@ def load_latest(root: Path) -> Checkpoint | None:
     return None
 
 
-def prune(root: Path, keep: int) -> None:
-    """Removes all but the newest `keep` whole checkpoints, and damaged ones older than the newest whole one."""
-    kept = 0
+def prune(root: Path, keep: int, sound: set[int] | None = None) -> None:
+    """Removes all but the newest `keep` whole checkpoints, and damaged ones older than the newest whole one.
+
+    Args:
+        sound: iterations whose checkpoints are known to be whole (just written, or loaded) and are not read again; those
+            that prove to be are added.
+    """
+    known, kept = set() if sound is None else sound, 0
     for iteration, path in _numbered(root):
         if kept >= keep:
             _remove_directory(path)
-        elif _is_whole(iteration, path):
+        elif iteration in known or _is_whole(iteration, path):
+            known.add(iteration)
             kept += 1
         elif kept:
             _remove_directory(path)

@@ -54,7 +54,7 @@ class WindowConfig(Section):
     stride: int = Field(1, ge=1, description="Steps that the window moves at a time. The paper's default.")
     roll_back: bool = Field(
         True,
-        description="From its last place the window goes back to the first; otherwise it stays there. The default of the published code.",
+        description="From its last place the window goes back to the first; otherwise it stays there, and trains no other steps any more.",
     )
     start: int | None = Field(
         None, ge=0, description="First step that the window can hold; null is the first step that is stochastic at all."
@@ -67,11 +67,13 @@ class WindowConfig(Section):
     decay_rate: float = Field(
         0.1,
         ge=0,
-        description="decay: at place l the window stays iters_per_shift * exp(-decay_rate * max(0, l - decay_threshold)) "
-        "iterations. The paper's default.",
+        description="decay: with its first step at l the window stays iters_per_shift * exp(-decay_rate * max(0, l - decay_threshold)) "
+        "iterations.",
     )
     decay_threshold: int = Field(
-        13, ge=0, description="decay: the place from which on the window stays ever shorter. The paper's default."
+        13,
+        ge=0,
+        description="decay: the step from which on the window stays ever shorter; the default is meant for 25 steps.",
     )
     compression: float | None = Field(
         None,
@@ -80,6 +82,14 @@ class WindowConfig(Section):
         description="MixGRPO-Flash: the steps after the window become this share of them, taken by second-order DPM-Solver++ (the paper's is 0.4). "
         "null: plain MixGRPO.",
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WindowConfig:
+        if self.stride > self.size:
+            raise ValueError(
+                f"a window of size {self.size} that moves by stride = {self.stride} would pass over steps; use at most {self.size}"
+            )
+        return self
 
 
 class SamplingConfig(Section):
@@ -459,10 +469,22 @@ def describe_fields(model: type[BaseModel] = TrainConfig, prefix: str = "") -> I
             yield from describe_fields(section, f"{prefix}{name}.")
 
 
+def difference(old: TrainConfig, new: TrainConfig) -> tuple[str, Any, Any] | None:
+    """The first setting that differs, as (dotted key, old value, new value); None if the two are one configuration."""
+    for (key, before), (_, after) in zip(leaves(old.model_dump()), leaves(new.model_dump()), strict=True):
+        if before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
+            inner = next(name for name in before if before[name] != after[name])
+            return f"{key}.{inner}", before[inner], after[inner]
+        return key, before, after
+    return None
+
+
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value); the weights of the rewards are one value, since their names differ between runs."""
+    """(dotted key, value), the same keys for every configuration: the rewards and the window, which differ in theirs, are one value each."""
     for key, value in tree.items():
-        if isinstance(value, dict) and key != "rewards":
+        if isinstance(value, dict) and key not in {"rewards", "window"}:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -10,7 +10,7 @@ its interval is that of a mean of differences, clustered by prompt (images of on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ import numpy as np
 from torch import Tensor
 
 from etude.errors import EtudeError
+from etude.noise import NoiseSource
+from etude.plans import SamplingPlan
 from etude.policies import Policy, load_policy
 from etude.prompts import load_prompts
 from etude.rewards import WeightedRewards
-from etude.sampling import make_plan, sample_images
+from etude.rollout import rollout
+from etude.sampling import make_kernel
 from etude.statistics import mean_summary, paired_summary
 
 Scores = dict[str, np.ndarray]
@@ -43,6 +46,7 @@ class Protocol:
         num_images: images per sampler.
         kernel: of the stochastic samplers.
         seed: keys the noise, the same in every measurement of a run.
+        first_step: what becomes of a stochastic sampler's step out of pure noise: "ode" or "sde" (see `SamplingPlan`).
     """
 
     prompts: list[str]
@@ -52,6 +56,7 @@ class Protocol:
     kernel: str = "gddim"
     seed: int = 0
     batch_size: int = 32
+    first_step: str = "ode"
 
     @property
     def captions(self) -> list[str]:
@@ -63,16 +68,35 @@ class Protocol:
         """Which prompt each image shows: images of one prompt are one cluster of the bootstrap."""
         return [i % len(self.prompts) for i in range(self.num_images)]
 
-    def images(self, policy: Policy, eta: float, num_steps: int, on_step: Progress = _silent) -> Tensor:
-        """uint8 `[num_images, 3, h, w]` under the sampler of that eta (0: the ODE)."""
-        plan = make_plan(self.kernel, eta, num_steps)
-        return sample_images(
-            policy, self.captions, plan, self.guidance_scale, self.seed, self.batch_size, on_step=on_step
-        )
+    def plan(self, eta: float, num_steps: int) -> SamplingPlan:
+        """Every step under the kernel at that eta; 0 is the ODE."""
+        if eta == 0:
+            return SamplingPlan.ode(num_steps)
+        return SamplingPlan.sde(num_steps, make_kernel(self.kernel, eta), trained=False, first_step=self.first_step)
 
-    def scores(self, images: Tensor) -> Scores:
+    def images(
+        self,
+        policy: Policy,
+        eta: float,
+        num_steps: int,
+        on_step: Progress = _silent,
+        samples: Sequence[int] | None = None,
+    ) -> Tensor:
+        """uint8 `[n, 3, h, w]` under the sampler of that eta (0: the ODE): all images, or those with the indices `samples`."""
+        chosen = list(range(self.num_images) if samples is None else samples)
+        table = self.plan(eta, num_steps).tabulate(policy.grid(num_steps)).to(policy.device)
+        noise, captions = NoiseSource(self.seed, "evaluation"), self.captions
+        conditioning = policy.encode([captions[i] for i in chosen])
+        trajectory = rollout(
+            policy, table, conditioning, noise, chosen, self.guidance_scale, self.batch_size, on_step=on_step
+        )
+        return policy.decode(trajectory.latents)
+
+    def scores(self, images: Tensor, samples: Sequence[int] | None = None) -> Scores:
         """Every reward of every image."""
-        return {name: values.double().numpy() for name, values in self.score(images, self.captions).items()}
+        captions = self.captions
+        shown = captions if samples is None else [captions[i] for i in samples]
+        return {name: values.double().numpy() for name, values in self.score(images, shown).items()}
 
 
 def summarise(ode: Scores, sde: Scores, base: Scores | None, clusters: list[int]) -> dict[str, Any]:
@@ -117,6 +141,8 @@ def reward_gap(
     kernel: str = "gddim",
     seed: int = 0,
     batch_size: int = 32,
+    resolution: int | None = None,
+    first_step: str = "ode",
     on_start: Callable[[int], None] = _silent,
     on_step: Progress = _silent,
 ) -> GapReport:
@@ -131,6 +157,9 @@ def reward_gap(
         prompts: built-in set, text file, or a list of prompts.
         num_images: images per sampler, spread evenly over the prompts.
         guidance_scale: the same under every sampler.
+        kernel: of the stochastic samplers; `etas` are in its own unit.
+        resolution: side of the images in pixels; default: the pipeline's own. Not for a policy already loaded, which has one.
+        first_step: "ode", or "sde" to let a flow model's step out of pure noise redraw all of the noise.
         on_start: told the number of image-steps to come; `on_step` is then told as they are done.
 
     Raises:
@@ -140,12 +169,12 @@ def reward_gap(
     texts = load_prompts(prompts) if isinstance(prompts, str) else list(dict.fromkeys(prompts))
     if num_images < 2:
         raise EtudeError(f"num_images = {num_images}: an interval needs at least 2 images.")
-    policy = model if isinstance(model, Policy) else load_policy(model, lora)
+    policy = model if isinstance(model, Policy) else load_policy(model, lora, resolution=resolution)
     score = WeightedRewards(dict.fromkeys(rewards, 1.0))
-    protocol = Protocol(texts[:num_images], score, num_images, guidance_scale, kernel, seed, batch_size)
+    protocol = Protocol(texts[:num_images], score, num_images, guidance_scale, kernel, seed, batch_size, first_step)
     for count in steps:
         for eta in etas:
-            make_plan(kernel, eta, count).tabulate(policy.path.grid(count))
+            protocol.plan(eta, count).tabulate(policy.grid(count))
     samplers = 1 + (lora is not None) + len(etas)
     on_start(num_images * samplers * sum(steps))
     rows = []
@@ -167,6 +196,8 @@ def reward_gap(
         "model": str(model) if not isinstance(model, Policy) else type(model).__name__,
         "lora": str(lora) if lora is not None else None,
         "kernel": kernel,
+        "first_step": first_step,
+        "resolution": resolution,
         "guidance_scale": guidance_scale,
         "num_images": num_images,
         "prompts": texts[:num_images],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -80,16 +80,49 @@ def gaussian_kl(
         `[n]`.
 
     Raises:
-        EtudeError: the shapes differ, or a std is not positive (a deterministic step has no KL).
+        EtudeError: the shapes differ, or a std is not positive (a deterministic step has no KL). On a GPU the stds are not
+            looked at, since that would wait for the device: there a std of 0 gives infinity or NaN.
     """
     _same_shape(mean=mean, reference_mean=reference_mean)
-    if not bool((std > 0).all()):
+    if std.device.type == "cpu" and not bool((std > 0).all()):
         raise EtudeError("std is 0 or negative, and a deterministic step has no KL: pass only the stochastic steps.")
     if std.ndim == 1:
         std = std.reshape(-1, *[1] * (mean.ndim - 1))
     nats = ((mean - reference_mean) / std).square() / 2
     flat = nats.flatten(1)
     return flat.mean(dim=1) if reduction == "mean" else flat.sum(dim=1)
+
+
+@dataclass
+class UpdateStatistics:
+    """What the optimiser steps of one iteration saw. Everything stays on the device until the iteration's row is made.
+
+    Attributes:
+        loss: one scalar per optimiser step.
+        policy: the policy loss of each micro-batch.
+        reference_kl: `[m]` per micro-batch, where there is a KL.
+        grad_norm: one scalar per optimiser step, before clipping.
+    """
+
+    loss: list[Tensor] = field(default_factory=list)
+    policy: list[PolicyLoss] = field(default_factory=list)
+    reference_kl: list[Tensor] = field(default_factory=list)
+    grad_norm: list[Tensor] = field(default_factory=list)
+
+    def row(self) -> dict[str, float]:
+        """The means over the iteration, as logged; the device is read once."""
+        ratio = torch.cat([part.ratio for part in self.policy])
+        values = {
+            "loss": torch.stack(self.loss).mean(),
+            "ratio_mean": ratio.mean(),
+            "ratio_max_deviation": (ratio - 1).abs().max(),
+            "clipfrac": torch.cat([part.clipped for part in self.policy]).float().mean(),
+            "approx_kl": torch.stack([part.approx_kl for part in self.policy]).mean(),
+            "grad_norm": torch.stack(self.grad_norm).mean(),
+        }
+        if self.reference_kl:
+            values["reference_kl"] = torch.cat(self.reference_kl).mean()
+        return dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
 
 
 def _clip(advantages: Tensor, limit: float, like: Tensor) -> Tensor:

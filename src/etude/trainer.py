@@ -8,71 +8,41 @@ of one that never stopped.
 from __future__ import annotations
 
 import json
-import os
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor
 
 from etude import artifacts
 from etude.advantages import PromptStatistics, combine, group_advantages, zero_std_ratio
+from etude.batches import draw_pairs, draw_prompts, noise_keys
 from etude.checkpoint import (
     append_line,
     atomic_write_text,
-    load_latest,
     load_optimizer_tensors,
     optimizer_tensors,
-    prune,
-    save_checkpoint,
     truncate_metrics,
 )
-from etude.config import TrainConfig, leaves
+from etude.config import TrainConfig
 from etude.display import Display, SilentDisplay
 from etude.errors import EtudeError
-from etude.gap import Protocol, summarise
-from etude.noise import keyed_generator
-from etude.objectives import PolicyLoss, gaussian_kl, ppo_loss, reinforce_loss
-from etude.plans import SamplingPlan
+from etude.evaluation import Evaluation
+from etude.noise import NoiseSource, keyed_generator
+from etude.objectives import PolicyLoss, UpdateStatistics, gaussian_kl, ppo_loss, reinforce_loss
 from etude.policies import Conditioning, Policy, load_policy
 from etude.policies.base import assign, swapped
+from etude.processes import gather, make_accelerator, share
 from etude.prompts import load_prompts
 from etude.rewards import WeightedRewards
-from etude.rollout import NoiseSource, Trajectory, replay, rollout
-from etude.sampling import make_kernel
-
-
-@dataclass
-class UpdateStatistics:
-    """What the optimiser steps of one iteration saw, one entry per micro-batch or per step."""
-
-    loss: list[float] = field(default_factory=list)
-    ratio: list[Tensor] = field(default_factory=list)
-    clipped: list[Tensor] = field(default_factory=list)
-    approx_kl: list[Tensor] = field(default_factory=list)
-    reference_kl: list[Tensor] = field(default_factory=list)
-    grad_norm: list[float] = field(default_factory=list)
-
-    def row(self) -> dict[str, float]:
-        ratio = torch.cat(self.ratio)
-        row = {
-            "loss": float(np.mean(self.loss)),
-            "ratio_mean": ratio.mean().item(),
-            "ratio_max_deviation": (ratio - 1).abs().max().item(),
-            "clipfrac": torch.cat(self.clipped).float().mean().item(),
-            "approx_kl": torch.stack(self.approx_kl).mean().item(),
-            "grad_norm": float(np.mean(self.grad_norm)),
-        }
-        if self.reference_kl:
-            row["reference_kl"] = torch.cat(self.reference_kl).mean().item()
-        return row
+from etude.rollout import Trajectory, replay, rollout
+from etude.run_directory import Checkpoints, check_directory, clear_half_written
+from etude.training_plans import TrainingPlans
 
 
 class Trainer:
@@ -99,29 +69,35 @@ class Trainer:
     ) -> None:
         self.config, self.out, self.resume = config, Path(out), resume
         self.display: Display = display or SilentDisplay()
-        _check_directory(self.out, resume)
+        check_directory(self.out, resume)
         self.rewards = WeightedRewards(config.rewards, held_out=config.evaluation.held_out_rewards)
         self.train_prompts = load_prompts(config.prompts.train)
-        eval_prompts = load_prompts(config.prompts.evaluation)[: config.evaluation.num_images]
-        # Explicit, so that no environment variable of a launcher scales the loss or changes the precision.
-        self.accelerator = Accelerator(
-            log_with=list(config.trackers) or None,
-            project_dir=self.out,
-            mixed_precision="no",
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        self.accelerator = make_accelerator(config, self.out)
+        self.policy = policy or load_policy(
+            config.model, dtype=config.dtype, device=self.accelerator.device, resolution=config.resolution
         )
-        if config.rollout.images_per_iteration % self.accelerator.num_processes:
-            raise EtudeError(
-                f"rollout.images_per_iteration = {config.rollout.images_per_iteration} is not a multiple of "
-                f"the {self.accelerator.num_processes} processes."
-            )
-        self.policy = policy or load_policy(config.model, dtype=config.dtype, device=self.accelerator.device)
+        self.plans = TrainingPlans(
+            config.sampling, self.policy.grid(config.sampling.num_steps), config.seed, self.policy.device
+        )
+        self.table = self.plans.table_at(1)
+        self.evaluation = Evaluation(config, self.policy, self.rewards, self.accelerator, self.out)
+        self._prepare_training()
+        self.prompt_statistics = {
+            name: PromptStatistics(config.advantage.buffer_size, config.advantage.min_count) for name in config.rewards
+        }
+        self.iteration = 0
+        self.seconds: dict[str, float] = {}
+        self.checkpoints = Checkpoints(self.out, config)
+        self.touched = True  # whether weights or statistics have changed since the last finished iteration
+
+    def _prepare_training(self) -> None:
+        """What is trained, its optimiser and its average."""
+        config, optimizer = self.config, self.config.optimizer
         if config.lora.rank:
             self.policy.add_lora(config.lora, config.seed)
         else:
-            self.policy.train_everything()
+            self.policy.train_everything(keep_reference=config.objective.kl_coef > 0)
         self.parameters = self.policy.trainable()
-        optimizer = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=optimizer.learning_rate,
@@ -131,29 +107,6 @@ class Trainer:
         )
         self.policy.network, self.prepared = self.accelerator.prepare(self.policy.network, self.optimizer)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema.decay else None
-        self.prompt_statistics = {
-            name: PromptStatistics(config.advantage.buffer_size, config.advantage.min_count) for name in config.rewards
-        }
-        sampling = config.sampling
-        plan = SamplingPlan.sde(sampling.num_steps, make_kernel(sampling.kernel, sampling.eta))
-        self.table = plan.tabulate(self.policy.path.grid(sampling.num_steps)).to(self.policy.device)
-        if not any(self.table.trained):
-            raise EtudeError(
-                f"sampling.num_steps = {sampling.num_steps} leaves no stochastic step to train; use at least 2."
-            )
-        self.protocol = Protocol(
-            eval_prompts,
-            self.rewards.evaluate,
-            config.evaluation.num_images,
-            sampling.guidance_scale,
-            sampling.kernel,
-            config.seed,
-            config.rollout.batch_size,
-        )
-        self.iteration = 0
-        self.base_scores: dict[str, list[float]] | None = None
-        self.last_evaluation: dict[str, Any] = {}
-        self.seconds: dict[str, float] = {}
 
     @property
     def clip_range(self) -> float:
@@ -170,11 +123,12 @@ class Trainer:
         self.out.mkdir(parents=True, exist_ok=True)
         self._restore()
         if self.accelerator.is_main_process:
+            clear_half_written(self.out)
             atomic_write_text(self.out / "config.yaml", self.config.to_yaml())
         if self.config.trackers:
             self.accelerator.init_trackers("etude", config={"config": self.config.to_yaml()})
-        with self.display:
-            if self.base_scores is None:
+        with self.display, self._failures_explained():
+            if self.evaluation.base_scores is None:
                 self._finish_iteration({"iteration": 0})
             while self.iteration < self.config.iterations:
                 self.iteration += 1
@@ -184,14 +138,28 @@ class Trainer:
         self.accelerator.end_training()
         return summary
 
+    @contextmanager
+    def _failures_explained(self) -> Iterator[None]:
+        """A failure says which checkpoint is left; if it left the weights alone, what they are is saved first."""
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            done = self.iteration - 1
+            if not self.touched and done not in self.checkpoints.sound and self.accelerator.is_main_process:
+                self._save(done)
+            if not isinstance(error, EtudeError):
+                raise
+            raise EtudeError(f"{str(error).rstrip('.')} ({self.checkpoints.remaining()}).") from error
+
     def _iterate(self) -> dict[str, Any]:
         """One rollout and its updates; returns the row of metrics."""
         config, objective = self.config, self.config.objective
-        self.seconds = {}
-        captions, groups = self._draw_prompts()
-        samples = self._local_samples()
+        self.seconds, self.touched = {}, False
+        self.table = self.plans.table_at(self.iteration)
+        captions, groups = draw_prompts(self.train_prompts, config.rollout, config.seed, self.iteration)
+        samples = share(len(captions), self.accelerator.num_processes, self.accelerator.process_index)
         local_captions = [captions[i] for i in samples]
-        with self._phase("rollout", len(samples) * config.sampling.num_steps):
+        with self._phase("rollout", len(samples) * self.table.num_evaluations):
             conditioning = self.policy.encode(local_captions)
             trajectory = rollout(
                 self.policy,
@@ -204,43 +172,24 @@ class Trainer:
                 objective.logprob_reduction,
                 with_reference=objective.kl_coef > 0,
                 on_step=self.display.advance,
+                noise_samples=noise_keys(samples, config.rollout),
             )
             images = self.policy.decode(trajectory.latents)
         with self._phase("rewards"):
             local_scores = self.rewards(images, local_captions)
-            scores = {name: self._gather(values) for name, values in local_scores.items()}
+            scores = {name: gather(self.accelerator, values, len(captions)) for name, values in local_scores.items()}
+            self.touched = True
             advantages = self._advantages(scores, captions, groups)[samples]
         with self._phase("update", len(samples) * len(trajectory.steps) * objective.num_inner_epochs):
             statistics = self._update(trajectory, conditioning, advantages)
-        alone = config.rollout.images_per_prompt == 1
+        alone, window = config.rollout.images_per_prompt == 1, self.plans.window_at(self.iteration)
         return {
             "iteration": self.iteration,
+            **({} if window is None else {"window": window}),
             "reward": {n: {"mean": v.mean().item(), "std": v.std(correction=0).item()} for n, v in scores.items()},
             **({} if alone else {"zero_std_ratio": zero_std_ratio(self.rewards.combine(scores), groups)}),
-            **statistics.row(),
+            **statistics,
         }
-
-    def _draw_prompts(self) -> tuple[list[str], Tensor]:
-        """The prompt of each sample of this iteration, and which group each belongs to."""
-        rollout_config = self.config.rollout
-        count = rollout_config.images_per_iteration // rollout_config.images_per_prompt
-        generator = keyed_generator(self.config.seed, "prompts", self.iteration)
-        chosen: list[int] = []
-        while len(chosen) < count:
-            chosen += generator.permutation(len(self.train_prompts)).tolist()
-        groups = torch.arange(count).repeat_interleave(rollout_config.images_per_prompt)
-        return [self.train_prompts[chosen[g]] for g in groups.tolist()], groups
-
-    def _local_samples(self) -> list[int]:
-        """Global indices of the samples that this process makes: a contiguous, equal share."""
-        share = self.config.rollout.images_per_iteration // self.accelerator.num_processes
-        start = self.accelerator.process_index * share
-        return list(range(start, start + share))
-
-    def _gather(self, values: Tensor) -> Tensor:
-        """All processes' values in the order of the global sample index, on the CPU."""
-        gathered: Tensor = self.accelerator.gather(values.to(self.accelerator.device))
-        return gathered.cpu()
 
     def _advantages(self, scores: dict[str, Tensor], captions: list[str], groups: Tensor) -> Tensor:
         """Each reward normalised on its own, then the weighted sum: `[n]` over all processes' samples."""
@@ -255,35 +204,29 @@ class Trainer:
             }
         return combine(normalised, self.config.rewards).float()
 
-    def _update(self, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor) -> UpdateStatistics:
-        """The optimiser steps of one iteration."""
+    def _update(self, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor) -> dict[str, float]:
+        """The optimiser steps of one iteration; returns what is logged about them."""
         objective, statistics = self.config.objective, UpdateStatistics()
         advantages = advantages.to(self.policy.device)
         generator = keyed_generator(self.config.seed, "update", self.iteration)
         for _ in range(objective.num_inner_epochs):
             order = torch.from_numpy(generator.permutation(len(advantages)))
             for chunk in order.tensor_split(min(objective.updates_per_epoch, len(order))):
-                rows, columns = self._pairs(chunk, len(trajectory.steps), generator)
+                pairs = draw_pairs(chunk, len(trajectory.steps), objective.timestep_fraction, generator)
+                rows, columns = (indices.to(self.policy.device) for indices in pairs)
                 self._accumulate(trajectory, conditioning, advantages, rows, columns, statistics)
                 norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
-                statistics.grad_norm.append(float(norm))
-                if not np.isfinite(statistics.grad_norm[-1]):
-                    raise EtudeError(
-                        f"training diverged in iteration {self.iteration}: the gradient norm is {float(norm)}; "
-                        f"the last good checkpoint is in '{self.out / 'checkpoints'}'. Lower optimizer.learning_rate or the clip range."
-                    )
+                statistics.grad_norm.append(torch.as_tensor(norm).detach())
                 self.prepared.step()
                 self.prepared.zero_grad()
                 self._update_ema()
-        return statistics
-
-    def _pairs(self, samples: Tensor, num_steps: int, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """(sample, trained step) pairs of one optimiser step, step by step: int64 `[m]` each."""
-        kept = max(1, round(self.config.objective.timestep_fraction * num_steps))
-        drawn = torch.from_numpy(generator.random((len(samples), num_steps)))
-        columns = drawn.argsort(dim=1)[:, :kept].sort(dim=1).values
-        rows = samples[:, None].expand_as(columns)
-        return rows.T.flatten().to(self.policy.device), columns.T.flatten().to(self.policy.device)
+        row = statistics.row()
+        if not math.isfinite(row["grad_norm"]):  # asked once an iteration: asking waits for the device
+            raise EtudeError(
+                f"training diverged in iteration {self.iteration}: the gradient norm is {row['grad_norm']}; "
+                "lower optimizer.learning_rate or the clip range and start another run."
+            )
+        return row
 
     def _accumulate(
         self,
@@ -295,7 +238,7 @@ class Trainer:
         statistics: UpdateStatistics,
     ) -> None:
         """Gradients of the mean loss over the pairs, micro-batch by micro-batch."""
-        size, total = self.config.objective.batch_size, 0.0
+        size, total = self.config.objective.batch_size, torch.zeros((), device=self.policy.device)
         starts = range(0, len(rows), size)
         for start in starts:
             row, column = rows[start : start + size], columns[start : start + size]
@@ -305,10 +248,8 @@ class Trainer:
                 loss = result.loss if kl is None else result.loss + self.config.objective.kl_coef * kl.mean()
                 weighted = loss * (len(row) / len(rows))
                 self.accelerator.backward(weighted)
-            total += weighted.item()
-            statistics.ratio.append(result.ratio)
-            statistics.clipped.append(result.clipped)
-            statistics.approx_kl.append(result.approx_kl)
+            total += weighted.detach()
+            statistics.policy.append(replace(result, loss=result.loss.detach()))
             if kl is not None:
                 statistics.reference_kl.append(kl.detach())
             self.display.advance(len(row))
@@ -350,34 +291,18 @@ class Trainer:
         config = self.config
         last = self.iteration == config.iterations
         if self.iteration % config.evaluation.every == 0 or last:
-            row["evaluation"] = self._evaluate(last)
+            grids = "after" if last else "before" if self.iteration == 0 else None
+            with self._phase("evaluation", self.evaluation.work), swapped(self.parameters, self.ema):
+                row["evaluation"] = self.evaluation.measure(self.display.advance, grids)
         row["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
         row["memory_mb"] = artifacts.peak_memory_mb()
         if self.accelerator.is_main_process:
             append_line(self.out / "metrics.jsonl", json.dumps(row))
             if self.iteration % config.checkpoint.every == 0 or last:
-                self._save()
+                self._save(self.iteration)
         if config.trackers:
             self.accelerator.log(artifacts.flatten(row), step=self.iteration)
         self.display.iteration(row)
-
-    def _evaluate(self, last: bool) -> dict[str, Any]:
-        """ODE and SDE rewards of the current weights from the same noise, with the base model's ODE as the reference."""
-        eta, num_steps = self.config.sampling.eta, self.config.sampling.num_steps
-        with self._phase("evaluation", 2 * self.protocol.num_images * num_steps), swapped(self.parameters, self.ema):
-            ode_images = self.protocol.images(self.policy, 0.0, num_steps, self.display.advance)
-            sde_images = self.protocol.images(self.policy, eta, num_steps, self.display.advance)
-            ode, sde = self.protocol.scores(ode_images), self.protocol.scores(sde_images)
-        if self.base_scores is None:
-            self.base_scores = {name: values.tolist() for name, values in ode.items()}
-        base = {name: np.array(values) for name, values in self.base_scores.items()}
-        self.last_evaluation = {"eta": eta, "num_steps": num_steps, **summarise(ode, sde, base, self.protocol.clusters)}
-        if self.accelerator.is_main_process and (last or self.iteration == 0):
-            when, count = ("after" if last else "before"), self.config.evaluation.grid_images
-            artifacts.write_grids(
-                self.out, when, ode_images[:count], sde_images[:count], self.protocol.captions[:count]
-            )
-        return self.last_evaluation
 
     @contextmanager
     def _phase(self, name: str, total: int | None = None) -> Iterator[None]:
@@ -386,53 +311,36 @@ class Trainer:
         yield
         self.seconds[name] = time.perf_counter() - start
 
-    def _save(self) -> None:
+    def _save(self, iteration: int) -> None:
         tensors = {f"weights/{name}": p.detach() for name, p in self.parameters.items()}
         tensors |= {
             f"optimizer/{name}": t for name, t in optimizer_tensors(self.optimizer, list(self.parameters)).items()
         }
         tensors |= {f"ema/{name}": t for name, t in (self.ema or {}).items()}
         state = {
-            "config": self.config.model_dump(mode="json"),
-            "base_scores": self.base_scores,
-            "last_evaluation": self.last_evaluation,
+            "base_scores": self.evaluation.base_scores,
+            "last_evaluation": self.evaluation.last,
             "prompt_statistics": {name: s.state() for name, s in self.prompt_statistics.items()},
         }
-        root = self.out / "checkpoints"
-        save_checkpoint(root, self.iteration, tensors, state)
-        prune(root, self.config.checkpoint.keep)
+        self.checkpoints.save(iteration, tensors, state)
 
     def _restore(self) -> None:
         """Takes up the newest sound checkpoint, and drops metrics of iterations that it does not hold."""
-        root = self.out / "checkpoints"
-        checkpoint = load_latest(root) if self.resume else None
-        if self.resume and checkpoint is None and root.is_dir() and any(root.glob("iteration-*")):
-            raise EtudeError(
-                f"no checkpoint in '{root}' is sound, so the run cannot be resumed: start it again in another directory."
-            )
+        checkpoint = self.checkpoints.load() if self.resume else None
         if checkpoint is not None:
-            self._check_same_run(checkpoint.state["config"])
             assign(self.parameters, _under("weights/", checkpoint.tensors))
             load_optimizer_tensors(self.optimizer, list(self.parameters), _under("optimizer/", checkpoint.tensors))
             if self.ema is not None:
                 for name, average in _under("ema/", checkpoint.tensors).items():
                     self.ema[name].copy_(average)
             self.iteration = checkpoint.iteration
-            self.base_scores = checkpoint.state["base_scores"]
-            self.last_evaluation = checkpoint.state["last_evaluation"]
+            self.evaluation.base_scores = checkpoint.state["base_scores"]
+            self.evaluation.last = checkpoint.state["last_evaluation"]
             for name, statistics in self.prompt_statistics.items():
                 statistics.load_state(checkpoint.state["prompt_statistics"][name])
+        self.accelerator.wait_for_everyone()  # nobody writes before everybody has read
         if self.accelerator.is_main_process:
             truncate_metrics(self.out / "metrics.jsonl", self.iteration if checkpoint is not None else -1)
-
-    def _check_same_run(self, stored: dict[str, Any]) -> None:
-        """A checkpoint continues only the run that wrote it."""
-        for (key, old), (_, new) in zip(leaves(stored), leaves(self.config.model_dump(mode="json")), strict=True):
-            if old != new:
-                raise EtudeError(
-                    f"the run in '{self.out}' has {key} = {old!r}, but {new!r} was given: resume it with its own "
-                    "config.yaml, or start another run in another directory."
-                )
 
     def _finish(self, started: float) -> dict[str, Any]:
         """Writes what the user came for: the adapter, its card, the summary and the report."""
@@ -440,23 +348,8 @@ class Trainer:
             return {}
         with swapped(self.parameters, self.ema):
             artifacts.export(self.policy, self.out)
-        return artifacts.finish(self.out, self.config, self.policy, self.last_evaluation, started)
+        return artifacts.finish(self.out, self.config, self.policy, self.evaluation.last, started)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _check_directory(out: Path, resume: bool) -> None:
-    """Refuses to mix two runs. The directory is made when the run starts, so that a refused one leaves nothing."""
-    if out.exists() and not out.is_dir():
-        raise EtudeError(f"--out '{out}' is a file; give a directory.")
-    if out.is_dir() and any(out.iterdir()) and not resume:
-        raise EtudeError(
-            f"--out '{out}' is not empty: give --resume to continue the run it holds, or another directory."
-        )
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise EtudeError(
-            f"--out '{out}' cannot be written: check the permissions of '{parent}', or give another directory."
-        )

@@ -1,0 +1,50 @@
+"""What is drawn in an iteration: prompts, the keys of the initial noise, and the order in which pairs are trained.
+
+All of it is a function of the seed and the iteration, computed alike by every process.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from etude.config import RolloutConfig
+from etude.noise import keyed_generator
+
+
+def draw_prompts(prompts: list[str], rollout: RolloutConfig, seed: int, iteration: int) -> tuple[list[str], Tensor]:
+    """The prompt of each sample of an iteration, and which group each belongs to: int64 `[images_per_iteration]`.
+
+    Groups are consecutive. No prompt comes twice before every one has come once.
+    """
+    count = rollout.images_per_iteration // rollout.images_per_prompt
+    generator = keyed_generator(seed, "prompts", iteration)
+    chosen: list[int] = []
+    while len(chosen) < count:
+        chosen += generator.permutation(len(prompts)).tolist()
+    groups = torch.arange(count).repeat_interleave(rollout.images_per_prompt)
+    return [prompts[chosen[group]] for group in groups.tolist()], groups
+
+
+def noise_keys(samples: list[int], rollout: RolloutConfig) -> list[int]:
+    """The key of each sample's initial noise: its own, or with `shared_noise` that of its group's first sample."""
+    size = rollout.images_per_prompt if rollout.shared_noise else 1
+    return [sample - sample % size for sample in samples]
+
+
+def draw_pairs(
+    samples: Tensor, num_steps: int, fraction: float, generator: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """(sample, trained step) pairs of one optimiser step, step by step: int64 `[m]` each.
+
+    Args:
+        samples: int64 `[n]`.
+        num_steps: trained steps of each.
+        fraction: share of them that is drawn for each sample, at least one.
+    """
+    kept = max(1, round(fraction * num_steps))
+    drawn = torch.from_numpy(generator.random((len(samples), num_steps)))
+    columns = drawn.argsort(dim=1)[:, :kept].sort(dim=1).values
+    rows = samples[:, None].expand_as(columns)
+    return rows.T.flatten(), columns.T.flatten()

@@ -1,0 +1,98 @@
+"""What training is judged by: held-out images of the current weights under the ODE and under the SDE, from the same noise.
+
+    improvement = E r(ODE, tuned) - E r(ODE, base)          gap = E r(ODE, tuned) - E r(SDE_eta, tuned)
+
+Both samplers take `evaluation.num_steps` steps (by default those of training) over the same levels, with the guidance of training.
+The ODE is what is deployed. The SDE side has every step stochastic, with the training kernel at `sampling.eta`, except those that are
+deterministic by nature (the one into clean data; the one out of pure noise unless `sampling.first_step` is "sde"). For DDPO and GRPO
+that is the training sampler. For MixGRPO it is not: there is no window and no compressed tail in it, so the gap is that between
+the ODE and the fully stochastic sampler, as for every other run, and not that of the mixed sampler, whose few stochastic steps lie
+somewhere between the two.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from etude import artifacts
+from etude.config import TrainConfig
+from etude.gap import Progress, Protocol, Scores, summarise
+from etude.policies import Policy
+from etude.processes import gather, share
+from etude.prompts import load_prompts
+from etude.rewards import WeightedRewards
+
+
+class Evaluation:
+    """The evaluations of one run; they share prompts and noise, and the first one is the base model's.
+
+    Every process makes a share of the images and has all the results.
+
+    Attributes:
+        num_steps: steps of both samplers.
+        work: image steps that one evaluation costs this process.
+        base_scores: rewards of the base model's ODE images, by name, once measured.
+        last: the newest result.
+    """
+
+    def __init__(
+        self, config: TrainConfig, policy: Policy, rewards: WeightedRewards, accelerator: Accelerator, out: Path
+    ) -> None:
+        self.config, self.policy, self.accelerator, self.out = config, policy, accelerator, out
+        sampling, evaluation = config.sampling, config.evaluation
+        self.num_steps = evaluation.num_steps or sampling.num_steps
+        self.protocol = Protocol(
+            prompts=load_prompts(config.prompts.evaluation)[: evaluation.num_images],
+            score=rewards.evaluate,
+            num_images=evaluation.num_images,
+            guidance_scale=sampling.guidance_scale,
+            kernel=sampling.kernel,
+            seed=config.seed,
+            batch_size=config.rollout.batch_size,
+            first_step=sampling.first_step,
+        )
+        self.protocol.plan(sampling.eta, self.num_steps).tabulate(policy.grid(self.num_steps))
+        self.samples = share(evaluation.num_images, accelerator.num_processes, accelerator.process_index)
+        self.work = 2 * len(self.samples) * self.num_steps
+        self.base_scores: dict[str, list[float]] | None = None
+        self.last: dict[str, Any] = {}
+
+    def measure(self, on_step: Progress, grids: str | None = None) -> dict[str, Any]:
+        """Evaluates the policy as it is.
+
+        Args:
+            on_step: called with the number of images that just made one step.
+            grids: "before" or "after": also write pictures of both samplers under that name.
+
+        Returns:
+            `eta`, `num_steps`, and the estimates of `summarise` by quantity and reward.
+        """
+        eta = self.config.sampling.eta
+        ode_images, ode = self._images(0.0, on_step)
+        sde_images, sde = self._images(eta, on_step)
+        if self.base_scores is None:
+            self.base_scores = {name: values.tolist() for name, values in ode.items()}
+        base = {name: np.array(values) for name, values in self.base_scores.items()}
+        summary = summarise(ode, sde, base, self.protocol.clusters)
+        self.last = {"eta": eta, "num_steps": self.num_steps, **summary}
+        if grids is not None:
+            count = self.config.evaluation.grid_images
+            ode_shown, sde_shown = self._gather(ode_images)[:count], self._gather(sde_images)[:count]
+            if self.accelerator.is_main_process:
+                artifacts.write_grids(self.out, grids, ode_shown, sde_shown, self.protocol.captions[:count])
+        return self.last
+
+    def _images(self, eta: float, on_step: Progress) -> tuple[Tensor, Scores]:
+        """This process's images, and every image's scores."""
+        images = self.protocol.images(self.policy, eta, self.num_steps, on_step, self.samples)
+        own = self.protocol.scores(images, self.samples)
+        return images, {name: self._gather(torch.from_numpy(values)).numpy() for name, values in own.items()}
+
+    def _gather(self, values: Tensor) -> Tensor:
+        return gather(self.accelerator, values, self.protocol.num_images)

@@ -1,0 +1,67 @@
+"""What the processes of one run share: the accelerator, and who makes which sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    is_tensorboard_available,
+    is_trackio_available,
+    is_wandb_available,
+)
+from torch import Tensor
+
+from etude.config import TrainConfig
+from etude.errors import EtudeError
+
+TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
+"""Whether the package of a tracker, which has its name, is there."""
+
+
+def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
+    """The accelerator of a run.
+
+    Raises:
+        EtudeError: a tracker's package is missing, or the images of an iteration do not divide among the processes.
+    """
+    check_trackers(config.trackers)
+    # Explicit, so that no environment variable of a launcher scales the loss or changes the precision.
+    accelerator = Accelerator(
+        log_with=list(config.trackers) or None,
+        project_dir=out,
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
+    if config.rollout.images_per_iteration % accelerator.num_processes:
+        raise EtudeError(
+            f"rollout.images_per_iteration = {config.rollout.images_per_iteration} is not a multiple of "
+            f"the {accelerator.num_processes} processes."
+        )
+    return accelerator
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """A tracker whose package is missing is an EtudeError: Accelerate alone would warn and leave it out."""
+    for name in names:
+        if not TRACKERS[name]():
+            raise EtudeError(
+                f"trackers holds '{name}', whose package is not installed: pip install {name}, or take it out of trackers."
+            )
+
+
+def share(count: int, processes: int, index: int) -> list[int]:
+    """The samples 0..count - 1 that process `index` makes: consecutive, and equally many for every process.
+
+    Where they do not divide, the last sample is made again to fill up; `gather` in order and cut to `count` drops it.
+    """
+    size = -(-count // processes)
+    return [min(i, count - 1) for i in range(index * size, (index + 1) * size)]
+
+
+def gather(accelerator: Accelerator, values: Tensor, count: int) -> Tensor:
+    """All processes' rows in the order of the samples (`share`), on the CPU: `[count, ...]`."""
+    gathered: Tensor = accelerator.gather(values.to(accelerator.device))
+    return gathered.cpu()[:count]

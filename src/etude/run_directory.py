@@ -1,0 +1,97 @@
+"""The directory of a run: whether the run may write to it, whether it is the run that it holds, and what it can resume from."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from etude.checkpoint import Checkpoint, load_latest, prune, save_checkpoint
+from etude.config import TrainConfig, difference, parse_config
+from etude.errors import EtudeError
+
+
+def check_directory(out: Path, resume: bool) -> None:
+    """Refuses to mix two runs. The directory is made when the run starts, so that a refused one leaves nothing.
+
+    Halves of files that a killed run was writing (`.NAME.writing`) do not count: nothing was begun in such a directory.
+
+    Raises:
+        EtudeError: it is a file, holds something without `resume`, or cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise EtudeError(f"--out '{out}' is a file; give a directory.")
+    if out.is_dir() and not resume and any(not _half_written(entry) for entry in out.iterdir()):
+        raise EtudeError(
+            f"--out '{out}' is not empty: give --resume to continue the run it holds, or another directory."
+        )
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise EtudeError(
+            f"--out '{out}' cannot be written: check the permissions of '{parent}', or give another directory."
+        )
+
+
+def clear_half_written(out: Path) -> None:
+    """Removes the half-written files of a killed run."""
+    for entry in out.iterdir():
+        if _half_written(entry) and entry.is_file():
+            entry.unlink()
+
+
+class Checkpoints:
+    """The checkpoints of one run, and which of them are known to be whole.
+
+    Attributes:
+        sound: iterations whose checkpoints were written or loaded here.
+    """
+
+    def __init__(self, out: Path, config: TrainConfig) -> None:
+        self.out, self.root, self.config = out, out / "checkpoints", config
+        self.sound: set[int] = set()
+
+    def save(self, iteration: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Writes one, with the configuration, and removes those that are too old."""
+        save_checkpoint(self.root, iteration, tensors, {"config": self.config.model_dump(mode="json"), **state})
+        self.sound.add(iteration)
+        prune(self.root, self.config.checkpoint.keep, self.sound)
+
+    def load(self) -> Checkpoint | None:
+        """The newest sound one; None if none was ever written.
+
+        Raises:
+            EtudeError: all are damaged, or the newest is of a run with another configuration.
+        """
+        checkpoint = load_latest(self.root)
+        if checkpoint is None:
+            if self.root.is_dir() and any(self.root.glob("iteration-*")):
+                raise EtudeError(
+                    f"no checkpoint in '{self.root}' is sound, so the run cannot be resumed: start it again in another directory."
+                )
+            return None
+        self._check_same_run(checkpoint.state["config"])
+        self.sound.add(checkpoint.iteration)
+        return checkpoint
+
+    def remaining(self) -> str:
+        """What a failed run can be continued from, in words."""
+        if not self.sound:
+            return "no checkpoint was written yet"
+        return f"intact checkpoint: iteration {max(self.sound)} in '{self.root}', --resume continues from it"
+
+    def _check_same_run(self, stored: dict[str, Any]) -> None:
+        """A checkpoint continues only the run that wrote it; settings that are newer than it had their defaults."""
+        found = difference(parse_config(stored, f"the configuration in '{self.root}'"), self.config)
+        if found is not None:
+            key, old, new = found
+            raise EtudeError(
+                f"the run in '{self.out}' has {key} = {old!r}, but {new!r} was given: resume it with its own "
+                "config.yaml, or start another run in another directory."
+            )
+
+
+def _half_written(entry: Path) -> bool:
+    return re.fullmatch(r"\..+\.writing", entry.name) is not None
