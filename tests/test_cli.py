@@ -18,7 +18,10 @@ from etude.algorithm import algorithm
 from etude.cli import app
 from etude.config import TrainConfig, load_config, recipe_names, recipe_text
 from etude.display import SilentDisplay, TrainingDisplay
-from tiny import save_stable_diffusion
+from etude.policies import load_policy
+from etude.report.grids import image_grid
+from etude.solvers import sample_with_solver
+from tiny import save_flux, save_stable_diffusion
 
 COMMANDS = ["train", "recipes", "gap", "sample", "report", "models"]
 
@@ -123,6 +126,7 @@ def test_the_version_is_that_of_the_package() -> None:
         (["gap", "emoji-sd", "--guidance", "inf"], ["--guidance", "inf is not a finite"]),
         (["gap", "emoji-sd", "--guidance", "-3"], ["--guidance", "-3 is not a finite"]),
         (["gap", "emoji-sd", "--eta", "inf"], ["--eta", "inf is not a finite"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--solver", "heun", "--eta", "0.5"], ["--solver heun", "--eta"]),
         (["report"], ["directory"]),
     ],
 )
@@ -145,6 +149,9 @@ def test_misuse_is_one_sentence_and_exit_code_2(arguments: list[str], parts: lis
         (["sample", "emoji-sd", "--prompt", "x", "--out", "absent/x.png"], ["--out", "'absent' does not exist"]),
         (["sample", "emoji-sd", "--prompt", "x", "--kernel", "gdim"], ["unknown kernel 'gdim'", "'gddim'"]),
         (["sample", "emoji-sd", "--prompt", "x", "--steps", "0"], ["0"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--solver", "hein"], ["unknown solver 'hein'", "did you mean 'heun'"]),
+        (["sample", "emoji-sd", "--prompt", "x", "--kernel", "flow_sde", "--eta", "0.7"], ["rectified flow"]),
+        (["gap", "emoji-sd", "--kernel", "gdim"], ["unknown kernel 'gdim'", "'gddim'"]),
         (["report", "absent"], ["absent"]),
     ],
 )
@@ -261,6 +268,11 @@ def test_a_resumed_run_that_would_differ_names_the_first_key(trainer: type[FakeT
     assert "seed is 7" in message
     message = sentence(run("train", "--set", "rewards.alignment=1", "--out", "a", "--resume"), 1)
     assert "rewards is {'colorfulness': 1.0}" in message
+    stored(tmp_path / "b", "sampling.window.size=2")
+    message = sentence(run("train", "--set", "sampling.window.size=3", "--out", "b", "--resume"), 1)
+    assert "sampling.window.size is 2 in 'b/config.yaml' but 3" in message
+    message = sentence(run("train", "emoji-ddpo", "--out", "b", "--resume"), 1)
+    assert "sampling.window is {'strategy': 'progressive', 'size': 2," in message
 
 
 def test_resuming_nothing_is_said(trainer: type[FakeTrainer], tmp_path: Path) -> None:
@@ -306,3 +318,74 @@ def test_sample_draws_a_row_for_every_eta(model: Path, tmp_path: Path) -> None:
         assert grid.size[0] > 4 * small[0]
         assert grid.size[1] > 3 * small[1]
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.fixture(scope="module")
+def flow_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_flux(tmp_path_factory.mktemp("model") / "flux")
+
+
+@pytest.mark.parametrize("solver", ["ddim", "euler", "heun", "dpmsolver++", "unipc"])
+def test_sample_draws_what_the_solver_of_that_name_does(
+    model: Path, flow_model: Path, tmp_path: Path, solver: str
+) -> None:
+    for index, directory in enumerate((model, flow_model)):
+        target = tmp_path / f"{index}.png"
+        result = run(
+            "sample", directory, "--prompt", "a", "--steps", 4, "--solver", solver, "--eta", 0, "--out", target
+        )
+        assert result.exit_code == 0, result.output
+        policy = load_policy(directory)
+        expected = image_grid(sample_with_solver(policy, ["a"], solver, 4, seed=0), 1)
+        with Image.open(target) as drawn:
+            assert drawn.tobytes() == expected.tobytes()
+
+
+def test_every_kernel_draws_from_a_flow_model_up_to_its_largest_eta(flow_model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "x.png"
+    arguments = ["sample", flow_model, "--prompt", "a", "--steps", 3, "--out", target]
+    for kernel, eta in [("gddim", 1.2), ("ddim", 1.0), ("flow_sde", 0.7), ("dance_sde", 0.3), ("cps", 0.8)]:
+        result = run(*arguments, "--kernel", kernel, "--eta", 0, "--eta", eta)
+        assert result.exit_code == 0, result.output
+    target.unlink()
+    for kernel, part in [("cps", "at most 1"), ("ddim", "largest legal eta")]:
+        assert part in sentence(run(*arguments, "--kernel", kernel, "--eta", 0, "--eta", 9), 1)
+    assert not target.exists()
+
+
+def test_the_resolution_is_that_of_the_images(flow_model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "x.png"
+    sizes = []
+    for resolution in (8, 16):
+        result = run("sample", flow_model, "--prompt", "a", "--steps", 2, "--resolution", resolution, "--out", target)
+        assert result.exit_code == 0, result.output
+        with Image.open(target) as image:
+            sizes.append(image.size[0])
+    assert sizes[1] - sizes[0] == 8
+
+
+def test_a_dry_run_prints_a_recipe_and_writes_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sets = ["--set", f"model={model}", "--set", "lora.targets=[to_q]", "--set", "iterations=3"]
+    result = run("train", "emoji-ddpo", *sets, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert list(tmp_path.iterdir()) == []
+    config = load_config("emoji-ddpo", sets[1::2])
+    assert result.stdout.startswith(config.to_yaml())
+    rollout = config.rollout.images_per_iteration * config.sampling.num_steps
+    assert re.search(rf"^# rollout +{rollout:,} +3 +{3 * rollout:,}$", result.stdout, flags=re.MULTILINE)
+    assert "rank" in sentence(run("train", "emoji-ddpo", "--set", "lora.rank=-1", "--dry-run"), 1)
+
+
+def test_the_gap_of_a_flow_model_is_measured_at_the_resolution_asked_for(flow_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("red heart\npizza\n")
+    target = tmp_path / "gap.json"
+    arguments = ["gap", flow_model, "--steps", 3, "--reward", "colorfulness", "--samples", 2, "--json", target]
+    arguments += ["--prompts", tmp_path / "prompts.txt", "--resolution", 16]
+    result = run(*arguments, "--kernel", "flow_sde", "--eta", 0.7)
+    assert result.exit_code == 0, result.output
+    settings = json.loads(target.read_text())["settings"]
+    assert (settings["kernel"], settings["resolution"]) == ("flow_sde", 16)
+    assert "at most 1" in sentence(run(*arguments, "--kernel", "cps", "--eta", 2), 1)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from etude.config import TrainConfig
 
 
 def algorithm(config: Mapping[str, Any]) -> str:
@@ -17,3 +20,13 @@ def algorithm(config: Mapping[str, Any]) -> str:
     if window:
         return "MixGRPO" if window.get("compression") is None else "MixGRPO-Flash"
     return "DDPO" if (config.get("advantage") or {}).get("kind", "per_prompt") == "per_prompt" else "GRPO"
+
+
+def essence(config: TrainConfig) -> str:
+    """What a run trains and how, on one line."""
+    sampling, rewards = config.sampling, config.rewards
+    weighted = ", ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in rewards.items())
+    return (
+        f"{algorithm(config.model_dump())} on {config.model}, {sampling.kernel} at eta {sampling.eta:g}, "
+        f"reward{'s' if len(rewards) > 1 else ''}: {weighted}"
+    )

@@ -7,8 +7,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from etude.cli_errors import CommandGroup, UsageError, remember_debug
-from etude.cli_runs import essence, prepare_run
+from etude.cli_runs import prepare_run
+from etude.cli_waiting import heavy_imports, progress, quiet_libraries
 from etude.errors import EtudeError
 
 if TYPE_CHECKING:
@@ -111,6 +111,9 @@ def train(
         bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress and no summary.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the configuration and what the run would take; write nothing.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune a model on a reward and measure the ODE reward and the gap as it trains.
@@ -127,10 +130,15 @@ def train(
     `etude train --resume --out runs/first`
     """
     config, directory = prepare_run(recipe, overrides or [], out, resume)
-    with _heavy_imports():
-        _quiet_libraries()
+    with heavy_imports():
+        quiet_libraries()
         from etude.display import SilentDisplay, TrainingDisplay
         from etude.trainer import Trainer
+    if dry_run:
+        from etude.dry_run import resolved
+
+        typer.echo(resolved(Trainer(config, out=directory, resume=resume)), nl=False)
+        return
     silent = quiet or os.environ.get("RANK", "0") != "0"
     display = SilentDisplay() if silent else TrainingDisplay(config, config.iterations)
     Trainer(config, out=directory, resume=resume, display=display).train()
@@ -150,6 +158,7 @@ def recipes(
 
     Example: `etude recipes emoji-ddpo > mine.yaml`
     """
+    from etude.algorithm import essence
     from etude.config import describe_fields, load_config, recipe_names, recipe_text
 
     if keys:
@@ -181,6 +190,7 @@ def gap(
     guidance: Guidance = 5.0,
     kernel: Kernel = "gddim",
     seed: Seed = 0,
+    resolution: Resolution = None,
     json: Annotated[Path | None, typer.Option(help="Also write the numbers and the settings to this file.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -191,12 +201,12 @@ def gap(
     Example: `etude gap emoji-sd --lora runs/first/lora --eta 0.5 --eta 1.2 --reward alignment --json gap.json`
     """
     _check_target(json, "--json")
-    with _heavy_imports():
-        _quiet_libraries()
+    with heavy_imports():
+        quiet_libraries()
         from etude.checkpoint import atomic_write_text
         from etude.gap import reward_gap
     _check_names(kernel)
-    with _progress("sampling") as (start, step):
+    with progress("sampling") as (start, step):
         report = reward_gap(
             model,
             lora=lora,
@@ -208,6 +218,7 @@ def gap(
             guidance_scale=guidance,
             kernel=kernel,
             seed=seed,
+            resolution=resolution,
             on_start=start,
             on_step=step,
         )
@@ -269,8 +280,8 @@ def sample(
     _check_target(out, "--out")
     if solver is not None and any(eta or []):
         raise UsageError(f"--solver {solver} is deterministic: leave out --eta, or --solver to draw with noise")
-    with _heavy_imports():
-        _quiet_libraries()
+    with heavy_imports():
+        quiet_libraries()
         import torch
 
         from etude.checkpoint import atomic_write_bytes
@@ -280,11 +291,11 @@ def sample(
     policy = load_policy(model, lora, resolution=resolution)
     captions = [text for text in prompt for _ in range(images)]
     drawings = _drawings(policy, solver, kernel, eta or [0.0], steps)
-    with _progress("sampling") as (start, step):
-        start(len(captions) * len(drawings) * steps)
-        rows = [draw(policy, captions, guidance_scale=guidance, seed=seed, on_step=step) for _, draw in drawings]
+    with progress("sampling") as (start, step):
+        start(len(captions) * sum(evaluations for _, evaluations, _ in drawings))
+        rows = [draw(policy, captions, guidance_scale=guidance, seed=seed, on_step=step) for *_, draw in drawings]
     drawn = torch.cat(rows)
-    labels = [f"{text}, {label}" for label, _ in drawings for text in captions]
+    labels = [f"{text}, {label}" for label, *_ in drawings for text in captions]
     buffer = io.BytesIO()
     alone = len(drawn) == 1
     image_grid(drawn, len(captions), labels=None if alone else labels).save(buffer, format="PNG")
@@ -294,22 +305,24 @@ def sample(
 
 def _drawings(
     policy: Policy, solver: str | None, kernel: str, etas: list[float], steps: int
-) -> list[tuple[str, Callable[..., Tensor]]]:
-    """The label of each row of images, and what draws it from (policy, captions, guidance_scale, seed, on_step).
+) -> list[tuple[str, int, Callable[..., Tensor]]]:
+    """Each row of images: its label, the network evaluations of an image, and what draws it.
 
     Every eta is checked on the model's own levels before the first row is drawn.
     """
     from etude.sampling import make_plan, sample_images
 
     if solver is not None:
-        from etude.solvers import sample_with_solver
+        from etude.solvers import SOLVERS, sample_with_solver
 
-        return [(solver, partial(sample_with_solver, solver=solver, num_steps=steps))]
+        return [
+            (solver, SOLVERS[solver].evaluations(steps), partial(sample_with_solver, solver=solver, num_steps=steps))
+        ]
     plans = [make_plan(kernel, eta, steps) for eta in etas]
     for plan in plans:
         plan.tabulate(policy.grid(steps))
     labels = [f"eta {eta:g}" if eta else "ODE" for eta in etas]
-    return [(label, partial(sample_images, plan=plan)) for label, plan in zip(labels, plans, strict=True)]
+    return [(label, steps, partial(sample_images, plan=plan)) for label, plan in zip(labels, plans, strict=True)]
 
 
 @app.command()
@@ -321,7 +334,7 @@ def report(
 
     Example: `etude report runs/first`
     """
-    with _heavy_imports():
+    with heavy_imports():
         from etude.report import write_report
     typer.echo(str(write_report(directory)))
 
@@ -349,7 +362,7 @@ def models(debug: Debug = False) -> None:
 )
 def theory(ctx: typer.Context) -> None:
     """Closed forms, finite-step laws and bounds of the reward gap; `etude theory --help` lists them."""
-    with _heavy_imports():
+    with heavy_imports():
         from etude.theory.cli import app as theory_app
     arguments = [argument for argument in ctx.args if argument != "--debug"]
     remember_debug(ctx, len(arguments) < len(ctx.args))
@@ -379,39 +392,3 @@ def _check_target(path: Path | None, option: str) -> None:
         raise EtudeError(f"{option} '{path}' is a directory: give a file.")
     if not path.parent.is_dir():
         raise EtudeError(f"{option} '{path}': the directory '{path.parent}' does not exist, make it first.")
-
-
-@contextmanager
-def _heavy_imports() -> Iterator[None]:
-    """Says on a terminal that something happens while torch loads."""
-    from etude.display import make_console
-
-    console = make_console(stderr=True)
-    with console.status("loading") if console.is_terminal else nullcontext():
-        yield
-
-
-def _quiet_libraries() -> None:
-    """Leaves stderr to this program: no advice and no bars for reading from the disk. Downloads keep their bars."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, which already warns
-    import diffusers.utils.logging
-    import huggingface_hub.utils
-    import transformers.utils.logging
-
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    huggingface_hub.utils.enable_progress_bars()
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[tuple[Any, Any]]:
-    """A bar on stderr where that is a terminal; yields what to call with the total and with each advance."""
-    from rich.progress import Progress
-
-    from etude.display import make_console
-
-    console = make_console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda total: bar.update(task, total=total), lambda n: bar.advance(task, n)

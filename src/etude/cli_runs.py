@@ -38,7 +38,7 @@ def prepare_run(recipe: str | None, overrides: list[str], out: Path | None, resu
 
 def _resumed_config(recipe: str | None, overrides: list[str], out: Path) -> TrainConfig:
     """The configuration of the run in `out`; what the user gave beside it must agree with it."""
-    from etude.config import leaves, load_config
+    from etude.config import difference, load_config
 
     stored = out / "config.yaml"
     if not stored.is_file():
@@ -51,12 +51,13 @@ def _resumed_config(recipe: str | None, overrides: list[str], out: Path) -> Trai
         )
     config = load_config(str(stored))
     wanted = load_config(recipe if recipe is not None else str(stored), overrides)
-    for (key, old), (_, new) in zip(leaves(config.model_dump()), leaves(wanted.model_dump()), strict=True):
-        if old != new:
-            raise EtudeError(
-                f"--resume: {key} is {old!r} in '{stored}' but {new!r} in what was given: continue that run with "
-                f"`etude train --resume --out {out}`, or start another one in another --out."
-            )
+    found = difference(config, wanted)
+    if found is not None:
+        key, old, new = found
+        raise EtudeError(
+            f"--resume: {key} is {old!r} in '{stored}' but {new!r} in what was given: continue that run with "
+            f"`etude train --resume --out {out}`, or start another one in another --out."
+        )
     return config
 
 
@@ -65,15 +66,3 @@ def _holds_something(out: Path) -> bool:
     if not out.is_dir():
         return out.exists()
     return any(not re.fullmatch(r"\..*\.writing", entry.name) for entry in out.iterdir())
-
-
-def essence(config: TrainConfig) -> str:
-    """What a run trains and how, on one line."""
-    from etude.algorithm import algorithm
-
-    sampling, rewards = config.sampling, config.rewards
-    weighted = ", ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in rewards.items())
-    return (
-        f"{algorithm(config.model_dump())} on {config.model}, {sampling.kernel} at eta {sampling.eta:g}, "
-        f"reward{'s' if len(rewards) > 1 else ''}: {weighted}"
-    )
