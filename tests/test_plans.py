@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -247,3 +248,64 @@ def test_plans_are_values():
     assert SamplingPlan.sde(3, GDDIM(0.5)) == SamplingPlan.sde(3, GDDIM(0.5))
     assert SamplingPlan.from_etas([0.5] * 3) == SamplingPlan.sde(3, GDDIM(0.5))
     assert isinstance(SamplingPlan.ode(2).tabulate(PATH.grid(2)), StepTable)
+
+
+@settings(max_examples=60, deadline=None)
+@given(num_steps=st.integers(1, 40), data=st.data())
+def test_a_tail_keeps_the_stated_share_of_the_steps_after_the_window_and_ends_with_the_grid(num_steps, data):
+    size = data.draw(st.integers(1, num_steps))
+    start, compression = data.draw(st.integers(0, num_steps - size)), data.draw(st.floats(0.001, 1.0))
+    plan, grid = SamplingPlan.window(num_steps, GDDIM(1.0), start, size, compression=compression), PATH.grid(num_steps)
+    table, plain = plan.tabulate(grid), SamplingPlan.window(num_steps, GDDIM(1.0), start, size).tabulate(grid)
+    end, rest = start + size, num_steps - start - size
+    assert plan.grid_size == num_steps
+    assert table.trained_steps == plain.trained_steps
+    if rest == 0:
+        assert (table.tail, plan.tail_steps, table.num_steps) == (None, 0, num_steps)
+        return
+    assert torch.equal(table.std, plain.std[:end])
+    assert torch.equal(table.s, plain.s[: end + 1])
+    tail, kept = table.tail, max(1, round(rest * compression))
+    assert (table.num_steps, tail.num_steps, table.num_evaluations, plan.num_steps) == (
+        end,
+        kept,
+        end + kept,
+        end + kept,
+    )
+    levels = [grid.s.tolist().index(s) for s in tail.s.tolist()]
+    assert (levels[0], levels[-1]) == (end, num_steps)
+    assert tail.timesteps.tolist() == grid.timesteps[levels[:-1]].tolist()
+    gaps = [later - sooner for sooner, later in pairwise(levels)]
+    assert max(gaps) - min(gaps) <= 1
+    assert min(gaps) >= 1
+
+
+@pytest.mark.parametrize("compression", [0.0, -0.4, 1.1, math.nan])
+def test_a_compression_outside_its_range_is_an_error_even_without_a_tail(compression):
+    for start in (0, 6):
+        with pytest.raises(EtudeError, match="above 0 and at most 1"):
+            SamplingPlan.window(10, GDDIM(1.0), start, 4, compression=compression)
+
+
+def test_a_plan_that_does_not_reach_the_last_level_is_an_error():
+    steps = (Step(GDDIM(1.0), True),) * 4
+    with pytest.raises(EtudeError, match="ends before the last of 6"):
+        SamplingPlan(steps, grid_steps=6)
+    with pytest.raises(EtudeError, match="do not fit a grid of 6"):
+        SamplingPlan(steps, tail_steps=3, grid_steps=6)
+    with pytest.raises(EtudeError, match="a tail of -1"):
+        SamplingPlan(steps, tail_steps=-1)
+
+
+def test_the_prefix_is_the_deterministic_steps_before_the_first_stochastic_one():
+    grid = PATH.grid(6)
+    assert SamplingPlan.window(6, GDDIM(1.0), 2, 2).tabulate(grid).prefix_steps == 2
+    assert SamplingPlan.ode(6).tabulate(grid).prefix_steps == 6
+    assert SamplingPlan.sde(6, GDDIM(1.0)).tabulate(grid).prefix_steps == 0
+    assert SamplingPlan.sde(6, GDDIM(1.0)).tabulate(ZERO_SNR.grid(6)).prefix_steps == 1
+
+
+def test_the_tail_moves_with_the_table():
+    table = SamplingPlan.window(8, GDDIM(1.0), 1, 2, compression=0.4).tabulate(PATH.grid(8)).to("meta")
+    assert table.tail.timesteps.device.type == "meta"
+    assert table.tail.s.dtype == torch.float64

@@ -110,7 +110,7 @@ def rollout(
     )
     for start in range(0, len(samples), batch_size):
         rows = slice(start, start + batch_size)
-        told, x = conditioning.take(rows), trajectory.latents[rows]
+        told, x = conditioning.take(rows), trajectory.latents[rows].clone()
         for step in range(first, table.num_steps):
             transition = denoise(policy, table, step, x, told, guidance_scale)
             target = transition.mean
