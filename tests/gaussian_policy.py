@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from etude.config import LoraConfig
-from etude.paths import VPPath
+from etude.paths import FlowPath, VPPath
+from etude.paths import Path as NoisePath
 from etude.plans import StepTable
 from etude.policies.base import Conditioning, Policy, swapped
 
@@ -24,40 +25,56 @@ def sd_path(spacing: str = "leading") -> VPPath:
     return VPPath.from_config({**config, "steps_offset": 1, "timestep_spacing": spacing})
 
 
+def flow_path(shift: float = 3.0) -> FlowPath:
+    """Rectified flow under Stable Diffusion 3's static shift."""
+    return FlowPath.from_config({"shift": shift})
+
+
 class GaussianDenoiser(nn.Module):
     """`E[eps | x_t]` of x0 ~ N(mean, variance), plus what moves step i's mean by `(shift_i + feedback_i d) std_i`.
 
-    d is the state's distance from the path's mean in standard deviations of the path. Without a table nothing is trained.
+    d is the state's distance from the path's mean in standard deviations of the path. Without a table nothing is trained. On
+    rectified flow it predicts the velocity, `E[eps - x0 | x_t]`, and what moves the mean alike.
     """
 
     def __init__(
-        self, path: VPPath, mean: Tensor, variance: Tensor, table: StepTable | None, with_feedback: bool
+        self, path: NoisePath, mean: Tensor, variance: Tensor, table: StepTable | None, with_feedback: bool
     ) -> None:
         super().__init__()
         self.path, self.mean, self.variance = path, mean.double(), variance.double()
         self.count = table.num_steps if table else 0
-        self.index = torch.zeros(path.num_train_timesteps, dtype=torch.int64)
+        self.timesteps = table.timesteps if table else torch.zeros(0)
         self.scale = torch.zeros(self.count, dtype=torch.float64)
         if table:
-            self.index[table.timesteps] = torch.arange(self.count)
-            # x_u = c_x0 (x - s eps) / a + c_eps eps + std z
-            lever = table.eps.double() - table.x0.double() * table.s[:-1].double() / table.a[:-1].double()
-            self.scale = table.std.double() / lever
+            # x_u = c_x0 x0 + c_eps eps + std z, where eps moves x0 by -s / a, and the velocity both: x0 by -s, eps by a.
+            a, s = table.a[:-1].double(), table.s[:-1].double()
+            towards_eps, towards_x0 = (torch.ones_like(a), s / a) if isinstance(path, VPPath) else (a, s)
+            self.scale = table.std.double() / (table.eps.double() * towards_eps - table.x0.double() * towards_x0)
         self.shift = nn.Parameter(torch.zeros(self.count))
         self.feedback = nn.Parameter(torch.zeros(self.count), requires_grad=with_feedback)
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        a, s = (level.reshape(-1, 1, 1, 1) for level in self.path.level(timesteps))
+        a, s = (level.reshape(-1, 1, 1, 1) for level in _level(self.path, timesteps))
         spread = a**2 * self.variance + s**2
         deviation = x.double() - a * self.mean
-        eps = s * deviation / spread
+        output = s * deviation / spread
+        if isinstance(self.path, FlowPath):
+            output = output - (self.mean + a * self.variance * deviation / spread)
         if self.count:
-            step = self.index[timesteps]
+            step = (timesteps[:, None] == self.timesteps).int().argmax(1)
             scale, shift, feedback = (
                 v[step].reshape(-1, 1, 1, 1) for v in (self.scale, self.shift.double(), self.feedback.double())
             )
-            eps = eps + scale * (shift + feedback * deviation / spread.sqrt())
-        return eps.float()
+            output = output + scale * (shift + feedback * deviation / spread.sqrt())
+        return output.float()
+
+
+def _level(path: NoisePath, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, s) in fp64 at what the network is given."""
+    if isinstance(path, VPPath):
+        return path.level(timesteps)
+    s = timesteps.double() / path.num_train_timesteps
+    return 1 - s, s
 
 
 class GaussianPolicy(Policy):
@@ -72,7 +89,7 @@ class GaussianPolicy(Policy):
         self,
         mean: float | Sequence[float],
         variance: float | Sequence[float],
-        path: VPPath,
+        path: NoisePath,
         size: tuple[int, int] = (1, 1),
         table: StepTable | None = None,
         with_feedback: bool = True,
@@ -115,8 +132,10 @@ class GaussianPolicy(Policy):
         (directory / "corrections.txt").write_text(str({n: p.tolist() for n, p in self.trainable().items()}))
 
 
-def _scheduler_config(path: VPPath) -> dict[str, Any]:
-    """The config of a DDIM scheduler of that path."""
+def _scheduler_config(path: NoisePath) -> dict[str, Any]:
+    """The config of a scheduler of that path."""
+    if isinstance(path, FlowPath):
+        return {**path.config, "_class_name": "FlowMatchEulerDiscreteScheduler"}
     alphas = path.alphas_cumprod
     betas = 1 - alphas / torch.cat([torch.ones(1, dtype=alphas.dtype), alphas[:-1]])
     return {

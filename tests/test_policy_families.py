@@ -260,7 +260,7 @@ def test_the_guidance_embedding_is_told_the_scale_and_a_model_without_one_refuse
 @pytest.mark.parametrize(
     ("policy", "pipeline", "resolution", "says"),
     [
-        (StableDiffusionPolicy, stable_diffusion, 9, "multiple of 2 pixels"),
+        (StableDiffusionPolicy, stable_diffusion, 12, "multiple of 8 pixels"),
         (StableDiffusion3Policy, stable_diffusion_3, 9, "multiple of 2 pixels"),
         (StableDiffusion3Policy, stable_diffusion_3, 32, "end at 16 pixels"),
         (FluxPolicy, flux, 10, "multiple of 4 pixels"),

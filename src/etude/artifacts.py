@@ -21,7 +21,9 @@ from torch import Tensor
 from etude import __version__
 from etude.checkpoint import atomic_write_bytes, atomic_write_text
 from etude.config import TrainConfig
+from etude.deployment import deployment_snippet
 from etude.errors import EtudeError, brief
+from etude.paths import VPPath
 from etude.policies import Policy
 from etude.report import write_report
 from etude.report.grids import image_grid
@@ -101,7 +103,7 @@ def finish(
         "held_out_rewards": list(config.evaluation.held_out_rewards),
         "iterations": config.iterations,
         "final": evaluation,
-        "deploy": _deployment_advice(config, evaluation),
+        "deploy": _deployment_advice(config, policy, evaluation),
         "seconds": seconds,
         "peak_memory_mb": max(row["memory_mb"] for row in rows),
         "versions": {
@@ -124,41 +126,38 @@ def finish(
     return summary
 
 
-def _deployment_advice(config: TrainConfig, evaluation: dict[str, Any]) -> str:
+def _deployment_advice(config: TrainConfig, policy: Policy, evaluation: dict[str, Any]) -> str:
     """Which sampler the evidence favours, judged on the first reward that was trained."""
-    reward, eta = next(iter(config.rewards)), config.sampling.eta
+    reward, eta, kernel = next(iter(config.rewards)), config.sampling.eta, config.sampling.kernel
     gap = evaluation["gap"][reward]
     interval = f"gap {Estimate(**gap)}"
     if gap["low"] > 0:
         return f"Ship the ODE sampler: it scores higher than the SDE at eta = {eta:g} on {reward} ({interval})."
     if gap["high"] < 0:
+        scheduler = "GDDIMScheduler" if isinstance(policy.path, VPPath) else "FlowMatchGDDIMScheduler"
+        stochastic = (
+            f"deploy {scheduler} with eta = {eta:g}"
+            if kernel == "gddim"
+            else f"draw with `etude sample --kernel {kernel} --eta {eta:g}`"
+        )
         return (
             f"The ODE sampler is what etude ships, but the SDE at eta = {eta:g} scores higher on {reward} ({interval}): "
-            f"deploy GDDIMScheduler with eta = {eta:g} if that difference matters to you."
+            f"{stochastic} if that difference matters to you."
         )
     return f"Ship the ODE sampler: on {reward} it cannot be told from the SDE at eta = {eta:g} ({interval}), and it is deterministic."
 
 
 def model_card(summary: dict[str, Any], config: TrainConfig, policy: Policy) -> str:
     """The README.md beside the weights: what they are, the two numbers, and how plain diffusers loads them."""
-    final, name, path = summary["final"], policy.export_name, policy.path
-    # Spelt out: a scheduler of another class may leave them to defaults that are not DDIM's.
-    scheduler = (
-        f"clip_sample=False, set_alpha_to_one={path.final_alpha_cumprod == 1}, "
-        f"timestep_spacing={path.timestep_spacing!r}, steps_offset={path.steps_offset}"
-    )
+    final = summary["final"]
     rows = [
         f"| {reward}{' (held out)' if reward in summary['held_out_rewards'] else ''} | "
         + " | ".join(str(Estimate(**final[quantity][reward])) for quantity in ("ode", "sde", "improvement", "gap"))
         + " |"
         for reward in final["ode"]
     ]
-    load = (
-        f"pipe = StableDiffusionPipeline.from_pretrained({config.model!r})\npipe.load_lora_weights({name!r})"
-        if name == "lora"
-        else f"pipe = StableDiffusionPipeline.from_pretrained({config.model!r}, unet=UNet2DConditionModel.from_pretrained('{name}/unet'))"
-    )
-    classes = "DDIMScheduler, StableDiffusionPipeline" + ("" if name == "lora" else ", UNet2DConditionModel")
+    num_steps = final.get("num_steps", config.sampling.num_steps)
+    snippet = deployment_snippet(policy, config.model, num_steps, config.sampling.guidance_scale, config.dtype)
     return f"""---
 base_model: {json.dumps(config.model)}
 library_name: diffusers
@@ -168,7 +167,7 @@ tags: [text-to-image, reinforcement-learning, etude]
 # {config.model} tuned on {", ".join(config.rewards)}
 
 Fine-tuned by etude {summary["versions"]["etude"]} with {config.objective.kind.upper()} under the
-{config.sampling.kernel} sampler at eta = {config.sampling.eta:g}: {config.iterations} iterations of
+{config.sampling.kernel} sampler at eta = {config.sampling.eta:g}{_window(config)}: {config.iterations} iterations of
 {config.rollout.images_per_iteration} images, {config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale:g}, seed {config.seed}.
 
 | reward | ODE | SDE, eta = {config.sampling.eta:g} | improvement | gap |
@@ -180,13 +179,14 @@ intervals clustered by prompt, {config.evaluation.num_images} pairs of images of
 {summary["deploy"]}
 
 ```python
-from diffusers import {classes}
-{load}
-# DDIM at eta 0 is the ODE.
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, {scheduler})
-image = pipe("a prompt", num_inference_steps={config.sampling.num_steps}, guidance_scale={config.sampling.guidance_scale:g}).images[0]
+{snippet}
 ```
 """
+
+
+def _window(config: TrainConfig) -> str:
+    window = config.sampling.window
+    return "" if window is None else f" in a {window.strategy} window of {window.size} steps"
 
 
 def _timestamp(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -21,6 +22,10 @@ class StableDiffusionPolicy(PipelinePolicy):
     path_class = VPPath
     denoiser = "unet"
     load_arguments: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+
+    @property
+    def _side_multiple(self) -> int:
+        return math.lcm(8, int(self.pipeline.vae_scale_factor))  # the pipeline asks for 8 whatever its autoencoder does
 
     def _default_size(self) -> tuple[int, int]:
         size = self.pipeline.unet.config.sample_size

@@ -1,0 +1,93 @@
+"""The lines of plain diffusers that make a tuned model's images as etude makes them with the ODE sampler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from etude import zoo
+from etude.paths import VPPath
+from etude.policies import Policy
+
+
+def deployment_snippet(
+    policy: Policy, model: str, num_steps: int, guidance_scale: float, dtype: str = "float32"
+) -> str:
+    """Python that loads what `policy` exports and draws one picture at the levels that etude visits.
+
+    Every argument that the plain pipeline would otherwise choose differently is spelt out: size, sequence length, and the
+    scheduler where the model's own is not the ODE on these levels.
+
+    Args:
+        policy: after training; its `export_name` tells an adapter from a whole model.
+        model: name or place of the base model, which an adapter is loaded on top of; an embedded one comes from the package.
+        num_steps: of the ODE.
+        guidance_scale: of training.
+        dtype: of the frozen weights in training.
+    """
+    tuned = policy.export_name
+    loading: dict[str, Any] = {} if dtype == "float32" else {"torch_dtype": f"torch.{dtype}"}
+    loading |= {name: repr(value) for name, value in policy.loading_arguments().items()}
+    embedded = tuned == "lora" and model in zoo.names()
+    source = f"zoo.path({model!r})" if embedded else repr(model if tuned == "lora" else tuned)
+    load = [f"pipe = {policy.pipeline_name}.from_pretrained({', '.join([source, *_keywords(loading)])})"]
+    if tuned == "lora":
+        load.append(f"pipe.load_lora_weights({tuned!r})")
+    imports, scheduler = _scheduler(policy, num_steps)
+    names = sorted([policy.pipeline_name, *(name for package, name in imports if package == "diffusers")])
+    head = ["import torch"] if loading.get("torch_dtype") else []
+    head.append(f"from diffusers import {', '.join(names)}")
+    head += ["from etude import zoo"] if embedded else []
+    head += [f"from {package} import {name}" for package, name in imports if package != "diffusers"]
+    call = {"num_inference_steps": num_steps, **policy.call_arguments(guidance_scale)}
+    call = {name: f"{value:g}" if isinstance(value, float) else repr(value) for name, value in call.items()}
+    picture = f'image = pipe("a prompt", {", ".join(_keywords(call))}).images[0]'
+    return "\n".join([*head, "", *load, *scheduler, picture])
+
+
+def _keywords(arguments: dict[str, Any]) -> list[str]:
+    return [f"{name}={value}" for name, value in arguments.items()]
+
+
+def _scheduler(policy: Policy, num_steps: int) -> tuple[list[tuple[str, str]], list[str]]:
+    """The ODE on the levels of `policy.grid(num_steps)`: `(package, class)` to import, and the lines that put it in place."""
+    if isinstance(policy.path, VPPath):
+        return _vp_scheduler(policy.path, policy, num_steps)
+    name = "FlowMatchEulerDiscreteScheduler"
+    if policy.scheduler_config.get("_class_name") == name and not policy.scheduler_config.get("stochastic_sampling"):
+        return [], ["# The pipeline's own scheduler is the ODE at the levels that the model was tuned on."]
+    return [("diffusers", name)], [
+        "# Euler steps of the flow are the ODE.",
+        f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, stochastic_sampling=False)",
+    ]
+
+
+def _vp_scheduler(path: VPPath, policy: Policy, num_steps: int) -> tuple[list[tuple[str, str]], list[str]]:
+    # Spelt out: a scheduler of another class may leave them to defaults that are not these.
+    settings = {
+        "clip_sample": False,
+        "set_alpha_to_one": path.final_alpha_cumprod == 1,
+        "timestep_spacing": path.timestep_spacing,
+        "steps_offset": path.steps_offset,
+    }
+    if policy.scheduler_config.get("thresholding"):
+        settings["thresholding"] = False
+    if ddim_visits(path, num_steps):
+        name, package, why = "DDIMScheduler", "diffusers", "# DDIM at eta 0 is the ODE."
+    else:
+        settings["eta"] = 0.0
+        name, package = "GDDIMScheduler", "etude.schedulers"
+        why = (
+            f"# The ODE. Under {path.timestep_spacing} spacing diffusers' DDIM steps to levels that the next step does not "
+            "start from."
+        )
+    arguments = ", ".join(_keywords({key: repr(value) for key, value in settings.items()}))
+    return [(package, name)], [why, f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {arguments})"]
+
+
+def ddim_visits(path: VPPath, num_steps: int) -> bool:
+    """Whether diffusers' DDIM, which steps from t to t - T // N, goes through exactly the levels of the path's grid."""
+    if num_steps == 1 and path.timestep_spacing == "linspace":
+        return False  # diffusers starts at timestep 0, where the network expects clean data
+    timesteps = path.timesteps(num_steps)
+    targets = timesteps - path.num_train_timesteps // num_steps
+    return targets[:-1].tolist() == timesteps[1:].tolist() and int(targets[-1]) < 0
