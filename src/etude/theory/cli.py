@@ -15,6 +15,7 @@ import typer
 from etude.errors import EtudeError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 app = typer.Typer(
@@ -28,8 +29,9 @@ LINE = "One number, or one per dimension: 1,0.5,2."
 _MODEL, _SAMPLER, _ERROR, _OUTPUT = "The model and the reward", "The sampler", "The score error", "Output"
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def theory(
+    ctx: typer.Context,
     mean: Annotated[
         str, typer.Option(help=f"Mean of the base model's law N(m, C). {LINE}", rich_help_panel=_MODEL)
     ] = "1",
@@ -111,7 +113,11 @@ def theory(
     `etude theory --schedule ddpm --steps 20 --eta 1.2 --bias 0.05 --out runs/ddpm`
 
     `etude theory --mean 1,0 --variance 1,0.25 --center 2,1 --beta 1 --no-figures`
+
+    `etude theory peers`
     """
+    if ctx.invoked_subcommand:
+        return
     from etude.theory.study import Settings, run
 
     _check_format(format)
@@ -144,6 +150,61 @@ def theory(
 
             written += draw(report, out, format)
     typer.echo("written: " + ", ".join(str(path) for path in written))
+
+
+@app.command()
+def peers(
+    steps: Annotated[int, typer.Option(help="Number of sampling steps, 3 to 1000.")] = 25,
+    shift: Annotated[
+        float, typer.Option(help="The model's time shift: 3 for SD3.5 and for FLUX as the peers train it.")
+    ] = 3.0,
+    pipeline: Annotated[
+        str,
+        typer.Option(help="Whose levels are shifted: flux (even ones), or sd3 (its scheduler's own, ending near 0)."),
+    ] = "flux",
+    level: Annotated[
+        list[str] | None, typer.Option(help="One more row, KERNEL=VALUE as in flow_sde=0.9; may be repeated.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Translate the peers' noise levels to the gDDIM eta they amount to.
+
+    Every method of reinforcement learning on flow models has its own unit of noise. Shown is the eta of gDDIM with the same
+    standard deviation: for short steps (at sigma = 0.5), and at the first, middle and last stochastic step of a sampler. The
+    step that starts at pure noise and the one that ends without any are left out: they are deterministic.
+
+    ∞ means a step with at least as much fresh noise as its target level has in all: gDDIM redraws it all there, and has no
+    eta for more.
+
+    Examples:
+
+    `etude theory peers`
+
+    `etude theory peers --steps 10 --pipeline sd3`
+
+    `etude theory peers --level flow_sde=0.9 --level cps=0.5`
+    """
+    from etude.theory.peers import cells, peer_table
+    from etude.theory.peers import markdown as in_markdown
+
+    table = peer_table(_steps(steps), _above(shift, 0.0, "--shift"), pipeline, [_level(text) for text in level or []])
+    if markdown:
+        typer.echo(in_markdown(table), nl=False)
+        return
+    titles, rows = cells(table)
+    printed = _table(f"The gDDIM eta of a peer's noise: {steps} steps of {pipeline}, shift {shift:g}", *titles)
+    for row in rows:
+        printed.add_row(*row)
+    _console().print(printed)
+
+
+def _level(text: str) -> tuple[str, float]:
+    kernel, _, value = text.partition("=")
+    try:
+        level = float(value)
+    except ValueError:
+        raise EtudeError(f"--level is '{text}', which is not KERNEL=VALUE: write flow_sde=0.9.") from None
+    return kernel, level
 
 
 def _numbers(text: str, option: str) -> list[float]:
@@ -222,11 +283,15 @@ def _check_format(extension: str) -> None:
         raise EtudeError(f"--format is '{extension}': choose png or svg.")
 
 
-def _print(report: dict[str, Any]) -> None:
+def _console() -> Console:
     from rich.console import Console
 
     console = Console()
-    console = console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(width=140)
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = _console()
     settings, optimum = report["settings"], report["optimum"]
     console.print(
         f"base N({_list(optimum['reference_mean'])}, {_list(optimum['reference_variance'])}), "
