@@ -1,0 +1,155 @@
+"""Which steps each iteration trains: a function of the iteration alone, on the steps that can be stochastic and on no other."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from etude.batches import draw_pairs, draw_prompts, noise_keys
+from etude.config import RolloutConfig, SamplingConfig, load_config, recipe_names
+from etude.errors import EtudeError
+from etude.noise import keyed_generator
+from etude.paths import FlowPath, Grid
+from etude.policies.flux import FluxPolicy
+from etude.rewards import names
+from etude.training_plans import TrainingPlans
+from gaussian_policy import sd_path
+from tiny import flux
+
+STEPS = 10
+
+
+def flow_grid(num_steps: int = STEPS) -> Grid:
+    return FlowPath.from_config({"num_train_timesteps": 1000, "shift": 3.0}).grid(num_steps)
+
+
+def plans(grid: Grid | None = None, seed: int = 0, **sampling: Any) -> TrainingPlans:
+    settings = {"num_steps": STEPS, "eta": 1.2, **sampling}
+    return TrainingPlans(SamplingConfig.model_validate(settings), grid or flow_grid(), seed)
+
+
+def test_without_a_window_every_step_that_can_be_stochastic_is_trained() -> None:
+    flow = plans()
+    assert flow.window_at(7) is None
+    assert flow.table_at(7).trained_steps == tuple(range(1, STEPS - 1))  # not out of pure noise, not into clean data
+    assert plans(sd_path().grid(STEPS)).table_at(1).trained_steps == tuple(range(STEPS))
+    assert plans(first_step="sde").table_at(1).trained_steps == tuple(range(STEPS - 1))
+
+
+@pytest.mark.parametrize("strategy", ["progressive", "random", "decay", "fixed"])
+@pytest.mark.parametrize("first_step", ["ode", "sde"])
+def test_a_window_trains_its_own_steps_and_no_other_in_every_iteration(strategy: str, first_step: str) -> None:
+    window = {"strategy": strategy, "size": 3, "iters_per_shift": 4, "decay_threshold": 2}
+    moving = plans(window=window, first_step=first_step)
+    visited = set()
+    for iteration in range(1, 200):
+        at = moving.window_at(iteration)
+        assert at is not None
+        steps = tuple(range(at["start"], at["start"] + 3))
+        assert moving.table_at(iteration).trained_steps == steps
+        assert [i for i, flag in enumerate(moving.table_at(iteration).stochastic) if flag] == list(steps)
+        visited |= set(steps)
+    trainable = set(plans(first_step=first_step).table_at(1).trained_steps)
+    assert visited == ({min(trainable) + i for i in range(3)} if strategy == "fixed" else trainable)
+
+
+@pytest.mark.parametrize("strategy", ["progressive", "random", "decay"])
+def test_the_plan_of_an_iteration_does_not_depend_on_what_was_asked_before(strategy: str) -> None:
+    window = {"strategy": strategy, "size": 2, "iters_per_shift": 3}
+    asked = list(range(1, 60))
+    in_order = {i: plans(window=window).window_at(i) for i in asked}
+    moving = plans(window=window)
+    random.Random(0).shuffle(asked)
+    for iteration in asked:
+        found = in_order[iteration]
+        assert found is not None
+        assert moving.window_at(iteration) == found
+        assert moving.table_at(iteration).trained_steps == tuple(range(found["start"], found["start"] + 2))
+
+
+def test_another_seed_draws_other_windows() -> None:
+    window = {"strategy": "random", "size": 2}
+    first, second = plans(window=window, seed=0), plans(window=window, seed=1)
+    assert [first.window_at(i) for i in range(1, 30)] != [second.window_at(i) for i in range(1, 30)]
+
+
+def test_a_window_keeps_to_the_steps_it_was_given() -> None:
+    moving = plans(window={"strategy": "random", "size": 2, "start": 3, "end": 7})
+    starts = {moving.window_at(i)["start"] for i in range(1, 200)}  # type: ignore[index]
+    assert starts == {3, 4, 5}
+
+
+@pytest.mark.parametrize("compression", [0.2, 0.4, 1.0])
+def test_flash_ends_without_noise_wherever_its_window_is(compression: float) -> None:
+    moving = plans(window={"size": 3, "iters_per_shift": 1, "compression": compression})
+    for iteration in range(1, 20):
+        table = moving.table_at(iteration)
+        at = moving.window_at(iteration)
+        assert at is not None
+        left = STEPS - at["start"] - 3
+        assert table.tail is not None
+        assert table.tail.num_steps == max(1, round(left * compression))
+        assert (float(table.tail.a[-1]), float(table.tail.s[-1])) == (1.0, 0.0)
+        assert table.num_evaluations == at["start"] + 3 + table.tail.num_steps
+
+
+@pytest.mark.parametrize(
+    ("grid", "sampling", "says"),
+    [
+        (flow_grid(), {"window": {"size": 9}}, "does not fit"),
+        (flow_grid(2), {"num_steps": 2}, "no stochastic step"),
+        (flow_grid(), {"kernel": "flow_sde", "first_step": "sde"}, "first_step|sigma"),
+        (sd_path().grid(STEPS), {"kernel": "flow_sde"}, "flow"),
+        (sd_path().grid(STEPS), {"kernel": "ddim", "eta": 1.9}, "largest|legal|limit"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_iteration(
+    grid: Grid, sampling: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(EtudeError, match=says):
+        plans(grid, **sampling)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "grpo" in name])
+def test_the_recipes_of_flow_models_can_be_planned_on_their_grids(name: str) -> None:
+    config = load_config(name)
+    grid = flow_grid(config.sampling.num_steps)
+    table = TrainingPlans(config.sampling, grid, config.seed).table_at(1)
+    expected = config.sampling.window.size if config.sampling.window else config.sampling.num_steps - 2
+    assert len(table.trained_steps) == expected
+    assert set(config.rewards) | set(config.evaluation.held_out_rewards) <= set(names())
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if "grpo" in name and "sd35" not in name])
+def test_every_layer_that_a_flux_recipe_names_exists(name: str) -> None:
+    config = load_config(name)
+    layers = [layer for layer, _ in FluxPolicy(flux()).network.named_modules()]
+    assert [target for target in config.lora.targets if not any(layer.endswith(target) for layer in layers)] == []
+
+
+def test_groups_that_share_noise_have_one_key_and_others_one_each() -> None:
+    rollout = RolloutConfig(images_per_iteration=12, images_per_prompt=4, shared_noise=True)
+    assert noise_keys(list(range(12)), rollout) == [0] * 4 + [4] * 4 + [8] * 4
+    assert noise_keys([6, 7, 8, 9], rollout) == [4, 4, 8, 8]  # the second process of three
+    assert noise_keys([6, 7, 8], rollout.model_copy(update={"shared_noise": False})) == [6, 7, 8]
+
+
+def test_every_prompt_comes_before_one_comes_twice() -> None:
+    rollout = RolloutConfig(images_per_iteration=14, images_per_prompt=2)
+    captions, groups = draw_prompts(["a", "b", "c"], rollout, seed=0, iteration=3)
+    assert groups.tolist() == [i // 2 for i in range(14)]
+    assert captions[0::2] == captions[1::2]
+    assert set(captions[0:6]) == set(captions[6:12]) == {"a", "b", "c"}
+    assert draw_prompts(["a", "b", "c"], rollout, 0, 3)[0] == captions
+
+
+@pytest.mark.parametrize(("fraction", "kept"), [(1.0, 5), (0.6, 3), (0.01, 1)])
+def test_each_sample_trains_its_share_of_distinct_steps(fraction: float, kept: int) -> None:
+    rows, columns = draw_pairs(torch.tensor([4, 2, 9]), 5, fraction, keyed_generator(0, "update", 1))
+    pairs = list(zip(rows.tolist(), columns.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs) == 3 * kept
+    assert sorted(rows.tolist()) == sorted([4, 2, 9] * kept)
+    assert all(0 <= column < 5 for column in columns.tolist())
