@@ -236,6 +236,9 @@ def test_a_moving_window_is_shown_with_the_visits_of_every_step(tmp_path: Path) 
     page = Page(write_report(run))
     assert "algorithm MixGRPO-Flash kernel flow_sde" in page.text
     assert "These steps of 10 were sampled with noise" in page.text
+    assert "fewer steps of a second-order solver" in page.text
+    assert "higher than the SDE at η = 1.2 in every step" in page.text  # which no iteration sampled, nor trained
+    assert "Samples with noise in the window's steps, training prompts" in page.text
     alts = [a["aria-label"] for a in page.all("svg")]
     assert "Window of trained steps over 6 iterations: starts from step 0 to step 0, at 3 positions." in alts
     visits = "step 0 3, step 1 5, step 2 6, step 3 6, step 4 3, step 5 1"
@@ -246,6 +249,7 @@ def test_a_window_of_one_iteration_is_shown(tmp_path: Path) -> None:
     run = write_run(tmp_path, windowed([3], size=2), done=False)
     flow_config(run, window={"strategy": "fixed", "size": 2})
     page = Page(write_report(run))
+    assert "the rest followed the ODE" in page.text
     assert any(
         "over 1 iteration: starts from step 3 to step 3, at 1 position." in a["aria-label"] for a in page.all("svg")
     )

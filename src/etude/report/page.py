@@ -142,13 +142,14 @@ def _headlines(run: Run) -> list[dict[str, Any]]:
         return []
     final = run.evaluations[-1][1]
     eta = _number(final.get("eta", run.setting("eta", "sampling")))
+    sde = f"the SDE at η = {eta} " + ("in every step" if _sampling_window(run) else "that was trained")
     return [
         {
             "reward": reward,
             "improvement": (final.get("improvement") or {}).get(reward),
             "improvement_words": _improvement_words((final.get("improvement") or {}).get(reward)),
             "gap": (final.get("gap") or {}).get(reward),
-            "gap_words": _gap_words((final.get("gap") or {}).get(reward), eta),
+            "gap_words": _gap_words((final.get("gap") or {}).get(reward), sde),
         }
         for reward in run.trained
         if reward in (final.get("ode") or {})
@@ -165,16 +166,19 @@ def _improvement_words(estimate: Interval | None) -> str:
     return "No improvement is shown: the interval contains 0."
 
 
-def _gap_words(estimate: Interval | None, eta: str) -> str:
+def _gap_words(estimate: Interval | None, sde: str) -> str:
     if estimate is None:
         return "Not measured."
     if estimate["low"] > 0:
-        return f"The ODE sampler, which you ship, scores higher than the SDE at η = {eta} that was trained."
+        return f"The ODE sampler, which you ship, scores higher than {sde}."
     if estimate["high"] < 0:
-        return (
-            f"The ODE sampler scores lower than the SDE at η = {eta} that was trained: part of the gain stays behind."
-        )
-    return f"The ODE sampler and the SDE at η = {eta} cannot be told apart: the interval contains 0."
+        return f"The ODE sampler scores lower than {sde}: part of the gain stays behind."
+    return f"The ODE sampler and {sde} cannot be told apart: the interval contains 0."
+
+
+def _sampling_window(run: Run) -> dict[str, Any]:
+    """The settings of the window of trained steps; empty where every step was stochastic."""
+    return run.setting("window", "sampling") or {}
 
 
 def _basis(run: Run) -> str:
@@ -229,8 +233,9 @@ def _curves(run: Run, reward: str) -> list[tuple[str, str, str]]:
         low, high = ([m + sign * s for m, s in zip(mean, std, strict=False)] for sign in (-1, 1))
         banded = len(std) == len(mean)
         line = Line(x, mean, "train", low=low if banded else None, high=high if banded else None, marks=False)
-        alt = f"Training reward {reward} under the SDE: {_first_to_last(mean)} over {len(x)} iterations."
-        note = "SDE samples of the training prompts: mean" + (" and one standard deviation." if banded else ".")
+        alt = f"Training reward {reward}: {_first_to_last(mean)} over {len(x)} iterations."
+        sampler = "Samples with noise in the window's steps" if _sampling_window(run) else "SDE samples"
+        note = f"{sampler}, training prompts: mean" + (" and one standard deviation." if banded else ".")
         figures.append(("While training", note, line_figure([line], alt)))
     ode, sde = run.intervals("ode", reward), run.intervals("sde", reward)
     if ode:
@@ -275,11 +280,14 @@ def _window(run: Run) -> list[tuple[str, str, str]]:
     places = f"{len(set(first))} position{'s' if len(set(first)) > 1 else ''}"
     over = f"{len(x)} iteration{'s' if len(x) > 1 else ''}"
     alt = f"Window of trained steps over {over}: starts from step {first[0]} to step {first[-1]}, at {places}."
+    rest = "the rest followed the ODE"
+    if _sampling_window(run).get("compression") is not None:
+        rest = "those before followed the ODE, and those after were replaced by fewer steps of a second-order solver"
     counts = ", ".join(f"step {step} {count}" for step, count in enumerate(visits) if count)
     return [
         (
             "Where the window was",
-            f"These steps of {num_steps} were sampled with noise and trained; the rest followed the ODE. Step 0 starts from noise.",
+            f"These steps of {num_steps} were sampled with noise and trained; {rest}. Step 0 starts from noise.",
             window_figure(x, first, size, num_steps, alt),
         ),
         (
