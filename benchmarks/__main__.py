@@ -1,4 +1,4 @@
-"""`python -m benchmarks [overhead] [trl] [memory]`: prints a table for each, writes results/<name>.json and .md."""
+"""`python -m benchmarks [overhead] [trl] [memory] [mixgrpo]`: prints a table for each, writes results/<name>.json and .md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import against_trl, memory, overhead
+from benchmarks import against_trl, memory, mixgrpo, overhead
 from benchmarks.against_trl import Comparison, Work
 from benchmarks.results import RESULTS, Result
 
@@ -40,6 +40,12 @@ def _memory(options: argparse.Namespace) -> Result:
     )
 
 
+def _mixgrpo(options: argparse.Namespace) -> Result:
+    work = mixgrpo.Work()
+    places = work.num_steps - work.window - 1  # the first step and the last cannot be trained
+    return mixgrpo.run(work, options.model, options.repeats or places, options.threads, options.seed)
+
+
 SMALL, LARGER = Work((4, 8)), Work((32, 64))
 """The channels of the pipelines in diffusers' own tests, and of the tiny ones that are on the model hub."""
 OURS = (32, 160)
@@ -52,14 +58,19 @@ AGAINST_TRL = [
     Comparison(LARGER, (8, 4), OURS),
 ]
 
-BENCHMARKS: dict[str, Callable[[argparse.Namespace], Result]] = {"overhead": _overhead, "trl": _trl, "memory": _memory}
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], Result]] = {
+    "overhead": _overhead,
+    "trl": _trl,
+    "memory": _memory,
+    "mixgrpo": _mixgrpo,
+}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help=f"{', '.join(BENCHMARKS)}; all by default")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
-    parser.add_argument("--repeats", type=int, help="interleaved pairs of timings (default 10)")
+    parser.add_argument("--repeats", type=int, help="interleaved pairs of timings (default 10; mixgrpo: 20)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--recipe", default="emoji-ddpo", help="overhead: the recipe, a name or a YAML file")
@@ -69,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trl-venv", type=Path, help="trl: an environment that has it already (default: one is made under build/)"
     )
+    parser.add_argument("--model", help="mixgrpo: a FLUX model, by name or directory (default: a random one)")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed")
     return parser
 

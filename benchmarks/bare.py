@@ -1,4 +1,4 @@
-"""The bare network time of an iteration: its UNet and VAE calls recorded, then run again with nothing around them."""
+"""The bare network time of an iteration: its denoiser and VAE calls recorded, then run again with nothing around them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from etude.policies.stable_diffusion import StableDiffusionPolicy
+from etude.policies.pipeline import PipelinePolicy
 
 KINDS = ("forward", "forward_backward", "decode")
 
@@ -45,8 +45,8 @@ class Call:
 
 
 @contextmanager
-def record(policy: StableDiffusionPolicy) -> Iterator[list[Call]]:
-    """Inside, every call of the UNet (or its frozen reference) and of the VAE's decoder is noted, in order."""
+def record(policy: PipelinePolicy) -> Iterator[list[Call]]:
+    """Inside, every call of the UNet or transformer (or its frozen reference) and of the VAE's decoder is noted, in order."""
     calls: list[Call] = []
     vae, decode = policy.pipeline.vae, policy.pipeline.vae.decode
 
@@ -58,7 +58,7 @@ def record(policy: StableDiffusionPolicy) -> Iterator[list[Call]]:
         calls.append(Call("decode", decode, arguments, keywords, None))
         return decode(*arguments, **keywords)
 
-    networks = [network for network in (policy.pipeline.unet, policy._initial) if network is not None]
+    networks = [network for network in (policy._trained_network, policy._initial) if network is not None]
     hooks = [network.register_forward_pre_hook(on_network, with_kwargs=True) for network in networks]
     vae.decode = on_decode
     try:

@@ -6,22 +6,30 @@ import atexit
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import etude.trainer
 from benchmarks.bare import record, run_bare
 from benchmarks.parity import compare
 from benchmarks.protocol import forget_peak, peak_bytes, serve
 from etude.config import load_config
-from etude.policies.stable_diffusion import StableDiffusionPolicy
+from etude.policies.pipeline import PipelinePolicy
+from etude.rollout import rollout
 from etude.trainer import Trainer
 
 
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
-    """Settings: `recipe` (a name or a YAML file), `overrides`, `work` (where the run directory goes, removed at exit)."""
+    """Settings: `recipe` (a name or a YAML file), `overrides`, `work` (where the run directory goes, removed at exit).
+
+    `share_prefix` (default true): compute what images of a group have in common once.
+    """
+    if not settings.get("share_prefix", True):
+        etude.trainer.rollout = partial(rollout, share_prefix=False)  # type: ignore[attr-defined]
     out = tempfile.TemporaryDirectory(dir=settings["work"], prefix="run-")
     atexit.register(out.cleanup)
     never = 10**6  # evaluation is not part of an iteration: it is never due
@@ -55,7 +63,7 @@ def _iterate(trainer: Trainer) -> float:
 
 def _overhead(trainer: Trainer) -> dict[str, Any]:
     """One iteration, then its network calls alone, on the same tensors in the same batches. Seconds."""
-    assert isinstance(trainer.policy, StableDiffusionPolicy)
+    assert isinstance(trainer.policy, PipelinePolicy)
     with record(trainer.policy) as calls:
         total = _iterate(trainer)
     bare = run_bare(calls, _now)

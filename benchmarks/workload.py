@@ -68,6 +68,64 @@ def save_pipeline(directory: Path, channels: tuple[int, ...], latent_size: int, 
     return directory
 
 
+def save_flux(directory: Path, heads: int, latent_size: int, seed: int = 0) -> Path:
+    """A random FluxPipeline with the shift and the guidance embedding of FLUX.1-dev, as safetensors.
+
+    Args:
+        heads: of 32 channels each, in a transformer of 1 double and 3 single blocks.
+        latent_size: height and width of the autoencoder's 8-channel latents; images are twice that.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(seed)
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=AutoencoderKL(
+            block_out_channels=(16, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=8,
+            norm_num_groups=8,
+            mid_block_add_attention=False,
+            sample_size=2 * latent_size,
+            shift_factor=0.0,
+            scaling_factor=1.0,
+        ),
+        **_text(),
+        **_second_text(),
+        transformer=FluxTransformer2DModel(
+            in_channels=32,
+            num_layers=1,
+            num_single_layers=3,
+            attention_head_dim=32,
+            num_attention_heads=heads,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            guidance_embeds=True,
+            axes_dims_rope=(8, 12, 12),
+        ),
+    )
+    pipeline.save_pretrained(directory)
+    return directory
+
+
+def _second_text() -> dict[str, Any]:
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(chr(code) for code in range(ord("a"), ord("z") + 1))]
+    tokenizer = T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0, model_max_length=16)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=WIDTH,
+        d_kv=WIDTH // 4,
+        d_ff=2 * WIDTH,
+        num_layers=1,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return {"tokenizer_2": tokenizer, "text_encoder_2": T5EncoderModel(config)}
+
+
 def _let_transformers_4_read(directory: Path, vocabulary: dict[str, int]) -> None:
     """Adds what the older library expects, and the newer one understands too: the tokenizer's files, CLIP's weight names."""
     from safetensors.torch import load_file, save_file
