@@ -14,6 +14,7 @@ from etude.config import (
     TrainConfig,
     WindowConfig,
     describe_fields,
+    difference,
     load_config,
     parse_config,
     recipe_names,
@@ -81,6 +82,32 @@ def test_cps_is_refused_beyond_the_eta_where_it_folds_back() -> None:
 
 def test_every_kernel_can_be_configured() -> None:
     assert set(get_args(KernelName)) == set(KERNELS)
+
+
+def test_the_first_difference_is_named_down_to_the_windows_fields() -> None:
+    plain, windowed = load_config("sd15-ddpo"), load_config("sd15-ddpo", ["sampling.window.size=3"])
+    wider = load_config("sd15-ddpo", ["sampling.window.size=5"])
+    assert difference(plain, plain) is None
+    assert difference(plain, load_config("sd15-ddpo", ["sampling.eta=2"])) == ("sampling.eta", 1.0, 2.0)
+    assert difference(windowed, wider) == ("sampling.window.size", 3, 5)
+    key, old, new = difference(plain, windowed) or ("", None, None)
+    assert (key, old, new["size"]) == ("sampling.window", None, 3)
+
+
+def test_a_stride_that_passes_over_steps_is_refused() -> None:
+    assert "would pass over steps" in failure("sd15-ddpo", "sampling.window.stride=5")
+
+
+def test_the_flash_recipe_differs_from_mixgrpo_by_the_compression_alone() -> None:
+    assert difference(load_config("emoji-mixgrpo"), load_config("emoji-mixgrpo-flash")) == (
+        "sampling.window.compression",
+        None,
+        0.4,
+    )
+    assert (
+        load_config("emoji-mixgrpo", ["sampling.window.compression=0.4"]).model_dump()
+        == load_config("emoji-mixgrpo-flash").model_dump()
+    )
 
 
 def test_one_tracker_needs_no_list() -> None:

@@ -13,11 +13,11 @@ from etude.config import TrainConfig, parse_config
 from etude.display import Display, SilentDisplay, TrainingDisplay
 
 
-def config() -> TrainConfig:
+def config(**sampling: Any) -> TrainConfig:
     return parse_config(
         {
             "rewards": {"alignment": 1.0},
-            "sampling": {"eta": 1.2},
+            "sampling": {"eta": 1.2, **sampling},
             "evaluation": {"held_out_rewards": ["colorfulness"]},
         }
     )
@@ -76,6 +76,14 @@ def test_without_a_terminal_every_iteration_is_one_plain_line() -> None:
     assert lines[2].endswith("10.0 s | 4:30 left")
     assert len(lines) == 3
     assert "\x1b" not in text
+
+
+def test_a_window_is_named_and_its_sampler_is_not_called_the_sde() -> None:
+    file = io.StringIO()
+    display = TrainingDisplay(config(window={}), 20, Console(file=file, width=140))
+    display.iteration({**ROWS[1], "window": {"start": 3, "size": 4}})
+    line = file.getvalue()
+    assert line.startswith("iteration 1/20 | window 3..6 | alignment: training ODE/SDE 0.1875")
 
 
 def test_time_left_is_at_the_pace_of_the_iterations_seen_after_a_resume() -> None:

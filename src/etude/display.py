@@ -147,8 +147,11 @@ class TrainingDisplay:
 
     def _plain(self, row: Mapping[str, Any]) -> Iterator[str]:
         yield f"iteration {row['iteration']}/{self.total}"
+        window = row.get("window")
+        if window:
+            yield f"window {window['start']}..{window['start'] + window['size'] - 1}"
         for reward, value in row.get("reward", {}).items():
-            yield f"{reward}: training SDE {value['mean']:.4g}"
+            yield f"{reward}: training {_sampler(self.config)} {value['mean']:.4g}"
         evaluation = row.get("evaluation", {})
         for reward in evaluation.get("ode", {}):
             yield f"{reward}: {_readable(evaluation, reward)}"
@@ -169,7 +172,13 @@ class TrainingDisplay:
     def _numbers(self) -> Table:
         sampling, at = self.config.sampling, self._evaluation
         table = _table(
-            ["reward", f"training SDE, eta = {sampling.eta:g}", "held-out ODE", "gap (ODE - SDE)", "improvement"]
+            [
+                "reward",
+                f"training {_sampler(self.config)}, eta = {sampling.eta:g}",
+                "held-out ODE",
+                "gap (ODE - SDE)",
+                "improvement",
+            ]
         )
         for reward in at.get("ode", self._rewards):
             mean = f"{self._rewards[reward]['mean']:.4g}" if reward in self._rewards else "-"
@@ -207,6 +216,11 @@ def _readable(evaluation: Mapping[str, Any], reward: str) -> str:
 
 
 _PARTS = (("ode", "held-out ODE"), ("sde", "SDE"), ("gap", "gap"), ("improvement", "improvement"))
+
+
+def _sampler(config: TrainConfig) -> str:
+    """What the training sampler is: the SDE, or with a window a mixture of which the SDE is only a part."""
+    return "SDE" if config.sampling.window is None else "ODE/SDE"
 
 
 def _name(reward: str, config: TrainConfig) -> str:
