@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -185,9 +186,33 @@ def test_a_directory_in_use_is_left_alone(settings, tmp_path):
 
 
 def test_diverging_weights_stop_the_run_and_name_the_last_good_checkpoint(settings, tmp_path):
-    with pytest.raises(EtudeError, match="diverged in iteration") as caught:
+    with pytest.raises(EtudeError, match=r"diverged in iteration \d: .*intact checkpoint: iteration \d in ") as caught:
         train(settings, tmp_path / "run", iterations=3, optimizer={"learning_rate": 1e30})
-    assert "checkpoints" in str(caught.value)
+    diverged, intact = (int(text) for text in re.findall(r"iteration (\d)", str(caught.value)))
+    assert intact == diverged - 1
+    assert (tmp_path / "run" / "checkpoints" / f"iteration-{intact:06d}").is_dir()
+
+
+def test_a_failed_rollout_saves_the_iterations_before_it(settings, tmp_path):
+    broken = calls(lambda count, scores: scores if count < 5 else scores[:3])  # in the rollout of iteration 3
+    register("redness")(broken)
+    with pytest.raises(EtudeError, match="intact checkpoint: iteration 2 in "):
+        train(settings, tmp_path / "run", iterations=4, checkpoint={"every": 4}, evaluation={"every": 4})
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["iteration-000000", "iteration-000002"]
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_says_so(settings, tmp_path):
+    register("redness")(calls(lambda count, scores: scores[:3]))
+    with pytest.raises(EtudeError, match="no checkpoint was written yet"):
+        train(settings, tmp_path / "run")
+
+
+def test_a_kill_while_the_configuration_is_written_does_not_block_the_run(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.writing").write_text("model:")
+    train(settings, tmp_path / "run", iterations=1)
+    assert not [p.name for p in (tmp_path / "run").iterdir() if p.name.startswith(".")]
 
 
 def test_several_rewards_are_logged_apart_and_held_out_ones_are_not_trained(settings, tmp_path):
