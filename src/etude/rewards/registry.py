@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -33,11 +34,28 @@ class Reward(Protocol):
 
 RewardT = TypeVar("RewardT", bound=Callable[..., Any])
 
+
+@dataclass(frozen=True)
+class _WithOptions:
+    """The factory of a reward whose name may be followed by a colon and options, `pickscore:/models/pickscore`."""
+
+    path: str
+
+    def __call__(self, options: str = "") -> Reward:
+        made: Reward = _import(self.path).from_options(options)
+        return made
+
+
 _factories: dict[str, Callable[[], Reward]] = {
+    "aesthetic": _WithOptions("etude.rewards.aesthetic:Aesthetic"),
     "alignment": lambda: _import("etude.rewards.alignment:load")(),
+    "clip_score": _WithOptions("etude.rewards.clip:CLIPScore"),
     "colorfulness": lambda: _import("etude.rewards.colorfulness:colorfulness"),
+    "hpsv2": _WithOptions("etude.rewards.hpsv2:HPSv2"),
+    "imagereward": _WithOptions("etude.rewards.imagereward:ImageReward"),
     "jpeg_compressibility": lambda: _import("etude.rewards.jpeg:jpeg_compressibility"),
     "jpeg_incompressibility": lambda: _import("etude.rewards.jpeg:jpeg_incompressibility"),
+    "pickscore": _WithOptions("etude.rewards.clip:PickScore"),
 }
 _loaded: dict[str, Reward] = {}
 
@@ -78,6 +96,9 @@ def names() -> list[str]:
 def get(name: str) -> Reward:
     """The reward of that name, or the callable at the import path `package.module:attribute`.
 
+    After the name of a model reward the colon begins its options instead: `name:model`, `name:model,key=value`,
+    `name:key=value` (`etude.rewards.base.ModelReward` lists them); such a name comes before a module of the same name.
+
     Modules in the working directory are found too. A reward is built once and then shared.
 
     Raises:
@@ -101,7 +122,15 @@ def _check_name(name: str) -> None:
 
 
 def _build(name: str) -> Reward:
-    found = _factories[name] if name in _factories else partial(_instance, _import(name))
+    base, _, options = name.partition(":")
+    factory = _factories.get(base)
+    found: Callable[[], Reward]
+    if name in _factories:
+        found = _factories[name]
+    elif isinstance(factory, _WithOptions):
+        found = partial(factory, options)
+    else:
+        found = partial(_instance, _import(name))
     try:
         return found()
     except EtudeError:

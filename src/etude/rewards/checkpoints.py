@@ -1,0 +1,154 @@
+"""Where the weights of a model reward come from: a hub id or a local path, and safetensors only.
+
+Nothing here reads a pickle: a `.pt`, `.pth` or `.bin` file can run code when it is read, so it is refused with the command that
+converts it. No code from a checkpoint is run either (`trust_remote_code` is never set).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from etude.errors import EtudeError, brief
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TEXT_FILES = ["*.json", "*.txt"]
+"""Configurations, tokenizers and image processors: what a checkpoint has beside its weights."""
+WEIGHT_FILES = [*TEXT_FILES, "model*.safetensors"]
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+
+NetworkT = TypeVar("NetworkT")
+
+
+def check_source(source: str) -> None:
+    """Refuses what can be neither a file, a directory nor a hub id (`owner/name`, or `owner/name@revision`).
+
+    Raises:
+        EtudeError: if the path does not exist or is a pickle.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in _PICKLES:
+        raise EtudeError(_refused(str(path)))
+    if not path.exists() and (source.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(source)):
+        raise EtudeError(f"'{source}' is not on disk: give a file, a directory, or a hub id (owner/name@revision).")
+
+
+def is_local(source: str) -> bool:
+    return Path(source).expanduser().exists()
+
+
+def fetch(source: str, patterns: list[str]) -> Path:
+    """The local file or directory of `source`; of a hub id, the cached copy of the files that match `patterns`.
+
+    Raises:
+        EtudeError: if it is not on disk and the hub does not give it.
+    """
+    if is_local(source):
+        return Path(source).expanduser()
+    check_source(source)
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = source.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # every error of the hub, of the network and of the cache is one of these
+        raise EtudeError(
+            f"'{source}' is not on disk and the hub does not give it ({type(error).__name__}): "
+            f"`hf download {repository}` on a connected machine, or give a local path."
+        ) from error
+
+
+def weights_of(path: Path) -> Path:
+    """The one safetensors file that `path` is or holds.
+
+    Raises:
+        EtudeError: if there is none (with the conversion, where there are pickles) or more than one.
+    """
+    if path.is_file():
+        return path
+    if (path / "model.safetensors").is_file():
+        return path / "model.safetensors"
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise EtudeError(f"'{path}' holds {len(found)} safetensors files: name one of them.")
+    pickles = sorted(p for p in path.iterdir() if p.suffix in _PICKLES)
+    raise EtudeError(_refused(str(pickles[0])) if pickles else f"'{path}' holds no safetensors weights.")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        EtudeError: if it is not one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise EtudeError(f"'{path}' is not a readable safetensors file: {brief(error, 100)}.") from error
+
+
+def strip_prefix(tensors: Mapping[str, Tensor], landmark: str) -> dict[str, Tensor]:
+    """The tensors whose names begin as that of `landmark` does, without that beginning.
+
+    A published state dict is often stored inside a wrapper (`model.`, `mlp.`): `landmark` is a name that the layout must hold, and
+    whatever precedes it is the wrapper. Empty, if it is nowhere.
+    """
+    prefix = next((n.removesuffix(landmark) for n in tensors if n == landmark or n.endswith(f".{landmark}")), None)
+    if prefix is None:
+        return {}
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def pretrained(kind: type[NetworkT], path: Path) -> NetworkT:
+    """A transformers network from a directory in its own layout, in fp32, frozen, in evaluation mode.
+
+    Raises:
+        EtudeError: if the directory holds no safetensors, or not this network's.
+    """
+    if not any(path.glob("model*.safetensors")):
+        weights_of(path)  # says what is there instead
+        raise EtudeError(f"'{path}' holds no model.safetensors in the layout of transformers.")
+    return _from_pretrained(kind, str(path), str(path), use_safetensors=True, local_files_only=True)
+
+
+def assembled(kind: type[NetworkT], config: Any, tensors: Mapping[str, Tensor], origin: Path, **how: Any) -> NetworkT:
+    """A transformers network from its configuration and a state dict, in fp32, frozen, in evaluation mode.
+
+    Raises:
+        EtudeError: if a tensor is missing or has another shape; `origin` is named.
+    """
+    return _from_pretrained(kind, None, str(origin), config=config, state_dict=dict(tensors), **how)
+
+
+def _from_pretrained(kind: Any, directory: str | None, origin: str, **how: Any) -> Any:
+    import torch
+
+    try:
+        network, info = kind.from_pretrained(directory, dtype=torch.float32, output_loading_info=True, **how)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise EtudeError(f"'{origin}' does not hold the weights of {kind.__name__}: {brief(error, 120)}") from error
+    # transformers would draw what is missing at random and go on, which is a different reward
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise EtudeError(
+            f"'{origin}' is not a whole {kind.__name__}: it lacks {len(missing)} tensors ('{missing[0]}')."
+        )
+    return network.eval().requires_grad_(False)
+
+
+def _refused(path: str) -> str:
+    return (
+        f"'{path}' is a pickle, which etude never reads: outside etude, pass the state dict of torch.load(path, "
+        "weights_only=True) to safetensors.torch.save_file once (docs/how-to/add-a-reward), and give that file."
+    )
