@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
 from etude.errors import EtudeError
-from etude.objectives import gaussian_kl, ppo_loss, reinforce_loss
+from etude.objectives import UpdateStatistics, gaussian_kl, ppo_loss, reinforce_loss
 
 
 def test_ppo_is_its_definition_pair_by_pair() -> None:
@@ -100,3 +101,29 @@ def test_gaussian_kl_is_that_of_torch_distributions() -> None:
 def test_a_deterministic_step_has_no_kl() -> None:
     with pytest.raises(EtudeError, match="deterministic step has no KL"):
         gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([1.0, 0.0]))
+
+
+def test_the_row_of_an_iteration_is_the_mean_over_its_pairs_and_steps() -> None:
+    statistics, old = UpdateStatistics(), torch.zeros(3)
+    log_probs = [torch.tensor([0.0, 0.1, -0.2]), torch.tensor([0.0]), torch.tensor([0.3, 0.0])]
+    for log_prob in log_probs:
+        statistics.policy.append(ppo_loss(log_prob, old[: len(log_prob)], torch.ones(len(log_prob)), 0.15, 5.0))
+    statistics.loss += [torch.tensor(1.0), torch.tensor(2.0)]
+    statistics.grad_norm += [torch.tensor(0.5), torch.tensor(1.5)]
+    row, ratio = statistics.row(), torch.cat(log_probs).exp()
+    assert "reference_kl" not in row
+    assert row["ratio_mean"] == pytest.approx(float(ratio.mean()))
+    assert row["ratio_max_deviation"] == pytest.approx(float((ratio - 1).abs().max()))
+    assert row["clipfrac"] == pytest.approx(2 / 6)
+    assert row["approx_kl"] == pytest.approx(np.mean([float(lp.square().mean()) / 2 for lp in log_probs]))
+    assert (row["loss"], row["grad_norm"]) == (1.5, 1.0)
+    statistics.reference_kl.append(torch.tensor([0.25, 0.75]))
+    assert statistics.row()["reference_kl"] == 0.5
+
+
+def test_a_gradient_norm_that_is_not_finite_is_seen_in_the_row() -> None:
+    statistics = UpdateStatistics(loss=[torch.tensor(0.0)])
+    statistics.policy.append(ppo_loss(torch.zeros(1), torch.zeros(1), torch.ones(1), 0.1, 5.0))
+    for bad in (math.inf, math.nan):
+        statistics.grad_norm = [torch.tensor(1.0), torch.tensor(bad)]
+        assert not math.isfinite(statistics.row()["grad_norm"])

@@ -1,0 +1,321 @@
+"""The settings of a run: one typed tree. Every field has a default, a unit and a help line.
+
+Defaults are those of the `sd15-ddpo` recipe (Black et al. 2023, arXiv 2305.13301, and its public hyper-parameters) unless the
+help says otherwise; those of `sampling.window` are MixGRPO's (arXiv 2507.21802). Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+KernelName = Literal["gddim", "ddim", "cps", "flow_sde", "dance_sde"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class PromptsConfig(Section):
+    train: str = Field(
+        "emoji-train",
+        description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`) or a text file.",
+    )
+    evaluation: str = Field(
+        "emoji-eval", description="Prompts for the held-out evaluation of the gap: a built-in set or a text file."
+    )
+
+
+class WindowConfig(Section):
+    """MixGRPO (arXiv 2507.21802): the kernel inside a moving window of steps, which alone are trained; the ODE elsewhere."""
+
+    strategy: Literal["progressive", "random", "decay", "fixed"] = Field(
+        "progressive",
+        description="How the window moves. progressive: by stride steps every iters_per_shift iterations (the paper's choice). random: drawn anew "
+        "each iteration. decay: progressive, but staying ever shorter as it moves on. fixed: never.",
+    )
+    size: int = Field(4, ge=1, description="Consecutive stochastic steps, all of them trained. The paper's default.")
+    iters_per_shift: int = Field(
+        25,
+        ge=1,
+        description="Iterations before a progressive window moves, and before a decay window first does. The paper's default.",
+    )
+    stride: int = Field(1, ge=1, description="Steps that the window moves at a time. The paper's default.")
+    roll_back: bool = Field(
+        True,
+        description="From its last place the window goes back to the first; otherwise it stays there, and trains no other steps any more.",
+    )
+    start: int | None = Field(
+        None, ge=0, description="First step that the window can hold; null is the first step that is stochastic at all."
+    )
+    end: int | None = Field(
+        None,
+        ge=1,
+        description="Step before which the window ends (it holds end - 1 at most); null is after the last step that is stochastic at all.",
+    )
+    decay_rate: float = Field(
+        0.1,
+        ge=0,
+        description="decay: with its first step at l the window stays iters_per_shift * exp(-decay_rate * max(0, l - decay_threshold)) "
+        "iterations.",
+    )
+    decay_threshold: int = Field(
+        13,
+        ge=0,
+        description="decay: the step from which on the window stays ever shorter; the default is meant for 25 steps.",
+    )
+    compression: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="MixGRPO-Flash: the steps after the window become this share of them, taken by second-order DPM-Solver++ (the paper's is 0.4). "
+        "null: plain MixGRPO.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WindowConfig:
+        if self.stride > self.size:
+            raise ValueError(
+                f"a window of size {self.size} that moves by stride = {self.stride} would pass over steps; use at most {self.size}"
+            )
+        return self
+
+
+class SamplingConfig(Section):
+    kernel: KernelName = Field(
+        "gddim",
+        description="Transition kernel of the training sampler: gddim (any model, any eta), ddim (to a largest eta), cps (eta at most 1), and for "
+        "flow models flow_sde (Flow-GRPO) and dance_sde (DanceGRPO).",
+    )
+    eta: float = Field(
+        1.0,
+        ge=0,
+        description="Stochasticity while training, in the kernel's own unit. gddim: 0 is the ODE, 1 the DDPM posterior, any value above is valid. "
+        "flow_sde at 0.7, the ecosystem's usual value, amounts to gddim at 0.5.",
+    )
+    num_steps: int = Field(
+        50, ge=1, description="Denoising steps in training, and in evaluation unless that says otherwise."
+    )
+    guidance_scale: float = Field(
+        5.0,
+        ge=0,
+        description="Guidance, the same in rollout, replay and evaluation: classifier-free (1 switches it off), or the embedded scale of FLUX.",
+    )
+    first_step: Literal["ode", "sde"] = Field(
+        "ode",
+        description="What becomes of a step that starts at pure noise (flow models): ode leaves it deterministic and untrained; "
+        "sde redraws all of the noise at any eta above 0. Published flow samplers cap the noise there instead.",
+    )
+    window: WindowConfig | None = Field(
+        None,
+        description="null: every step is stochastic and trained (DDPO, Flow-GRPO). A section: MixGRPO, with the kernel in a window and "
+        "the ODE elsewhere; with compression MixGRPO-Flash.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SamplingConfig:
+        if self.kernel == "cps" and self.eta > 1:
+            raise ValueError(
+                f"eta = {self.eta:g} is beyond cps, which redraws all of the noise at 1; use at most 1, or gddim"
+            )
+        if self.window is not None:
+            first, end = self.window.start or 0, self.window.end or self.num_steps
+            if end > self.num_steps:
+                raise ValueError(f"window.end = {end} is beyond num_steps = {self.num_steps}")
+            if first + self.window.size > end:
+                raise ValueError(
+                    f"a window of size {self.window.size} does not fit in steps {first} to {end - 1}; lower window.size or raise num_steps"
+                )
+        return self
+
+
+class RolloutConfig(Section):
+    images_per_iteration: int = Field(256, ge=1, description="Images sampled in one iteration, over all processes.")
+    images_per_prompt: int = Field(
+        1, ge=1, description="Images of one prompt in one iteration (the group of GRPO; 1 for DDPO)."
+    )
+    batch_size: int = Field(
+        8, ge=1, description="Images per network call while sampling. Changes memory and speed, never the noise."
+    )
+    shared_noise: bool = Field(
+        False,
+        description="The images of one prompt start from the same noise (DanceGRPO, MixGRPO) and differ by the stochastic steps alone; "
+        "with a window the steps before it are then computed once a group. false: each from its own (DDPO, Flow-GRPO).",
+    )
+
+
+class LoraConfig(Section):
+    rank: int = Field(4, ge=0, description="LoRA rank; 0 trains the whole network.")
+    alpha: float = Field(4.0, gt=0, description="LoRA alpha: the update is scaled by alpha / rank.")
+    targets: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        min_length=1,
+        description="Names of the layers that get an adapter (suffix match, as in peft).",
+    )
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW decay rates of the first and second moments.")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay.")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW addition to the denominator, which keeps it from 0.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+
+
+class ObjectiveConfig(Section):
+    kind: Literal["ppo", "reinforce"] = Field(
+        "ppo", description="ppo: clipped importance ratio. reinforce: -A log p, one optimiser step a rollout."
+    )
+    clip_range: float | None = Field(
+        1e-4, gt=0, description="PPO clips the ratio to 1 +- clip_range. Give this or clip_nats, not both."
+    )
+    clip_nats: float | None = Field(
+        None,
+        gt=0,
+        description="The clip range in nats of the whole image's log-probability: clip_range = clip_nats / D for D latent dimensions under the mean "
+        "(1e-4 is 1.6 nats for SD1.5 at 512 px, but 0.05 nats at D = 512).",
+    )
+    logprob_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="mean over latent dimensions (as the peers) or the true density."
+    )
+    adv_clip_max: float = Field(5.0, gt=0, description="Advantages are clipped to +- this.")
+    kl_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the KL to the reference model, closed form per step, reduced like the log-probability.",
+    )
+    num_inner_epochs: int = Field(1, ge=1, description="Passes over a rollout.")
+    updates_per_epoch: int = Field(
+        2, ge=1, description="Optimiser steps in one pass; the rollout is split evenly among them."
+    )
+    batch_size: int = Field(
+        8, ge=1, description="(sample, step) pairs per network call while replaying. Changes memory and speed only."
+    )
+    timestep_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the stochastic steps of each sample that is trained, drawn anew each iteration.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ObjectiveConfig:
+        if (self.clip_range is None) == (self.clip_nats is None):
+            raise ValueError("give exactly one of clip_range and clip_nats, and set the other to null")
+        if self.kind == "reinforce" and (self.num_inner_epochs, self.updates_per_epoch) != (1, 1):
+            raise ValueError("reinforce is on-policy: num_inner_epochs and updates_per_epoch must be 1")
+        return self
+
+
+class AdvantageConfig(Section):
+    kind: Literal["per_prompt", "group", "group_mean_global_std"] = Field(
+        "per_prompt", description="What rewards are compared with."
+    )
+    buffer_size: int = Field(16, ge=2, description="per_prompt: how many past rewards of a prompt are remembered.")
+    min_count: int = Field(
+        16,
+        ge=2,
+        description="per_prompt: below this many rewards of a prompt, the whole batch's mean and std are used.",
+    )
+
+
+class EmaConfig(Section):
+    decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Exponential moving average of the trained weights, used in evaluation and export; 0 is off.",
+    )
+
+
+class EvaluationConfig(Section):
+    every: int = Field(
+        5, ge=1, description="Iterations between evaluations (iteration 0 and the last are always evaluated)."
+    )
+    num_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Denoising steps of both sides of the gap, ODE and SDE; null is sampling.num_steps. Flow-GRPO evaluates at 40 steps "
+        "what it trains at 10.",
+    )
+    num_images: int = Field(
+        64, ge=2, description="Held-out pairs of images (ODE and SDE from the same noise) per evaluation."
+    )
+    held_out_rewards: list[str] = Field(
+        [], description="Rewards that are measured and not trained on: the guard against reward hacking."
+    )
+    grid_images: int = Field(24, ge=1, description="Images in the before / after grids.")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(1, ge=1, description="Iterations between checkpoints.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept; two, so that a torn one costs one interval.")
+
+
+class TrainConfig(Section):
+    """Everything that determines a run."""
+
+    model: str = Field("emoji-sd", description="Embedded name, local diffusers directory or hub id.")
+    resolution: int | None = Field(
+        None,
+        ge=8,
+        description="Side of the images in pixels; null is the pipeline's own (512 for SD1.5, 1024 for SD3 and FLUX).",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Network weights and inputs; the rest stays float32. No float16: the gradients underflow.",
+    )
+    seed: int = Field(
+        0, ge=0, description="Seeds everything; noise is a pure function of (seed, stream, iteration, sample, step)."
+    )
+    iterations: int = Field(100, ge=1, description="Rollout-and-update iterations.")
+    rewards: dict[str, float] = Field(
+        {"jpeg_compressibility": 1.0}, min_length=1, description="Reward name (or module:function) to weight."
+    )
+    prompts: PromptsConfig = PromptsConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    lora: LoraConfig = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    ema: EmaConfig = EmaConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="Accelerate trackers that also receive the metrics: a name or a list of names."
+    )
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        rollout, sampling = self.rollout, self.sampling
+        if rollout.images_per_iteration % rollout.images_per_prompt:
+            raise ValueError(
+                f"rollout.images_per_iteration = {rollout.images_per_iteration} is not a multiple of "
+                f"rollout.images_per_prompt = {rollout.images_per_prompt}"
+            )
+        if self.advantage.kind != "per_prompt" and rollout.images_per_prompt < 2:
+            raise ValueError(f"advantage.kind = {self.advantage.kind} needs rollout.images_per_prompt of at least 2")
+        if rollout.shared_noise and rollout.images_per_prompt < 2:
+            raise ValueError("rollout.shared_noise needs rollout.images_per_prompt of at least 2")
+        if sampling.eta == 0:
+            raise ValueError(
+                "sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)"
+            )
+        if any(not math.isfinite(w) or w == 0 for w in self.rewards.values()):
+            raise ValueError(
+                "every weight in rewards must be finite and not 0; measure without training by evaluation.held_out_rewards"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
