@@ -512,7 +512,7 @@ def test_a_hub_id_is_fetched_at_its_revision_without_any_pickle(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_hub_out_of_reach_is_one_error_with_the_id_and_the_remedy(name: str) -> None:
-    with pytest.raises(EtudeError, match=r"is not on disk and the hub does not give it .*`hf download \S+/\S+`"):
+    with pytest.raises(EtudeError, match=r"is not on disk and the hub does not give it .*`hf download \S+/[^`]+`"):
         get(name)(IMAGES, PROMPTS)
 
 
@@ -554,7 +554,11 @@ def test_a_file_that_is_no_safetensors_and_a_directory_with_several_are_said_so(
         get(f"hpsv2:{tmp_path / 'a.safetensors'},base={tmp_path}").load()
 
 
-def test_a_checkpoint_without_a_tokenizer_names_the_option(clip: tuple[CLIPModel, Path], tmp_path: Path) -> None:
+def test_a_checkpoint_without_weights_or_without_a_tokenizer_says_where_they_may_be(
+    clip: tuple[CLIPModel, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(EtudeError, match=r"holds no safetensors: .*refs/pr"):
+        get(f"clip_score:{tmp_path}").load()
     clip[0].save_pretrained(tmp_path)
     with pytest.raises(EtudeError, match=r"holds no (tokenizer|image processor) .*option `base`"):
         get(f"clip_score:{tmp_path}").load()

@@ -57,10 +57,11 @@ def fetch(source: str, patterns: list[str]) -> Path:
     repository, _, revision = source.partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
-    except (OSError, ValueError) as error:  # every error of the hub, of the network and of the cache is one of these
+    except Exception as error:  # the errors of the hub, of its transports and of its cache have no base in common
+        command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
         raise EtudeError(
             f"'{source}' is not on disk and the hub does not give it ({type(error).__name__}): "
-            f"`hf download {repository}` on a connected machine, or give a local path."
+            f"`{command}` while connected, or give a local path."
         ) from error
 
 
@@ -80,7 +81,11 @@ def weights_of(path: Path) -> Path:
     if found:
         raise EtudeError(f"'{path}' holds {len(found)} safetensors files: name one of them.")
     pickles = sorted(p for p in path.iterdir() if p.suffix in _PICKLES)
-    raise EtudeError(_refused(str(pickles[0])) if pickles else f"'{path}' holds no safetensors weights.")
+    if pickles:
+        raise EtudeError(_refused(str(pickles[0])))
+    raise EtudeError(
+        f"'{path}' holds no safetensors: those of a hub repository often wait in a pull request, owner/name@refs/pr/1."
+    )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -62,15 +62,16 @@ class Cosine(ModelReward):
 class CLIPScore(Cosine):
     """CLIPScore = 2.5 max(cos(f(image), g("A photo depicts " + prompt)), 0), Hessel et al. 2021, arXiv 2104.08718.
 
-    Model: `openai/clip-vit-base-patch32` (MIT), the paper's ViT-B/32, with its own image processor. Range [0, 2.5]; captions of
-    photographs score about 0.6 to 0.9. Work on text-to-image models often reports 100 max(cos, 0) of another CLIP without the prefix
-    instead: that is `clip_score:openai/clip-vit-large-patch14,prefix=` times 40.
+    Model: `openai/clip-vit-base-patch32` (MIT), the paper's ViT-B/32, with its own image processor; its safetensors are in the pull
+    request 15 of that repository, whose main branch has pickles only. Range [0, 2.5]; captions of photographs score about 0.6 to
+    0.9. Work on text-to-image models often reports 100 max(cos, 0) of another CLIP without the prefix instead: that is
+    `clip_score:openai/clip-vit-large-patch14,prefix=` times 40.
 
     Args:
         prefix: what precedes each prompt.
     """
 
-    MODEL = BASE = "openai/clip-vit-base-patch32"
+    MODEL = BASE = "openai/clip-vit-base-patch32@refs/pr/15"
 
     def __init__(
         self,
