@@ -14,7 +14,8 @@ from benchmarks.processes import BUILD, Side
 from benchmarks.results import Headline, Ratio, Result, milliseconds
 
 WARM_UP = 2
-HEADS = 4
+HEADS = 6
+"""Of the random transformer: as wide as the embedded model's."""
 FULL, MIXED, UNSHARED, FLASH, RECORDED = "GRPO", "MixGRPO", "MixGRPO, nothing shared", "MixGRPO-Flash", "recorded"
 
 

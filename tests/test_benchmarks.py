@@ -175,3 +175,40 @@ def test_a_process_that_dies_is_reported_with_its_log(tmp_path: Path, monkeypatc
     monkeypatch.setattr("benchmarks.processes.BUILD", tmp_path)
     with pytest.raises(RuntimeError, match="KeyError: 'directory'"):
         Side(sys.executable, "benchmarks.pipeline_side", {"channels": [4, 8]})
+
+
+def test_the_bare_calls_of_a_shared_prefix_are_those_of_its_groups(tmp_path: Path) -> None:
+    """1 group of 4 images and 6 steps, a window at step 2: rows of 1 before it, of 4 from there on, and 2 steps replayed."""
+    from benchmarks.bare import record, run_bare
+    from benchmarks.etude_side import _iterate
+    from benchmarks.mixgrpo import MIXED, Work, _settings
+    from benchmarks.workload import save_flux
+    from etude.config import load_config
+    from etude.trainer import Trainer
+
+    work = Work(images=4, group=4, num_steps=6, window=2, updates=1)
+    recipe = _settings(tmp_path, work, str(save_flux(tmp_path / "pipeline", 1, 4)), MIXED, 0)["recipe"]
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(load_config(recipe, ["iterations=1000", "evaluation.every=1000"]), tmp_path / "run")
+    trainer.iteration = 1
+    with record(trainer.policy) as calls:
+        _iterate(trainer)
+    rows = [(call.kind, len(call.keywords["hidden_states"])) for call in calls if call.kind != "decode"]
+    assert rows == [("forward", 1)] * 2 + [("forward", 4)] * 4 + [("forward_backward", 4)] * 2
+    assert all(value > 0 for value in run_bare(calls, time.perf_counter).values())
+
+
+def test_the_table_of_mixgrpo_compares_what_was_measured_in_the_same_round() -> None:
+    from benchmarks.mixgrpo import FLASH, FULL, MIXED, RECORDED, UNSHARED, Work, _result
+
+    def one(slowdown: float) -> dict[str, object]:
+        seconds = {FULL: 10.0, MIXED: 4.0, UNSHARED: 5.0, FLASH: 2.0}
+        calls = {"seconds": 4.4 * slowdown, "bare": {"forward": 3 * slowdown, "forward_backward": slowdown}}
+        return {**{name: value * slowdown for name, value in seconds.items()}, RECORDED: calls}
+
+    side = {"trained_steps": 4, "threads": 1, "parameters": 5, "versions": {"torch": "2"}}
+    rounds = [one(s) for s in (1.0, 3.0, 2.0)]
+    result = _result(Work(), rounds, dict.fromkeys((FULL, MIXED, UNSHARED, FLASH, RECORDED), side), {"seed": 0})
+    assert (result.headline.ratio.median, result.headline.met) == (pytest.approx(0.4), True)
+    assert [row[4].partition(" ")[0] for row in result.rows] == ["", "0.400", "1.250", "0.500", "1.100"]
+    assert [row[5].rpartition(" ")[2] for row in result.rows][:4] == ["", "met", "", "met"]
