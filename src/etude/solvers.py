@@ -142,7 +142,7 @@ def _scheduler(policy: Policy, solver: str, num_steps: int) -> Any:
     options = {"algorithm_type": "dpmsolver++"} if solver == "dpmsolver++" else {}
     scheduler = _class(SOLVERS[solver].vp).from_config(policy.scheduler_config, **options)
     try:
-        scheduler.set_timesteps(num_steps)
+        scheduler.set_timesteps(num_steps, device=policy.device)
     except (ValueError, IndexError) as error:
         raise EtudeError(f"the {solver} solver refuses {num_steps} steps ({error}): take another number.") from error
     return scheduler
