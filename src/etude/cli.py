@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from etude.cli_errors import CommandGroup, UsageError, remember_debug
+from etude.cli_errors import CommandGroup, Debug, UsageError, remember_debug
 from etude.cli_runs import prepare_run
+from etude.cli_serving import serve_reward
 from etude.cli_waiting import heavy_imports, progress, quiet_libraries
 from etude.errors import EtudeError
 
@@ -58,7 +59,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=remember_debug)]
 Model = Annotated[
     str, typer.Argument(help="Embedded name (`etude models`), diffusers directory or hub id.", show_default=False)
 ]
@@ -183,7 +183,7 @@ def gap(
     ] = None,
     steps: Annotated[list[int] | None, typer.Option(help="Denoising steps; may be repeated. Default: 20.")] = None,
     reward: Annotated[
-        list[str] | None, typer.Option(help="Name or module:function; may be repeated. Default: alignment.")
+        list[str] | None, typer.Option(help="Name, module:function or url; may be repeated. Default: alignment.")
     ] = None,
     prompts: Annotated[str, typer.Option(help="Text file with one prompt per line, or a built-in set.")] = "emoji-eval",
     samples: Annotated[int, typer.Option(help="Images per sampler, spread over the prompts; at least 2.")] = 128,
@@ -355,6 +355,9 @@ def models(debug: Debug = False) -> None:
     typer.echo(
         "\n".join(yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=110) for card in cards), nl=False
     )
+
+
+app.command("serve-reward")(serve_reward)
 
 
 @app.command(

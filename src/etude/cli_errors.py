@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -52,6 +52,10 @@ def remember_debug(ctx: typer.Context, value: bool) -> None:
     """The callback of --debug, wherever on the command line it stands."""
     if value:
         ctx.meta[_DEBUG] = True
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=remember_debug)]
+"""The option that every command takes."""
 
 
 def complain(message: str) -> None:

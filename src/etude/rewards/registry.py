@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -23,16 +24,21 @@ class Reward(Protocol):
     Args:
         images: uint8 [n, 3, h, w], values 0..255, RGB.
         prompts: n texts, the i-th belongs to the i-th image.
-        metadata: whatever else the caller knows about the samples; a reward ignores what it does not use.
+        metadata: what else the prompt set says (`etude.prompts`): by name, a list with an entry for each image. A reward ignores
+            what it does not use.
 
     Returns:
         float32 [n], finite.
+
+    A reward that needs time to get ready may have a method `load()`, which is called once before a run.
     """
 
     def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor: ...
 
 
 RewardT = TypeVar("RewardT", bound=Callable[..., Any])
+PLUGINS = "etude.rewards"
+"""The entry point group in which an installed package offers rewards: `name = "package.module:attribute"`."""
 
 
 @dataclass(frozen=True)
@@ -89,24 +95,26 @@ def register_factory(name: str, factory: Callable[[], Reward]) -> None:
 
 
 def names() -> list[str]:
-    """Names that `get` knows, sorted."""
-    return sorted(_factories)
+    """Names that `get` knows, sorted: built-in and registered ones, and those that installed packages offer."""
+    return sorted({*_factories, *(plugin.name for plugin in entry_points(group=PLUGINS))})
 
 
 def get(name: str) -> Reward:
-    """The reward of that name, or the callable at the import path `package.module:attribute`.
+    """The reward of that name, the callable at the import path `package.module:attribute`, or the one behind a url.
 
-    After the name of a model reward the colon begins its options instead: `name:model`, `name:model,key=value`,
-    `name:key=value` (`etude.rewards.base.ModelReward` lists them); such a name comes before a module of the same name.
+    A name is looked for among the registered and built-in rewards first, then among the entry points of `PLUGINS`, which
+    are functions, or classes of which one instance is made. A url, `http://host:port/path`, is an
+    `etude.rewards.remote.RemoteReward`. After the name of a model reward the colon begins its options instead of an
+    attribute: `name:model`, `name:model,key=value`, `name:key=value` (`etude.rewards.base.ModelReward` lists them); such a
+    name comes before a module of the same name.
 
     Modules in the working directory are found too. A reward is built once and then shared.
 
     Raises:
-        EtudeError: if the name is unknown, or the module or the attribute of the path is missing or not callable.
+        EtudeError: if the name is unknown, or the module or the attribute of the path is missing or not callable; if a package's
+            reward cannot be imported, or two packages offer it; if a url cannot be one.
     """
     if name not in _loaded:
-        if name not in _factories and ":" not in name:
-            raise unknown("reward", name, names())
         _loaded[name] = _build(name)
     return _loaded[name]
 
@@ -122,21 +130,51 @@ def _check_name(name: str) -> None:
 
 
 def _build(name: str) -> Reward:
-    base, _, options = name.partition(":")
-    factory = _factories.get(base)
-    found: Callable[[], Reward]
-    if name in _factories:
-        found = _factories[name]
-    elif isinstance(factory, _WithOptions):
-        found = partial(factory, options)
-    else:
-        found = partial(_instance, _import(name))
     try:
-        return found()
+        return _find(name)()
     except EtudeError:
         raise
     except Exception as error:  # the user's constructor: whatever it raises has to say which reward it was
         raise EtudeError(f"reward '{name}' could not be built: {type(error).__name__}: {brief(error)}") from error
+
+
+def _find(name: str) -> Callable[[], Reward]:
+    """What builds the reward of that name."""
+    if name in _factories:
+        return _factories[name]
+    base, colon, options = name.partition(":")
+    if base.lower() in {"http", "https"} and options.startswith("//"):
+        made: Callable[[str], Reward] = _import("etude.rewards.remote:RemoteReward.from_name")
+        return partial(made, name)
+    factory = _factories.get(base)
+    if isinstance(factory, _WithOptions):
+        return partial(factory, options)
+    if colon:
+        return partial(_instance, _import(name))
+    plugins = tuple(entry_points(group=PLUGINS, name=name))
+    if not plugins:
+        raise unknown("reward", name, names())
+    return partial(_instance, _load_plugin(name, plugins))
+
+
+def _load_plugin(name: str, plugins: tuple[EntryPoint, ...]) -> Any:
+    """What the only entry point of that name refers to."""
+    owners = sorted({plugin.dist.name if plugin.dist else "an unnamed package" for plugin in plugins})
+    if len({plugin.value for plugin in plugins}) > 1:
+        raise EtudeError(
+            f"reward '{name}' is offered by several packages ({', '.join(owners)}): uninstall all but one, "
+            f"or give an import path ({' or '.join(sorted(plugin.value for plugin in plugins))})."
+        )
+    place = f"reward '{name}' of the package '{owners[0]}' ({plugins[0].value})"
+    try:
+        found = plugins[0].load()
+    except Exception as error:  # the package's code runs at import: whatever it raises has to say whose it is
+        raise EtudeError(
+            f"{place} cannot be imported ({type(error).__name__}: {brief(error)}): update or uninstall that package."
+        ) from error
+    if not callable(found):
+        raise EtudeError(f"{place} is {type(found).__name__}, which is not callable: update or uninstall that package.")
+    return found
 
 
 def _instance(reward: Any) -> Reward:

@@ -1,0 +1,51 @@
+"""`etude serve-reward`: a reward for trainers on other machines."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from etude.cli_errors import Debug
+from etude.cli_waiting import heavy_imports, quiet_libraries
+
+
+def serve_reward(
+    name: Annotated[str, typer.Argument(help="Reward: a name or module:function.", show_default=False)],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; one beyond this machine needs a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    token_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VARIABLE",
+            help="Environment variable that holds the token which clients must send. Default: ETUDE_REWARD_TOKEN, if set.",
+            show_default=False,
+        ),
+    ] = None,
+    max_request_mb: Annotated[int, typer.Option(min=1, help="Longest request, in MiB.")] = 64,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without a token.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Score images for a trainer that names this server's url as its reward; Ctrl-C ends it.
+
+    Requests are JSON with base64 PNG files: POST /score. GET /health answers once the reward is ready.
+
+    Examples:
+
+    `etude serve-reward pickscore --port 8000`
+
+    `etude train emoji-ddpo --set rewards.http://127.0.0.1:8000/score=1`
+    """
+    with heavy_imports():
+        quiet_libraries()
+        from etude.server import address, prepare, server_token
+    server, sock = prepare(
+        name, host, port, server_token(token_env), insecure=insecure, max_request_bytes=max_request_mb << 20
+    )
+    typer.echo(f"serving {name} at {address(sock)}/score (Ctrl-C ends it)")
+    try:
+        server.run(sockets=[sock])
+    except KeyboardInterrupt:  # the way to end it: nothing is left to be said
+        raise typer.Exit(130) from None

@@ -1,0 +1,116 @@
+"""What a remote reward and its server say to each other: JSON, the images as base64 of PNG files, which lose nothing."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+
+from etude.errors import EtudeError, brief
+
+TOKEN_VARIABLE = "ETUDE_REWARD_TOKEN"
+"""The environment variable that holds the bearer token on either side; other variables must begin with its name."""
+
+Score = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+class ScoreRequest(BaseModel):
+    """The body of `POST /score`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    images: list[str] = Field(
+        min_length=1, max_length=1024, description="Base64 of an RGB PNG file (8 bits a channel) each, all of one size."
+    )
+    prompts: list[str] = Field(description="The prompt of each image.")
+    metadata: dict[str, list[Any]] = Field({}, description="More about each image: by name, a list with an entry each.")
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> ScoreRequest:
+        columns: dict[str, list[Any]] = {"prompts": self.prompts, **self.metadata}
+        for name, column in columns.items():
+            if len(column) != len(self.images):
+                raise ValueError(f"there are {len(self.images)} images but {len(column)} entries in '{name}'")
+        return self
+
+
+class ScoreAnswer(BaseModel):
+    """The body of an answer with status 200; other fields are ignored."""
+
+    scores: list[Score] = Field(description="A finite number for each image, in their order; larger is better.")
+
+
+def encode_image(image: Tensor) -> str:
+    """uint8 `[3, h, w]` to base64 of a PNG file."""
+    buffer = io.BytesIO()
+    # Level 1 is several times faster than the default and the files of images are hardly larger.
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def decode_images(texts: list[str], max_pixels: int) -> Tensor:
+    """Base64 PNG files to uint8 `[n, 3, h, w]`.
+
+    Args:
+        texts: n files, at least one.
+        max_pixels: of all images together, counted from the files' headers before any is unpacked.
+
+    Raises:
+        EtudeError: an image that is not base64 of an RGB PNG, images of several sizes, or too many pixels.
+    """
+    opened = [_open(i, text) for i, text in enumerate(texts)]
+    for i, image in enumerate(opened):
+        if image.mode != "RGB":
+            raise EtudeError(f"image {i} is a PNG of mode {image.mode}: send RGB with 8 bits a channel.")
+        if image.size != opened[0].size:
+            raise EtudeError(
+                f"image {i} is of size {image.size}, image 0 of {opened[0].size}: send one size a request."
+            )
+    width, height = opened[0].size
+    if width * height * len(opened) > max_pixels:
+        raise EtudeError(
+            f"{len(opened)} images of {width} x {height} are more than {max_pixels} pixels: send fewer in a request."
+        )
+    arrays = [_unpack(i, image) for i, image in enumerate(opened)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def explain(error: ValidationError) -> str:
+    """The first thing wrong with a message, without the value, which may be an image."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
+
+
+def check_token(token: str, variable: str) -> str:
+    """The token, if an HTTP header can carry it.
+
+    Raises:
+        EtudeError: otherwise; the text names the variable and never shows the token.
+    """
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise EtudeError(
+            f"the token in the environment variable {variable} holds a blank, a line break or a letter beyond ASCII, "
+            "which an HTTP header cannot carry: set another one."
+        )
+    return token
+
+
+def _open(index: int, text: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise EtudeError(f"image {index} is not base64 of a PNG file ({brief(error, 80)}).") from None
+
+
+def _unpack(index: int, image: Image.Image) -> np.ndarray:
+    try:
+        return np.array(image)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise EtudeError(f"image {index} is a damaged PNG file ({brief(error, 80)}).") from None

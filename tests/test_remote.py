@@ -1,0 +1,365 @@
+"""A reward behind HTTP: the client, the server, and what either makes of the other's mistakes."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import urllib3
+from PIL import Image
+
+from etude.errors import EtudeError
+from etude.rewards import get, register, score
+from etude.rewards.protocol import ScoreRequest, decode_images, encode_image
+from etude.rewards.remote import RemoteReward
+from etude.server import address, build_app, listen, make_server
+
+IMAGES = torch.randint(0, 256, (5, 3, 12, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["a cat", "a dog", "Łódź 🦊", "", "a cat"]
+TOKEN = "a-secret-token"
+
+
+@contextmanager
+def serving(name: str, **options: Any) -> Iterator[str]:
+    """The url of a real server; its socket listens before it starts, so nobody has to wait for it."""
+    sock = listen("127.0.0.1", 0)
+    server = make_server(build_app(name, **options))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    thread.start()
+    try:
+        yield address(sock)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        sock.close()
+
+
+class Scripted(BaseHTTPRequestHandler):
+    """Answers each POST with what the test's script returns: (status, headers, body)."""
+
+    protocol_version = "HTTP/1.1"
+    script: ClassVar[Callable[[dict[str, Any], int], tuple[int, dict[str, str], bytes]]]
+    seen: ClassVar[list[dict[str, Any]]]
+    headers_seen: ClassVar[list[dict[str, str]]]
+    lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def do_POST(self) -> None:
+        message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.lock:
+            self.seen.append(message)
+            self.headers_seen.append(dict(self.headers))
+            number = len(self.seen)
+        status, headers, body = type(self).script(message, number)
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.send_error(501)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def scripted(script: Callable[[dict[str, Any], int], tuple[int, dict[str, str], bytes]]) -> Iterator[tuple[str, Any]]:
+    handler = type("Handler", (Scripted,), {"script": staticmethod(script), "seen": [], "headers_seen": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/score", handler
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def ok(scores: Any) -> tuple[int, dict[str, str], bytes]:
+    return 200, {}, json.dumps({"scores": scores}).encode()
+
+
+@pytest.fixture
+def checksum() -> str:
+    @register("checksum")
+    def checksum(images, prompts, offset=None, **metadata):
+        """A number that any changed byte, order, prompt or entry changes."""
+        weights = torch.arange(1, images[0].numel() + 1, dtype=torch.float64)
+        total = (images.double().flatten(1) * weights).sum(1) % 10007
+        return (total + torch.tensor([float(len(p)) for p in prompts]) + torch.tensor(offset or 0.0)).float()
+
+    return "checksum"
+
+
+def test_a_png_file_returns_every_byte() -> None:
+    assert torch.equal(decode_images([encode_image(i) for i in IMAGES], 5 * 12 * 9), IMAGES)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+def test_a_round_trip_gives_the_scores_of_the_reward_itself(checksum: str, batch_size: int) -> None:
+    metadata = {"offset": [0.5, 1.5, 2.5, 3.5, 4.5]}
+    expected = score(checksum, get(checksum), IMAGES, PROMPTS, metadata)
+    with serving(checksum) as url:
+        remote = get(f"{url}/score#batch_size={batch_size},concurrency=3,retries=0")
+        assert torch.equal(score("remote", remote, IMAGES, PROMPTS, metadata), expected)
+        assert remote(IMAGES[:0], []).shape == (0,)
+        health = urllib3.request("GET", f"{url}/health")
+        assert (health.status, health.json()) == (200, {"status": "ok"})
+
+
+def test_batches_are_under_way_together_and_their_scores_stay_in_order() -> None:
+    both = threading.Barrier(2, timeout=20)
+
+    def script(message: dict[str, Any], number: int) -> tuple[int, dict[str, str], bytes]:
+        both.wait()  # nobody is answered before two requests have arrived
+        return ok([float(p) for p in message["prompts"]])
+
+    with scripted(script) as (url, _):
+        scores = RemoteReward(url, batch_size=1, concurrency=2)(IMAGES[:4], ["0", "1", "2", "3"])
+    assert scores.tolist() == [0, 1, 2, 3]
+
+
+def test_the_token_opens_the_server_and_appears_in_no_message(checksum: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(checksum, token=TOKEN) as url:
+        with pytest.raises(EtudeError, match=r"status 401.*ETUDE_REWARD_TOKEN \(it is not set\)"):
+            get(f"{url}/score#batch_size=8")(IMAGES, PROMPTS)
+        monkeypatch.setenv("ETUDE_REWARD_TOKEN", TOKEN + "x")
+        with pytest.raises(EtudeError, match=r"status 401.*was refused") as caught:
+            get(f"{url}/score#batch_size=7")(IMAGES, PROMPTS)
+        assert TOKEN not in str(caught.value)
+        monkeypatch.setenv("ETUDE_REWARD_TOKEN_OTHER", TOKEN)
+        assert get(f"{url}/score#token_env=ETUDE_REWARD_TOKEN_OTHER")(IMAGES, PROMPTS).shape == (5,)
+        assert urllib3.request("GET", f"{url}/health").status == 200
+
+
+def test_a_server_that_repeats_the_token_does_not_get_it_into_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETUDE_REWARD_TOKEN", TOKEN)
+    with scripted(lambda message, number: (400, {}, f"you sent {TOKEN}\x1b[31m".encode())) as (url, handler):
+        with pytest.raises(EtudeError, match=r"status 400 \(you sent \*\*\* \[31m\)"):
+            RemoteReward(url)(IMAGES, PROMPTS)
+        assert handler.headers_seen[0]["Authorization"] == f"Bearer {TOKEN}"
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_a_passing_failure_is_tried_again(status: int) -> None:
+    with scripted(lambda message, number: ok([1.0] * 5) if number == 3 else (status, {}, b"")) as (url, handler):
+        assert RemoteReward(url, retries=2, backoff=0)(IMAGES, PROMPTS).tolist() == [1.0] * 5
+        assert len(handler.seen) == 3
+        assert handler.seen[0] == handler.seen[2]
+
+
+def test_attempts_wait_twice_as_long_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(threading.Event, "wait", lambda self, timeout=None: bool(waited.append(timeout)))
+    reward = RemoteReward("http://127.0.0.1:9/score", retries=4, backoff=0.5)
+    monkeypatch.setattr(reward, "_request", lambda method, body: (503, b'{"error": "still loading"}'))
+    with pytest.raises(EtudeError, match=r"status 503 \(still loading\) after 5 attempts"):
+        reward._attempts("POST", b"", threading.Event())
+    assert waited == [0.5, 1.0, 2.0, 4.0]
+
+
+GARBAGE = {
+    "wrong length": (ok([1.0]), "with 1 scores; expected 200 and"),
+    "too many": (ok([1.0] * 6), "with 6 scores"),
+    "NaN": ((200, {}, b'{"scores": [1, 2, NaN, 4, 5]}'), r"scores\.2"),
+    "infinite in float32": (ok([1.0, 1e300, 0, 0, 0]), "beyond float32"),
+    "text": (ok(["1.0"] * 5), r"scores\.0"),
+    "booleans": (ok([True] * 5), r"scores\.0"),
+    "nested": (ok([[1.0]] * 5), r"scores\.0"),
+    "null": (ok(None), "scores"),
+    "a list": ((200, {}, b"[1, 2, 3, 4, 5]"), "expected 200"),
+    "no field": ((200, {}, b"{}"), "scores: Field required"),
+    "not JSON": ((200, {}, b"<html>hello</html>"), "Invalid JSON"),
+    "not text": ((200, {}, b"\xff\xfe\x00"), "Invalid JSON"),
+    "empty": ((200, {}, b""), "Invalid JSON"),
+    "deep": ((200, {}, b"[" * 100_000), "expected 200"),
+    "huge number": ((200, {}, b'{"scores": [1' + b"0" * 5000 + b", 1, 1, 1, 1]}"), "expected 200"),
+    "huge body": ((200, {}, b" " * (3 << 20)), "with more than 1048576 bytes"),
+    "compressed": ((200, {"Content-Encoding": "gzip"}, b"\x1f\x8b" + b"\0" * 50), "Invalid JSON"),
+    "redirect": ((307, {"Location": "http://127.0.0.1:1/"}, b""), "status 307, a redirect"),
+    "no content": ((204, {}, b""), "status 204; expected 200"),
+    "not found": ((404, {}, b'{"detail": "Not Found"}'), r"status 404 \(Not Found\)"),
+}
+
+
+@pytest.mark.parametrize("kind", GARBAGE)
+def test_every_garbage_answer_is_one_sentence_that_names_the_url(kind: str) -> None:
+    answer, words = GARBAGE[kind]
+    with scripted(lambda message, number: answer) as (url, handler):
+        with pytest.raises(EtudeError, match=words) as caught:
+            RemoteReward(url, backoff=0)(IMAGES, PROMPTS)
+        assert url in str(caught.value)
+        assert len(str(caught.value)) < 300
+        assert "\n" not in str(caught.value)
+        assert len(handler.seen) == 1  # another attempt would get the same
+
+
+def test_a_server_that_is_not_there_is_named_with_the_number_of_attempts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    remote = RemoteReward(f"http://127.0.0.1:{port}/score", retries=2, backoff=0)
+    for call in (remote.load, lambda: remote(IMAGES, PROMPTS)):
+        with pytest.raises(EtudeError, match=rf"127\.0\.0\.1:{port}/score: no answer \(.*refused.*\) after 3 attempts"):
+            call()
+
+
+def test_a_silent_server_and_one_that_hangs_up_are_no_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/score"
+        with pytest.raises(EtudeError, match=r"no answer \(.*[Tt]imed out.*\) after 1 attempt"):
+            RemoteReward(url, timeout=0.05, retries=0)(IMAGES, PROMPTS)
+    with (
+        scripted(lambda message, number: (200, {"Content-Length": "99", "Connection": "close"}, b"{")) as (url, _),
+        pytest.raises(EtudeError, match="no answer"),
+    ):
+        RemoteReward(url, retries=0)(IMAGES, PROMPTS)
+
+
+def test_load_is_content_with_any_answer() -> None:
+    with scripted(lambda message, number: ok([])) as (url, handler):
+        RemoteReward(url).load()
+        assert handler.seen == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("http://", "names no host"),
+        ("http://host:99999/", "is no url"),
+        ("http://host/score#timeout=soon", "timeout = 'soon'"),
+        ("http://host/score#batch_size=1.5", "a whole number"),
+        ("http://host/score#timeout=nan", "timeout = nan"),
+        ("http://host/score#concurrency=0", "concurrency = 0"),
+        ("http://host/score#tiemout=3", "did you mean 'timeout'"),
+        ("http://host/score#token_env=HF_TOKEN", "must begin with ETUDE_REWARD_TOKEN"),
+        ("http://host/score#token_env=ETUDE_REWARD_TOKEN_ABSENT", "is not set"),
+    ],
+)
+def test_a_name_that_cannot_be_a_remote_reward_is_refused_before_anything_is_sent(name: str, words: str) -> None:
+    with pytest.raises(EtudeError, match=words):
+        get(name)
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
+    with pytest.raises(EtudeError, match="holds a user name or password") as caught:
+        get("https://me:hunter2@host/score")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETUDE_REWARD_TOKEN", "line\nbreak")
+    with pytest.raises(EtudeError, match="ETUDE_REWARD_TOKEN holds a blank") as caught:
+        RemoteReward("http://host/score")
+    assert "line\nbreak" not in str(caught.value)
+
+
+def test_metadata_that_is_no_json_is_said_before_anything_is_sent() -> None:
+    with pytest.raises(EtudeError, match="metadata cannot be sent to http://host/score"):
+        RemoteReward("http://host/score")(IMAGES, PROMPTS, tag=[object()] * 5)
+
+
+# The server, with requests that the client would not make.
+
+
+def png(size: tuple[int, int] = (9, 12), mode: str = "RGB") -> str:
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def jpeg() -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, format="JPEG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def body(**changes: Any) -> bytes:
+    return json.dumps({"images": [png()], "prompts": ["a"], **changes}).encode()
+
+
+BAD_REQUESTS = {
+    "not JSON": (b"{", 400, "Invalid JSON"),
+    "nested deep": (b"[" * 100_000, 400, "JSON"),
+    "no images": (body(images=[]), 400, "images"),
+    "an unknown field": (body(metdata={}), 400, "metdata"),
+    "a prompt too few": (body(prompts=[]), 400, "1 images but 0 entries in 'prompts'"),
+    "metadata of another length": (body(metadata={"tag": [1, 2]}), 400, "2 entries in 'tag'"),
+    "not base64": (body(images=["???"]), 400, "image 0 is not base64 of a PNG"),
+    "a JPEG": (body(images=[jpeg()]), 400, "image 0 is not base64 of a PNG"),
+    "grey": (body(images=[png(mode="L")]), 400, "mode L"),
+    "half a PNG": (body(images=[png((30, 30))[:80]]), 400, "image 0"),
+    "two sizes": (body(images=[png(), png((4, 4))], prompts=["a", "b"]), 400, "image 1 is of size"),
+    "a bomb": (body(images=[png((3000, 3000))]), 400, "more than 1000 pixels"),
+    "a failing reward": (body(metadata={"offset": ["x"]}), 422, "reward 'checksum' failed"),
+}
+
+
+def test_every_bad_request_gets_a_status_and_a_sentence_and_the_server_goes_on(checksum: str) -> None:
+    with serving(checksum, max_pixels=1000) as url:
+        for kind, (content, status, words) in BAD_REQUESTS.items():
+            answer = urllib3.request(
+                "POST", f"{url}/score", body=content, headers={"Content-Type": "application/json"}, retries=False
+            )
+            assert answer.status == status, kind
+            assert words in answer.json()["error"], kind
+        assert len(get(f"{url}/score")(IMAGES, PROMPTS)) == 5
+
+
+def test_a_page_in_a_browser_cannot_post_to_it(checksum: str) -> None:
+    with serving(checksum) as url:
+        answer = urllib3.request("POST", f"{url}/score", body=body(), headers={"Content-Type": "text/plain"})
+        assert answer.status == 415
+
+
+CHUNK = b"10000\r\n" + b" " * (1 << 16) + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("length", "content"),
+    [("Content-Length: 196608", b""), ("Transfer-Encoding: chunked", CHUNK * 3)],
+    ids=["said", "unsaid"],
+)
+def test_a_request_is_refused_at_the_limit_whether_or_not_it_says_its_length(
+    checksum: str, length: str, content: bytes
+) -> None:
+    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
+    with serving(checksum, max_request_bytes=1 << 17) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as sock:
+            sock.sendall(head.encode() + content)  # and it never ends
+            assert sock.recv(1 << 16).startswith(b"HTTP/1.1 413")
+        large = torch.randint(0, 256, (1, 3, 512, 512), dtype=torch.uint8)
+        with pytest.raises(EtudeError, match=r"status 413 \(the request is longer than 131072 bytes"):
+            get(f"{url}/score")(large, ["a"])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.7"])
+def test_a_host_beyond_this_machine_needs_a_token(host: str) -> None:
+    with pytest.raises(EtudeError, match="there is no token"):
+        listen(host, 0)
+
+
+def test_loopback_needs_no_token_and_a_taken_port_is_said() -> None:
+    with listen("localhost", 0) as sock:
+        port = sock.getsockname()[1]
+        with pytest.raises(EtudeError, match=rf"--port {port} cannot be listened on \(Address already in use\)"):
+            listen("127.0.0.1", port)
+        assert address(sock) == f"http://127.0.0.1:{port}"
+
+
+def test_the_request_that_is_documented_is_the_one_that_is_sent() -> None:
+    with scripted(lambda message, number: ok([0.0] * 5)) as (url, handler):
+        RemoteReward(url)(IMAGES, PROMPTS, tag=list("abcde"))
+        request = ScoreRequest.model_validate(handler.seen[0])
+    assert (request.prompts, request.metadata) == (PROMPTS, {"tag": list("abcde")})
+    assert list(ScoreRequest.model_json_schema()["properties"]) == list(handler.seen[0])
