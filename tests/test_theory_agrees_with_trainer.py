@@ -33,15 +33,21 @@ from etude.theory import (
 )
 from etude.theory.finite_step import transfer
 from etude.trainer import Trainer
-from gaussian_policy import GaussianPolicy, read, sd_path
+from gaussian_policy import GaussianPolicy, flow_path, read, sd_path
 
 MEANS, VARIANCES, SIZE, SAMPLES = [0.0, 1.0, -1.5, 3.0], [1.0, 0.5, 0.05, 2.0], (16, 16), 64
 CASES = [
     *itertools.product(["leading", "trailing"], ["gddim"], [1, 2, 10, 50], [0.0, 0.5, 1.0, 1.5, 5.0]),
     *itertools.product(["leading", "trailing"], ["ddim"], [10, 50], [0.5, 1.0]),
 ]
+FLOW_CASES = [
+    *itertools.product(["gddim"], [6, 25], [0.5, 1.5, 5.0], ["everywhere", "window"]),
+    *itertools.product(["flow_sde", "dance_sde", "cps"], [6, 25], [0.7], ["everywhere", "window"]),
+]
 CONFIDENCE = 0.99  # that all statistics of all cases stay inside, if the laws are equal
-TESTS = 3 * len(MEANS) * len(CASES)  # mean, variance and Kolmogorov-Smirnov distance of every channel
+TESTS = (
+    3 * len(MEANS) * (len(CASES) + len(FLOW_CASES))
+)  # mean, variance and Kolmogorov-Smirnov distance of every channel
 LIMIT = float(stats.norm.isf((1 - CONFIDENCE) / TESTS / 2))
 
 
@@ -71,6 +77,36 @@ def test_rollouts_have_the_exact_finite_step_law(spacing, kernel, steps, eta):
     law = finite_step_law(Gaussian(MEANS, np.diag(VARIANCES)), grid, eta, kernel=kernel)
     values = sampled(spacing, kernel, steps, eta)
     found = [scores(v, law.mean[k], law.cov[k, k]) for k, v in enumerate(values)]
+    assert np.abs(found).max() < LIMIT
+
+
+def gains(table, mean, variance):
+    """The factor by which each step takes on the deviation from the path's mean, for the exact denoiser: float64 `[N]`."""
+    a, s = table.a[:-1], table.s[:-1]
+    return (table.x0 * a * variance + table.eps * s) / (a**2 * variance + s**2)
+
+
+def law_of_table(table, mean, variance):
+    """Mean and variance of the last state of N(mean, variance), step by step from the prior."""
+    deviation, spread = -float(table.a[0]) * mean, 1.0
+    for gain, std in zip(gains(table, mean, variance).tolist(), table.std.tolist(), strict=True):
+        deviation, spread = gain * deviation, gain**2 * spread + std**2
+    return float(table.a[-1]) * mean + deviation, spread
+
+
+@pytest.mark.parametrize(("kernel", "steps", "eta", "where"), FLOW_CASES)
+def test_rollouts_of_flow_models_have_the_exact_law_of_their_plan(kernel, steps, eta, where):
+    policy = GaussianPolicy(MEANS, VARIANCES, flow_path(), SIZE)
+    plan = SamplingPlan.sde(steps, make_kernel(kernel, eta))
+    if where == "window":
+        plan = SamplingPlan.window(steps, make_kernel(kernel, eta), start=2, size=2)
+    exact = plan.tabulate(policy.grid(steps), dtype=torch.float64)
+    noise = NoiseSource(1, "law", FLOW_CASES.index((kernel, steps, eta, where)))
+    table, samples = plan.tabulate(policy.grid(steps)), list(range(SAMPLES))
+    trajectory = rollout(policy, table, policy.encode([""] * SAMPLES), noise, samples, 1.0, SAMPLES)
+    values = trajectory.latents.double().transpose(0, 1).flatten(1).numpy()
+    laws = [law_of_table(exact, mean, variance) for mean, variance in zip(MEANS, VARIANCES, strict=True)]
+    found = [scores(v, *law) for v, law in zip(values, laws, strict=True)]
     assert np.abs(found).max() < LIMIT
 
 
@@ -128,6 +164,15 @@ def law_of(policy: GaussianPolicy, table: StepTable) -> Moments:
 
 def learn(out, reward, end, with_feedback=True, kind=Trainer, iterations=280):
     """Trains with the penalty that makes beta equal BETA at the law `end`; returns the law of the averaged weights."""
+    table = SamplingPlan.sde(STEPS, make_kernel("gddim", ETA)).tabulate(GRID)
+    policy = GaussianPolicy(float(BASE.mean), float(BASE.cov), sd_path(), table=table, with_feedback=with_feedback)
+    learner(out, reward, policy, BETA / reward_sd(reward, end), STEPS, kind=kind, iterations=iterations)
+    assert table.trained_steps == tuple(range(STEPS))
+    return law_of(policy, table)
+
+
+def learner(out, reward, policy, kl_coef, steps, sampling=None, shared=False, kind=Trainer, iterations=280):
+    """Trains the policy, which then has the average of its weights."""
     register("theory")(lambda images, prompts, **metadata: torch.from_numpy(reward(read(images).numpy())).float())
     (out / "train.txt").write_text("anything\n")
     (out / "evaluation.txt").write_text("one\ntwo\n")
@@ -135,12 +180,12 @@ def learn(out, reward, end, with_feedback=True, kind=Trainer, iterations=280):
         "iterations": iterations,
         "rewards": {"theory": 1.0},
         "prompts": {"train": str(out / "train.txt"), "evaluation": str(out / "evaluation.txt")},
-        "sampling": {"eta": ETA, "num_steps": STEPS, "guidance_scale": 1.0},
-        "rollout": {"images_per_iteration": COUNT, "images_per_prompt": COUNT, "batch_size": COUNT},
+        "sampling": {"eta": ETA, "num_steps": steps, "guidance_scale": 1.0, **(sampling or {})},
+        "rollout": {"images_per_iteration": COUNT, "images_per_prompt": COUNT, "batch_size": COUNT, "shared_noise": shared},
         "lora": {"rank": 0},
         "objective": {
-            "clip_range": 0.2, "logprob_reduction": "sum", "adv_clip_max": 1e3, "kl_coef": BETA / reward_sd(reward, end),
-            "updates_per_epoch": 1, "batch_size": COUNT * STEPS,
+            "clip_range": 0.2, "logprob_reduction": "sum", "adv_clip_max": 1e3, "kl_coef": kl_coef,
+            "updates_per_epoch": 1, "batch_size": COUNT * steps,
         },
         "optimizer": {"learning_rate": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.0, "max_grad_norm": 1e6},
         "advantage": {"kind": "group"},
@@ -148,16 +193,12 @@ def learn(out, reward, end, with_feedback=True, kind=Trainer, iterations=280):
         "evaluation": {"every": 10**6, "num_images": 4, "grid_images": 2},
         "checkpoint": {"every": 10**6},
     }  # fmt: skip
-    plan = SamplingPlan.sde(STEPS, make_kernel("gddim", ETA))
-    table = plan.tabulate(GRID)
-    policy = GaussianPolicy(float(BASE.mean), float(BASE.cov), sd_path(), table=table, with_feedback=with_feedback)
     trainer = kind(parse_config(tree), out / "run", policy=policy)
     trainer.train()
-    assert table.trained_steps == tuple(range(STEPS))
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
             parameter.copy_(trainer.ema[name])
-    return law_of(policy, table)
+    return trainer
 
 
 def test_images_carry_the_latent():
@@ -248,3 +289,29 @@ def test_kl_at_fixed_states_reaches_its_own_fixed_point(tmp_path):
     learnt = learn(tmp_path, QUADRATIC, end)
     assert learnt.distance(end) < TOLERANCE
     assert learnt.distance(end) < min(map(learnt.distance, (optimum, tilt(BASE, QUADRATIC, BETA)))) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", [False, True], ids=["independent-noise", "shared-noise"])
+def test_a_window_with_kl_moves_the_mean_by_the_noise_that_it_adds(tmp_path, shared):
+    """MixGRPO on rectified flow, eta > 1, a linear reward r = x and a shift in each step.
+
+    Step i of the window W hands the fraction g_i of what it adds on to the image, so its optimal shift is std_i^2 g_i / beta and the
+    image's mean moves by S / beta, S = sum_W std_i^2 g_i^2 the variance that the window adds. beta = kl_coef sd(r): over images that
+    share their noise sd(r) is sqrt(S), over the others the root of the whole variance.
+    """
+    steps, kl_coef, kernel = 6, 1.0, make_kernel("gddim", 1.5)
+    table = SamplingPlan.window(steps, kernel, start=2, size=2).tabulate(flow_path().grid(steps))
+    policy = GaussianPolicy(float(BASE.mean), float(BASE.cov), flow_path(), table=table, with_feedback=False)
+    before = law_of(policy, table)
+    A = gains(table, float(BASE.mean), float(BASE.cov)).tolist()
+    added = sum((float(table.std[i]) * float(np.prod(A[i + 1 :]))) ** 2 for i in table.trained_steps)
+    window = {"kernel": "gddim", "eta": 1.5, "window": {"strategy": "fixed", "start": 2, "size": 2}}
+    learner(tmp_path, LINEAR, policy, kl_coef, steps, window, shared)
+    after = law_of(policy, table)
+    expected = added / (kl_coef * (added if shared else before.variance) ** 0.5)
+    assert after.mean - before.mean == pytest.approx(expected, abs=TOLERANCE)
+    assert after.variance == pytest.approx(before.variance, rel=1e-5)
+    outside = [i for i in range(steps) if i not in table.trained_steps]
+    assert policy.network.shift[outside].abs().max() == 0
+    assert expected > 10 * TOLERANCE
