@@ -12,6 +12,7 @@ from etude.evaluation import Evaluation
 from etude.gap import Protocol
 from etude.policies.flux import FluxPolicy
 from etude.processes import check_trackers, gather, share
+from etude.prompts import PromptSet
 from etude.rewards import WeightedRewards, register
 from etude.sampling import make_plan, sample_images
 from tiny import flux
@@ -103,7 +104,7 @@ def test_gathered_rows_lose_the_padding(tmp_path):
 
 
 def test_any_images_of_a_protocol_are_those_images(policy):
-    protocol = Protocol(PROMPTS, lambda images, prompts: {}, 5, 2.0)
+    protocol = Protocol(PromptSet(PROMPTS), lambda images, prompts, metadata: {}, 5, 2.0)
     whole = protocol.images(policy, 1.2, 3)
     some = protocol.images(policy, 1.2, 3, samples=[3, 1])
     assert (some.int() - whole[[3, 1]].int()).abs().max() <= 1

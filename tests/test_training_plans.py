@@ -14,6 +14,7 @@ from etude.errors import EtudeError
 from etude.noise import keyed_generator
 from etude.paths import FlowPath, Grid
 from etude.policies.flux import FluxPolicy
+from etude.prompts import PromptSet
 from etude.rewards import names
 from etude.training_plans import TrainingPlans
 from gaussian_policy import sd_path
@@ -139,11 +140,14 @@ def test_groups_that_share_noise_have_one_key_and_others_one_each() -> None:
 
 def test_every_prompt_comes_before_one_comes_twice() -> None:
     rollout = RolloutConfig(images_per_iteration=14, images_per_prompt=2)
-    captions, groups = draw_prompts(["a", "b", "c"], rollout, seed=0, iteration=3)
+    prompts = PromptSet(["a", "b", "c"], {"place": [0, 1, 2]})
+    drawn, groups = draw_prompts(prompts, rollout, seed=0, iteration=3)
+    captions = drawn.texts
     assert groups.tolist() == [i // 2 for i in range(14)]
     assert captions[0::2] == captions[1::2]
     assert set(captions[0:6]) == set(captions[6:12]) == {"a", "b", "c"}
-    assert draw_prompts(["a", "b", "c"], rollout, 0, 3)[0] == captions
+    assert draw_prompts(prompts, rollout, 0, 3)[0] == drawn
+    assert [prompts.texts[i] for i in drawn.metadata["place"]] == captions
 
 
 @pytest.mark.parametrize(("fraction", "kept"), [(1.0, 5), (0.6, 3), (0.01, 1)])

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from etude.config import RolloutConfig
 from etude.noise import keyed_generator
+from etude.prompts import PromptSet
 
 
-def draw_prompts(prompts: list[str], rollout: RolloutConfig, seed: int, iteration: int) -> tuple[list[str], Tensor]:
+def draw_prompts(prompts: PromptSet, rollout: RolloutConfig, seed: int, iteration: int) -> tuple[PromptSet, Tensor]:
     """The prompt of each sample of an iteration, and which group each belongs to: int64 `[images_per_iteration]`.
 
     Groups are consecutive. No prompt comes twice before every one has come once.
@@ -24,7 +25,7 @@ def draw_prompts(prompts: list[str], rollout: RolloutConfig, seed: int, iteratio
     while len(chosen) < count:
         chosen += generator.permutation(len(prompts)).tolist()
     groups = torch.arange(count).repeat_interleave(rollout.images_per_prompt)
-    return [prompts[chosen[group]] for group in groups.tolist()], groups
+    return prompts.select(chosen[group] for group in groups.tolist()), groups
 
 
 def noise_keys(samples: list[int], rollout: RolloutConfig) -> list[int]:

@@ -48,7 +48,7 @@ class Evaluation:
         sampling, evaluation = config.sampling, config.evaluation
         self.num_steps = evaluation.num_steps or sampling.num_steps
         self.protocol = Protocol(
-            prompts=load_prompts(config.prompts.evaluation)[: evaluation.num_images],
+            prompts=load_prompts(config.prompts.evaluation).head(evaluation.num_images),
             score=rewards.evaluate,
             num_images=evaluation.num_images,
             guidance_scale=sampling.guidance_scale,
@@ -85,7 +85,7 @@ class Evaluation:
             count = self.config.evaluation.grid_images
             ode_shown, sde_shown = self._gather(ode_images)[:count], self._gather(sde_images)[:count]
             if self.accelerator.is_main_process:
-                artifacts.write_grids(self.out, grids, ode_shown, sde_shown, self.protocol.captions[:count])
+                artifacts.write_grids(self.out, grids, ode_shown, sde_shown, self.protocol.shown().head(count).texts)
         return self.last
 
     def _images(self, eta: float, on_step: Progress) -> tuple[Tensor, Scores]:

@@ -10,7 +10,7 @@ its interval is that of a mean of differences, clustered by prompt (images of on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from etude.errors import EtudeError
 from etude.noise import NoiseSource
 from etude.plans import SamplingPlan
 from etude.policies import Policy, load_policy
-from etude.prompts import load_prompts
+from etude.prompts import PromptSet, load_prompts
 from etude.rewards import WeightedRewards
 from etude.rollout import rollout
 from etude.sampling import make_kernel
@@ -42,15 +42,15 @@ class Protocol:
 
     Attributes:
         prompts: distinct held-out prompts; image i shows prompt i modulo their number.
-        score: images and prompts to every reward's scores.
+        score: images, prompts and their metadata to every reward's scores.
         num_images: images per sampler.
         kernel: of the stochastic samplers.
         seed: keys the noise, the same in every measurement of a run.
         first_step: what becomes of a stochastic sampler's step out of pure noise: "ode" or "sde" (see `SamplingPlan`).
     """
 
-    prompts: list[str]
-    score: Callable[[Tensor, list[str]], dict[str, Tensor]]
+    prompts: PromptSet
+    score: Callable[[Tensor, list[str], Mapping[str, list[Any]]], dict[str, Tensor]]
     num_images: int
     guidance_scale: float
     kernel: str = "gddim"
@@ -58,10 +58,10 @@ class Protocol:
     batch_size: int = 32
     first_step: str = "ode"
 
-    @property
-    def captions(self) -> list[str]:
-        """The prompt of each image."""
-        return [self.prompts[i % len(self.prompts)] for i in range(self.num_images)]
+    def shown(self, samples: Iterable[int] | None = None) -> PromptSet:
+        """The prompt of each image: of all, or of those with the indices `samples`."""
+        chosen = range(self.num_images) if samples is None else samples
+        return self.prompts.select(i % len(self.prompts) for i in chosen)
 
     @property
     def clusters(self) -> list[int]:
@@ -85,8 +85,7 @@ class Protocol:
         """uint8 `[n, 3, h, w]` under the sampler of that eta (0: the ODE): all images, or those with the indices `samples`."""
         chosen = list(range(self.num_images) if samples is None else samples)
         table = self.plan(eta, num_steps).tabulate(policy.grid(num_steps)).to(policy.device)
-        noise, captions = NoiseSource(self.seed, "evaluation"), self.captions
-        conditioning = policy.encode([captions[i] for i in chosen])
+        noise, conditioning = NoiseSource(self.seed, "evaluation"), policy.encode(self.shown(chosen).texts)
         trajectory = rollout(
             policy, table, conditioning, noise, chosen, self.guidance_scale, self.batch_size, on_step=on_step
         )
@@ -94,9 +93,9 @@ class Protocol:
 
     def scores(self, images: Tensor, samples: Sequence[int] | None = None) -> Scores:
         """Every reward of every image."""
-        captions = self.captions
-        shown = captions if samples is None else [captions[i] for i in samples]
-        return {name: values.double().numpy() for name, values in self.score(images, shown).items()}
+        shown = self.shown(samples)
+        scores = self.score(images, shown.texts, shown.metadata)
+        return {name: values.double().numpy() for name, values in scores.items()}
 
 
 def summarise(ode: Scores, sde: Scores, base: Scores | None, clusters: list[int]) -> dict[str, Any]:
@@ -135,7 +134,7 @@ def reward_gap(
     etas: list[float] | None = None,
     steps: list[int] | None = None,
     rewards: list[str] | None = None,
-    prompts: str | list[str] = "emoji-eval",
+    prompts: str | list[str] | PromptSet = "emoji-eval",
     num_images: int = 128,
     guidance_scale: float = 5.0,
     kernel: str = "gddim",
@@ -154,7 +153,7 @@ def reward_gap(
         etas: stochasticities compared with the ODE. Default: 1.2.
         steps: step counts. Default: 20.
         rewards: names. Default: alignment.
-        prompts: built-in set, text file, or a list of prompts.
+        prompts: a source that `load_prompts` takes, or prompts, of which a list is freed of repeats.
         num_images: images per sampler, spread evenly over the prompts.
         guidance_scale: the same under every sampler.
         kernel: of the stochastic samplers; `etas` are in its own unit.
@@ -166,12 +165,16 @@ def reward_gap(
         EtudeError: an eta, a step count, a reward, a model or a prompt file that cannot be used.
     """
     etas, steps, rewards = etas or [1.2], steps or [20], list(rewards or ["alignment"])
-    texts = load_prompts(prompts) if isinstance(prompts, str) else list(dict.fromkeys(prompts))
+    if isinstance(prompts, str):
+        prompts = load_prompts(prompts)
+    elif not isinstance(prompts, PromptSet):
+        prompts = PromptSet(list(dict.fromkeys(prompts)))
+    shown = prompts.head(num_images)
     if num_images < 2:
         raise EtudeError(f"num_images = {num_images}: an interval needs at least 2 images.")
     policy = model if isinstance(model, Policy) else load_policy(model, lora, resolution=resolution)
     score = WeightedRewards(dict.fromkeys(rewards, 1.0))
-    protocol = Protocol(texts[:num_images], score, num_images, guidance_scale, kernel, seed, batch_size, first_step)
+    protocol = Protocol(shown, score, num_images, guidance_scale, kernel, seed, batch_size, first_step)
     for count in steps:
         for eta in etas:
             protocol.plan(eta, count).tabulate(policy.grid(count))
@@ -200,7 +203,7 @@ def reward_gap(
         "resolution": resolution,
         "guidance_scale": guidance_scale,
         "num_images": num_images,
-        "prompts": texts[:num_images],
+        "prompts": shown.texts,
         "seed": seed,
     }
     return GapReport(rows, settings)

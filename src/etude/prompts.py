@@ -1,4 +1,4 @@
-"""Prompt sets: one prompt per line, blank lines and lines that begin with `#` are skipped.
+"""Prompt sets: the built-in ones, a text or JSONL file, a function, or a dataset.
 
 `animals` is the set of DDPO (Black et al. 2023, arXiv 2305.13301). The emoji sets are Unicode CLDR English short names;
 `emoji-train` and `emoji-eval` have no name in common.
@@ -6,14 +6,62 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from etude.errors import EtudeError, unknown
+from etude.errors import EtudeError, brief, unknown
+from etude.imports import import_callable
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
+
+_HUB = "hub:"
+_HUB_OPTIONS = ("column", "config", "metadata", "revision", "split")
+_RESERVED = {"images", "prompts"}  # what a reward calls its own arguments
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in order, and what else is known about them.
+
+    Attributes:
+        texts: the prompts; repeats are kept.
+        metadata: by name, a list with an entry for each prompt (None where there is none). Rewards get it as keyword arguments.
+
+    Raises:
+        EtudeError: a list of another length, or a name that a reward's own arguments have.
+    """
+
+    texts: list[str]
+    metadata: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, values in self.metadata.items():
+            if name in _RESERVED:
+                raise EtudeError(
+                    f"prompts have a field '{name}', as a reward's own argument is called: rename the field."
+                )
+            if len(values) != len(self.texts):
+                raise EtudeError(f"there are {len(self.texts)} prompts but {len(values)} entries in '{name}'.")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, indices: Iterable[int]) -> PromptSet:
+        """The prompts at those places, which may repeat."""
+        chosen = list(indices)
+        columns = {name: [values[i] for i in chosen] for name, values in self.metadata.items()}
+        return PromptSet([self.texts[i] for i in chosen], columns)
+
+    def head(self, count: int) -> PromptSet:
+        """The first `count` prompts, or all if there are fewer."""
+        return self.select(range(min(count, len(self))))
 
 
 def prompt_set_names() -> list[str]:
@@ -21,20 +69,34 @@ def prompt_set_names() -> list[str]:
     return sorted(entry.name.removesuffix(".txt") for entry in _sets().iterdir() if entry.name.endswith(".txt"))
 
 
-def load_prompts(source: str) -> list[str]:
-    """The prompts of a built-in set or of a UTF-8 text file, in order, surrounding blanks removed; repeats are kept.
+def load_prompts(source: str) -> PromptSet:
+    """The prompts of a source, in order, surrounding blanks removed.
 
-    A built-in name wins over a file of the same name; write `./name` for the file.
+    | source | prompts |
+    | --- | --- |
+    | `emoji-train` | a built-in set; it wins over a file of the same name (write `./name` for the file) |
+    | `set.jsonl` | UTF-8, one JSON object a line: its field `prompt`, and the others as metadata |
+    | `set.txt`, any other file | UTF-8, one a line; blank lines and lines that begin with `#` are skipped |
+    | `package.module:function` | what the function returns: strings, or dicts like the objects of a JSONL file |
+    | `hub:owner/name?split=train&column=prompt&metadata=tag` | a dataset of `datasets.load_dataset`, from the hub or a directory |
 
     Raises:
-        EtudeError: the set or file does not exist, is a directory, is not UTF-8 text, or holds no prompt.
+        EtudeError: a source that does not exist or cannot be read, or holds no prompt, or something else than prompts.
     """
     if source in prompt_set_names():
-        return _parse((_sets() / f"{source}.txt").read_text(encoding="utf-8"))
-    prompts = _parse(_read(source))
-    if not prompts:
+        return PromptSet(_lines((_sets() / f"{source}.txt").read_text(encoding="utf-8")))
+    if source.startswith(_HUB):
+        prompts = _from_hub(source)
+    elif re.fullmatch(r"[\w.]+:[\w.]+", source) and not Path(source).exists():
+        prompts = _from_function(source)
+    elif source.endswith(".jsonl"):
+        prompts = _from_jsonl(_read(source), source)
+    else:
+        prompts = PromptSet(_lines(_read(source)))
+    if not prompts.texts:
         raise EtudeError(
-            f"prompt file '{source}' holds no prompt: write one per line (blank lines and # comments are skipped)."
+            f"prompts '{source}' hold no prompt: give at least one (in a text file one per line; blank lines and "
+            "# comments are skipped)."
         )
     return prompts
 
@@ -43,9 +105,85 @@ def _sets() -> Traversable:
     return resources.files("etude") / "prompt_sets"
 
 
-def _parse(text: str) -> list[str]:
+def _lines(text: str) -> list[str]:
     lines = (line.strip() for line in text.split("\n"))
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def _from_jsonl(text: str, source: str) -> PromptSet:
+    records, places = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"prompt file '{source}', line {number}"
+        try:
+            records.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise EtudeError(
+                f'{place}: it is not JSON ({brief(error, 80)}); write one object per line, {{"prompt": "a cat"}}.'
+            ) from None
+        places.append(place)
+    return _from_records(records, places)
+
+
+def _from_function(source: str) -> PromptSet:
+    wanted = "module:function, where function() returns a list of strings, or of dicts with a field 'prompt'"
+    function = import_callable(source, "prompts", wanted)
+    try:
+        found = function()
+    except Exception as error:  # the user's code: whatever it raises has to say which function it was
+        raise EtudeError(f"prompts '{source}' failed: {type(error).__name__}: {brief(error)}") from error
+    if isinstance(found, (str, bytes, dict)) or not isinstance(found, Sequence):
+        raise EtudeError(f"prompts '{source}' returned {type(found).__name__}; give {wanted}.")
+    return _from_records(found, [f"prompts '{source}', entry {i}" for i in range(len(found))])
+
+
+def _from_hub(source: str) -> PromptSet:
+    name, _, query = source.removeprefix(_HUB).partition("?")
+    options = {key: value for key, _, value in (part.partition("=") for part in query.split("&") if part)}
+    for option in options:
+        if option not in _HUB_OPTIONS:
+            raise unknown("option of a dataset of prompts", option, _HUB_OPTIONS)
+    if find_spec("datasets") is None:
+        raise EtudeError(f"prompts '{source}' need the package datasets: pip install 'etude[datasets]'.")
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(
+            name, options.get("config"), split=options.get("split", "train"), revision=options.get("revision")
+        )
+    except Exception as error:  # the library raises what its readers raise
+        raise EtudeError(f"prompts '{source}' cannot be loaded ({type(error).__name__}: {brief(error)}).") from error
+    column = options.get("column", "prompt")
+    extra = [name for name in options.get("metadata", "").split(",") if name]
+    for asked in (column, *extra):
+        if asked not in dataset.column_names:
+            raise unknown(f"column of the dataset '{name}'", asked, dataset.column_names)
+    texts = [_text(value, f"prompts '{source}', row {i}") for i, value in enumerate(dataset[column])]
+    return PromptSet(texts, {name: list(dataset[name]) for name in extra})
+
+
+def _from_records(records: Sequence[Any], places: list[str]) -> PromptSet:
+    """Strings, or dicts with a field `prompt`; `places` name them in errors."""
+    texts, extras = [], []
+    for record, place in zip(records, places, strict=True):
+        fields = record if isinstance(record, dict) else {"prompt": record}
+        texts.append(_text(fields.get("prompt"), place))
+        extras.append({name: value for name, value in fields.items() if name != "prompt"})
+    names = dict.fromkeys(str(name) for extra in extras for name in extra)
+    return PromptSet(texts, {name: [extra.get(name) for extra in extras] for name in names})
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise EtudeError(f"{place}: its prompt is {_brief_repr(value)}; give a text that is not empty.")
+    return value.strip()
+
+
+def _brief_repr(value: object) -> str:
+    """A value as Python writes it, cut to fit in a sentence."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _read(source: str) -> str:

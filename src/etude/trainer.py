@@ -128,6 +128,7 @@ class Trainer:
         if self.config.trackers:
             self.accelerator.init_trackers("etude", config={"config": self.config.to_yaml()})
         with self.display, self._failures_explained():
+            self.rewards.load()
             if self.evaluation.base_scores is None:
                 self._finish_iteration({"iteration": 0})
             while self.iteration < self.config.iterations:
@@ -156,11 +157,11 @@ class Trainer:
         config, objective = self.config, self.config.objective
         self.seconds, self.touched = {}, False
         self.table = self.plans.table_at(self.iteration)
-        captions, groups = draw_prompts(self.train_prompts, config.rollout, config.seed, self.iteration)
-        samples = share(len(captions), self.accelerator.num_processes, self.accelerator.process_index)
-        local_captions = [captions[i] for i in samples]
+        prompts, groups = draw_prompts(self.train_prompts, config.rollout, config.seed, self.iteration)
+        samples = share(len(prompts), self.accelerator.num_processes, self.accelerator.process_index)
+        own = prompts.select(samples)
         with self._phase("rollout", len(samples) * self.table.num_evaluations):
-            conditioning = self.policy.encode(local_captions)
+            conditioning = self.policy.encode(own.texts)
             trajectory = rollout(
                 self.policy,
                 self.table,
@@ -176,10 +177,10 @@ class Trainer:
             )
             images = self.policy.decode(trajectory.latents)
         with self._phase("rewards"):
-            local_scores = self.rewards(images, local_captions)
-            scores = {name: gather(self.accelerator, values, len(captions)) for name, values in local_scores.items()}
+            local_scores = self.rewards(images, own.texts, own.metadata)
+            scores = {name: gather(self.accelerator, values, len(prompts)) for name, values in local_scores.items()}
             self.touched = True
-            advantages = self._advantages(scores, captions, groups)[samples]
+            advantages = self._advantages(scores, prompts.texts, groups)[samples]
         with self._phase("update", len(samples) * len(trajectory.steps) * objective.num_inner_epochs):
             statistics = self._update(trajectory, conditioning, advantages)
         alone, window = config.rollout.images_per_prompt == 1, self.plans.window_at(self.iteration)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from etude.errors import EtudeError, brief, unknown
+from etude.imports import import_callable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -183,35 +180,5 @@ def _instance(reward: Any) -> Reward:
 
 
 def _import(path: str) -> Any:
-    module_name, _, attribute = path.partition(":")
-    try:
-        with _working_directory_importable():
-            module = import_module(module_name)
-    except Exception as error:  # the user's code runs at import: whatever it raises has to say which reward it was
-        raise EtudeError(
-            f"reward '{path}': module '{module_name}' cannot be imported ({type(error).__name__}: {brief(error)}); "
-            "install it, or run from the directory that holds it."
-        ) from error
-    found: Any = module
-    for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        problem = "has no attribute" if found is None else "holds something that is not callable as"
-        raise EtudeError(
-            f"reward '{path}': module '{module_name}' {problem} '{attribute}'; give module:function, "
-            "where function(images, prompts, **metadata) returns one float32 score per image."
-        )
-    return found
-
-
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """A console script does not see the modules beside the recipe; `python -m` does. Last, so as to shadow nothing."""
-    here = str(Path.cwd())
-    sys.path.append(here)
-    try:
-        yield
-    finally:
-        sys.path.reverse()
-        sys.path.remove(here)
-        sys.path.reverse()
+    wanted = "module:function, where function(images, prompts, **metadata) returns one float32 score per image"
+    return import_callable(path, "reward", wanted)

@@ -30,7 +30,7 @@ def score(
         name: what the reward is called in errors.
         images: uint8 [n, 3, h, w].
         prompts: n texts.
-        metadata: passed on as keyword arguments.
+        metadata: by name, a list of n entries; passed on as keyword arguments.
         offset: index of the first image in the whole batch, so that errors count in the batch and not in a slice of it.
 
     Raises:
@@ -101,6 +101,21 @@ class WeightedRewards:
         self.held_out = tuple(name for name in dict.fromkeys(held_out) if name not in self.weights)
         for name in (*self.weights, *self.held_out):
             get(name)  # an unknown name is an error now, not after the first rollout
+
+    def load(self) -> None:
+        """Lets every reward that has a method `load` read its weights or reach its server: a failure costs no rollout then.
+
+        Raises:
+            EtudeError: naming the reward that failed.
+        """
+        for name in (*self.weights, *self.held_out):
+            load = getattr(get(name), "load", None)
+            if load is None:
+                continue
+            try:
+                load()
+            except Exception as error:  # a reward is the user's code: whatever it raises has to say which reward it was
+                raise EtudeError(f"reward '{name}' cannot be used: {brief(error)}") from error
 
     def __call__(
         self, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None = None

@@ -133,7 +133,7 @@ def main(
     cache: Annotated[Path, typer.Option(help="Where the emoji packages are kept.")] = Path("build/emoji-data"),
 ) -> None:
     """Measures a model and writes its card and picture grid."""
-    prompts = load_prompts("emoji-40")
+    prompts = load_prompts("emoji-40").texts
     quality = alignment_quality(model, load_emoji(cache), prompts)
     write_card(model, quality)
     images = sample_images(load_policy(model), prompts, make_plan("gddim", 0.0, NUM_STEPS), GUIDANCE_SCALE)
