@@ -10,18 +10,23 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 import urllib3
 from PIL import Image
+from safetensors.numpy import load_file
 
+from etude.config import parse_config
 from etude.errors import EtudeError
 from etude.rewards import get, register, score
 from etude.rewards.protocol import ScoreRequest, decode_images, encode_image
 from etude.rewards.remote import RemoteReward
 from etude.server import address, build_app, listen, make_server
+from etude.trainer import Trainer
+from tiny import save_stable_diffusion
 
 IMAGES = torch.randint(0, 256, (5, 3, 12, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a cat", "a dog", "Łódź 🦊", "", "a cat"]
@@ -363,3 +368,59 @@ def test_the_request_that_is_documented_is_the_one_that_is_sent() -> None:
         request = ScoreRequest.model_validate(handler.seen[0])
     assert (request.prompts, request.metadata) == (PROMPTS, {"tag": list("abcde")})
     assert list(ScoreRequest.model_json_schema()["properties"]) == list(handler.seen[0])
+
+
+# A run.
+
+
+def outcome(out: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
+    """The exported weights, bit for bit, and the metrics without clocks and memory."""
+    weights = load_file(out / "lora" / "pytorch_lora_weights.safetensors")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in row.items() if k not in {"seconds", "memory_mb"}} for row in rows]
+    return {name: tensor.tobytes() for name, tensor in weights.items()}, kept
+
+
+@pytest.mark.slow
+def test_a_server_that_fails_loses_no_run_and_is_told_what_the_prompts_say(tmp_path: Path) -> None:
+    prompts = {"red heart": 1, "pizza": 2, "tiger": 3, "sun": 4}
+    lines = [json.dumps({"prompt": text, "number": number}) for text, number in prompts.items()]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    failing: set[int] = set()
+
+    def script(message: dict[str, Any], number: int) -> tuple[int, dict[str, str], bytes]:
+        if number in failing:
+            return 200, {}, b"out of memory"
+        images = decode_images(message["images"], 1 << 20)
+        assert message["metadata"] == {"number": [prompts[text] for text in message["prompts"]]}
+        return ok(images.float().mean((1, 2, 3)).tolist())
+
+    with scripted(script) as (url, handler):
+        config = parse_config(
+            {
+                "model": str(save_stable_diffusion(tmp_path / "sd")),
+                "iterations": 2,
+                "rewards": {f"{url}#retries=0,concurrency=1": 1.0},
+                "prompts": dict.fromkeys(("train", "evaluation"), str(tmp_path / "prompts.jsonl")),
+                "sampling": {"eta": 1.2, "num_steps": 3},
+                "rollout": {"images_per_iteration": 8, "images_per_prompt": 4},
+                "advantage": {"kind": "group"},
+                "evaluation": {"num_images": 4, "grid_images": 4},
+            }
+        )
+        Trainer(config, tmp_path / "whole").train()
+        failing.add(len(handler.seen) + 4)  # two requests of the first evaluation, one of each rollout
+        with pytest.raises(EtudeError, match=r"status 200 with Invalid JSON.*intact checkpoint: iteration 1"):
+            Trainer(config, tmp_path / "failed").train()
+        Trainer(config, tmp_path / "failed", resume=True).train()
+    assert outcome(tmp_path / "failed") == outcome(tmp_path / "whole")
+    assert url in (tmp_path / "failed" / "report.html").read_text()
+
+
+def test_a_server_that_is_not_there_stops_a_run_before_anything_is_drawn(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/score#retries=0"
+    config = parse_config({"model": str(save_stable_diffusion(tmp_path / "sd")), "rewards": {url: 1.0}})
+    with pytest.raises(EtudeError, match=r"no answer.*no checkpoint was written yet"):
+        Trainer(config, tmp_path / "run").train()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
