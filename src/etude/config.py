@@ -6,7 +6,7 @@ A run writes the resolved tree to `config.yaml`, and that file reproduces the ru
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -37,21 +37,51 @@ __all__ = [
     "leaves",
     "load_config",
     "parse_config",
+    "parse_rewards",
     "recipe_names",
     "recipe_text",
 ]
 
 
-def load_config(source: str, overrides: list[str] | None = None) -> TrainConfig:
+_BY_REWARD = ("rewards", "evaluation.stop_on_fall")
+"""Keys whose value is a mapping by the names of rewards."""
+
+
+def load_config(
+    source: str, overrides: list[str] | None = None, rewards: Mapping[str, float] | None = None
+) -> TrainConfig:
     """Reads a built-in recipe's name or a YAML file, applies `a.b=value` overrides and validates.
+
+    Args:
+        rewards: weights by name that take the place of the recipe's; one that the recipe holds out is then trained instead.
 
     Raises:
         EtudeError: naming the key, the value and the remedy.
     """
     tree, place = _read_tree(source)
+    if rewards:
+        tree["rewards"] = dict(rewards)
+        evaluation = tree.get("evaluation")
+        if isinstance(evaluation, dict) and isinstance(evaluation.get("held_out_rewards"), list):
+            evaluation["held_out_rewards"] = [name for name in evaluation["held_out_rewards"] if name not in rewards]
     for item in overrides or []:
         _apply_override(tree, item)
     return parse_config(tree, place)
+
+
+def parse_rewards(items: list[str]) -> dict[str, float]:
+    """`NAME` or `NAME=WEIGHT`, several of them, as weights by name; without a weight it is 1.
+
+    What follows the last equals sign is the weight if it is a number, and part of the name if not: a name may hold a url or options.
+    """
+    rewards = {}
+    for item in items:
+        name, _, weight = item.rpartition("=")
+        try:
+            rewards[name or item] = float(weight) if name else 1.0
+        except ValueError:
+            rewards[item] = 1.0
+    return rewards
 
 
 def parse_config(tree: dict[str, Any], place: str = "configuration") -> TrainConfig:
@@ -110,7 +140,7 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
     except yaml.YAMLError:
         raise EtudeError(f"--set {item}: '{text}' is not a YAML value; quote it.") from None
     value = _number_like(value)
-    *parents, leaf = key.split(".", 1) if key.startswith("rewards.") else key.split(".")  # package.module:function
+    *parents, leaf = _split_key(key)
     for name in parents:
         if tree.get(name) is None:
             tree[name] = {}
@@ -123,6 +153,14 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
     if leaf == "clip_range" and value is not None:
         tree["clip_nats"] = None
     tree[leaf] = value
+
+
+def _split_key(key: str) -> list[str]:
+    """The parts of a dotted key; the name of a reward is one of them, dots and all: `package.module:function`."""
+    for section in _BY_REWARD:
+        if key.startswith(f"{section}."):
+            return [*section.split("."), key.removeprefix(f"{section}.")]
+    return key.split(".")
 
 
 def _number_like(value: Any) -> Any:
@@ -196,9 +234,9 @@ def difference(old: TrainConfig, new: TrainConfig) -> tuple[str, Any, Any] | Non
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value), the same keys for every configuration: the rewards and the window, which differ in theirs, are one value each."""
+    """(dotted key, value), the same keys for every configuration: what differs in its keys, by reward or the window, is one value."""
     for key, value in tree.items():
-        if isinstance(value, dict) and key not in {"rewards", "window"}:
+        if isinstance(value, dict) and key != "window" and f"{prefix}{key}" not in _BY_REWARD:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -12,7 +12,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from etude.rewards.scoring import WEIGHTED_SUM
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Fall = Annotated[float, Field(ge=0)]
 KernelName = Literal["gddim", "ddim", "cps", "flow_sde", "dance_sde"]
 
 
@@ -248,12 +251,22 @@ class EvaluationConfig(Section):
     held_out_rewards: list[str] = Field(
         [], description="Rewards that are measured and not trained on: the guard against reward hacking."
     )
+    stop_on_fall: dict[str, Fall] = Field(
+        {},
+        description="Reward to how far its held-out ODE mean may fall below the base model's, in its own unit. The run stops, with its weights "
+        "exported, once the whole 95 % interval of the change lies below that.",
+    )
     grid_images: int = Field(24, ge=1, description="Images in the before / after grids.")
 
 
 class CheckpointConfig(Section):
     every: int = Field(1, ge=1, description="Iterations between checkpoints.")
     keep: int = Field(2, ge=1, description="Checkpoints kept; two, so that a torn one costs one interval.")
+    best: str | None = Field(
+        None,
+        description="Reward whose highest held-out ODE mean chooses the weights that are exported too, to lora-best/ beside the last ones "
+        "in lora/; null exports the last alone.",
+    )
 
 
 class TrainConfig(Section):
@@ -315,7 +328,24 @@ class TrainConfig(Section):
             raise ValueError(
                 "every weight in rewards must be finite and not 0; measure without training by evaluation.held_out_rewards"
             )
+        self._check_guards()
         return self
+
+    def _check_guards(self) -> None:
+        """The rewards that stop a run or choose its weights must be among those that are measured."""
+        several = [WEIGHTED_SUM] if len(self.rewards) > 1 else []
+        measured = list(dict.fromkeys([*self.rewards, *self.evaluation.held_out_rewards, *several]))
+        guards: dict[str, list[str | None]] = {
+            "evaluation.stop_on_fall": [*self.evaluation.stop_on_fall],
+            "checkpoint.best": [self.checkpoint.best],
+        }
+        for key, names in guards.items():
+            for name in names:
+                if name is not None and name not in measured:
+                    raise ValueError(
+                        f"{key} names the reward {name!r}, which is not measured: add it to evaluation.held_out_rewards, "
+                        f"or name one of {', '.join(measured)}"
+                    )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
