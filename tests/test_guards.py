@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from etude.config import load_config, parse_rewards
+from etude.config import TrainConfig, load_config, parse_config, parse_rewards
 from etude.errors import EtudeError
 from etude.guards import BestWeights, explain_stop, fallen
+from etude.rewards import register
 from etude.statistics import mean_summary
+from etude.trainer import Trainer
+from tiny import save_stable_diffusion
 
 
 def measured(**changes: float) -> dict[str, Any]:
@@ -92,3 +97,138 @@ def test_rewards_given_apart_take_the_place_of_the_recipes_and_are_not_held_out(
 )
 def test_a_weight_is_the_number_after_the_last_equals_sign(item: str, name: str, weight: float) -> None:
     assert parse_rewards([item]) == {name: weight}
+
+
+def redness(images, prompts, **metadata):
+    red, green, blue = images.float().mean((2, 3)).unbind(1)
+    return (red - (green + blue) / 2) / 255
+
+
+class Scripted:
+    """A reward whose value is scripted by call: evaluations call a held-out reward twice, for the ODE and then for the SDE."""
+
+    def __init__(self, *levels: float) -> None:
+        self.levels, self.calls = levels, 0
+
+    def __call__(self, images, prompts, **metadata):
+        level = self.levels[min(self.calls // 2, len(self.levels) - 1)]
+        self.calls += 1
+        return torch.full((len(prompts),), level)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("model")
+    (root / "prompts.txt").write_text("red heart\npizza\ntiger\nsun\n")
+    register("redness")(redness)
+    return {
+        "model": str(save_stable_diffusion(root / "sd")),
+        "iterations": 4,
+        "rewards": {"redness": 1.0},
+        "prompts": {"train": str(root / "prompts.txt"), "evaluation": str(root / "prompts.txt")},
+        "sampling": {"eta": 1.2, "num_steps": 3, "guidance_scale": 1.0},
+        "rollout": {"images_per_iteration": 8, "images_per_prompt": 4, "batch_size": 8},
+        "objective": {"clip_range": None, "clip_nats": 1.6, "batch_size": 8},
+        "optimizer": {"learning_rate": 3e-3},
+        "advantage": {"kind": "group"},
+        "ema": {"decay": 0.5},
+        "evaluation": {"every": 1, "num_images": 4, "grid_images": 2, "held_out_rewards": ["watched"]},
+    }
+
+
+def config(settings: dict[str, Any], **sections: Any) -> TrainConfig:
+    tree = {**settings}
+    for name, value in sections.items():
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
+    return parse_config(tree)
+
+
+def rows(out: Path) -> list[int]:
+    return [json.loads(line)["iteration"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "pytorch_lora_weights.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_held_out_reward_that_falls_stops_the_run_which_is_then_complete(settings, tmp_path):
+    watching = config(settings, evaluation={"stop_on_fall": {"watched": 0.5}}, checkpoint={"every": 3})
+    register("watched")(Scripted(1.0, 0.6, 0.4, 9.0))
+    summary = Trainer(watching, tmp_path / "run").train()
+    assert rows(tmp_path / "run") == [0, 1, 2]
+    assert summary["iterations"] == 2
+    assert "Stopped after iteration 2 of 4: watched" in summary["stopped"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped"] == summary["stopped"]
+    assert "Stopped after iteration 2 of 4: watched" in (tmp_path / "run" / "report.html").read_text()
+    assert "2 iterations of" in (tmp_path / "run" / "lora" / "README.md").read_text()
+    assert (tmp_path / "run" / "checkpoints" / "iteration-000002").is_dir()
+    assert (tmp_path / "run" / "samples" / "after_ode.png").is_file()
+    again = Trainer(watching, tmp_path / "run", resume=True).train()
+    assert rows(tmp_path / "run") == [0, 1, 2]
+    assert again["stopped"] == summary["stopped"]
+
+
+def test_a_run_whose_rewards_hold_says_nothing_of_stopping(settings, tmp_path):
+    register("watched")(Scripted(1.0, 0.6))
+    allowed = config(settings, iterations=1, evaluation={"stop_on_fall": {"watched": 0.5}})
+    summary = Trainer(allowed, tmp_path / "run").train()
+    assert (summary["stopped"], summary["best"], summary["iterations"]) == (None, None, 1)
+    assert not (tmp_path / "run" / "lora-best").exists()
+
+
+def test_the_best_weights_are_those_of_a_run_that_ends_there(settings, tmp_path):
+    register("watched")(Scripted(1.0, 2.0, 3.0, 2.5))
+    summary = Trainer(config(settings, iterations=3, checkpoint={"best": "watched"}), tmp_path / "run").train()
+    assert (summary["best"]["iteration"], summary["best"]["reward"]) == (2, "watched")
+    register("watched")(Scripted(1.0, 2.0, 3.0))
+    Trainer(config(settings, iterations=2), tmp_path / "short").train()
+    assert same(adapter(tmp_path / "run" / "lora-best"), adapter(tmp_path / "short" / "lora"))
+    assert not same(adapter(tmp_path / "run" / "lora-best"), adapter(tmp_path / "run" / "lora"))
+    card = (tmp_path / "run" / "lora-best" / "README.md").read_text()
+    assert "watched" in card
+    assert "2 iterations of" in card
+    assert "iteration 2, by watched" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_resumed_run_keeps_the_best_weights_of_before_bit_for_bit(settings, tmp_path):
+    best = config(settings, checkpoint={"best": "watched", "every": 2})
+    levels = (1.0, 5.0, 3.0, 2.0, 2.0)
+    register("watched")(Scripted(*levels))
+    whole = Trainer(best, tmp_path / "whole").train()
+    register("watched")(Scripted(*levels))
+    halted = Trainer(best, tmp_path / "halted")
+    iterate = halted._iterate
+
+    def interrupted() -> dict[str, Any]:
+        if halted.iteration == 4:
+            raise KeyboardInterrupt
+        return iterate()
+
+    halted._iterate = interrupted  # type: ignore[method-assign]
+    with pytest.raises((KeyboardInterrupt, EtudeError)):
+        halted.train()
+    register("watched")(Scripted(*levels[3:]))
+    resumed = Trainer(best, tmp_path / "halted", resume=True).train()
+    assert whole["best"] == resumed["best"]
+    assert whole["best"]["iteration"] == 1
+    for name in ("lora", "lora-best"):
+        assert same(adapter(tmp_path / "whole" / name), adapter(tmp_path / "halted" / name))
+
+
+def test_a_reward_that_cannot_be_made_ready_is_an_error_before_anything_is_written(settings, tmp_path):
+    class Absent:
+        def load(self) -> None:
+            raise OSError("no such file")
+
+        def __call__(self, images, prompts, **metadata):
+            raise AssertionError
+
+    register("watched")(Absent)
+    trainer = Trainer(config(settings), tmp_path / "run")
+    with pytest.raises(EtudeError, match="reward 'watched' cannot be used: no such file"):
+        trainer.train()
+    assert not (tmp_path / "run").exists()

@@ -23,12 +23,15 @@ from etude.checkpoint import atomic_write_bytes, atomic_write_text
 from etude.config import TrainConfig
 from etude.deployment import deployment_snippet
 from etude.errors import EtudeError, brief
+from etude.guards import BestWeights, explain_stop
 from etude.paths import VPPath
 from etude.policies import Policy
 from etude.report import write_report
 from etude.report.grids import image_grid
 from etude.statistics import Estimate
 
+BEST = "-best"
+"""What the name of an export gets that holds the best weights instead of the last."""
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -61,9 +64,9 @@ def write_grids(out: Path, when: str, ode: Tensor, sde: Tensor, prompts: list[st
     atomic_write_text(out / "samples" / "prompts.json", json.dumps(prompts, ensure_ascii=False))
 
 
-def export(policy: Policy, out: Path) -> None:
-    """`out/lora`, or `out/model` after full fine-tuning: complete or absent, never half written."""
-    final = out / policy.export_name
+def export(policy: Policy, out: Path, suffix: str = "") -> None:
+    """`out/lora`, or `out/model` after full fine-tuning, with `suffix`: complete or absent, never half written."""
+    final = out / f"{policy.export_name}{suffix}"
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / f".{final.name}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -85,9 +88,20 @@ def export(policy: Policy, out: Path) -> None:
 
 
 def finish(
-    out: Path, config: TrainConfig, policy: Policy, evaluation: dict[str, Any], started: float
+    out: Path,
+    config: TrainConfig,
+    policy: Policy,
+    evaluation: dict[str, Any],
+    started: float,
+    iterations: int,
+    best: BestWeights,
 ) -> dict[str, Any]:
-    """Writes `summary.json`, the model card beside the weights and `report.html`; returns the summary."""
+    """Writes `summary.json`, the model cards beside the weights and `report.html`; returns the summary.
+
+    Args:
+        iterations: how many were done: fewer than planned if a reward fell.
+        best: the weights that were exported beside the last.
+    """
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds: dict[str, float] = {}
     for row in rows:
@@ -100,9 +114,11 @@ def finish(
         "num_steps": config.sampling.num_steps,
         "guidance_scale": config.sampling.guidance_scale,
         "rewards": list(config.rewards),
-        "held_out_rewards": list(config.evaluation.held_out_rewards),
-        "iterations": config.iterations,
+        "held_out_rewards": [name for name in config.evaluation.held_out_rewards if name not in config.rewards],
+        "iterations": iterations,
+        "stopped": explain_stop(evaluation, config.evaluation.stop_on_fall, iterations, config.iterations),
         "final": evaluation,
+        "best": {"reward": best.reward, **best.state()} if best.weights else None,
         "deploy": _deployment_advice(config, policy, evaluation),
         "seconds": seconds,
         "peak_memory_mb": max(row["memory_mb"] for row in rows),
@@ -122,8 +138,22 @@ def finish(
     }
     atomic_write_text(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     atomic_write_text(out / policy.export_name / "README.md", model_card(summary, config, policy))
+    if best.weights:
+        card = model_card(_of_the_best(summary, config, policy), config, policy, BEST)
+        atomic_write_text(out / f"{policy.export_name}{BEST}" / "README.md", card)
     write_report(out)
     return summary
+
+
+def _of_the_best(summary: dict[str, Any], config: TrainConfig, policy: Policy) -> dict[str, Any]:
+    """The summary of the weights that were best: of an earlier iteration, or of the last."""
+    best = summary["best"]
+    advice = (
+        f"{_deployment_advice(config, policy, best['evaluation'])} These weights are those of the evaluation with the highest "
+        f"{best['reward']} under the ODE, of a run of {summary['iterations']} iterations. Figures that a choice rests on flatter: "
+        "measure again with `etude gap` and another seed."
+    )
+    return {**summary, "iterations": best["iteration"], "final": best["evaluation"], "deploy": advice}
 
 
 def _deployment_advice(config: TrainConfig, policy: Policy, evaluation: dict[str, Any]) -> str:
@@ -147,7 +177,7 @@ def _deployment_advice(config: TrainConfig, policy: Policy, evaluation: dict[str
     return f"Ship the ODE sampler: on {reward} it cannot be told from the SDE at eta = {eta:g} ({interval}), and it is deterministic."
 
 
-def model_card(summary: dict[str, Any], config: TrainConfig, policy: Policy) -> str:
+def model_card(summary: dict[str, Any], config: TrainConfig, policy: Policy, suffix: str = "") -> str:
     """The README.md beside the weights: what they are, the two numbers, and how plain diffusers loads them."""
     final = summary["final"]
     rows = [
@@ -157,7 +187,7 @@ def model_card(summary: dict[str, Any], config: TrainConfig, policy: Policy) -> 
         for reward in final["ode"]
     ]
     num_steps = final.get("num_steps", config.sampling.num_steps)
-    snippet = deployment_snippet(policy, config.model, num_steps, config.sampling.guidance_scale, config.dtype)
+    snippet = deployment_snippet(policy, config.model, num_steps, config.sampling.guidance_scale, config.dtype, suffix)
     return f"""---
 base_model: {json.dumps(config.model)}
 library_name: diffusers
@@ -167,7 +197,7 @@ tags: [text-to-image, reinforcement-learning, etude]
 # {config.model} tuned on {", ".join(config.rewards)}
 
 Fine-tuned by etude {summary["versions"]["etude"]} with {config.objective.kind.upper()} under the
-{config.sampling.kernel} sampler at eta = {config.sampling.eta:g}{_window(config)}: {config.iterations} iterations of
+{config.sampling.kernel} sampler at eta = {config.sampling.eta:g}{_window(config)}: {summary["iterations"]} iterations of
 {config.rollout.images_per_iteration} images, {config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale:g}, seed {config.seed}.
 
 | reward | ODE | SDE, eta = {config.sampling.eta:g} | improvement | gap |

@@ -10,7 +10,7 @@ from etude.policies import Policy
 
 
 def deployment_snippet(
-    policy: Policy, model: str, num_steps: int, guidance_scale: float, dtype: str = "float32"
+    policy: Policy, model: str, num_steps: int, guidance_scale: float, dtype: str = "float32", suffix: str = ""
 ) -> str:
     """Python that loads what `policy` exports and draws one picture at the levels that etude visits.
 
@@ -23,14 +23,15 @@ def deployment_snippet(
         num_steps: of the ODE.
         guidance_scale: of training.
         dtype: of the frozen weights in training.
+        suffix: what the directory is called beyond `export_name`.
     """
-    tuned = policy.export_name
+    adapter, tuned = policy.export_name == "lora", f"{policy.export_name}{suffix}"
     loading: dict[str, Any] = {} if dtype == "float32" else {"torch_dtype": f"torch.{dtype}"}
     loading |= {name: repr(value) for name, value in policy.loading_arguments().items()}
-    embedded = tuned == "lora" and model in zoo.names()
-    source = f"zoo.path({model!r})" if embedded else repr(model if tuned == "lora" else tuned)
+    embedded = adapter and model in zoo.names()
+    source = f"zoo.path({model!r})" if embedded else repr(model if adapter else tuned)
     load = [f"pipe = {policy.pipeline_name}.from_pretrained({', '.join([source, *_keywords(loading)])})"]
-    if tuned == "lora":
+    if adapter:
         load.append(f"pipe.load_lora_weights({tuned!r})")
     imports, scheduler = _scheduler(policy, num_steps)
     names = sorted([policy.pipeline_name, *(name for package, name in imports if package == "diffusers")])

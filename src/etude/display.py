@@ -139,6 +139,8 @@ class TrainingDisplay:
         self.console.print(table)
         note = "means with 95 % intervals; improvement over the base model and gap are paired on prompt and noise"
         self.console.print(Text(note, style="dim"), soft_wrap=True)
+        if summary.get("stopped"):
+            self.console.print(Text(summary["stopped"]), soft_wrap=True)
         if summary.get("deploy"):
             self.console.print(Text(summary["deploy"]), soft_wrap=True)
         total = summary.get("seconds", {}).get("total")

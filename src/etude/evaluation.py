@@ -23,6 +23,7 @@ from torch import Tensor
 from etude import artifacts
 from etude.config import TrainConfig
 from etude.gap import Progress, Protocol, Scores, summarise
+from etude.guards import fallen
 from etude.policies import Policy
 from etude.processes import gather, share
 from etude.prompts import load_prompts
@@ -63,12 +64,18 @@ class Evaluation:
         self.base_scores: dict[str, list[float]] | None = None
         self.last: dict[str, Any] = {}
 
+    @property
+    def fallen(self) -> str | None:
+        """The reward that has fallen further than `evaluation.stop_on_fall` allows, in the newest result."""
+        return fallen(self.last, self.config.evaluation.stop_on_fall)
+
     def measure(self, on_step: Progress, grids: str | None = None) -> dict[str, Any]:
         """Evaluates the policy as it is.
 
         Args:
             on_step: called with the number of images that just made one step.
-            grids: "before" or "after": also write pictures of both samplers under that name.
+            grids: "before" or "after": also write pictures of both samplers under that name. Without it an evaluation in which a reward
+                has fallen too far, which is the last, writes those of "after".
 
         Returns:
             `eta`, `num_steps`, and the estimates of `summarise` by quantity and reward.
@@ -81,6 +88,8 @@ class Evaluation:
         base = {name: np.array(values) for name, values in self.base_scores.items()}
         summary = summarise(ode, sde, base, self.protocol.clusters)
         self.last = {"eta": eta, "num_steps": self.num_steps, **summary}
+        if grids is None and self.fallen is not None:
+            grids = "after"
         if grids is not None:
             count = self.config.evaluation.grid_images
             ode_shown, sde_shown = self._gather(ode_images)[:count], self._gather(sde_images)[:count]

@@ -33,6 +33,7 @@ from etude.config import TrainConfig
 from etude.display import Display, SilentDisplay
 from etude.errors import EtudeError
 from etude.evaluation import Evaluation
+from etude.guards import BestWeights
 from etude.noise import NoiseSource, keyed_generator
 from etude.objectives import PolicyLoss, UpdateStatistics, gaussian_kl, ppo_loss, reinforce_loss
 from etude.policies import Conditioning, Policy, load_policy
@@ -87,6 +88,7 @@ class Trainer:
         }
         self.iteration = 0
         self.seconds: dict[str, float] = {}
+        self.best = BestWeights(config.checkpoint.best)
         self.checkpoints = Checkpoints(self.out, config)
         self.touched = True  # whether weights or statistics have changed since the last finished iteration
 
@@ -120,6 +122,7 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Runs to the end and returns the summary that is also written to `summary.json`."""
         started = time.time()
+        self.rewards.load()  # before anything is written: a reward that cannot be used leaves no run to clear away
         self.out.mkdir(parents=True, exist_ok=True)
         self._restore()
         if self.accelerator.is_main_process:
@@ -128,10 +131,9 @@ class Trainer:
         if self.config.trackers:
             self.accelerator.init_trackers("etude", config={"config": self.config.to_yaml()})
         with self.display, self._failures_explained():
-            self.rewards.load()
             if self.evaluation.base_scores is None:
                 self._finish_iteration({"iteration": 0})
-            while self.iteration < self.config.iterations:
+            while self.iteration < self.config.iterations and self.evaluation.fallen is None:
                 self.iteration += 1
                 self._finish_iteration(self._iterate())
             summary = self._finish(started)
@@ -295,6 +297,8 @@ class Trainer:
             grids = "after" if last else "before" if self.iteration == 0 else None
             with self._phase("evaluation", self.evaluation.work), swapped(self.parameters, self.ema):
                 row["evaluation"] = self.evaluation.measure(self.display.advance, grids)
+                self.best.offer(self.iteration, row["evaluation"], self.parameters)
+        last = last or self.evaluation.fallen is not None
         row["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
         row["memory_mb"] = artifacts.peak_memory_mb()
         if self.accelerator.is_main_process:
@@ -318,9 +322,11 @@ class Trainer:
             f"optimizer/{name}": t for name, t in optimizer_tensors(self.optimizer, list(self.parameters)).items()
         }
         tensors |= {f"ema/{name}": t for name, t in (self.ema or {}).items()}
+        tensors |= {f"best/{name}": t for name, t in self.best.weights.items()}
         state = {
             "base_scores": self.evaluation.base_scores,
             "last_evaluation": self.evaluation.last,
+            "best": self.best.state(),
             "prompt_statistics": {name: s.state() for name, s in self.prompt_statistics.items()},
         }
         self.checkpoints.save(iteration, tensors, state)
@@ -337,6 +343,8 @@ class Trainer:
             self.iteration = checkpoint.iteration
             self.evaluation.base_scores = checkpoint.state["base_scores"]
             self.evaluation.last = checkpoint.state["last_evaluation"]
+            if self.best.reward is not None:
+                self.best.load_state(_under("best/", checkpoint.tensors), checkpoint.state["best"])
             for name, statistics in self.prompt_statistics.items():
                 statistics.load_state(checkpoint.state["prompt_statistics"][name])
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has read
@@ -349,7 +357,12 @@ class Trainer:
             return {}
         with swapped(self.parameters, self.ema):
             artifacts.export(self.policy, self.out)
-        return artifacts.finish(self.out, self.config, self.policy, self.evaluation.last, started)
+        if self.best.weights:
+            with swapped(self.parameters, self.best.weights):
+                artifacts.export(self.policy, self.out, artifacts.BEST)
+        return artifacts.finish(
+            self.out, self.config, self.policy, self.evaluation.last, started, self.iteration, self.best
+        )
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

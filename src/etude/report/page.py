@@ -117,7 +117,10 @@ def _title(run: Run) -> str:
 def _facts(run: Run) -> list[tuple[str, str]]:
     done = max((row["iteration"] for row in run.rows), default=0)
     planned = run.config.get("iterations")
-    facts = [("iterations", f"{done} of {planned}" if not run.summary and planned else f"{done}")]
+    short = planned and (not run.summary or run.summary.get("stopped"))
+    facts = [("iterations", f"{done} of {planned}" if short else f"{done}")]
+    if best := run.summary.get("best"):
+        facts.append(("best weights", f"iteration {best['iteration']}, by {best['reward']}"))
     if "sampling" in run.config:
         facts.append(("algorithm", algorithm(run.config)))
     settings = {
