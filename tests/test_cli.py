@@ -23,7 +23,7 @@ from etude.report.grids import image_grid
 from etude.solvers import sample_with_solver
 from tiny import save_flux, save_stable_diffusion
 
-COMMANDS = ["train", "recipes", "gap", "sample", "report", "models"]
+COMMANDS = ["train", "recipes", "gap", "sample", "report", "models", "serve-reward"]
 
 
 def run(*arguments: Any) -> Result:
@@ -83,7 +83,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
     assert result.stdout.splitlines()[-1] == "[]"
     for command in [*COMMANDS, "theory"]:
         assert f" {command} " in result.stdout
-    for later in ("study", "advise", "serve"):
+    for later in ("study", "advise"):
         assert later not in result.stdout
 
 
@@ -128,6 +128,8 @@ def test_the_version_is_that_of_the_package() -> None:
         (["gap", "emoji-sd", "--eta", "inf"], ["--eta", "inf is not a finite"]),
         (["sample", "emoji-sd", "--prompt", "x", "--solver", "heun", "--eta", "0.5"], ["--solver heun", "--eta"]),
         (["report"], ["directory"]),
+        (["serve-reward"], ["name"]),
+        (["serve-reward", "colorfulness", "--port", "65536"], ["--port", "65536"]),
     ],
 )
 def test_misuse_is_one_sentence_and_exit_code_2(arguments: list[str], parts: list[str]) -> None:
@@ -153,6 +155,13 @@ def test_misuse_is_one_sentence_and_exit_code_2(arguments: list[str], parts: lis
         (["sample", "emoji-sd", "--prompt", "x", "--kernel", "flow_sde", "--eta", "0.7"], ["rectified flow"]),
         (["gap", "emoji-sd", "--kernel", "gdim"], ["unknown kernel 'gdim'", "'gddim'"]),
         (["report", "absent"], ["absent"]),
+        (["serve-reward", "colourfulness"], ["did you mean 'colorfulness'"]),
+        (["serve-reward", "colorfulness", "--host", "0.0.0.0"], ["0.0.0.0", "there is no token", "--insecure"]),
+        (
+            ["serve-reward", "colorfulness", "--insecure", "--host", "no such host"],
+            ["no such host", "cannot be listened on"],
+        ),
+        (["serve-reward", "colorfulness", "--token-env", "ABSENT_TOKEN"], ["ABSENT_TOKEN", "not set"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_1(
@@ -226,6 +235,16 @@ def test_train_passes_on_what_it_was_given(trainer: type[FakeTrainer]) -> None:
     assert options["resume"] is False
     assert isinstance(options["display"], TrainingDisplay)
     assert "report: runs/a/report.html" in result.stdout
+
+
+def test_a_model_and_rewards_take_the_place_of_the_recipes(trainer: type[FakeTrainer]) -> None:
+    url = "http://127.0.0.1:8000/score"
+    arguments = ["--model", "no", "--reward", "my.module:fn", "--reward", f"{url}#timeout=9=0.5", "--quiet"]
+    assert run("train", "emoji-ddpo", *arguments).exit_code == 0
+    config = trainer.made[0]
+    assert (config.model, config.rewards) == ("no", {"my.module:fn": 1.0, f"{url}#timeout=9": 0.5})
+    assert run("train", "emoji-ddpo", "--set", f"rewards.{url}#timeout=9=0.25", "--quiet").exit_code == 0
+    assert trainer.made[0].rewards == {"colorfulness": 1.0, f"{url}#timeout=9": 0.25}
 
 
 def test_a_quiet_run_prints_nothing(trainer: type[FakeTrainer]) -> None:

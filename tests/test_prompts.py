@@ -51,8 +51,8 @@ def test_a_misspelt_set_suggests_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "hold no prompt"),
-        (b"# only\n\n   \n", "hold no prompt"),
+        (b"", "holds no prompt"),
+        (b"# only\n\n   \n", "holds no prompt"),
         (b"fine\nalso fine\nbad \xff byte\n", "line 3: byte 0xff is not UTF-8"),
         (b"fine\nbad \x00 byte\n", "line 2: it holds a NUL byte"),
         ("utf sixteen".encode("utf-16"), "line 1: byte 0xff is not UTF-8"),
@@ -129,7 +129,7 @@ def test_a_function_may_return_strings_or_dicts(beside: Path) -> None:
     assert load_prompts("my_prompt_module:texts") == PromptSet(["a", "b"])
     assert load_prompts("my_prompt_module:records") == PromptSet(["a", "b", "c"], {"k": [[1], [2], None]})
     for name, words in {
-        "nothing": "hold no prompt",
+        "nothing": "holds no prompt",
         "one": "returned str",
         "broken": "failed: OSError: no disk",
         "bad": "entry 1: its prompt is 7",

@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -421,6 +424,20 @@ def test_a_server_that_is_not_there_stops_a_run_before_anything_is_drawn(tmp_pat
     with socket.create_server(("127.0.0.1", 0)) as taken:
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/score#retries=0"
     config = parse_config({"model": str(save_stable_diffusion(tmp_path / "sd")), "rewards": {url: 1.0}})
-    with pytest.raises(EtudeError, match=r"no answer.*no checkpoint was written yet"):
+    with pytest.raises(EtudeError, match=r"cannot be used: .*no answer"):
         Trainer(config, tmp_path / "run").train()
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_command_serves_at_the_url_that_it_prints_until_it_is_interrupted() -> None:
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from etude.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve-reward", "colorfulness", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        words = process.stdout.readline().split()
+        scores = RemoteReward(words[words.index("at") + 1])(IMAGES, PROMPTS)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert torch.equal(scores, get("colorfulness")(IMAGES, PROMPTS))
+    assert (process.returncode, errors) == (130, "")

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,6 +98,17 @@ def train(
     recipe: Annotated[
         str | None, typer.Argument(help="Built-in name (`etude recipes`) or YAML file.", show_default=False)
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to tune, in place of the recipe's.", show_default=False)
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=WEIGHT]",
+            help="Reward in place of the recipe's: a name, module:function or url; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -127,9 +139,12 @@ def train(
 
     `etude train emoji-ddpo --set sampling.eta=1.2 --set seed=1 --out runs/first`
 
+    `etude train emoji-ddpo --reward my_module:function --reward alignment=0.5`
+
     `etude train --resume --out runs/first`
     """
-    config, directory = prepare_run(recipe, overrides or [], out, resume)
+    chosen = [] if model is None else [f"model={dumps(model)}"]  # quoted: `no` is a name
+    config, directory = prepare_run(recipe, [*chosen, *(overrides or [])], out, resume, reward)
     with heavy_imports():
         quiet_libraries()
         from etude.display import SilentDisplay, TrainingDisplay

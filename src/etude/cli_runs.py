@@ -17,26 +17,30 @@ if TYPE_CHECKING:
     from etude.config import TrainConfig
 
 
-def prepare_run(recipe: str | None, overrides: list[str], out: Path | None, resume: bool) -> tuple[TrainConfig, Path]:
+def prepare_run(
+    recipe: str | None, overrides: list[str], out: Path | None, resume: bool, rewards: list[str] | None = None
+) -> tuple[TrainConfig, Path]:
     """The configuration and the directory of the run that the arguments of `etude train` ask for.
 
     Raises:
         EtudeError: a recipe, an override or a directory that cannot be used; a misuse of the options is a usage error.
     """
-    from etude.config import load_config
+    from etude.config import load_config, parse_rewards
 
+    weights = parse_rewards(rewards or [])
     if resume:
         if out is None:
             raise UsageError("--resume needs --out, the directory of the run to continue")
-        return _resumed_config(recipe, overrides, out), out
+        return _resumed_config(recipe, overrides, weights, out), out
     if recipe is None:
         raise UsageError("give a RECIPE: a name that `etude recipes` lists, or a YAML file")
     if out is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("several processes need --out, since each would choose a directory of its own")
-    return load_config(recipe, overrides), out or Path("runs", f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    directory = out or Path("runs", f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    return load_config(recipe, overrides, weights), directory
 
 
-def _resumed_config(recipe: str | None, overrides: list[str], out: Path) -> TrainConfig:
+def _resumed_config(recipe: str | None, overrides: list[str], weights: dict[str, float], out: Path) -> TrainConfig:
     """The configuration of the run in `out`; what the user gave beside it must agree with it."""
     from etude.config import difference, load_config
 
@@ -44,13 +48,13 @@ def _resumed_config(recipe: str | None, overrides: list[str], out: Path) -> Trai
     if not stored.is_file():
         if recipe is not None and not _holds_something(out):
             typer.echo(f"nothing to resume in '{out}': starting the run there.", err=True)
-            return load_config(recipe, overrides)
+            return load_config(recipe, overrides, weights)
         raise EtudeError(
             f"--out '{out}' holds no config.yaml, so there is no run to resume: check the directory, "
             "or give a RECIPE and a new or empty directory to start one."
         )
     config = load_config(str(stored))
-    wanted = load_config(recipe if recipe is not None else str(stored), overrides)
+    wanted = load_config(recipe if recipe is not None else str(stored), overrides, weights)
     found = difference(config, wanted)
     if found is not None:
         key, old, new = found

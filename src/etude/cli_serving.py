@@ -36,7 +36,7 @@ def serve_reward(
 
     `etude serve-reward pickscore --port 8000`
 
-    `etude train emoji-ddpo --set rewards.http://127.0.0.1:8000/score=1`
+    `etude train emoji-ddpo --reward http://127.0.0.1:8000/score`
     """
     with heavy_imports():
         quiet_libraries()

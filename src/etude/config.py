@@ -132,7 +132,8 @@ def _read_tree(source: str) -> tuple[dict[str, Any], str]:
 
 
 def _apply_override(tree: dict[str, Any], item: str) -> None:
-    key, equals, text = item.partition("=")
+    by_reward = item.startswith(tuple(f"{section}." for section in _BY_REWARD))  # whose name may hold equals signs
+    key, equals, text = item.rpartition("=") if by_reward else item.partition("=")
     if not equals or not key:
         raise EtudeError(f"--set takes key=value, for example sampling.eta=1.2, not '{item}'.")
     try:

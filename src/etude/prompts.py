@@ -95,7 +95,7 @@ def load_prompts(source: str) -> PromptSet:
         prompts = PromptSet(_lines(_read(source)))
     if not prompts.texts:
         raise EtudeError(
-            f"prompts '{source}' hold no prompt: give at least one (in a text file one per line; blank lines and "
+            f"prompt source '{source}' holds no prompt: give at least one (in a text file one per line; blank lines and "
             "# comments are skipped)."
         )
     return prompts

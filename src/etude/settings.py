@@ -26,10 +26,11 @@ class Section(BaseModel):
 class PromptsConfig(Section):
     train: str = Field(
         "emoji-train",
-        description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`) or a text file.",
+        description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`), a text or JSONL file, package.module:function, "
+        "or hub:dataset.",
     )
     evaluation: str = Field(
-        "emoji-eval", description="Prompts for the held-out evaluation of the gap: a built-in set or a text file."
+        "emoji-eval", description="Prompts for the held-out evaluation of the gap: any source of prompts."
     )
 
 
@@ -287,7 +288,9 @@ class TrainConfig(Section):
     )
     iterations: int = Field(100, ge=1, description="Rollout-and-update iterations.")
     rewards: dict[str, float] = Field(
-        {"jpeg_compressibility": 1.0}, min_length=1, description="Reward name (or module:function) to weight."
+        {"jpeg_compressibility": 1.0},
+        min_length=1,
+        description="Reward name (or module:function, or http://host:port/path) to weight.",
     )
     prompts: PromptsConfig = PromptsConfig()
     sampling: SamplingConfig = SamplingConfig()
