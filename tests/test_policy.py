@@ -14,8 +14,9 @@ from etude.policies.base import assign, swapped
 from etude.policies.flux import FluxPolicy
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_3 import StableDiffusion3Policy
+from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 from etude.rollout import NoiseSource, rollout
-from tiny import flux, stable_diffusion, stable_diffusion_3
+from tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 PROMPTS = ["red heart", "pizza", "tiger"]
 
@@ -113,7 +114,7 @@ def test_a_directory_that_is_no_pipeline_and_a_class_without_adapter_are_named(t
     with pytest.raises(EtudeError, match=r"model_index\.json"):
         load_policy(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
-    supported = "StableDiffusionPipeline, StableDiffusion3Pipeline, FluxPipeline"
+    supported = "StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline"
     with pytest.raises(EtudeError, match=f"KandinskyPipeline; the supported pipelines are {supported}"):
         load_policy(tmp_path)
 
@@ -122,6 +123,7 @@ def test_a_directory_that_is_no_pipeline_and_a_class_without_adapter_are_named(t
     ("pipeline", "adapter"),
     [
         (stable_diffusion, StableDiffusionPolicy),
+        (stable_diffusion_xl, StableDiffusionXLPolicy),
         (stable_diffusion_3, StableDiffusion3Policy),
         (lambda: stable_diffusion_3(with_t5=False), StableDiffusion3Policy),
         (flux, FluxPolicy),

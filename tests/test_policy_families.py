@@ -18,8 +18,9 @@ from etude.policies.flux import FluxPolicy
 from etude.policies.pipeline import PipelinePolicy
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_3 import StableDiffusion3Policy
+from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 from etude.rollout import NoiseSource, replay, rollout
-from tiny import flux, stable_diffusion, stable_diffusion_3
+from tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 PROMPTS = ["red heart", "pizza", "a tiger that is far too long to be read to its end"]
 STEPS = 4
@@ -37,6 +38,10 @@ class Family:
 
 FAMILIES = {
     "stable-diffusion": Family(StableDiffusionPolicy, stable_diffusion, 3.0),
+    "stable-diffusion-xl": Family(StableDiffusionXLPolicy, stable_diffusion_xl, 3.0),
+    "stable-diffusion-xl-without-zeros": Family(
+        StableDiffusionXLPolicy, lambda: stable_diffusion_xl(force_zeros_for_empty_prompt=False), 3.0
+    ),
     "stable-diffusion-3": Family(StableDiffusion3Policy, stable_diffusion_3, 3.0),
     "stable-diffusion-3-without-t5": Family(
         StableDiffusion3Policy, lambda **o: stable_diffusion_3(with_t5=False, **o), 3.0
@@ -44,7 +49,7 @@ FAMILIES = {
     "flux": Family(FluxPolicy, flux, 3.5),
     "flux-schnell": Family(FluxPolicy, lambda **o: flux(guidance_embeds=False, **o), 1.0),
 }
-FLOW = [name for name in FAMILIES if name != "stable-diffusion"]
+FLOW = [name for name in FAMILIES if name.startswith(("flux", "stable-diffusion-3"))]
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -134,6 +139,49 @@ def test_flux_is_told_what_its_pipeline_encodes():
     assert torch.allclose(told.prompt["encoder_hidden_states"], embeddings, atol=1e-5)
     assert torch.allclose(told.prompt["pooled_projections"], pooled, atol=1e-5)
     assert told.unconditional == {}
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_stable_diffusion_xl_is_told_what_its_pipeline_encodes(zeros):
+    policy = StableDiffusionXLPolicy(stable_diffusion_xl(force_zeros_for_empty_prompt=zeros))
+    embeddings, empty, pooled, empty_pooled = policy.pipeline.encode_prompt([*PROMPTS, ""])
+    told = policy.encode([*PROMPTS, ""])
+    assert torch.allclose(told.prompt["encoder_hidden_states"], embeddings, atol=1e-5)
+    assert torch.allclose(told.prompt["text_embeds"], pooled, atol=1e-5)
+    assert torch.allclose(told.unconditional["encoder_hidden_states"], empty[:1], atol=1e-5)
+    assert torch.allclose(told.unconditional["text_embeds"], empty_pooled[:1], atol=1e-5)
+    # Where guidance starts from zeros, a prompt that is empty is still a prompt.
+    assert (told.unconditional["text_embeds"] == 0).all() == zeros
+    assert not (told.prompt["text_embeds"][-1] == 0).all()
+
+
+@pytest.mark.parametrize("resolution", [None, 16, 24])
+def test_stable_diffusion_xl_is_told_the_size_that_its_pipeline_is_called_with(resolution):
+    policy = StableDiffusionXLPolicy(stable_diffusion_xl(), resolution=resolution)
+    side = resolution or 8
+    assert policy._time_ids.tolist() == [[side, side, 0, 0, side, side]]
+    expected = plain_images(policy.pipeline, policy, 3.0, "latent")
+    assert torch.allclose(latents(policy, 3.0), expected, atol=1e-5)
+    other = torch.tensor([[16.0, 16.0, 0.0, 0.0, 8.0, 8.0]])
+    assert not torch.allclose(latents(with_size(policy, other), 3.0), expected, atol=1e-3)
+
+
+def with_size(policy: StableDiffusionXLPolicy, told: torch.Tensor) -> StableDiffusionXLPolicy:
+    policy._time_ids = told
+    return policy
+
+
+def test_the_autoencoder_of_an_sdxl_that_asks_for_it_stays_in_float32_beside_half_precision():
+    policy = StableDiffusionXLPolicy(stable_diffusion_xl(), dtype=torch.float16)
+    assert (policy.pipeline.vae.dtype, policy.pipeline.unet.dtype) == (torch.float32, torch.float16)
+    assert policy.decode(torch.randn(2, *policy.latent_shape)).shape == (2, 3, 8, 8)
+
+
+def test_an_sdxl_network_that_does_not_fit_its_encoder_is_refused():
+    pipeline = stable_diffusion_xl()
+    pipeline.text_encoder_2.config.projection_dim = 16
+    with pytest.raises(EtudeError, match="contradicts itself"):
+        StableDiffusionXLPolicy(pipeline)
 
 
 @pytest.mark.parametrize(("with_t5", "length"), [(True, 12), (False, 256)])

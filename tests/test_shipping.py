@@ -27,7 +27,7 @@ from etude.paths import VPPath
 from etude.plans import SamplingPlan
 from etude.policies import Policy, load_policy
 from etude.rollout import NoiseSource, rollout
-from tiny import flux, stable_diffusion, stable_diffusion_3
+from tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 PROMPTS = ["red heart", "pizza", "tiger"]
 STEPS = 6
@@ -77,6 +77,9 @@ PLAIN = {
         stable_diffusion,
         lambda: DPMSolverMultistepScheduler(**SD, timestep_spacing="leading", steps_offset=1, thresholding=True),
     ),
+    "sdxl": Case(stable_diffusion_xl),
+    "sdxl, other size": Case(stable_diffusion_xl, resolution=16),
+    "sdxl, everything": Case(stable_diffusion_xl, full=True),
     "flux": Case(flux, guidance_scale=3.5, deploys=None),
     "flux, everything": Case(flux, guidance_scale=3.5, full=True, deploys=None),
     "flux, heun": Case(

@@ -1,4 +1,4 @@
-"""Tiny random pipelines of the real classes: what a test needs of Stable Diffusion, SD3 and FLUX in a second."""
+"""Tiny random pipelines of the real classes: what a test needs of Stable Diffusion, SDXL, SD3 and FLUX in a second."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import (
@@ -41,12 +43,14 @@ def t5_tokenizer(longest: int = 12) -> T5Tokenizer:
     return T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0, model_max_length=longest)
 
 
-def text_encoder(words: CLIPTokenizer, width: int = 16, with_projection: bool = False) -> CLIPTextModel:
+def text_encoder(
+    words: CLIPTokenizer, width: int = 16, with_projection: bool = False, layers: int | None = None
+) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=len(words),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2 if with_projection else 1,
+        num_hidden_layers=layers or (2 if with_projection else 1),
         num_attention_heads=2,
         max_position_embeddings=16,
         projection_dim=width,
@@ -124,6 +128,48 @@ def stable_diffusion(seed: int = 0, prediction_type: str = "epsilon") -> StableD
 def save_stable_diffusion(directory: Path, seed: int = 0) -> Path:
     stable_diffusion(seed).save_pretrained(directory)
     return directory
+
+
+def stable_diffusion_xl(seed: int = 0, **options: Any) -> StableDiffusionXLPipeline:
+    """Latents 4 x 4 x 4, images 8 x 8; two encoders of different widths, and the scheduler of the published model.
+
+    Args:
+        options: of the pipeline, `force_zeros_for_empty_prompt`.
+    """
+    torch.manual_seed(seed)
+    words = tokenizer()
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        cross_attention_dim=40,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+        norm_num_groups=8,
+    )
+    return StableDiffusionXLPipeline(
+        vae=autoencoder(scaling_factor=0.13025),
+        unet=unet,
+        text_encoder=text_encoder(words, layers=2),
+        tokenizer=words,
+        text_encoder_2=text_encoder(words, width=24, with_projection=True),
+        tokenizer_2=words,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        add_watermarker=False,
+        **options,
+    )
 
 
 def flow_scheduler(**options: Any) -> FlowMatchEulerDiscreteScheduler:

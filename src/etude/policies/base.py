@@ -7,7 +7,7 @@ here is what the plain pipeline loads.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,11 @@ class Policy(ABC):
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
         """Conditioning of `n` prompts; each distinct prompt is encoded once in the policy's life, alone."""
+
+    def encode_ahead(self, prompts: Iterable[str]) -> None:
+        """Encodes prompts that `encode` will be asked for, so that nothing is left to encode then."""
+        for prompt in prompts:
+            self.encode([prompt])
 
     @abstractmethod
     def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""From a model's name to its policy: embedded name, local directory or hub id; the pipeline's class chooses the adapter."""
+"""From a model's name to its policy: embedded name, local directory, file or hub id; the pipeline's class chooses the adapter."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from safetensors import SafetensorError
 from etude import zoo
 from etude.errors import EtudeError, brief, unknown
 from etude.policies.base import Policy
+from etude.policies.single_file import configuration, is_single_file, load_single_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAMILIES = {
     "StableDiffusionPipeline": "etude.policies.stable_diffusion:StableDiffusionPolicy",
+    "StableDiffusionXLPipeline": "etude.policies.stable_diffusion_xl:StableDiffusionXLPolicy",
     "StableDiffusion3Pipeline": "etude.policies.stable_diffusion_3:StableDiffusion3Policy",
     "FluxPipeline": "etude.policies.flux:FluxPolicy",
 }
@@ -28,15 +30,18 @@ def load_policy(
     dtype: str = "float32",
     device: torch.device | str | None = None,
     resolution: int | None = None,
+    pipeline_config: str | Path | None = None,
 ) -> Policy:
     """Loads a model for sampling, and an exported adapter on top of it.
 
     Args:
-        model: embedded name, local diffusers directory or hub id.
+        model: embedded name, local diffusers directory, single safetensors file or hub id.
         lora: directory that a run exported its adapter to.
         dtype: `float32`, `bfloat16` or `float16`.
         device: default: a GPU where there is one.
         resolution: side of the images in pixels; default: the pipeline's own.
+        pipeline_config: of a single file: the local diffusers directory or hub id that its configuration and missing parts come
+            from. Default: what diffusers infers from the weights, from the hub.
 
     Raises:
         EtudeError: the model does not exist, is of a class without an adapter, its files cannot be read, or it cannot make images of
@@ -44,20 +49,27 @@ def load_policy(
     """
     import diffusers
 
-    location = _locate(str(model))
+    name = str(model)
+    single = is_single_file(name)
+    if pipeline_config is not None and not single:
+        raise EtudeError(f"pipeline_config is for a single safetensors file, and model '{name}' is none: leave it out.")
     try:
+        location = configuration(name, pipeline_config and str(pipeline_config)) if single else _locate(name)
         index = diffusers.DiffusionPipeline.load_config(location)
         family = str(index.get("_class_name"))
         if family not in FAMILIES:
             raise EtudeError(f"model '{model}' is a {family}; the supported pipelines are {', '.join(FAMILIES)}.")
         adapter = _adapter(family)
-        absent = {name: None for name in adapter.optional if index.get(name, [None])[0] is None}
-        pipeline = getattr(diffusers, family).from_pretrained(
-            location, dtype=DTYPES[dtype], use_safetensors=True, **adapter.load_arguments, **absent
-        )
+        parts = adapter.load_arguments | {part: None for part in adapter.optional if index.get(part, [None])[0] is None}
+        if single:
+            pipeline = load_single_file(name, location, family, adapter.denoiser, parts, DTYPES[dtype])
+        else:
+            pipeline = getattr(diffusers, family).from_pretrained(
+                location, dtype=DTYPES[dtype], use_safetensors=True, **parts
+            )
     except EtudeError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         raise EtudeError(
             f"model '{model}' cannot be loaded as a diffusers pipeline with safetensors weights: {brief(error)}"
         ) from error

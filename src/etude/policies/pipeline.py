@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -82,7 +82,7 @@ class PipelinePolicy(Policy):
         self.latent_shape = self._shape()
         pixels = self.image_size[0] * self.image_size[1]
         self.decode_batch_size = decode_batch_size or max(1, min(32, DECODED_PIXELS // pixels))
-        self._encoded: dict[str, dict[str, Tensor]] = {}
+        self._encoded: dict[str | None, dict[str, Tensor]] = {}
         self._initial: nn.Module | None = None
         self._trains_everything = False
 
@@ -97,6 +97,10 @@ class PipelinePolicy(Policy):
     @abstractmethod
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         """What the denoiser is told about one prompt, by the names of its arguments, each with one row."""
+
+    def _encode_nothing(self) -> dict[str, Tensor]:
+        """What classifier-free guidance starts from: by default the empty prompt."""
+        return self._encode("")
 
     @abstractmethod
     def _forward(self, x: Tensor, timesteps: Tensor, told: dict[str, Tensor], guidance_scale: float) -> Tensor:
@@ -145,14 +149,22 @@ class PipelinePolicy(Policy):
 
         Prompts are encoded one by one: in a batch, the last bits of a row can depend on the other rows.
         """
-        empty = [""] if self.classifier_free else []
-        for prompt in dict.fromkeys([*prompts, *empty]):
-            if prompt not in self._encoded:
-                self._encoded[prompt] = {name: rows.cpu() for name, rows in self._encode(prompt).items()}
-        return Conditioning(self._rows(prompts), self._rows(empty))
+        self.encode_ahead(prompts)
+        return Conditioning(self._rows(prompts), self._rows([None] if self.classifier_free else []))
 
-    def _rows(self, prompts: list[str]) -> dict[str, Tensor]:
-        """The named tensors of the prompts, `[n, ...]` each; a prompt that occurs often is moved to the device once."""
+    @torch.no_grad()
+    def encode_ahead(self, prompts: Iterable[str]) -> None:
+        wanted: dict[str | None, None] = dict.fromkeys([*prompts, *([None] if self.classifier_free else [])])
+        new = [prompt for prompt in wanted if prompt not in self._encoded]
+        for prompt in new:
+            told = self._encode_nothing() if prompt is None else self._encode(prompt)
+            self._encoded[prompt] = {name: rows.cpu() for name, rows in told.items()}
+
+    def _rows(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
+        """The named tensors of the prompts, `[n, ...]` each; a prompt that occurs often is moved to the device once.
+
+        None stands for what guidance starts from, which is not always the empty prompt.
+        """
         if not prompts:
             return {}
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
@@ -186,7 +198,7 @@ class PipelinePolicy(Policy):
         scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
         for batch in latents.split(self.decode_batch_size):
             scaled = self._unpack(batch) / scale + shift
-            decoded = vae.decode(scaled.to(self.dtype), return_dict=False)[0].float()
+            decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
             images.append((decoded / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu())
         return torch.cat(images)
 

@@ -1,0 +1,101 @@
+"""Checkpoints of one safetensors file, in the layouts that diffusers' `from_single_file` reads.
+
+A file holds weights and no configuration. Configuration, tokenizers and whatever the file does not hold (FLUX and SD3.5 files come
+without text encoders, often without the autoencoder) are taken from a diffusers directory or a hub id, `pipeline_config`; without
+one, from the hub repository that diffusers infers from the weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from etude.errors import EtudeError, brief
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+AUTOENCODER = ("first_stage_model.", "vae.")
+"""How the names of an autoencoder's weights begin in a file that holds one."""
+
+
+def is_single_file(model: str) -> bool:
+    """Whether a model is named by a file of weights.
+
+    Raises:
+        EtudeError: the file does not exist, or is a pickle.
+    """
+    path = Path(model)
+    if path.suffix in PICKLES and not path.is_dir():
+        raise EtudeError(f"model '{model}' is a pickled checkpoint, which can run code: give its .safetensors version.")
+    if path.suffix != ".safetensors":
+        return False
+    if not path.is_file():
+        raise EtudeError(f"model '{model}': there is no such file.")
+    return True
+
+
+def configuration(model: str, given: str | None) -> str:
+    """The directory or hub id that a file's configuration comes from: `given`, or what diffusers infers from the weights.
+
+    Raises:
+        EtudeError: the directory is no diffusers pipeline, or nothing was given and the hub does not answer.
+    """
+    import diffusers
+
+    if given is not None:
+        if Path(given).exists() and not (Path(given) / "model_index.json").is_file():
+            raise EtudeError(
+                f"pipeline_config '{given}' is not a diffusers pipeline directory: it has no model_index.json."
+            )
+        return given
+    inferred = _inferred(model)
+    try:
+        diffusers.DiffusionPipeline.load_config(inferred)
+    except (OSError, ValueError) as error:
+        raise EtudeError(
+            f"model '{model}' is a single file, whose configuration would come from the hub ('{inferred}', judging by the weights), "
+            f"and that did not answer ({brief(error)}); give pipeline_config a local diffusers directory of such a model."
+        ) from error
+    return inferred
+
+
+def _inferred(model: str) -> str:
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+
+    with safe_open(model, framework="pt") as file:
+        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in list(file.keys())}
+    return str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
+
+
+def load_single_file(
+    model: str, location: str, family: str, denoiser: str, parts: dict[str, Any], dtype: torch.dtype
+) -> Any:
+    """The pipeline of a file's weights.
+
+    Args:
+        location: from `configuration`.
+        family: the pipeline's class.
+        denoiser: the component that the file holds where it holds only one.
+        parts: arguments of `from_pretrained` beside the dtype: components that are left out.
+    """
+    import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    kind = getattr(diffusers, family)
+    with safe_open(model, framework="pt") as file:
+        is_whole = any(name.startswith(AUTOENCODER) for name in list(file.keys()))
+    try:
+        if is_whole:
+            return kind.from_single_file(model, config=location, torch_dtype=dtype, **parts)
+        index = diffusers.DiffusionPipeline.load_config(location)
+        network = getattr(diffusers, index[denoiser][1]).from_single_file(
+            model, config=location, subfolder=denoiser, torch_dtype=dtype
+        )
+        return kind.from_pretrained(location, torch_dtype=dtype, use_safetensors=True, **parts, **{denoiser: network})
+    except SingleFileComponentError as error:
+        raise EtudeError(
+            f"model '{model}' does not hold every part of a {family} ({brief(error)}); "
+            "give pipeline_config a local diffusers directory that has the weights of the others."
+        ) from error

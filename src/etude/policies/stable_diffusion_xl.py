@@ -1,0 +1,68 @@
+"""Stable Diffusion XL (any StableDiffusionXLPipeline) as a policy."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from etude.errors import EtudeError, brief
+from etude.policies.stable_diffusion import StableDiffusionPolicy
+
+
+class StableDiffusionXLPolicy(StableDiffusionPolicy):
+    """A StableDiffusionXLPipeline as a policy.
+
+    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond - uncond)`, both evaluated in one
+    batch; at most 1 means no guidance. Guidance starts from zeros where the pipeline says `force_zeros_for_empty_prompt`, as
+    SDXL does, and from the empty prompt otherwise. Beside the two encoders' states and the pooled embedding the network is told
+    the size (arXiv 2307.01952): original and target size are those of the images, and nothing is cropped.
+
+    In float16, which the published autoencoder overflows (its config says `force_upcast`), the autoencoder stays in float32.
+
+    Raises:
+        EtudeError: also for a UNet whose added embedding does not fit the text encoder.
+    """
+
+    load_arguments: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._time_ids = self._size_conditioning()
+        if self.dtype == torch.float16 and self.pipeline.vae.config.force_upcast:
+            self.pipeline.vae.float()
+
+    def _size_conditioning(self) -> Tensor:
+        """`[1, 6]`: original height and width, top and left of the crop, target height and width."""
+        projection = self.pipeline.text_encoder_2.config.projection_dim
+        try:
+            ids: Tensor = self.pipeline._get_add_time_ids(
+                self.image_size, (0, 0), self.image_size, self.dtype, text_encoder_projection_dim=projection
+            )
+        except ValueError as error:
+            raise EtudeError(f"this SDXL model contradicts itself: {brief(error)}") from error
+        return ids.to(self.device)
+
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        embedding, _, pooled, _ = self.pipeline.encode_prompt(
+            [prompt], device=self.device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": embedding, "text_embeds": pooled}
+
+    def _encode_nothing(self) -> dict[str, Tensor]:
+        empty = self._encode("")
+        if not self.pipeline.config.force_zeros_for_empty_prompt:
+            return empty
+        return {name: torch.zeros_like(rows) for name, rows in empty.items()}
+
+    def _forward(self, x: Tensor, timesteps: Tensor, told: dict[str, Tensor], guidance_scale: float) -> Tensor:
+        added = {"text_embeds": told["text_embeds"], "time_ids": self._time_ids.expand(len(x), -1)}
+        output: Tensor = self.network(
+            x,
+            timesteps,
+            encoder_hidden_states=told["encoder_hidden_states"],
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return output
