@@ -183,6 +183,7 @@ def test_a_dataset_gives_a_column_and_the_metadata_that_is_asked_for(hub: list[A
         ("hub:owner/set?colum=caption", "did you mean 'column'"),
         ("hub:owner/set?column=captoin", "did you mean 'caption'"),
         ("hub:owner/set?metadata=tags", "did you mean 'tag'"),
+        ("hub:?column=tag", "name no dataset"),
         ("hub:owner/set?column=tag", "row 0: its prompt is 1"),
         ("hub:owner/private", r"cannot be loaded \(PermissionError: log in\)"),
     ],

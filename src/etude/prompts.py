@@ -144,6 +144,8 @@ def _from_hub(source: str) -> PromptSet:
     for option in options:
         if option not in _HUB_OPTIONS:
             raise unknown("option of a dataset of prompts", option, _HUB_OPTIONS)
+    if not name:
+        raise EtudeError(f"prompts '{source}' name no dataset: give hub:owner/name, or hub: and a directory.")
     if find_spec("datasets") is None:
         raise EtudeError(f"prompts '{source}' need the package datasets: pip install 'etude[datasets]'.")
     from datasets import load_dataset
