@@ -245,6 +245,7 @@ def test_load_is_content_with_any_answer() -> None:
     [
         ("http://", "names no host"),
         ("http://host:99999/", "is no url"),
+        ("http://host/score#timeout", "timeout of a remote reward has no value"),
         ("http://host/score#timeout=soon", "timeout = 'soon'"),
         ("http://host/score#batch_size=1.5", "a whole number"),
         ("http://host/score#timeout=nan", "timeout = nan"),
@@ -385,7 +386,10 @@ def outcome(out: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
 
 
 @pytest.mark.slow
-def test_a_server_that_fails_loses_no_run_and_is_told_what_the_prompts_say(tmp_path: Path) -> None:
+def test_a_server_that_fails_loses_no_run_and_is_told_what_the_prompts_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ETUDE_REWARD_TOKEN", TOKEN)
     prompts = {"red heart": 1, "pizza": 2, "tiger": 3, "sun": 4}
     lines = [json.dumps({"prompt": text, "number": number}) for text, number in prompts.items()]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
@@ -418,6 +422,9 @@ def test_a_server_that_fails_loses_no_run_and_is_told_what_the_prompts_say(tmp_p
         Trainer(config, tmp_path / "failed", resume=True).train()
     assert outcome(tmp_path / "failed") == outcome(tmp_path / "whole")
     assert url in (tmp_path / "failed" / "report.html").read_text()
+    assert handler.headers_seen[-1]["Authorization"] == f"Bearer {TOKEN}"
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert [file for file in written if TOKEN.encode() in file.read_bytes()] == []
 
 
 def test_a_server_that_is_not_there_stops_a_run_before_anything_is_drawn(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from etude.errors import EtudeError
+from etude.micro_batches import MicroBatch
 from etude.noise import NoiseSource
 from etude.plans import SamplingPlan
 from etude.policies import Policy, load_policy
@@ -55,7 +56,7 @@ class Protocol:
     guidance_scale: float
     kernel: str = "gddim"
     seed: int = 0
-    batch_size: int = 32
+    batch_size: int | MicroBatch = 32
     first_step: str = "ode"
 
     def shown(self, samples: Iterable[int] | None = None) -> PromptSet:
@@ -174,6 +175,7 @@ def reward_gap(
         raise EtudeError(f"num_images = {num_images}: an interval needs at least 2 images.")
     policy = model if isinstance(model, Policy) else load_policy(model, lora, resolution=resolution)
     score = WeightedRewards(dict.fromkeys(rewards, 1.0))
+    score.load()
     protocol = Protocol(shown, score, num_images, guidance_scale, kernel, seed, batch_size, first_step)
     for count in steps:
         for eta in etas:

@@ -89,9 +89,14 @@ class RemoteReward:
         parameters = dict(list(inspect.signature(cls).parameters.items())[1:])
         options: dict[str, Any] = {}
         for part in text.split(",") if text else []:
-            key, _, value = part.partition("=")
+            key, equals, value = part.partition("=")
             if key not in parameters:
                 raise unknown("option of a remote reward", key, parameters)
+            if not equals:
+                raise EtudeError(
+                    f"option {key} of a remote reward has no value: write {url}#{key}=VALUE (and the weight, if there "
+                    f"is one, after another equals sign: {url}#{key}=VALUE=1)."
+                )
             kind = type(parameters[key].default)
             try:
                 options[key] = kind(value)
