@@ -40,7 +40,9 @@ def solid(*rgb: int) -> torch.Tensor:
 
 
 def test_names_are_the_built_in_rewards() -> None:
-    assert names() == ["alignment", "colorfulness", "jpeg_compressibility", "jpeg_incompressibility"]
+    closed_forms = ["alignment", "colorfulness", "jpeg_compressibility", "jpeg_incompressibility"]
+    models = ["aesthetic", "clip_score", "hpsv2", "imagereward", "pickscore"]
+    assert names() == sorted([*closed_forms, *models])
 
 
 def test_an_unknown_reward_suggests_the_nearest_name() -> None:
