@@ -181,7 +181,6 @@ def reward_gap(
         for eta in etas:
             protocol.plan(eta, count).tabulate(policy.grid(count))
     samplers = 1 + (lora is not None) + len(etas)
-    score.load()
     on_start(num_images * samplers * sum(steps))
     rows = []
     for count in steps:
