@@ -75,7 +75,7 @@ def test_parts_that_neither_file_nor_configuration_hold_are_asked_for(tmp_path):
     stable_diffusion().save_pretrained(tmp_path / "whole")
     weights = {f"first_stage_model.{i}": torch.zeros(1) for i in range(2)}
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(EtudeError, match="does not hold every part|cannot be loaded"):
+    with pytest.raises(EtudeError, match=r"does not hold every part|cannot be loaded"):
         load_policy(tmp_path / "model.safetensors", device="cpu", pipeline_config=without_weights(tmp_path / "whole"))
 
 

@@ -31,6 +31,8 @@ TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _CONTENT = (TENSORS, STATE)
 _NAME = re.compile(r"iteration-(\d{6,})")
 _TEMPORARY = ".writing-"
+_LIKE_THE_PARAMETER = {"exp_avg", "exp_avg_sq", "state1", "state2"}
+"""Entries of an optimiser's state that have the parameter's shape, in torch and in bitsandbytes."""
 _ANOTHER = "the checkpoint belongs to another model or LoRA rank, start anew in another --out"
 
 
@@ -136,17 +138,20 @@ def load_optimizer_tensors(
         EtudeError: an entry belongs to no parameter, or has another shape than its parameter.
     """
     parameters = _named(optimizer, names)
-    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    states: dict[str, dict[str, Any]] = {name: {} for name in parameters}
     for entry, value in tensors.items():
         name, _, key = entry.rpartition(".")
         if name not in parameters:
             raise EtudeError(f"optimiser state '{entry}' belongs to no parameter: {_ANOTHER}.")
         parameter = parameters[name]
-        if value.ndim and value.shape != parameter.shape:
+        if key in _LIKE_THE_PARAMETER and value.shape != parameter.shape:
             raise EtudeError(
                 f"optimiser state of '{name}' has shape {list(value.shape)}, its parameter {list(parameter.shape)}: "
                 f"{_ANOTHER}."
             )
+        if not value.ndim and not value.is_floating_point():  # a Python number, as bitsandbytes counts its steps
+            states[name][key] = value.item()
+            continue
         # AdamW keeps `step` on the CPU unless told otherwise; the moments live with the parameter.
         device = parameter.device if value.ndim or _on_device(optimizer) else torch.device("cpu")
         states[name][key] = value.to(device, copy=True)

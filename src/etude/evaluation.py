@@ -24,6 +24,7 @@ from etude import artifacts
 from etude.config import TrainConfig
 from etude.gap import Progress, Protocol, Scores, summarise
 from etude.guards import fallen
+from etude.micro_batches import MicroBatch
 from etude.policies import Policy
 from etude.processes import gather, share
 from etude.prompts import load_prompts
@@ -35,6 +36,9 @@ class Evaluation:
 
     Every process makes a share of the images and has all the results.
 
+    Args:
+        batches: the size of the micro-batches of sampling, which a rollout may share; default: `rollout.batch_size`.
+
     Attributes:
         num_steps: steps of both samplers.
         work: image steps that one evaluation costs this process.
@@ -43,7 +47,13 @@ class Evaluation:
     """
 
     def __init__(
-        self, config: TrainConfig, policy: Policy, rewards: WeightedRewards, accelerator: Accelerator, out: Path
+        self,
+        config: TrainConfig,
+        policy: Policy,
+        rewards: WeightedRewards,
+        accelerator: Accelerator,
+        out: Path,
+        batches: MicroBatch | None = None,
     ) -> None:
         self.config, self.policy, self.accelerator, self.out = config, policy, accelerator, out
         sampling, evaluation = config.sampling, config.evaluation
@@ -55,7 +65,7 @@ class Evaluation:
             guidance_scale=sampling.guidance_scale,
             kernel=sampling.kernel,
             seed=config.seed,
-            batch_size=config.rollout.batch_size,
+            batch_size=batches or config.rollout.batch_size,
             first_step=sampling.first_step,
         )
         self.protocol.plan(sampling.eta, self.num_steps).tabulate(policy.grid(self.num_steps))

@@ -109,15 +109,24 @@ class UpdateStatistics:
     reference_kl: list[Tensor] = field(default_factory=list)
     grad_norm: list[Tensor] = field(default_factory=list)
 
+    def extend(self, more: UpdateStatistics) -> None:
+        """Adds what another part of the iteration saw."""
+        self.loss += more.loss
+        self.policy += more.policy
+        self.reference_kl += more.reference_kl
+        self.grad_norm += more.grad_norm
+
     def row(self) -> dict[str, float]:
         """The means over the iteration, as logged; the device is read once."""
         ratio = torch.cat([part.ratio for part in self.policy])
+        pairs = torch.tensor([len(part.ratio) for part in self.policy], device=ratio.device)
+        approx_kl = torch.stack([part.approx_kl for part in self.policy])
         values = {
             "loss": torch.stack(self.loss).mean(),
             "ratio_mean": ratio.mean(),
             "ratio_max_deviation": (ratio - 1).abs().max(),
             "clipfrac": torch.cat([part.clipped for part in self.policy]).float().mean(),
-            "approx_kl": torch.stack([part.approx_kl for part in self.policy]).mean(),
+            "approx_kl": (approx_kl * pairs).sum() / pairs.sum(),
             "grad_norm": torch.stack(self.grad_norm).mean(),
         }
         if self.reference_kl:

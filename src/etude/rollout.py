@@ -9,7 +9,6 @@ for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -18,13 +17,12 @@ from torch import Tensor
 
 from etude.errors import EtudeError
 from etude.kernels import Transition
+from etude.micro_batches import MicroBatch, Progress
 from etude.noise import NoiseSource as NoiseSource
 from etude.paths import to_x0_eps
 from etude.plans import StepTable
 from etude.policies.base import Conditioning, Policy
 from etude.solvers import multistep_tail
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def rollout(
     noise: NoiseSource,
     samples: list[int],
     guidance_scale: float,
-    batch_size: int,
+    batch_size: int | MicroBatch,
     reduction: str = "mean",
     with_reference: bool = False,
     on_step: Progress = lambda images: None,
@@ -87,7 +85,7 @@ def rollout(
 
     Args:
         samples: the global index of each row: the key of the noise that its steps inject.
-        batch_size: rows in a network call, at most.
+        batch_size: rows in a network call, at most; fewer where they do not fit into memory.
         reduction: of the log-probability over latent dimensions, "mean" or "sum".
         with_reference: also computes the reference model's means along the same states, for the KL.
         on_step: called with the number of images that just made one step.
@@ -103,13 +101,14 @@ def rollout(
     if len(keys) != len(samples):
         raise EtudeError(f"{len(keys)} keys of the initial noise do not fit {len(samples)} samples: give one each.")
     trajectory = _empty(policy, table, len(samples), with_reference)
+    batches = MicroBatch.of(batch_size)
     origin = _origins(keys, conditioning) if share_prefix else list(range(len(keys)))
     # Where each image starts from waits in the room of where it ends.
     first = _begin(
-        policy, table, conditioning, noise, keys, origin, guidance_scale, batch_size, on_step, trajectory.latents
+        policy, table, conditioning, noise, keys, origin, guidance_scale, batches, on_step, trajectory.latents
     )
-    for start in range(0, len(samples), batch_size):
-        rows = slice(start, start + batch_size)
+
+    def walk(rows: slice, report: Progress) -> None:
         told, x = conditioning.take(rows), trajectory.latents[rows].clone()
         for step in range(first, table.num_steps):
             transition = denoise(policy, table, step, x, told, guidance_scale)
@@ -123,10 +122,12 @@ def rollout(
                         reference = denoise(policy, table, step, x, told, guidance_scale)
                     trajectory.reference_mean[rows, trajectory.steps.index(step)] = reference.mean
             x = target
-            on_step(len(x))
+            report(len(x))
         if table.tail is not None:
-            x = multistep_tail(policy, table.tail, told, x, guidance_scale, on_step)
+            x = multistep_tail(policy, table.tail, told, x, guidance_scale, report)
         trajectory.latents[rows] = x
+
+    batches.run(len(samples), walk, on_step)
     return trajectory
 
 
@@ -158,7 +159,7 @@ def _begin(
     keys: list[int],
     origin: list[int],
     guidance_scale: float,
-    batch_size: int,
+    batches: MicroBatch,
     on_step: Progress,
     out: Tensor,
 ) -> int:
@@ -171,15 +172,18 @@ def _begin(
     shared = len(heads) < len(origin)
     first = table.prefix_steps if shared else 0
     states = torch.empty((len(heads), *out.shape[1:]), device=out.device) if shared else out
-    for start in range(0, len(heads), batch_size):
-        some = heads[start : start + batch_size]
+
+    def begin(rows: slice, report: Progress) -> None:
+        some = heads[rows]
         x = noise.initial([keys[head] for head in some], policy.latent_shape).to(policy.device)
         images = sum(map(set(some).__contains__, origin))
         told = conditioning.take(torch.tensor(some, device=policy.device)) if first else conditioning
         for step in range(first):
             x = denoise(policy, table, step, x, told, guidance_scale).mean
-            on_step(images)
-        states[start : start + len(some)] = x
+            report(images)
+        states[rows] = x
+
+    batches.run(len(heads), begin, on_step)
     if shared:
         place = {head: i for i, head in enumerate(heads)}
         out.copy_(states[torch.tensor([place[head] for head in origin], device=out.device)])

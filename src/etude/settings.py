@@ -143,7 +143,9 @@ class RolloutConfig(Section):
         1, ge=1, description="Images of one prompt in one iteration (the group of GRPO; 1 for DDPO)."
     )
     batch_size: int = Field(
-        8, ge=1, description="Images per network call while sampling. Changes memory and speed, never the noise."
+        8,
+        ge=1,
+        description="Images per network call while sampling. Changes memory and speed, never the noise; halved where it does not fit.",
     )
     shared_noise: bool = Field(
         False,
@@ -163,6 +165,11 @@ class LoraConfig(Section):
 
 
 class OptimizerConfig(Section):
+    kind: Literal["adamw", "adamw8bit"] = Field(
+        "adamw",
+        description="adamw8bit keeps the optimiser's moments in 8 bits (bitsandbytes, the extra etude[bitsandbytes]): for full fine-tuning, "
+        "whose moments take twice the weights' memory; an adapter's are small.",
+    )
     learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW decay rates of the first and second moments.")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay.")
@@ -197,7 +204,9 @@ class ObjectiveConfig(Section):
         2, ge=1, description="Optimiser steps in one pass; the rollout is split evenly among them."
     )
     batch_size: int = Field(
-        8, ge=1, description="(sample, step) pairs per network call while replaying. Changes memory and speed only."
+        8,
+        ge=1,
+        description="(sample, step) pairs per network call while replaying. Changes memory and speed only; halved where it does not fit.",
     )
     timestep_fraction: float = Field(
         1.0,
@@ -270,10 +279,32 @@ class CheckpointConfig(Section):
     )
 
 
+class MemoryConfig(Section):
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep few activations of the replay and compute the others again: far less memory, about a third more time there.",
+    )
+    offload: bool = Field(
+        False,
+        description="Text encoders and autoencoder wait on the CPU: the former once the prompts of the run are encoded, "
+        "the latter whenever it does not decode.",
+    )
+    decode_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Images decoded at a time; null: 32, and at most 2 million pixels. Changes memory and speed only; halved where it does not fit.",
+    )
+
+
 class TrainConfig(Section):
     """Everything that determines a run."""
 
     model: str = Field("emoji-sd", description="Embedded name, local diffusers directory or hub id.")
+    pipeline_config: str | None = Field(
+        None,
+        description="Of a single-file model: the diffusers directory or hub id that its configuration, tokenizers and missing parts come from; "
+        "null: what diffusers infers from the weights, from the hub.",
+    )
     resolution: int | None = Field(
         None,
         ge=8,
@@ -302,6 +333,7 @@ class TrainConfig(Section):
     ema: EmaConfig = EmaConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    memory: MemoryConfig = MemoryConfig()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="Accelerate trackers that also receive the metrics: a name or a list of names."
     )

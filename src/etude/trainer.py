@@ -11,8 +11,9 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,15 @@ from etude.display import Display, SilentDisplay
 from etude.errors import EtudeError
 from etude.evaluation import Evaluation
 from etude.guards import BestWeights
+from etude.micro_batches import MicroBatch
 from etude.noise import NoiseSource, keyed_generator
 from etude.objectives import PolicyLoss, UpdateStatistics, gaussian_kl, ppo_loss, reinforce_loss
-from etude.policies import Conditioning, Policy, load_policy
+from etude.optimizers import check_optimizer, make_optimizer
+from etude.policies import Conditioning, Policy
 from etude.policies.base import assign, swapped
+from etude.policies.loading import policy_of
 from etude.processes import gather, make_accelerator, share
-from etude.prompts import load_prompts
+from etude.prompts import PromptSet, load_prompts
 from etude.rewards import WeightedRewards
 from etude.rollout import Trajectory, replay, rollout
 from etude.run_directory import Checkpoints, check_directory, clear_half_written
@@ -71,17 +75,21 @@ class Trainer:
         self.config, self.out, self.resume = config, Path(out), resume
         self.display: Display = display or SilentDisplay()
         check_directory(self.out, resume)
+        check_optimizer(config.optimizer)
         self.rewards = WeightedRewards(config.rewards, held_out=config.evaluation.held_out_rewards)
         self.train_prompts = load_prompts(config.prompts.train)
         self.accelerator = make_accelerator(config, self.out)
-        self.policy = policy or load_policy(
-            config.model, dtype=config.dtype, device=self.accelerator.device, resolution=config.resolution
-        )
+        self.policy = policy or policy_of(config, self.accelerator.device)
         self.plans = TrainingPlans(
             config.sampling, self.policy.grid(config.sampling.num_steps), config.seed, self.policy.device
         )
         self.table = self.plans.table_at(1)
-        self.evaluation = Evaluation(config, self.policy, self.rewards, self.accelerator, self.out)
+        alone = self.accelerator.num_processes == 1
+        self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size", adaptive=alone)
+        self.replay_batches = MicroBatch(config.objective.batch_size, "objective.batch_size", adaptive=alone)
+        self.evaluation = Evaluation(
+            config, self.policy, self.rewards, self.accelerator, self.out, self.rollout_batches
+        )
         self._prepare_training()
         self.prompt_statistics = {
             name: PromptStatistics(config.advantage.buffer_size, config.advantage.min_count) for name in config.rewards
@@ -94,19 +102,15 @@ class Trainer:
 
     def _prepare_training(self) -> None:
         """What is trained, its optimiser and its average."""
-        config, optimizer = self.config, self.config.optimizer
+        config = self.config
+        if config.memory.gradient_checkpointing:
+            self.policy.enable_gradient_checkpointing()
         if config.lora.rank:
             self.policy.add_lora(config.lora, config.seed)
         else:
             self.policy.train_everything(keep_reference=config.objective.kl_coef > 0)
         self.parameters = self.policy.trainable()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-            eps=optimizer.epsilon,
-        )
+        self.optimizer = make_optimizer(config.optimizer, self.parameters.values())
         self.policy.network, self.prepared = self.accelerator.prepare(self.policy.network, self.optimizer)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema.decay else None
 
@@ -131,6 +135,8 @@ class Trainer:
         if self.config.trackers:
             self.accelerator.init_trackers("etude", config={"config": self.config.to_yaml()})
         with self.display, self._failures_explained():
+            if self.config.memory.offload:
+                self._encode_ahead()
             if self.evaluation.base_scores is None:
                 self._finish_iteration({"iteration": 0})
             while self.iteration < self.config.iterations and self.evaluation.fallen is None:
@@ -154,14 +160,26 @@ class Trainer:
                 raise
             raise EtudeError(f"{str(error).rstrip('.')} ({self.checkpoints.remaining()}).") from error
 
+    def _encode_ahead(self) -> None:
+        """Encodes every prompt that this process will show, after which the text encoders are no longer needed."""
+        self.display.phase("encoding")
+        texts = dict.fromkeys(self.evaluation.protocol.shown(self.evaluation.samples).texts)
+        for iteration in range(self.iteration + 1, self.config.iterations + 1):
+            texts |= dict.fromkeys(self._draw(iteration)[2].texts)
+        self.policy.encode_ahead(texts)
+
+    def _draw(self, iteration: int) -> tuple[PromptSet, Tensor, PromptSet, list[int]]:
+        """The prompts and groups of an iteration's samples, and which of them are this process's own."""
+        prompts, groups = draw_prompts(self.train_prompts, self.config.rollout, self.config.seed, iteration)
+        samples = share(len(prompts), self.accelerator.num_processes, self.accelerator.process_index)
+        return prompts, groups, prompts.select(samples), samples
+
     def _iterate(self) -> dict[str, Any]:
         """One rollout and its updates; returns the row of metrics."""
         config, objective = self.config, self.config.objective
         self.seconds, self.touched = {}, False
         self.table = self.plans.table_at(self.iteration)
-        prompts, groups = draw_prompts(self.train_prompts, config.rollout, config.seed, self.iteration)
-        samples = share(len(prompts), self.accelerator.num_processes, self.accelerator.process_index)
-        own = prompts.select(samples)
+        prompts, groups, own, samples = self._draw(self.iteration)
         with self._phase("rollout", len(samples) * self.table.num_evaluations):
             conditioning = self.policy.encode(own.texts)
             trajectory = rollout(
@@ -171,7 +189,7 @@ class Trainer:
                 NoiseSource(config.seed, "training", self.iteration),
                 samples,
                 config.sampling.guidance_scale,
-                config.rollout.batch_size,
+                self.rollout_batches,
                 objective.logprob_reduction,
                 with_reference=objective.kl_coef > 0,
                 on_step=self.display.advance,
@@ -240,13 +258,31 @@ class Trainer:
         columns: Tensor,
         statistics: UpdateStatistics,
     ) -> None:
-        """Gradients of the mean loss over the pairs, micro-batch by micro-batch."""
-        size, total = self.config.objective.batch_size, torch.zeros((), device=self.policy.device)
+        """Gradients of the mean loss over the pairs; all over again in smaller micro-batches if one does not fit into memory."""
+        while True:
+            seen = UpdateStatistics()
+            backward = partial(self._backward, trajectory, conditioning, advantages, rows, columns, seen)
+            if self.replay_batches.fits(backward, min(self.replay_batches.size, len(rows))):
+                return statistics.extend(seen)
+            self.prepared.zero_grad()
+            self.display.advance(-sum(len(part.ratio) for part in seen.policy))
+
+    def _backward(
+        self,
+        trajectory: Trajectory,
+        conditioning: Conditioning,
+        advantages: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        statistics: UpdateStatistics,
+    ) -> None:
+        """Adds the gradients micro-batch by micro-batch."""
+        size, total = self.replay_batches.size, torch.zeros((), device=self.policy.device)
         starts = range(0, len(rows), size)
         for start in starts:
             row, column = rows[start : start + size], columns[start : start + size]
-            last = start == starts[-1]
-            with self._synchronise_gradients(last):
+            # Processes exchange gradients only after the last micro-batch of an optimiser step.
+            with nullcontext() if start == starts[-1] else self.accelerator.no_sync(self.policy.network):
                 result, kl = self._loss(trajectory, conditioning, advantages, row, column)
                 loss = result.loss if kl is None else result.loss + self.config.objective.kl_coef * kl.mean()
                 weighted = loss * (len(row) / len(rows))
@@ -257,15 +293,6 @@ class Trainer:
                 statistics.reference_kl.append(kl.detach())
             self.display.advance(len(row))
         statistics.loss.append(total)
-
-    @contextmanager
-    def _synchronise_gradients(self, now: bool) -> Iterator[None]:
-        """Processes exchange gradients only after the last micro-batch of an optimiser step."""
-        if now:
-            yield
-        else:
-            with self.accelerator.no_sync(self.policy.network):
-                yield
 
     def _loss(
         self, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor, rows: Tensor, columns: Tensor

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.config import LoraConfig
+from etude.errors import EtudeError
 from etude.paths import Grid
 from etude.paths import Path as NoisePath
 
@@ -118,6 +119,16 @@ class Policy(ABC):
     @abstractmethod
     def reference(self) -> Any:
         """Context manager inside which the network is the reference model: the one before training."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """From now on the network keeps few activations for its gradients and computes the others again.
+
+        Raises:
+            EtudeError: this policy's network cannot.
+        """
+        raise EtudeError(
+            f"{type(self).__name__} has no gradient checkpointing: leave memory.gradient_checkpointing off."
+        )
 
     @abstractmethod
     def add_lora(self, config: LoraConfig, seed: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from etude import zoo
+from etude.config import TrainConfig
 from etude.errors import EtudeError, brief, unknown
 from etude.policies.base import Policy
 from etude.policies.single_file import configuration, is_single_file, load_single_file
@@ -31,6 +32,8 @@ def load_policy(
     device: torch.device | str | None = None,
     resolution: int | None = None,
     pipeline_config: str | Path | None = None,
+    decode_batch_size: int | None = None,
+    offload: bool = False,
 ) -> Policy:
     """Loads a model for sampling, and an exported adapter on top of it.
 
@@ -42,6 +45,8 @@ def load_policy(
         resolution: side of the images in pixels; default: the pipeline's own.
         pipeline_config: of a single file: the local diffusers directory or hub id that its configuration and missing parts come
             from. Default: what diffusers infers from the weights, from the hub.
+        decode_batch_size: images decoded at a time; default: 32, and at most 2 million pixels.
+        offload: keep text encoders and autoencoder on the CPU while they are not needed.
 
     Raises:
         EtudeError: the model does not exist, is of a class without an adapter, its files cannot be read, or it cannot make images of
@@ -54,7 +59,7 @@ def load_policy(
     if pipeline_config is not None and not single:
         raise EtudeError(f"pipeline_config is for a single safetensors file, and model '{name}' is none: leave it out.")
     try:
-        location = configuration(name, pipeline_config and str(pipeline_config)) if single else _locate(name)
+        location = configuration(name, pipeline_config) if single else _locate(name)
         index = diffusers.DiffusionPipeline.load_config(location)
         family = str(index.get("_class_name"))
         if family not in FAMILIES:
@@ -74,10 +79,23 @@ def load_policy(
             f"model '{model}' cannot be loaded as a diffusers pipeline with safetensors weights: {brief(error)}"
         ) from error
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy: Policy = adapter(pipeline, DTYPES[dtype], target, resolution)
+    policy: Policy = adapter(pipeline, DTYPES[dtype], target, resolution, decode_batch_size, offload)
     if lora is not None:
         _load_lora(policy, Path(lora))
     return policy
+
+
+def policy_of(config: TrainConfig, device: torch.device | str | None = None) -> Policy:
+    """The model of a run, as its configuration wants it loaded."""
+    return load_policy(
+        config.model,
+        dtype=config.dtype,
+        device=device,
+        resolution=config.resolution,
+        pipeline_config=config.pipeline_config,
+        decode_batch_size=config.memory.decode_batch_size,
+        offload=config.memory.offload,
+    )
 
 
 def _adapter(family: str) -> Any:

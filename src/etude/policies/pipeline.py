@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from etude.config import LoraConfig
 from etude.errors import EtudeError
+from etude.micro_batches import MicroBatch, Progress
 from etude.paths import FlowPath, VPPath
 from etude.policies.base import Conditioning, Policy
 
@@ -37,7 +39,8 @@ class PipelinePolicy(Policy):
         dtype: of the frozen weights and of the network's input. Adapters, latents and predictions stay fp32.
         device: where it runs.
         resolution: side of the images in pixels; None is the pipeline's own.
-        decode_batch_size: images decoded at a time; None keeps to 32 and to 2 million pixels.
+        decode_batch_size: images decoded at a time, fewer where they do not fit into memory; None keeps to 32 and to 2 million pixels.
+        offload: text encoders and autoencoder stay on the CPU, and are on the device only while they encode or decode.
 
     Attributes:
         latent_size: `(h, w)` of the autoencoder's latents.
@@ -64,14 +67,17 @@ class PipelinePolicy(Policy):
         device: torch.device | str = "cpu",
         resolution: int | None = None,
         decode_batch_size: int | None = None,
+        offload: bool = False,
     ) -> None:
-        pipeline.to(device=device) if pipeline.dtype == dtype else pipeline.to(device=device, dtype=dtype)
+        if pipeline.dtype != dtype:
+            pipeline.to(dtype=dtype)
+        (getattr(pipeline, self.denoiser) if offload else pipeline).to(device)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         self.pipeline = pipeline
         self.network: nn.Module = self._trained_network
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype, self.device, self.offload = dtype, torch.device(device), offload
         # A scheduler made in code does not have its class in its config, one that was loaded does.
         scheduler = pipeline.scheduler
         self.scheduler_config: Mapping[str, Any] = {**scheduler.config, "_class_name": type(scheduler).__name__}
@@ -81,7 +87,9 @@ class PipelinePolicy(Policy):
         self.image_size = (self.latent_size[0] * factor, self.latent_size[1] * factor)
         self.latent_shape = self._shape()
         pixels = self.image_size[0] * self.image_size[1]
-        self.decode_batch_size = decode_batch_size or max(1, min(32, DECODED_PIXELS // pixels))
+        self.decode_batch = MicroBatch(
+            decode_batch_size or max(1, min(32, DECODED_PIXELS // pixels)), "memory.decode_batch_size"
+        )
         self._encoded: dict[str | None, dict[str, Tensor]] = {}
         self._initial: nn.Module | None = None
         self._trains_everything = False
@@ -156,9 +164,31 @@ class PipelinePolicy(Policy):
     def encode_ahead(self, prompts: Iterable[str]) -> None:
         wanted: dict[str | None, None] = dict.fromkeys([*prompts, *([None] if self.classifier_free else [])])
         new = [prompt for prompt in wanted if prompt not in self._encoded]
-        for prompt in new:
-            told = self._encode_nothing() if prompt is None else self._encode(prompt)
-            self._encoded[prompt] = {name: rows.cpu() for name, rows in told.items()}
+        with self._on_device(*(self._text_encoders() if new else ())):
+            for prompt in new:
+                self._encoded[prompt] = {name: rows.cpu() for name, rows in self._told(prompt).items()}
+
+    def _told(self, prompt: str | None) -> dict[str, Tensor]:
+        return self._encode_nothing() if prompt is None else self._encode(prompt)
+
+    def _text_encoders(self) -> list[nn.Module]:
+        components = self.pipeline.components.items()
+        return [part for name, part in components if name.startswith("text_encoder") and part is not None]
+
+    @contextmanager
+    def _on_device(self, *modules: nn.Module) -> Iterator[None]:
+        """Inside, the modules are on the device; outside, if they are offloaded, on the CPU."""
+        if not (self.offload and modules):
+            yield
+            return
+        try:
+            for module in modules:
+                module.to(self.device)
+            yield
+        finally:
+            for module in modules:
+                module.to("cpu")
+            clear_device_cache()
 
     def _rows(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
         """The named tensors of the prompts, `[n, ...]` each; a prompt that occurs often is moved to the device once.
@@ -194,13 +224,20 @@ class PipelinePolicy(Policy):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        vae, images = self.pipeline.vae, []
-        scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
-        for batch in latents.split(self.decode_batch_size):
-            scaled = self._unpack(batch) / scale + shift
-            decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
-            images.append((decoded / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu())
+        images: list[Tensor] = []
+
+        def work(rows: slice, report: Progress) -> None:
+            images.append(self._pictures(latents[rows]))
+
+        with self._on_device(self.pipeline.vae):
+            self.decode_batch.run(len(latents), work)
         return torch.cat(images)
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        scaled = self._unpack(latents) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+        decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
+        return (decoded / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
 
     def _unpack(self, latents: Tensor) -> Tensor:
         """The denoiser's latents as the autoencoder's, `[n, c, h, w]`."""
@@ -208,6 +245,9 @@ class PipelinePolicy(Policy):
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._trained_network.named_parameters() if p.requires_grad}
+
+    def enable_gradient_checkpointing(self) -> None:
+        self._trained_network.enable_gradient_checkpointing()
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:
         network = self._trained_network

@@ -36,7 +36,7 @@ def is_single_file(model: str) -> bool:
     return True
 
 
-def configuration(model: str, given: str | None) -> str:
+def configuration(model: str, given: str | Path | None) -> str:
     """The directory or hub id that a file's configuration comes from: `given`, or what diffusers infers from the weights.
 
     Raises:
@@ -49,7 +49,7 @@ def configuration(model: str, given: str | None) -> str:
             raise EtudeError(
                 f"pipeline_config '{given}' is not a diffusers pipeline directory: it has no model_index.json."
             )
-        return given
+        return str(given)
     inferred = _inferred(model)
     try:
         diffusers.DiffusionPipeline.load_config(inferred)
