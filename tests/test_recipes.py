@@ -13,16 +13,8 @@ from etude.config import TrainConfig, difference, load_config, parse_config, rec
 from etude.dry_run import resolved
 from etude.rewards import names
 from etude.trainer import Trainer
-from tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tiny import FAMILIES, save_families
 
-FAMILIES = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
-    "stabilityai/stable-diffusion-xl-base-1.0": stable_diffusion_xl,
-    "stabilityai/stable-diffusion-3.5-medium": stable_diffusion_3,
-    "black-forest-labs/FLUX.1-dev": flux,
-    "emoji-sd": stable_diffusion,
-    "emoji-flux": flux,
-}
 FULL_SIZE = [name for name in recipe_names() if not name.startswith("emoji-")]
 PREFERENCES = {"aesthetic", "hpsv2", "imagereward", "pickscore"}
 
@@ -30,11 +22,7 @@ PREFERENCES = {"aesthetic", "hpsv2", "imagereward", "pickscore"}
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small random checkpoint of the class of each model that a recipe names."""
-    places = {}
-    for model, make in FAMILIES.items():
-        places[model] = tmp_path_factory.mktemp("checkpoint")
-        make().save_pretrained(places[model])
-    return places
+    return save_families(tmp_path_factory.mktemp("checkpoints"))
 
 
 def made_small(name: str, checkpoints: dict[str, Path], rewards: dict[str, float] | None = None) -> TrainConfig:
