@@ -80,9 +80,9 @@ def test_a_halving_is_said_once_and_lasts():
             raise out_of_memory()
 
     with pytest.warns(UserWarning, match=r"rollout\.batch_size = 8 does not fit .* with 4, .* not the result") as told:
-        for _ in range(2):
-            batches.run(16, work)
+        batches.run(32, work)
     assert len(told) == 1
+    assert batches.size == 4
 
 
 @pytest.mark.parametrize(("size", "adaptive", "says"), [(1, True, "a single sample"), (8, False, "several processes")])
