@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -242,7 +244,7 @@ def save_stable_diffusion_3(directory: Path, seed: int = 0, with_t5: bool = True
     return directory
 
 
-FAMILIES = {
+FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
     "stabilityai/stable-diffusion-xl-base-1.0": stable_diffusion_xl,
     "stabilityai/stable-diffusion-3.5-medium": stable_diffusion_3,
