@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from etude.cli import app
+from etude.config import LoraConfig, parse_config
+from etude.deployment import deployment_snippet
 from etude.errors import EtudeError
+from etude.noise import NoiseSource
 from etude.policies import Policy, load_policy
 from etude.policies.flux import FluxPolicy
+from etude.policies.loading import policy_of
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 from etude.sampling import make_plan, sample_images
@@ -105,3 +112,50 @@ def test_a_configuration_must_be_a_pipeline_of_a_known_class_and_belongs_to_a_fi
         load_policy(file, device="cpu", pipeline_config=tmp_path / "empty")
     with pytest.raises(EtudeError, match="leave it out"):
         load_policy("emoji-sd", device="cpu", pipeline_config=tmp_path / "empty")
+
+
+def denoiser_file(pipeline, file: Path) -> Path:
+    save_file(dict(pipeline.transformer.state_dict()), file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "write"), [(stable_diffusion, write_single_file), (flux, denoiser_file)], ids=["whole", "denoiser"]
+)
+def test_the_cards_lines_load_the_file_and_the_adapter(pipeline, write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipeline().save_pretrained("config")
+    write(pipeline(seed=1), Path("model.safetensors"))
+    policy = load_policy("model.safetensors", device="cpu", pipeline_config="config")
+    policy.add_lora(LoraConfig(rank=2, alpha=2.0), seed=0)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.1)
+    policy.export(Path("lora"))
+    snippet = deployment_snippet(policy, "model.safetensors", 3, 3.0, pipeline_config="config")
+    assert snippet.count("config=") == snippet.count("from_single_file(") == 1
+    noise = NoiseSource(0, "evaluation").initial([0, 1], policy.latent_shape)
+    call = "['red heart', 'pizza'], latents=NOISE, output_type='np'"
+    lines = snippet.replace('"a prompt"', call).replace("[0]", "")
+    Path("card.py").write_text(lines)
+    drawn = runpy.run_path("card.py", {"NOISE": noise})["image"]
+    found = torch.from_numpy(drawn).permute(0, 3, 1, 2).mul(255).round()
+    assert (found - images(policy).float()).abs().max() <= 1
+
+
+def test_a_configuration_trains_from_a_file(tmp_path):
+    stable_diffusion().save_pretrained(tmp_path / "config")
+    file = write_single_file(stable_diffusion(), tmp_path / "model.safetensors")
+    config = parse_config({"model": str(file), "pipeline_config": str(tmp_path / "config"), "dtype": "bfloat16"})
+    policy = policy_of(config, "cpu")
+    assert policy.dtype == torch.bfloat16
+    assert {p.dtype for p in policy.network.parameters()} == {torch.bfloat16}
+
+
+def test_the_command_line_draws_from_a_file(tmp_path):
+    stable_diffusion().save_pretrained(tmp_path / "config")
+    file = write_single_file(stable_diffusion(), tmp_path / "model.safetensors")
+    arguments = ["sample", file, "--prompt", "a", "--steps", 2, "--out", tmp_path / "a.png"]
+    done = CliRunner().invoke(app, [str(a) for a in [*arguments, "--pipeline-config", tmp_path / "config"]])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "a.png").is_file()

@@ -187,7 +187,15 @@ def model_card(summary: dict[str, Any], config: TrainConfig, policy: Policy, suf
         for reward in final["ode"]
     ]
     num_steps = final.get("num_steps", config.sampling.num_steps)
-    snippet = deployment_snippet(policy, config.model, num_steps, config.sampling.guidance_scale, config.dtype, suffix)
+    snippet = deployment_snippet(
+        policy,
+        config.model,
+        num_steps,
+        config.sampling.guidance_scale,
+        config.dtype,
+        suffix,
+        config.pipeline_config,
+    )
     return f"""---
 base_model: {json.dumps(config.model)}
 library_name: diffusers

@@ -61,7 +61,16 @@ def _finite(value: Any) -> Any:
 
 
 Model = Annotated[
-    str, typer.Argument(help="Embedded name (`etude models`), diffusers directory or hub id.", show_default=False)
+    str,
+    typer.Argument(
+        help="Embedded name (`etude models`), diffusers directory, safetensors file or hub id.", show_default=False
+    ),
+]
+PipelineConfig = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a model in one file: the diffusers directory or hub id of its configuration. Default: inferred, from the hub."
+    ),
 ]
 Lora = Annotated[Path | None, typer.Option(help="Adapter that a run exported, for example runs/first/lora.")]
 Guidance = Annotated[
@@ -208,6 +217,7 @@ def gap(
     kernel: Kernel = "gddim",
     seed: Seed = 0,
     resolution: Resolution = None,
+    pipeline_config: PipelineConfig = None,
     json: Annotated[Path | None, typer.Option(help="Also write the numbers and the settings to this file.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -236,6 +246,7 @@ def gap(
             kernel=kernel,
             seed=seed,
             resolution=resolution,
+            pipeline_config=pipeline_config,
             on_start=start,
             on_step=step,
         )
@@ -284,6 +295,7 @@ def sample(
     ] = None,
     seed: Seed = 0,
     resolution: Resolution = None,
+    pipeline_config: PipelineConfig = None,
     images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("sample.png"),
     debug: Debug = False,
@@ -305,7 +317,7 @@ def sample(
         from etude.policies import load_policy
         from etude.report.grids import image_grid
     _check_names(kernel, solver)
-    policy = load_policy(model, lora, resolution=resolution)
+    policy = load_policy(model, lora, resolution=resolution, pipeline_config=pipeline_config)
     captions = [text for text in prompt for _ in range(images)]
     drawings = _drawings(policy, solver, kernel, eta or [0.0], steps)
     with progress("sampling") as (start, step):

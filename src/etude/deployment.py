@@ -7,10 +7,17 @@ from typing import Any
 from etude import zoo
 from etude.paths import VPPath
 from etude.policies import Policy
+from etude.policies.single_file import configuration, holds_pipeline, is_single_file
 
 
 def deployment_snippet(
-    policy: Policy, model: str, num_steps: int, guidance_scale: float, dtype: str = "float32", suffix: str = ""
+    policy: Policy,
+    model: str,
+    num_steps: int,
+    guidance_scale: float,
+    dtype: str = "float32",
+    suffix: str = "",
+    pipeline_config: str | None = None,
 ) -> str:
     """Python that loads what `policy` exports and draws one picture at the levels that etude visits.
 
@@ -24,17 +31,22 @@ def deployment_snippet(
         guidance_scale: of training.
         dtype: of the frozen weights in training.
         suffix: what the directory is called beyond `export_name`.
+        pipeline_config: where the configuration of a single-file model came from, if that was said.
     """
     adapter, tuned = policy.export_name == "lora", f"{policy.export_name}{suffix}"
     loading: dict[str, Any] = {} if dtype == "float32" else {"torch_dtype": f"torch.{dtype}"}
     loading |= {name: repr(value) for name, value in policy.loading_arguments().items()}
     embedded = adapter and model in zoo.names()
-    source = f"zoo.path({model!r})" if embedded else repr(model if adapter else tuned)
-    load = [f"pipe = {policy.pipeline_name}.from_pretrained({', '.join([source, *_keywords(loading)])})"]
+    if adapter and is_single_file(model):
+        classes, load = _single_file(policy, model, pipeline_config, loading)
+    else:
+        source = f"zoo.path({model!r})" if embedded else repr(model if adapter else tuned)
+        classes = [policy.pipeline_name]
+        load = [f"pipe = {policy.pipeline_name}.from_pretrained({', '.join([source, *_keywords(loading)])})"]
     if adapter:
         load.append(f"pipe.load_lora_weights({tuned!r})")
     imports, scheduler = _scheduler(policy, num_steps)
-    names = sorted([policy.pipeline_name, *(name for package, name in imports if package == "diffusers")])
+    names = sorted([*classes, *(name for package, name in imports if package == "diffusers")])
     head = ["import torch"] if loading.get("torch_dtype") else []
     head.append(f"from diffusers import {', '.join(names)}")
     head += ["from etude import zoo"] if embedded else []
@@ -43,6 +55,23 @@ def deployment_snippet(
     call = {name: f"{value:g}" if isinstance(value, float) else repr(value) for name, value in call.items()}
     picture = f'image = pipe("a prompt", {", ".join(_keywords(call))}).images[0]'
     return "\n".join([*head, "", *load, *scheduler, picture])
+
+
+def _single_file(
+    policy: Policy, model: str, pipeline_config: str | None, loading: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """The diffusers classes and the lines that load a single file as etude does."""
+    pipeline = policy.pipeline_name
+    if holds_pipeline(model):
+        told = _keywords(({"config": repr(pipeline_config)} if pipeline_config else {}) | loading)
+        return [pipeline], [f"pipe = {pipeline}.from_single_file({', '.join([repr(model), *told])})"]
+    place, (part, network) = repr(configuration(model, pipeline_config)), policy.denoiser_names
+    precision = {name: value for name, value in loading.items() if name == "torch_dtype"}
+    told = _keywords({"config": place, "subfolder": repr(part)} | precision)
+    return [network, pipeline], [
+        f"{part} = {network}.from_single_file({', '.join([repr(model), *told])})",
+        f"pipe = {pipeline}.from_pretrained({', '.join([place, *_keywords({part: part} | loading)])})",
+    ]
 
 
 def _keywords(arguments: dict[str, Any]) -> list[str]:

@@ -143,6 +143,7 @@ def reward_gap(
     batch_size: int = 32,
     resolution: int | None = None,
     first_step: str = "ode",
+    pipeline_config: str | Path | None = None,
     on_start: Callable[[int], None] = _silent,
     on_step: Progress = _silent,
 ) -> GapReport:
@@ -160,6 +161,7 @@ def reward_gap(
         kernel: of the stochastic samplers; `etas` are in its own unit.
         resolution: side of the images in pixels; default: the pipeline's own. Not for a policy already loaded, which has one.
         first_step: "ode", or "sde" to let a flow model's step out of pure noise redraw all of the noise.
+        pipeline_config: of a single-file model, as `load_policy` takes it.
         on_start: told the number of image-steps to come; `on_step` is then told as they are done.
 
     Raises:
@@ -173,7 +175,11 @@ def reward_gap(
     shown = prompts.head(num_images)
     if num_images < 2:
         raise EtudeError(f"num_images = {num_images}: an interval needs at least 2 images.")
-    policy = model if isinstance(model, Policy) else load_policy(model, lora, resolution=resolution)
+    policy = (
+        model
+        if isinstance(model, Policy)
+        else load_policy(model, lora, resolution=resolution, pipeline_config=pipeline_config)
+    )
     score = WeightedRewards(dict.fromkeys(rewards, 1.0))
     score.load()
     protocol = Protocol(shown, score, num_images, guidance_scale, kernel, seed, batch_size, first_step)

@@ -66,6 +66,11 @@ class Policy(ABC):
         """The diffusers class that loads the model."""
         return "DiffusionPipeline"
 
+    @property
+    def denoiser_names(self) -> tuple[str, str]:
+        """Of the trained part: its name in the pipeline, and its class in diffusers."""
+        return "unet", "UNet2DConditionModel"
+
     def loading_arguments(self) -> dict[str, Any]:
         """What the plain pipeline's `from_pretrained` must be given beside the model's name."""
         return {}

@@ -123,6 +123,10 @@ class PipelinePolicy(Policy):
     def pipeline_name(self) -> str:
         return type(self.pipeline).__name__
 
+    @property
+    def denoiser_names(self) -> tuple[str, str]:
+        return self.denoiser, type(self._trained_network).__name__
+
     def loading_arguments(self) -> dict[str, Any]:
         return {name: None for name in self.optional if getattr(self.pipeline, name) is None}
 

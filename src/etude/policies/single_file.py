@@ -69,6 +69,12 @@ def _inferred(model: str) -> str:
     return str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
 
 
+def holds_pipeline(model: str) -> bool:
+    """Whether a file holds more than a denoiser, judging by the autoencoder."""
+    with safe_open(model, framework="pt") as file:
+        return any(name.startswith(AUTOENCODER) for name in list(file.keys()))
+
+
 def load_single_file(
     model: str, location: str, family: str, denoiser: str, parts: dict[str, Any], dtype: torch.dtype
 ) -> Any:
@@ -84,10 +90,8 @@ def load_single_file(
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     kind = getattr(diffusers, family)
-    with safe_open(model, framework="pt") as file:
-        is_whole = any(name.startswith(AUTOENCODER) for name in list(file.keys()))
     try:
-        if is_whole:
+        if holds_pipeline(model):
             return kind.from_single_file(model, config=location, torch_dtype=dtype, **parts)
         index = diffusers.DiffusionPipeline.load_config(location)
         network = getattr(diffusers, index[denoiser][1]).from_single_file(
