@@ -72,7 +72,8 @@ def gaussian_kl(
     """`KL(N(mean, std^2) || N(reference_mean, std^2)) = ||mean - reference_mean||^2 / (2 std^2)`, one per sample.
 
     Args:
-        mean, reference_mean: `[n, ...]`.
+        mean: `[n, ...]`.
+        reference_mean: the same shape.
         std: positive, the same for both; a scalar, `[n]` or anything that broadcasts like `[n, 1, 1, 1]`.
         reduction: over the D latent dimensions, as for the log-probability: `sum` is in nats, `mean` divides by D.
 

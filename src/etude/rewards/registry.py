@@ -18,19 +18,18 @@ if TYPE_CHECKING:
 class Reward(Protocol):
     """`reward(images, prompts, **metadata) -> scores`; larger is better.
 
-    Args:
-        images: uint8 [n, 3, h, w], values 0..255, RGB.
-        prompts: n texts, the i-th belongs to the i-th image.
-        metadata: what else the prompt set says (`etude.prompts`): by name, a list with an entry for each image. A reward ignores
-            what it does not use.
-
-    Returns:
-        float32 [n], finite.
-
     A reward that needs time to get ready may have a method `load()`, which is called once before a run.
     """
 
-    def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor: ...
+    def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
+        """Scores `[n]`, float32 and finite.
+
+        Args:
+            images: uint8 `[n, 3, h, w]`, values 0..255, RGB.
+            prompts: n texts, the i-th belongs to the i-th image.
+            metadata: what else the prompt set says (`etude.prompts`): by name, a list with an entry for each image. A reward
+                ignores what it does not use.
+        """
 
 
 RewardT = TypeVar("RewardT", bound=Callable[..., Any])

@@ -37,11 +37,10 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
         kernel: "gddim", "ddim", "flow_sde", "dance_sde" or "cps"; see `etude.kernels`.
         first_step: at a step that starts from pure noise (sigma = 1, as the pipelines start), "ode" takes the Euler step,
             "sde" leaves it to the kernel: gDDIM redraws all the noise, flow_sde is not defined there.
-        num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
-        shift_terminal, use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, time_shift_type: as in
-            `FlowMatchEulerDiscreteScheduler`, with its defaults.
         invert_sigmas: must be false.
         stochastic_sampling: ignored; it would redraw all the noise at every step, as gDDIM does for eta -> infinity.
+
+    The others are as in `FlowMatchEulerDiscreteScheduler`, with its defaults.
 
     Raises:
         EtudeError: for an illegal eta, kernel or first_step, and as `FlowPath.from_config`.

@@ -38,9 +38,8 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         clip_sample: clamps x0_hat to +-clip_sample_range, eps_hat unchanged, as diffusers' DDIM does. False by default,
             because latents are not pixels (diffusers' default is True).
         thresholding: dynamic thresholding of x0_hat (arXiv 2205.11487), before and instead of clipping.
-        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, set_alpha_to_one, steps_offset,
-        prediction_type, dynamic_thresholding_ratio, clip_sample_range, sample_max_value, timestep_spacing,
-        rescale_betas_zero_snr: as in `DDIMScheduler`, with its defaults.
+
+    The others are as in `DDIMScheduler`, with its defaults.
 
     Raises:
         EtudeError: for an illegal eta, schedule, prediction type or spacing.
