@@ -128,13 +128,24 @@ def test_what_is_printed_is_a_recipe_of_the_same_run_with_its_cost(settings: dic
     assert comments[0].startswith(f"# MixGRPO on {settings['model']}, gddim at eta 1.2, reward: colorfulness")
     trained = sum(p.numel() for p in trainer.policy.trainable().values())
     assert comments[1].startswith(f"# trained parameters: {trained:,} of the network's ")
-    assert [line.split()[1] for line in comments[2:]] == [
+    assert [line.split()[1] for line in comments[2:8]] == [
         "network",
         "rollout",
         "reference",
         "replay",
         "evaluation",
         "total",
+    ]
+    assert comments[8].startswith("# memory of the accelerator")
+    assert [line.split()[1] for line in comments[9:]] == [
+        "frozen",
+        "adapter",
+        "gradients",
+        "optimiser",
+        "trajectory",
+        "prompts",
+        "activations,",
+        "in",
     ]
     # Step 0 leaves pure noise and is never stochastic: the window starts at 1, 2 and 3.
     assert comments[3].split()[2:] == ["24", "to", "32", "3", "84"]

@@ -1,4 +1,4 @@
-"""What a run would cost, counted before it starts: how often the network is evaluated, and how much of it is trained.
+"""What a run would cost, counted before it starts: how often the network is evaluated, how much of it is trained, what memory it takes.
 
 One evaluation is the network's answer for one image at one step, whatever guidance makes of it inside. With n images an
 iteration, T steps for an image (those of a compressed tail included), the first P of them deterministic, K of them trained:
@@ -84,6 +84,7 @@ def run_evaluations(config: TrainConfig, steps_at: Callable[[int], ImageSteps]) 
 def resolved(trainer: Trainer) -> str:
     """The resolved configuration as YAML, then what the run would take as comments: text that is itself a recipe."""
     from etude.algorithm import essence
+    from etude.memory_estimate import memory_estimate
 
     config, policy = trainer.config, trainer.policy
     trained = sum(parameter.numel() for parameter in trainer.parameters.values())
@@ -93,6 +94,7 @@ def resolved(trainer: Trainer) -> str:
         essence(config),
         f"trained parameters: {trained:,} of the network's {whole:,}",
         *_table(counts, len(evaluated(config)), config.iterations),
+        *_memory(memory_estimate(trainer)),
     ]
     return config.to_yaml() + "".join(f"# {line}\n" for line in lines)
 
@@ -110,3 +112,12 @@ def _table(counts: Mapping[str, tuple[int, int, int]], evaluated: int, iteration
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
+
+
+def _memory(parts: Mapping[str, int]) -> list[str]:
+    from etude.memory_estimate import readable
+
+    rows = [(name, readable(size)) for name, size in parts.items()]
+    title = "memory of the accelerator, each process, without models of rewards"
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return [title, *(f"  {name.ljust(widths[0])}  {size.rjust(widths[1])}" for name, size in rows)]

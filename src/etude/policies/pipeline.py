@@ -231,13 +231,14 @@ class PipelinePolicy(Policy):
         images: list[Tensor] = []
 
         def work(rows: slice, report: Progress) -> None:
-            images.append(self._pictures(latents[rows]))
+            images.append(self.pictures(latents[rows]))
 
         with self._on_device(self.pipeline.vae):
             self.decode_batch.run(len(latents), work)
         return torch.cat(images)
 
-    def _pictures(self, latents: Tensor) -> Tensor:
+    def pictures(self, latents: Tensor) -> Tensor:
+        """uint8 images of one micro-batch, by an autoencoder that is where the latents are."""
         vae = self.pipeline.vae
         scaled = self._unpack(latents) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()

@@ -1,0 +1,180 @@
+"""What a run takes of the accelerator's memory, reckoned before it starts: sizes are counted, activations are played through.
+
+Weights, gradients, optimiser state and the stored trajectory have sizes that follow from the configuration. Activations do not: one
+micro-batch of each phase is run on fake tensors, which have shapes and no numbers, and the most bytes alive at once are noted. That
+figure is rough: it knows neither the workspace of a device's kernels nor what its allocator wastes, and attention may be computed
+otherwise there. Models of rewards are not counted.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from etude.policies.pipeline import PipelinePolicy
+from etude.processes import share
+from etude.settings import OptimizerConfig
+
+if TYPE_CHECKING:
+    from etude.plans import StepTable
+    from etude.policies import Policy
+    from etude.trainer import Trainer
+
+FLOAT = 4
+"""Bytes of a float32."""
+EIGHT_BIT_LEAST, EIGHT_BIT_BLOCK = 4096, 256
+"""Of bitsandbytes: numbers of a parameter whose moments are kept in 8 bits, and of a block that shares a scale."""
+
+
+def memory_estimate(trainer: Trainer) -> dict[str, int]:
+    """Bytes by part, of one process; the last is the sum. Parts that take nothing are left out."""
+    config, policy = trainer.config, trainer.policy
+    trained = list(trainer.parameters.values())
+    trained_bytes = sum(parameter.nbytes for parameter in trained)
+    waiting = _waiting(policy)
+    images = len(share(config.rollout.images_per_iteration, trainer.accelerator.num_processes, 0))
+    prompt = trainer.evaluation.protocol.shown([0]).texts
+    conditioning = policy.encode(prompt).prompt.values()
+    table = max(
+        (trainer.plans.table_at(iteration) for iteration in range(1, config.iterations + 1)), key=_stored_levels
+    )
+    stored = trajectory_floats(table, policy.dimensions, config.objective.kl_coef > 0) * FLOAT
+    copies = config.lora.rank == 0 and config.objective.kl_coef > 0
+    frozen = sum(_bytes(part) for name, part in _parts(policy).items() if name not in waiting) - trained_bytes
+    phases = activations(trainer)
+    largest = max(phases, key=phases.__getitem__)
+    parts = {
+        "frozen weights": frozen,
+        "adapter" if config.lora.rank else "trained weights": trained_bytes,
+        "gradients": trained_bytes,
+        f"optimiser state ({config.optimizer.kind})": optimizer_bytes(trained, config.optimizer),
+        "moving average": trained_bytes if config.ema.decay else 0,
+        "copy of the model before training": trained_bytes if copies else 0,
+        f"trajectory of {images:,} images": images * stored,
+        f"prompts of {images:,} images": images * sum(rows.nbytes for rows in conditioning),
+        f"activations, roughly ({largest})": phases[largest],
+    }
+    parts = {name: size for name, size in parts.items() if size}
+    return parts | {"in all, roughly": sum(parts.values())}
+
+
+def trajectory_floats(table: StepTable, dimensions: int, with_reference: bool) -> int:
+    """Numbers that a rollout stores of one image: the states of its trained steps, its latents, and the reference's means."""
+    steps = len(table.trained_steps)
+    return (_stored_levels(table) + 1 + (steps if with_reference else 0)) * dimensions + steps
+
+
+def _stored_levels(table: StepTable) -> int:
+    return len({*table.trained_steps, *(step + 1 for step in table.trained_steps)})
+
+
+def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> int:
+    """Of the two moments: float32, or in 8 bits with a float32 scale a block, where parameters are large enough."""
+
+    def moments(count: int) -> int:
+        if config.kind == "adamw" or count < EIGHT_BIT_LEAST:
+            return 2 * FLOAT * count
+        return 2 * (count + FLOAT * -(-count // EIGHT_BIT_BLOCK))
+
+    return sum(moments(parameter.numel()) for parameter in parameters)
+
+
+def activations(trainer: Trainer) -> dict[str, int]:
+    """The most bytes alive at once in one micro-batch of each phase, beside what stays: weights, gradients, trajectory.
+
+    An offloaded part counts where it visits the device.
+    """
+    policy, replay = trainer.policy, trainer.replay_batches.size
+    images = trainer.config.rollout.images_per_iteration // trainer.accelerator.num_processes
+    sampled = min(trainer.rollout_batches.size, images)
+    trained = list(trainer.parameters.values())
+    told = policy.encode(trainer.evaluation.protocol.shown([0]).texts)
+
+    def predict(count: int) -> Tensor:
+        x = torch.randn(count, *policy.latent_shape, device=policy.device)
+        rows = torch.zeros(count, dtype=torch.int64, device=policy.device)
+        timesteps = trainer.table.timesteps[:1].to(policy.device)[rows]
+        return policy.predict(x, timesteps, told.take(rows), trainer.config.sampling.guidance_scale)
+
+    phases = {
+        f"replay of {replay}": peak_bytes(lambda: torch.autograd.grad(predict(replay).square().mean(), trained)),
+        f"rollout of {sampled}": peak_bytes(torch.no_grad()(lambda: predict(sampled))),
+    }
+    if isinstance(policy, PipelinePolicy):
+        count, vae = min(policy.decode_batch.size, images), policy.pipeline.vae
+        waiting = _waiting(policy)
+        latents = (count, *policy.latent_shape)
+        decoding = peak_bytes(torch.no_grad()(lambda: policy.pictures(torch.randn(latents, device=vae.device))))
+        phases[f"decoding of {count}"] = decoding + (_bytes(vae) if "vae" in waiting else 0)
+        if waiting:
+            parts = _parts(policy)
+            phases["encoding prompts"] = sum(_bytes(parts[name]) for name in waiting if name != "vae")
+    return phases
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most bytes of tensors alive at once that `work` makes, run on fake tensors: nothing is computed or allocated."""
+    with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+        work()
+    return live.peak
+
+
+class _Live(TorchDispatchMode):
+    """Counts the storages that operations make, until they are gone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not (function.is_view or function._schema.is_mutable):  # those give storages that were there
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+def _parts(policy: Policy) -> dict[str, nn.Module]:
+    """The networks by name; the denoiser's own, not what Accelerate may have wrapped it in."""
+    if not isinstance(policy, PipelinePolicy):
+        return {"network": policy.network}
+    components = policy.pipeline.components.items()
+    return {name: part for name, part in components if isinstance(part, nn.Module)}
+
+
+def _waiting(policy: Policy) -> set[str]:
+    """The parts that are on the CPU while they do not work."""
+    if not (isinstance(policy, PipelinePolicy) and policy.offload):
+        return set()
+    return {name for name in _parts(policy) if name != policy.denoiser}
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
+
+
+def readable(size: int) -> str:
+    """Bytes with three digits or so: MiB below one GiB."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
