@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
         EtudeError: for the 8-bit one without bitsandbytes.
     """
     check_optimizer(config)
-    options = {
+    options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": config.betas,
         "weight_decay": config.weight_decay,
