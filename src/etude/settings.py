@@ -299,7 +299,9 @@ class MemoryConfig(Section):
 class TrainConfig(Section):
     """Everything that determines a run."""
 
-    model: str = Field("emoji-sd", description="Embedded name, local diffusers directory, single safetensors file or hub id.")
+    model: str = Field(
+        "emoji-sd", description="Embedded name, local diffusers directory, single safetensors file or hub id."
+    )
     pipeline_config: str | None = Field(
         None,
         description="Of a single-file model: the diffusers directory or hub id that its configuration, tokenizers and missing parts come from; "
