@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-import etude.trainer
+import etude.training.trainer
 from benchmarks.bare import record, run_bare
 from benchmarks.parity import compare
 from benchmarks.protocol import forget_peak, peak_bytes, serve
 from etude.config import load_config
 from etude.policies.pipeline import PipelinePolicy
 from etude.rollout import rollout
-from etude.trainer import Trainer
+from etude.training.trainer import Trainer
 
 
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
@@ -29,7 +29,7 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
     `share_prefix` (default true): compute what images of a group have in common once.
     """
     if not settings.get("share_prefix", True):
-        etude.trainer.rollout = partial(rollout, share_prefix=False)  # type: ignore[attr-defined]
+        etude.training.trainer.rollout = partial(rollout, share_prefix=False)  # type: ignore[attr-defined]
     out = tempfile.TemporaryDirectory(dir=settings["work"], prefix="run-")
     atexit.register(out.cleanup)
     never = 10**6  # evaluation is not part of an iteration: it is never due

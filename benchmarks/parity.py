@@ -14,7 +14,7 @@ from torch import Tensor
 
 from etude.objectives import ppo_loss
 from etude.rollout import denoise
-from etude.trainer import Trainer
+from etude.training.trainer import Trainer
 
 
 def compare(trainer: Trainer, path: Path, prompts: list[str]) -> dict[str, float]:

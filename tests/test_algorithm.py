@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from etude.algorithm import algorithm
+from etude.training.algorithm import algorithm
 
 WINDOW = {"strategy": "progressive", "size": 4}
 

@@ -102,7 +102,7 @@ def _trainer(folder: Path, extra: list[str]) -> Iterator[object]:
     from benchmarks.against_trl import Comparison, Work, _recipe
     from benchmarks.workload import save_pipeline
     from etude.config import load_config
-    from etude.trainer import Trainer
+    from etude.training.trainer import Trainer
 
     pipeline = save_pipeline(folder / "pipeline", (4, 8), 4)
     recipe = _recipe(folder, pipeline, Comparison(Work((4, 8), 4, images=4, num_steps=3), (2, 1), (2, 4)), 0)
@@ -184,7 +184,7 @@ def test_the_bare_calls_of_a_shared_prefix_are_those_of_its_groups(tmp_path: Pat
     from benchmarks.mixgrpo import MIXED, Work, _settings
     from benchmarks.workload import save_flux
     from etude.config import load_config
-    from etude.trainer import Trainer
+    from etude.training.trainer import Trainer
 
     work = Work(images=4, group=4, num_steps=6, window=2, updates=1)
     recipe = _settings(tmp_path, work, str(save_flux(tmp_path / "pipeline", 1, 4)), MIXED, 0)["recipe"]

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from etude import checkpoint as module
-from etude.checkpoint import (
+from etude.errors import EtudeError
+from etude.training import checkpoint as module
+from etude.training.checkpoint import (
     append_line,
     atomic_write_bytes,
     atomic_write_text,
@@ -27,7 +28,6 @@ from etude.checkpoint import (
     save_checkpoint,
     truncate_metrics,
 )
-from etude.errors import EtudeError
 
 
 def tensors(seed: int) -> dict[str, torch.Tensor]:

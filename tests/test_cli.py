@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from etude.algorithm import algorithm
-from etude.cli import app
+from etude.cli.app import app
 from etude.config import TrainConfig, load_config, recipe_names, recipe_text
-from etude.display import SilentDisplay, TrainingDisplay
 from etude.policies import load_policy
 from etude.report.grids import image_grid
 from etude.solvers import sample_with_solver
+from etude.training.algorithm import algorithm
+from etude.training.display import SilentDisplay, TrainingDisplay
 from tiny import save_flux, save_stable_diffusion
 
 COMMANDS = ["train", "recipes", "gap", "sample", "report", "models", "serve-reward"]
@@ -58,9 +58,9 @@ class FakeTrainer:
 
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeTrainer]:
-    module = types.ModuleType("etude.trainer")
+    module = types.ModuleType("etude.training.trainer")
     module.Trainer = FakeTrainer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "etude.trainer", module)
+    monkeypatch.setitem(sys.modules, "etude.training.trainer", module)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -74,7 +74,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nfrom etude.cli import main\nsys.argv = ['etude', '--help']\n"
+        "import sys\nfrom etude.cli.app import main\nsys.argv = ['etude', '--help']\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'scipy', 'matplotlib', 'PIL', 'pydantic', 'etude.theory'}\n"
         "print(sorted(heavy & set(sys.modules)))"

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from etude.config import TrainConfig, parse_config
-from etude.display import Display, SilentDisplay, TrainingDisplay
+from etude.training.display import Display, SilentDisplay, TrainingDisplay
 
 
 def config(**sampling: Any) -> TrainConfig:

@@ -15,7 +15,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from etude.cli import app
+from etude.cli.app import app
 from etude.config import load_config, parse_rewards
 from tiny import save_families
 

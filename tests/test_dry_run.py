@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from etude.config import TrainConfig, load_config, parse_config
-from etude.dry_run import ImageSteps, evaluated, evaluations, gap_evaluations, resolved, run_evaluations
+from etude.training.dry_run import ImageSteps, evaluated, evaluations, gap_evaluations, resolved, run_evaluations
 from tiny import save_flux
 
 
@@ -98,7 +98,7 @@ MOVING = {"size": 2, "iters_per_shift": 1}
 def test_the_network_is_called_as_often_as_was_counted(
     settings: dict[str, Any], tmp_path: Path, window: dict[str, Any] | None
 ) -> None:
-    from etude.trainer import Trainer
+    from etude.training.trainer import Trainer
 
     trainer = Trainer(parse_config({**settings, "sampling": {**settings["sampling"], "window": window}}), tmp_path)
     counted = run_evaluations(trainer.config, lambda iteration: ImageSteps.of(trainer.plans.table_at(iteration)))
@@ -115,7 +115,7 @@ def test_the_network_is_called_as_often_as_was_counted(
 
 
 def test_what_is_printed_is_a_recipe_of_the_same_run_with_its_cost(settings: dict[str, Any], tmp_path: Path) -> None:
-    from etude.trainer import Trainer
+    from etude.training.trainer import Trainer
 
     trainer = Trainer(
         parse_config({**settings, "sampling": {**settings["sampling"], "window": MOVING}}), tmp_path / "run"

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from etude import processes
 from etude.config import TrainConfig, parse_config
 from etude.errors import EtudeError
-from etude.evaluation import Evaluation
 from etude.gap import Protocol
 from etude.policies.flux import FluxPolicy
-from etude.processes import check_trackers, gather, share
 from etude.prompts import PromptSet
 from etude.rewards import WeightedRewards, register
 from etude.sampling import make_plan, sample_images
+from etude.training import processes
+from etude.training.evaluation import Evaluation
+from etude.training.processes import check_trackers, gather, share
 from tiny import flux
 
 PROMPTS = ["red heart", "pizza", "tiger"]

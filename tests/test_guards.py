@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from etude.config import TrainConfig, load_config, parse_config, parse_rewards
 from etude.errors import EtudeError
-from etude.guards import BestWeights, explain_stop, fallen
 from etude.rewards import register
 from etude.statistics import mean_summary
-from etude.trainer import Trainer
+from etude.training.guards import BestWeights, explain_stop, fallen
+from etude.training.trainer import Trainer
 from tiny import save_stable_diffusion
 
 

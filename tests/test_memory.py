@@ -8,16 +8,16 @@ import sys
 import pytest
 import torch
 
-from etude.checkpoint import load_optimizer_tensors, optimizer_tensors
 from etude.config import LoraConfig, parse_config
 from etude.errors import EtudeError
-from etude.optimizers import make_optimizer
 from etude.policies.flux import FluxPolicy
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_3 import StableDiffusion3Policy
 from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 from etude.settings import OptimizerConfig
-from etude.trainer import Trainer
+from etude.training.checkpoint import load_optimizer_tensors, optimizer_tensors
+from etude.training.optimizers import make_optimizer
+from etude.training.trainer import Trainer
 from gaussian_policy import GaussianPolicy, flow_path
 from tiny import flux, save_stable_diffusion, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
@@ -174,7 +174,7 @@ def test_the_decode_batch_size_is_the_configurations(settings, tmp_path):
 
 def test_a_missing_bitsandbytes_is_named_before_a_model_is_loaded(settings, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr("etude.optimizers.find_spec", lambda name: None)
+    monkeypatch.setattr("etude.training.optimizers.find_spec", lambda name: None)
     config = parse_config({**settings, "model": "no/such/model", "optimizer": {"kind": "adamw8bit"}})
     with pytest.raises(EtudeError, match=r"pip install 'etude\[bitsandbytes\]'"):
         Trainer(config, tmp_path / "run")

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from etude.config import parse_config
-from etude.memory_estimate import (
+from etude.noise import NoiseSource
+from etude.rollout import rollout
+from etude.settings import OptimizerConfig
+from etude.training.memory_estimate import (
     _Live,
     activations,
     memory_estimate,
@@ -17,11 +20,8 @@ from etude.memory_estimate import (
     readable,
     trajectory_floats,
 )
-from etude.noise import NoiseSource
-from etude.optimizers import make_optimizer
-from etude.rollout import rollout
-from etude.settings import OptimizerConfig
-from etude.trainer import Trainer
+from etude.training.optimizers import make_optimizer
+from etude.training.trainer import Trainer
 from tiny import save_flux, save_stable_diffusion
 
 

@@ -15,7 +15,7 @@ from etude.micro_batches import MicroBatch
 from etude.plans import SamplingPlan
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.rollout import NoiseSource, rollout
-from etude.trainer import Trainer
+from etude.training.trainer import Trainer
 from tiny import save_stable_diffusion, stable_diffusion
 
 PROMPTS = [f"prompt {i}" for i in range(7)]

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from etude.config import TrainConfig, difference, load_config, parse_config, recipe_names, recipe_text
-from etude.dry_run import resolved
 from etude.rewards import names
-from etude.trainer import Trainer
+from etude.training.dry_run import resolved
+from etude.training.trainer import Trainer
 from tiny import FAMILIES, save_families
 
 FULL_SIZE = [name for name in recipe_names() if not name.startswith("emoji-")]

@@ -27,8 +27,8 @@ from etude.errors import EtudeError
 from etude.rewards import get, register, score
 from etude.rewards.protocol import ScoreRequest, decode_images, encode_image
 from etude.rewards.remote import RemoteReward
-from etude.server import address, build_app, listen, make_server
-from etude.trainer import Trainer
+from etude.rewards.server import address, build_app, listen, make_server
+from etude.training.trainer import Trainer
 from tiny import save_stable_diffusion
 
 IMAGES = torch.randint(0, 256, (5, 3, 12, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -438,7 +438,7 @@ def test_a_server_that_is_not_there_stops_a_run_before_anything_is_drawn(tmp_pat
 
 @pytest.mark.slow
 def test_the_command_serves_at_the_url_that_it_prints_until_it_is_interrupted() -> None:
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from etude.cli import main; main()"
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from etude.cli.app import main; main()"
     command = [sys.executable, "-c", code, "serve-reward", "colorfulness", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -46,7 +46,7 @@ def test_version_is_the_one_in_pyproject() -> None:
     assert etude.__version__ == _pyproject()["project"]["version"]
 
 
-@pytest.mark.parametrize("module", ["etude", "etude.errors", "etude.config", "etude.cli"])
+@pytest.mark.parametrize("module", ["etude", "etude.errors", "etude.config", "etude.cli.app"])
 def test_importing_the_edges_loads_nothing_heavy(module: str) -> None:
     assert _heavy_modules_after(f"import {module}") == []
 
@@ -54,7 +54,7 @@ def test_importing_the_edges_loads_nothing_heavy(module: str) -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import contextlib, io, sys\n"
-        "from etude.cli import main\n"
+        "from etude.cli.app import main\n"
         "sys.argv = ['etude', '--help']\n"
         "out = io.StringIO()\n"
         "with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):\n"
@@ -133,7 +133,7 @@ def test_every_module_says_what_it_is_for(path: Path) -> None:
 def _commands() -> set[str]:
     from typer.main import get_command
 
-    group = get_command(importlib.import_module("etude.cli").app)
+    group = get_command(importlib.import_module("etude.cli.app").app)
     return set(group.commands)  # type: ignore[attr-defined]
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from etude import checkpoint
-from etude.checkpoint import save_checkpoint
 from etude.config import TrainConfig, parse_config
 from etude.errors import EtudeError
-from etude.run_directory import Checkpoints, check_directory, clear_half_written
+from etude.training import checkpoint
+from etude.training.checkpoint import save_checkpoint
+from etude.training.run_directory import Checkpoints, check_directory, clear_half_written
 
 
 def state(config: TrainConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from diffusers import (
 
 from etude import zoo
 from etude.config import LoraConfig
-from etude.deployment import ddim_visits, deployment_snippet
 from etude.paths import VPPath
 from etude.plans import SamplingPlan
 from etude.policies import Policy, load_policy
 from etude.rollout import NoiseSource, rollout
+from etude.training.deployment import ddim_visits, deployment_snippet
 from tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 PROMPTS = ["red heart", "pizza", "tiger"]

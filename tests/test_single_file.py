@@ -12,9 +12,8 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from etude.cli import app
+from etude.cli.app import app
 from etude.config import LoraConfig, parse_config
-from etude.deployment import deployment_snippet
 from etude.errors import EtudeError
 from etude.noise import NoiseSource
 from etude.policies import Policy, load_policy
@@ -23,6 +22,7 @@ from etude.policies.loading import policy_of
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 from etude.sampling import make_plan, sample_images
+from etude.training.deployment import deployment_snippet
 from single_file import write_single_file
 from tiny import flux, stable_diffusion, stable_diffusion_xl
 

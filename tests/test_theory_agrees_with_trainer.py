@@ -32,7 +32,7 @@ from etude.theory import (
     w2,
 )
 from etude.theory.finite_step import transfer
-from etude.trainer import Trainer
+from etude.training.trainer import Trainer
 from gaussian_policy import GaussianPolicy, flow_path, read, sd_path
 
 MEANS, VARIANCES, SIZE, SAMPLES = [0.0, 1.0, -1.5, 3.0], [1.0, 0.5, 0.05, 2.0], (16, 16), 64

@@ -11,7 +11,7 @@ import torch
 from etude.config import parse_config
 from etude.errors import EtudeError
 from etude.rewards import register
-from etude.trainer import Trainer
+from etude.training.trainer import Trainer
 from tiny import save_stable_diffusion
 
 

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-import etude.trainer
+import etude.training.trainer
 from etude.advantages import group_advantages
 from etude.config import parse_config
 from etude.errors import EtudeError
 from etude.rewards import register
-from etude.trainer import Trainer
+from etude.training.trainer import Trainer
 from tiny import save_flux, save_stable_diffusion_3
 
 WINDOW = {"strategy": "progressive", "size": 2, "iters_per_shift": 1}
@@ -77,7 +77,7 @@ def same(a, b):
 def watched(monkeypatch):
     """The arguments of every rollout, its trajectory, and the steps of every replayed pair."""
     seen = {"rollouts": [], "steps": [], "advantages": []}
-    rollout, replay, update = etude.trainer.rollout, etude.trainer.replay, Trainer._update
+    rollout, replay, update = etude.training.trainer.rollout, etude.training.trainer.replay, Trainer._update
 
     def watch_rollout(policy, table, conditioning, noise, samples, *args, **kwargs):
         trajectory = rollout(policy, table, conditioning, noise, samples, *args, **kwargs)
@@ -93,8 +93,8 @@ def watched(monkeypatch):
         seen["advantages"].append(advantages)
         return update(self, trajectory, conditioning, advantages)
 
-    monkeypatch.setattr(etude.trainer, "rollout", watch_rollout)
-    monkeypatch.setattr(etude.trainer, "replay", watch_replay)
+    monkeypatch.setattr(etude.training.trainer, "rollout", watch_rollout)
+    monkeypatch.setattr(etude.training.trainer, "replay", watch_replay)
     monkeypatch.setattr(Trainer, "_update", watch_update)
     return seen
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from etude.batches import draw_pairs, draw_prompts, noise_keys
 from etude.config import RolloutConfig, SamplingConfig, load_config, recipe_names
 from etude.errors import EtudeError
 from etude.noise import keyed_generator
@@ -16,7 +15,8 @@ from etude.paths import FlowPath, Grid
 from etude.policies.flux import FluxPolicy
 from etude.prompts import PromptSet
 from etude.rewards import names
-from etude.training_plans import TrainingPlans
+from etude.training.batches import draw_pairs, draw_prompts, noise_keys
+from etude.training.plans import TrainingPlans
 from gaussian_policy import sd_path
 from tiny import flux
 

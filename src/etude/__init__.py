@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from etude.config import TrainConfig
     from etude.gap import reward_gap
     from etude.policies import load_policy
-    from etude.trainer import Trainer
+    from etude.training.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,7 @@ __all__ = ["TrainConfig", "Trainer", "__version__", "load_policy", "reward_gap"]
 
 _HOMES = {
     "TrainConfig": "etude.config",
-    "Trainer": "etude.trainer",
+    "Trainer": "etude.training.trainer",
     "load_policy": "etude.policies",
     "reward_gap": "etude.gap",
 }

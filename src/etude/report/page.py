@@ -7,10 +7,10 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etude.algorithm import algorithm
 from etude.report.run import Interval, Run, read_run
 from etude.rewards import WEIGHTED_SUM
 from etude.statistics import format_interval
+from etude.training.algorithm import algorithm
 
 if TYPE_CHECKING:
     from etude.report.figures import Line
@@ -52,7 +52,7 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         EtudeError: if the directory is not a run, or one of its files cannot be understood.
     """
-    from etude.checkpoint import atomic_write_text
+    from etude.training.checkpoint import atomic_write_text
 
     run_dir = Path(run_dir)
     html = render(read_run(run_dir))

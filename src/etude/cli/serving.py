@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from etude.cli_errors import Debug
-from etude.cli_waiting import heavy_imports, quiet_libraries
+from etude.cli.errors import Debug
+from etude.cli.waiting import heavy_imports, quiet_libraries
 
 
 def serve_reward(
@@ -40,7 +40,7 @@ def serve_reward(
     """
     with heavy_imports():
         quiet_libraries()
-        from etude.server import address, prepare, server_token
+        from etude.rewards.server import address, prepare, server_token
     server, sock = prepare(
         name, host, port, server_token(token_env), insecure=insecure, max_request_bytes=max_request_mb << 20
     )

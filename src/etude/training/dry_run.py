@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from etude.config import TrainConfig
     from etude.plans import StepTable
-    from etude.trainer import Trainer
+    from etude.training.trainer import Trainer
 
 PARTS = ("rollout", "reference", "replay", "evaluation")
 
@@ -83,8 +83,8 @@ def run_evaluations(config: TrainConfig, steps_at: Callable[[int], ImageSteps]) 
 
 def resolved(trainer: Trainer) -> str:
     """The resolved configuration as YAML, then what the run would take as comments: text that is itself a recipe."""
-    from etude.algorithm import essence
-    from etude.memory_estimate import memory_estimate
+    from etude.training.algorithm import essence
+    from etude.training.memory_estimate import memory_estimate
 
     config, policy = trainer.config, trainer.policy
     trained = sum(parameter.numel() for parameter in trainer.parameters.values())
@@ -115,7 +115,7 @@ def _table(counts: Mapping[str, tuple[int, int, int]], evaluated: int, iteration
 
 
 def _memory(parts: Mapping[str, int]) -> list[str]:
-    from etude.memory_estimate import readable
+    from etude.training.memory_estimate import readable
 
     rows = [(name, readable(size)) for name, size in parts.items()]
     title = "memory of the accelerator, each process, without models of rewards"

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from etude.cli_errors import CommandGroup, Debug, UsageError, remember_debug
-from etude.cli_runs import prepare_run
-from etude.cli_serving import serve_reward
-from etude.cli_waiting import heavy_imports, progress, quiet_libraries
+from etude.cli.errors import CommandGroup, Debug, UsageError, remember_debug
+from etude.cli.runs import prepare_run
+from etude.cli.serving import serve_reward
+from etude.cli.waiting import heavy_imports, progress, quiet_libraries
 from etude.errors import EtudeError
 
 if TYPE_CHECKING:
@@ -156,10 +156,10 @@ def train(
     config, directory = prepare_run(recipe, [*chosen, *(overrides or [])], out, resume, reward)
     with heavy_imports():
         quiet_libraries()
-        from etude.display import SilentDisplay, TrainingDisplay
-        from etude.trainer import Trainer
+        from etude.training.display import SilentDisplay, TrainingDisplay
+        from etude.training.trainer import Trainer
     if dry_run:
-        from etude.dry_run import resolved
+        from etude.training.dry_run import resolved
 
         typer.echo(resolved(Trainer(config, out=directory, resume=resume)), nl=False)
         return
@@ -182,8 +182,8 @@ def recipes(
 
     Example: `etude recipes emoji-ddpo > mine.yaml`
     """
-    from etude.algorithm import essence
     from etude.config import describe_fields, load_config, recipe_names, recipe_text
+    from etude.training.algorithm import essence
 
     if keys:
         for key, default, text in describe_fields():
@@ -230,8 +230,8 @@ def gap(
     _check_target(json, "--json")
     with heavy_imports():
         quiet_libraries()
-        from etude.checkpoint import atomic_write_text
         from etude.gap import reward_gap
+        from etude.training.checkpoint import atomic_write_text
     _check_names(kernel)
     with progress("sampling") as (start, step):
         report = reward_gap(
@@ -250,7 +250,7 @@ def gap(
             on_start=start,
             on_step=step,
         )
-    from etude.display import make_console
+    from etude.training.display import make_console
 
     make_console().print(_gap_table(report.rows))
     if json is not None:
@@ -313,9 +313,9 @@ def sample(
         quiet_libraries()
         import torch
 
-        from etude.checkpoint import atomic_write_bytes
         from etude.policies import load_policy
         from etude.report.grids import image_grid
+        from etude.training.checkpoint import atomic_write_bytes
     _check_names(kernel, solver)
     policy = load_policy(model, lora, resolution=resolution, pipeline_config=pipeline_config)
     captions = [text for text in prompt for _ in range(images)]

@@ -19,16 +19,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from etude import __version__
-from etude.checkpoint import atomic_write_bytes, atomic_write_text
 from etude.config import TrainConfig
-from etude.deployment import deployment_snippet
 from etude.errors import EtudeError, brief
-from etude.guards import BestWeights, explain_stop
 from etude.paths import VPPath
 from etude.policies import Policy
 from etude.report import write_report
 from etude.report.grids import image_grid
 from etude.statistics import Estimate
+from etude.training.checkpoint import atomic_write_bytes, atomic_write_text
+from etude.training.deployment import deployment_snippet
+from etude.training.guards import BestWeights, explain_stop
 
 BEST = "-best"
 """What the name of an export gets that holds the best weights instead of the last."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from etude.cli_errors import UsageError
+from etude.cli.errors import UsageError
 from etude.errors import EtudeError
 
 if TYPE_CHECKING:

@@ -20,15 +20,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from etude import artifacts
 from etude.config import TrainConfig
 from etude.gap import Progress, Protocol, Scores, summarise
-from etude.guards import fallen
 from etude.micro_batches import MicroBatch
 from etude.policies import Policy
-from etude.processes import gather, share
 from etude.prompts import load_prompts
 from etude.rewards import WeightedRewards
+from etude.training import artifacts
+from etude.training.guards import fallen
+from etude.training.processes import gather, share
 
 
 class Evaluation:

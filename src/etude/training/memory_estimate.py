@@ -19,13 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from etude.policies.pipeline import PipelinePolicy
-from etude.processes import share
 from etude.settings import OptimizerConfig
+from etude.training.processes import share
 
 if TYPE_CHECKING:
     from etude.plans import StepTable
     from etude.policies import Policy
-    from etude.trainer import Trainer
+    from etude.training.trainer import Trainer
 
 FLOAT = 4
 """Bytes of a float32."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from etude.checkpoint import Checkpoint, load_latest, prune, save_checkpoint
 from etude.config import TrainConfig, difference, parse_config
 from etude.errors import EtudeError
+from etude.training.checkpoint import Checkpoint, load_latest, prune, save_checkpoint
 
 
 def check_directory(out: Path, resume: bool) -> None:

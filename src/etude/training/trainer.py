@@ -20,34 +20,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etude import artifacts
 from etude.advantages import PromptStatistics, combine, group_advantages, zero_std_ratio
-from etude.batches import draw_pairs, draw_prompts, noise_keys
-from etude.checkpoint import (
+from etude.config import TrainConfig
+from etude.errors import EtudeError
+from etude.micro_batches import MicroBatch
+from etude.noise import NoiseSource, keyed_generator
+from etude.objectives import PolicyLoss, UpdateStatistics, gaussian_kl, ppo_loss, reinforce_loss
+from etude.policies import Conditioning, Policy
+from etude.policies.base import assign, swapped
+from etude.policies.loading import policy_of
+from etude.prompts import PromptSet, load_prompts
+from etude.rewards import WeightedRewards
+from etude.rollout import Trajectory, replay, rollout
+from etude.training import artifacts
+from etude.training.batches import draw_pairs, draw_prompts, noise_keys
+from etude.training.checkpoint import (
     append_line,
     atomic_write_text,
     load_optimizer_tensors,
     optimizer_tensors,
     truncate_metrics,
 )
-from etude.config import TrainConfig
-from etude.display import Display, SilentDisplay
-from etude.errors import EtudeError
-from etude.evaluation import Evaluation
-from etude.guards import BestWeights
-from etude.micro_batches import MicroBatch
-from etude.noise import NoiseSource, keyed_generator
-from etude.objectives import PolicyLoss, UpdateStatistics, gaussian_kl, ppo_loss, reinforce_loss
-from etude.optimizers import check_optimizer, make_optimizer
-from etude.policies import Conditioning, Policy
-from etude.policies.base import assign, swapped
-from etude.policies.loading import policy_of
-from etude.processes import gather, make_accelerator, share
-from etude.prompts import PromptSet, load_prompts
-from etude.rewards import WeightedRewards
-from etude.rollout import Trajectory, replay, rollout
-from etude.run_directory import Checkpoints, check_directory, clear_half_written
-from etude.training_plans import TrainingPlans
+from etude.training.display import Display, SilentDisplay
+from etude.training.evaluation import Evaluation
+from etude.training.guards import BestWeights
+from etude.training.optimizers import check_optimizer, make_optimizer
+from etude.training.plans import TrainingPlans
+from etude.training.processes import gather, make_accelerator, share
+from etude.training.run_directory import Checkpoints, check_directory, clear_half_written
 
 
 class Trainer:
