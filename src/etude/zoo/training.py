@@ -34,7 +34,7 @@ class TrainingRecipe:
         checkpoint_every: steps between calls of `on_checkpoint`.
     """
 
-    steps: int = 8000
+    steps: int = 13500
     batch_size: int = 64
     learning_rate: float = 1e-3
     ema_decay: float = 0.998
