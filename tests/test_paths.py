@@ -221,6 +221,13 @@ def test_the_flow_levels_are_those_of_diffusers_under_every_shift(name, given, n
     assert (grid.a[-1], grid.s[-1]) == (1, 0)
 
 
+def test_a_flow_starts_from_pure_noise_exactly_however_the_shift_rounds():
+    for hundredths in range(101, 600):
+        for num_steps in (6, 10):
+            grid = FlowPath.from_config({"shift": hundredths / 100}).grid(num_steps)
+            assert (grid.a[0], grid.s[0]) == (0, 1), hundredths
+
+
 def test_the_usual_and_the_dynamic_shift_are_their_formulas():
     sigmas = torch.tensor([1.0, 0.6, 0.3, 0.1], dtype=torch.float64)
     static = FlowPath.from_config({"shift": 3.0}).grid(4, sigmas.tolist())

@@ -298,10 +298,13 @@ def check_mu(config: Mapping[str, Any], mu: float | None) -> None:
 def flow_grid(timesteps: Tensor, sigmas: Tensor) -> Grid:
     """The grid of a flow scheduler's timesteps `[N]` and sigmas `[N + 1]`, held in fp64 on the CPU.
 
+    A sigma within 1e-6 of 1 is pure noise: a shift in fp32 rounds 1 to its neighbours, and a kernel would divide by the difference.
+
     Raises:
         EtudeError: if a level that a step starts from is not in (0, 1], or they do not fall.
     """
     s = sigmas.detach().cpu().double()
+    s = torch.where((s - 1).abs() <= 1e-6, 1.0, s)
     # Written so that NaN fails it too.
     if not bool(((s[:-1] > 0) & (s[:-1] <= 1)).all() and (s.diff() <= 0).all()):
         raise EtudeError(

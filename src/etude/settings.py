@@ -99,7 +99,7 @@ class SamplingConfig(Section):
         1.0,
         ge=0,
         description="Stochasticity while training, in the kernel's own unit. gddim: 0 is the ODE, 1 the DDPM posterior, any value above is valid. "
-        "flow_sde at 0.7, the ecosystem's usual value, amounts to gddim at 0.5.",
+        "flow_sde at 0.7, the ecosystem's usual value, is gddim at 0.5 for short steps and more at real ones (`etude theory peers`).",
     )
     num_steps: int = Field(
         50, ge=1, description="Denoising steps in training, and in evaluation unless that says otherwise."
@@ -112,7 +112,7 @@ class SamplingConfig(Section):
     first_step: Literal["ode", "sde"] = Field(
         "ode",
         description="What becomes of a step that starts at pure noise (flow models): ode leaves it deterministic and untrained; "
-        "sde redraws all of the noise at any eta above 0. Published flow samplers cap the noise there instead.",
+        "sde leaves it to the kernel: gddim redraws all of the noise at any eta above 0, dance_sde and cps keep some, flow_sde is not defined there.",
     )
     window: WindowConfig | None = Field(
         None,
