@@ -116,11 +116,15 @@ class Scripted:
         return torch.full((len(prompts),), level)
 
 
+@pytest.fixture(autouse=True)
+def _redness() -> None:
+    register("redness")(redness)
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("model")
     (root / "prompts.txt").write_text("red heart\npizza\ntiger\nsun\n")
-    register("redness")(redness)
     return {
         "model": str(save_stable_diffusion(root / "sd")),
         "iterations": 4,
