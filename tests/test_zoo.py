@@ -96,9 +96,9 @@ def test_a_distilled_student_starts_at_its_teacher(data):
     jiggle(networks)
     latents, once = torch.randn(12, 8, 8, 8), TrainingRecipe(steps=1, batch_size=4)
     none = TrainingRecipe(steps=0)
-    _, unguided = train_flux(latents, data, networks, FluxRecipe(none, once, largest_guidance=1.0), lambda n: None)
+    _, unguided = train_flux(latents, data, networks, lambda n: None, FluxRecipe(none, once, largest_guidance=1.0))
     assert unguided["final_loss"] < 1e-10
-    _, guided = train_flux(latents, data, networks, FluxRecipe(none, once, largest_guidance=5.0), lambda n: None)
+    _, guided = train_flux(latents, data, networks, lambda n: None, FluxRecipe(none, once, largest_guidance=5.0))
     assert guided["final_loss"] > 1e-4
     assert guided["stages"].keys() == {"guidance distillation"}
 
@@ -107,9 +107,9 @@ def test_flow_matching_and_noise_prediction_learn(data):
     torch.manual_seed(0)
     latents, recipe = torch.randn(12, 8, 8, 8), TrainingRecipe(steps=25, batch_size=8, learning_rate=3e-3)
     flux = FluxRecipe(recipe, TrainingRecipe(steps=0))
-    _, figures = train_flux(latents, data, FluxNetworks.build(data), flux, lambda averaged: None)
+    _, figures = train_flux(latents, data, FluxNetworks.build(data), lambda averaged: None, flux)
     assert figures["final_loss"] < 1.99  # the zero velocity that it starts from scores E |eps - x0|^2 = 2
-    _, figures = train_unet(latents, data, UNetNetworks.build(data), recipe, lambda averaged: None)
+    _, figures = train_unet(latents, data, UNetNetworks.build(data), lambda averaged: None, recipe)
     assert np.isfinite(figures["final_loss"])
 
 
@@ -142,8 +142,8 @@ def test_pretraining_writes_a_pipeline_without_traces_of_where_it_was_made(name,
 
     def train(latents, data, networks, save):
         if name == "emoji-sd":
-            return train_unet(latents, data, networks, recipe, save)
-        return train_flux(latents, data, networks, FluxRecipe(recipe, recipe), save)
+            return train_unet(latents, data, networks, save, recipe)
+        return train_flux(latents, data, networks, save, FluxRecipe(recipe, recipe))
 
     out, networks = tmp_path / name, UNetNetworks if name == "emoji-sd" else FluxNetworks
     pretrain(networks, train, out, tmp_path, zoo.path("emoji-sd"))

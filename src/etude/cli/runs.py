@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,10 +42,11 @@ def prepare_run(
 def _resumed_config(recipe: str | None, overrides: list[str], weights: dict[str, float], out: Path) -> TrainConfig:
     """The configuration of the run in `out`; what the user gave beside it must agree with it."""
     from etude.config import difference, load_config
+    from etude.training.run_directory import holds_something
 
     stored = out / "config.yaml"
     if not stored.is_file():
-        if recipe is not None and not _holds_something(out):
+        if recipe is not None and not holds_something(out):
             typer.echo(f"nothing to resume in '{out}': starting the run there.", err=True)
             return load_config(recipe, overrides, weights)
         raise EtudeError(
@@ -63,10 +63,3 @@ def _resumed_config(recipe: str | None, overrides: list[str], weights: dict[str,
             f"`etude train --resume --out {out}`, or start another one in another --out."
         )
     return config
-
-
-def _holds_something(out: Path) -> bool:
-    """Whether a directory holds more than the halves of files that a killed run was writing (`.NAME.writing`)."""
-    if not out.is_dir():
-        return out.exists()
-    return any(not re.fullmatch(r"\..*\.writing", entry.name) for entry in out.iterdir())

@@ -24,7 +24,7 @@ def check_directory(out: Path, resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise EtudeError(f"--out '{out}' is a file; give a directory.")
-    if out.is_dir() and not resume and any(not _half_written(entry) for entry in out.iterdir()):
+    if not resume and holds_something(out):
         raise EtudeError(
             f"--out '{out}' is not empty: give --resume to continue the run it holds, or another directory."
         )
@@ -33,6 +33,13 @@ def check_directory(out: Path, resume: bool) -> None:
         raise EtudeError(
             f"--out '{out}' cannot be written: check the permissions of '{parent}', or give another directory."
         )
+
+
+def holds_something(out: Path) -> bool:
+    """Whether anything but the halves of files that a killed run was writing (`.NAME.writing`) is there."""
+    if not out.is_dir():
+        return out.exists()
+    return any(not _half_written(entry) for entry in out.iterdir())
 
 
 def clear_half_written(out: Path) -> None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
@@ -26,13 +25,12 @@ from etude.zoo.emoji_data import EmojiSet
 from etude.zoo.text import (
     MAX_TOKENS,
     MAX_TOKENS_T5,
-    CaptionSampler,
     build_t5_encoder,
     build_text_encoder,
     train_t5_tokenizer,
     train_tokenizer,
 )
-from etude.zoo.training import OnCheckpoint, TrainingRecipe, fit, in_half_precision, sampling_weights
+from etude.zoo.training import Batches, OnCheckpoint, TrainingRecipe, fit, in_half_precision
 
 LATENT_SIZE = 8
 TEXT_WIDTH = 128
@@ -164,40 +162,42 @@ def pack(latents: Tensor) -> Tensor:
 
 
 def train_flux(
-    latents: Tensor, data: EmojiSet, networks: FluxNetworks, recipe: FluxRecipe, on_checkpoint: OnCheckpoint
+    latents: Tensor, data: EmojiSet, networks: FluxNetworks, on_checkpoint: OnCheckpoint, recipe: FluxRecipe
 ) -> tuple[FluxNetworks, dict[str, Any]]:
     """Trains on scaled `latents` `[n, 8, 8, 8]`, row by row the pictures of `data`; returns the averaged weights and figures."""
-    packed, weights = pack(latents), sampling_weights(data)
+    packed = pack(latents)
     stages: dict[str, dict[str, Any]] = {}
     if recipe.matching.steps:
-        loss = _matching_loss(networks, _Batches(packed, data, weights, recipe.matching))
+        draw = Batches(packed, data, recipe.matching)
+        loss = _matching_loss(networks, draw)
         networks, stages["flow matching"] = fit(networks, loss, recipe.matching, on_checkpoint)
     if recipe.distillation.steps:
-        loss = _distillation_loss(
-            networks, _Batches(packed, data, weights, recipe.distillation), recipe.largest_guidance
-        )
+        draw = Batches(packed, data, recipe.distillation)
+        loss = _distillation_loss(networks, draw, recipe.largest_guidance)
         networks, stages["guidance distillation"] = fit(networks, loss, recipe.distillation, on_checkpoint)
     totals = {key: sum(stage[key] for stage in stages.values()) for key in ("steps", "seconds")}
     final = next(iter(stages.values()))["final_loss"]
-    return networks, {**totals, "final_loss": final, "pictures": int((weights > 0).sum()), "stages": stages}
+    return networks, {**totals, "final_loss": final, "pictures": draw.pictures, "stages": stages}
 
 
-def _matching_loss(networks: FluxNetworks, draw: _Batches) -> Callable[[], Tensor]:
+def _matching_loss(networks: FluxNetworks, draw: Batches) -> Callable[[], Tensor]:
     def loss() -> Tensor:
-        x0, captions, sigma, noise, level = draw()
-        velocity = networks(x0.lerp(noise, level), sigma, captions, torch.ones_like(sigma))
+        x0, captions = draw()
+        sigma, noise, x = _noised(x0, draw.generator)
+        velocity = networks(x, sigma, captions, torch.ones_like(sigma))
         return (velocity - (noise - x0)).square().mean()
 
     return loss
 
 
-def _distillation_loss(student: FluxNetworks, draw: _Batches, largest_guidance: float) -> Callable[[], Tensor]:
+def _distillation_loss(student: FluxNetworks, draw: Batches, largest_guidance: float) -> Callable[[], Tensor]:
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
 
     def loss() -> Tensor:
-        x0, captions, sigma, noise, level = draw()
+        x0, captions = draw()
+        sigma, _, x = _noised(x0, draw.generator)
         guidance = 1 + (largest_guidance - 1) * torch.rand(len(x0), generator=draw.generator)
-        x, one = x0.lerp(noise, level), torch.ones_like(sigma)
+        one = torch.ones_like(sigma)
         with torch.no_grad():
             empty, prompted = teacher(x, sigma, [""] * len(x), one), teacher(x, sigma, captions, one)
         target = empty + guidance[:, None, None] * (prompted - empty)
@@ -206,18 +206,8 @@ def _distillation_loss(student: FluxNetworks, draw: _Batches, largest_guidance: 
     return loss
 
 
-class _Batches:
-    """Draws pictures, captions and noise levels."""
-
-    def __init__(self, latents: Tensor, data: EmojiSet, weights: np.ndarray, recipe: TrainingRecipe) -> None:
-        self.latents, self.weights, self.size = latents, weights, recipe.batch_size
-        self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.rng, self.captions = np.random.default_rng(recipe.seed), CaptionSampler(data, recipe.seed)
-
-    def __call__(self) -> tuple[Tensor, list[str], Tensor, Tensor, Tensor]:
-        """x0, captions, sigma `[n]`, noise, and sigma as it broadcasts over x0."""
-        rows = self.rng.choice(len(self.latents), size=self.size, p=self.weights)
-        x0 = self.latents[rows]
-        sigma = torch.randn(len(rows), generator=self.generator).sigmoid()
-        noise = torch.randn(x0.shape, generator=self.generator)
-        return x0, self.captions(rows), sigma, noise, sigma[:, None, None]
+def _noised(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels sigma `[n]`, noise, and x = (1 - sigma) x0 + sigma noise."""
+    sigma = torch.randn(len(x0), generator=generator).sigmoid()
+    noise = torch.randn(x0.shape, generator=generator)
+    return sigma, noise, x0.lerp(noise, sigma[:, None, None])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,13 +132,15 @@ def emoji_sd(
     """A StableDiffusionPipeline: fetches the emoji, trains the autoencoder, the text encoder and the UNet."""
     _prepare(threads)
     recipe = TrainingRecipe(steps=steps, learning_rate=learning_rate, seed=seed)
-
-    def train(
-        latents: Tensor, data: EmojiSet, networks: UNetNetworks, save: OnCheckpoint
-    ) -> tuple[Any, dict[str, Any]]:
-        return train_unet(latents, data, networks, recipe, save)
-
-    pretrain(UNetNetworks, train, out, cache, AutoencoderRecipe(steps=autoencoder_steps), initial, seed)
+    pretrain(
+        UNetNetworks,
+        partial(train_unet, recipe=recipe),
+        out,
+        cache,
+        AutoencoderRecipe(steps=autoencoder_steps),
+        initial,
+        seed,
+    )
 
 
 @app.command("emoji-flux")
@@ -160,13 +163,7 @@ def emoji_flux(
     _prepare(threads)
     matching = replace(MATCHING, steps=steps, learning_rate=learning_rate, seed=seed)
     recipe = FluxRecipe(matching, replace(DISTILLATION, steps=distillation_steps, seed=seed))
-
-    def train(
-        latents: Tensor, data: EmojiSet, networks: FluxNetworks, save: OnCheckpoint
-    ) -> tuple[Any, dict[str, Any]]:
-        return train_flux(latents, data, networks, recipe, save)
-
-    pretrain(FluxNetworks, train, out, cache, autoencoder, initial, seed)
+    pretrain(FluxNetworks, partial(train_flux, recipe=recipe), out, cache, autoencoder, initial, seed)
 
 
 if __name__ == "__main__":

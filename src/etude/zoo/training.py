@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from etude.zoo.emoji_data import EmojiSet
+from etude.zoo.text import CaptionSampler
 
 Networks = TypeVar("Networks", bound=nn.Module)
 OnCheckpoint = Callable[[Any], None]
@@ -49,6 +50,29 @@ def sampling_weights(data: EmojiSet, people_weight: float = 0.35) -> np.ndarray:
     per_emoji[data.is_flag] = 0.0
     weights = per_emoji[data.emoji]
     return weights / weights.sum()
+
+
+class Batches:
+    """Draws latents with their captions, and holds the generator for the noise that goes with them.
+
+    Args:
+        latents: `[n, ...]`, row by row the pictures of `data`.
+        recipe: its batch size and seed.
+
+    Attributes:
+        generator: of levels and noise.
+        pictures: how many can be drawn.
+    """
+
+    def __init__(self, latents: Tensor, data: EmojiSet, recipe: TrainingRecipe) -> None:
+        self.latents, self.size, self.weights = latents, recipe.batch_size, sampling_weights(data)
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.rng, self.captions = np.random.default_rng(recipe.seed), CaptionSampler(data, recipe.seed)
+        self.pictures = int((self.weights > 0).sum())
+
+    def __call__(self) -> tuple[Tensor, list[str]]:
+        rows = self.rng.choice(len(self.latents), size=self.size, p=self.weights)
+        return self.latents[rows], self.captions(rows)
 
 
 def fit(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
@@ -17,8 +16,8 @@ from transformers import CLIPTokenizer
 
 from etude.zoo.autoencoder import LATENT_CHANNELS
 from etude.zoo.emoji_data import EmojiSet
-from etude.zoo.text import MAX_TOKENS, CaptionSampler, build_text_encoder, train_tokenizer
-from etude.zoo.training import OnCheckpoint, TrainingRecipe, fit, in_half_precision, sampling_weights
+from etude.zoo.text import MAX_TOKENS, build_text_encoder, train_tokenizer
+from etude.zoo.training import Batches, OnCheckpoint, TrainingRecipe, fit, in_half_precision
 
 SNR_GAMMA = 5.0
 
@@ -96,23 +95,20 @@ class UNetNetworks(nn.Module):
 
 
 def train_unet(
-    latents: Tensor, data: EmojiSet, networks: UNetNetworks, recipe: TrainingRecipe, on_checkpoint: OnCheckpoint
+    latents: Tensor, data: EmojiSet, networks: UNetNetworks, on_checkpoint: OnCheckpoint, recipe: TrainingRecipe
 ) -> tuple[UNetNetworks, dict[str, Any]]:
     """Trains on scaled `latents` `[n, 8, 8, 8]`, row by row the pictures of `data`; returns the averaged weights and figures."""
     alphas = stable_diffusion_scheduler().alphas_cumprod
     snr = alphas / (1 - alphas)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    rng, captions = np.random.default_rng(recipe.seed), CaptionSampler(data, recipe.seed)
-    weights = sampling_weights(data)
+    draw = Batches(latents, data, recipe)
 
     def loss() -> Tensor:
-        rows = rng.choice(len(latents), size=recipe.batch_size, p=weights)
-        x0 = latents[rows]
-        t = torch.randint(len(alphas), (len(rows),), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
+        x0, captions = draw()
+        t = torch.randint(len(alphas), (len(x0),), generator=draw.generator)
+        noise = torch.randn(x0.shape, generator=draw.generator)
         a, s = (v[t].sqrt()[:, None, None, None] for v in (alphas, 1 - alphas))
-        error = (networks(a * x0 + s * noise, t, captions(rows)) - noise).square().mean((1, 2, 3))
+        error = (networks(a * x0 + s * noise, t, captions) - noise).square().mean((1, 2, 3))
         return (error * (snr[t].clamp(max=SNR_GAMMA) / snr[t])).mean()
 
     networks, figures = fit(networks, loss, recipe, on_checkpoint)
-    return networks, {**figures, "pictures": int((weights > 0).sum())}
+    return networks, {**figures, "pictures": draw.pictures}
