@@ -16,6 +16,7 @@ from etude.rewards import register
 from etude.statistics import mean_summary
 from etude.training.guards import BestWeights, explain_stop, fallen
 from etude.training.trainer import Trainer
+from small_runs import redness
 from tiny import save_stable_diffusion
 
 
@@ -97,11 +98,6 @@ def test_rewards_given_apart_take_the_place_of_the_recipes_and_are_not_held_out(
 )
 def test_a_weight_is_the_number_after_the_last_equals_sign(item: str, name: str, weight: float) -> None:
     assert parse_rewards([item]) == {name: weight}
-
-
-def redness(images, prompts, **metadata):
-    red, green, blue = images.float().mean((2, 3)).unbind(1)
-    return (red - (green + blue) / 2) / 255
 
 
 class Scripted:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import pytest
@@ -19,6 +18,7 @@ from etude.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 from etude.training.optimizers import make_optimizer
 from etude.training.trainer import Trainer
 from gaussian_policy import GaussianPolicy, flow_path
+from small_runs import metrics
 from tiny import flux, save_stable_diffusion, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 FAMILIES = {
@@ -143,8 +143,7 @@ def settings(tmp_path_factory):
 def run(settings, out, **sections):
     trainer = Trainer(parse_config({**settings, **sections}), out)
     trainer.train()
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return trainer, [{k: v for k, v in row.items() if k not in {"seconds", "memory_mb"}} for row in rows]
+    return trainer, metrics(out)
 
 
 def test_a_run_that_saves_memory_is_the_same_run_bit_for_bit(settings, tmp_path):

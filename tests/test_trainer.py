@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -12,17 +11,13 @@ from etude.config import parse_config
 from etude.errors import EtudeError
 from etude.rewards import register
 from etude.training.trainer import Trainer
+from small_runs import metrics, redness, same, weights
 from tiny import save_stable_diffusion
 
 
 @pytest.fixture(autouse=True)
 def _redness():
     register("redness")(redness)
-
-
-def redness(images, prompts, **metadata):
-    red, green, blue = images.float().mean((2, 3)).unbind(1)
-    return (red - (green + blue) / 2) / 255
 
 
 def calls(reward_at):
@@ -62,19 +57,6 @@ def train(settings, out, resume=False, **sections):
         tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) and name != "rewards" else value
     trainer = Trainer(parse_config(tree), out, resume=resume)
     return trainer, trainer.train()
-
-
-def metrics(out):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in {"seconds", "memory_mb"}} for row in rows]
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_run_leaves_everything_its_user_came_for(settings, tmp_path):

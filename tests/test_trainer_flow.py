@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -13,6 +11,7 @@ from etude.config import parse_config
 from etude.errors import EtudeError
 from etude.rewards import register
 from etude.training.trainer import Trainer
+from small_runs import metrics, redness, same, weights
 from tiny import save_flux, save_stable_diffusion_3
 
 WINDOW = {"strategy": "progressive", "size": 2, "iters_per_shift": 1}
@@ -21,11 +20,6 @@ WINDOW = {"strategy": "progressive", "size": 2, "iters_per_shift": 1}
 @pytest.fixture(autouse=True)
 def _redness():
     register("redness")(redness)
-
-
-def redness(images, prompts, **metadata):
-    red, green, blue = images.float().mean((2, 3)).unbind(1)
-    return (red - (green + blue) / 2) / 255
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +52,6 @@ def configured(settings, **sections):
 def train(settings, out, resume=False, **sections):
     trainer = Trainer(configured(settings, **sections), out, resume=resume)
     return trainer, trainer.train()
-
-
-def metrics(out):
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in {"seconds", "memory_mb"}} for row in rows]
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.parameters.items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture
