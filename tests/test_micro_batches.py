@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +15,7 @@ from etude.plans import SamplingPlan
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.rollout import NoiseSource, rollout
 from etude.training.trainer import Trainer
+from small_runs import metrics
 from tiny import save_stable_diffusion, stable_diffusion
 
 PROMPTS = [f"prompt {i}" for i in range(7)]
@@ -177,9 +177,7 @@ def trained(settings, out, size, forward=100, backward=lambda rows: True):
     trainer = Trainer(parse_config(tree), out)
     limit(trainer.policy, forward, backward)
     trainer.train()
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    logged = [{k: v for k, v in row.items() if k not in {"seconds", "memory_mb"}} for row in rows]
-    return trainer, torch.cat([p.detach().flatten() for p in trainer.parameters.values()]), logged
+    return trainer, torch.cat([p.detach().flatten() for p in trainer.parameters.values()]), metrics(out)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not fit into memory")

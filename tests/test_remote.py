@@ -20,7 +20,6 @@ import pytest
 import torch
 import urllib3
 from PIL import Image
-from safetensors.numpy import load_file
 
 from etude.config import parse_config
 from etude.errors import EtudeError
@@ -29,6 +28,7 @@ from etude.rewards.protocol import ScoreRequest, decode_images, encode_image
 from etude.rewards.remote import RemoteReward
 from etude.rewards.server import address, build_app, listen, make_server
 from etude.training.trainer import Trainer
+from small_runs import outcome
 from tiny import save_stable_diffusion
 
 IMAGES = torch.randint(0, 256, (5, 3, 12, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -375,14 +375,6 @@ def test_the_request_that_is_documented_is_the_one_that_is_sent() -> None:
 
 
 # A run.
-
-
-def outcome(out: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """The exported weights, bit for bit, and the metrics without clocks and memory."""
-    weights = load_file(out / "lora" / "pytorch_lora_weights.safetensors")
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    kept = [{k: v for k, v in row.items() if k not in {"seconds", "memory_mb"}} for row in rows]
-    return {name: tensor.tobytes() for name, tensor in weights.items()}, kept
 
 
 @pytest.mark.slow

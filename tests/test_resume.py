@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import subprocess
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from safetensors.numpy import load_file
 
+from small_runs import outcome
 from tiny import save_stable_diffusion
 
 ITERATIONS = 12
@@ -20,14 +19,6 @@ ITERATIONS = 12
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "etude", "train", *map(str, arguments)]
-
-
-def outcome(run: Path) -> tuple[dict[str, bytes], list[dict]]:
-    """The exported weights, bit for bit, and the metrics without clocks and memory."""
-    weights = load_file(run / "lora" / "pytorch_lora_weights.safetensors")
-    weights = {name: tensor.tobytes() for name, tensor in weights.items()}
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return weights, [{k: v for k, v in row.items() if k not in {"seconds", "memory_mb"}} for row in rows]
 
 
 @pytest.fixture(scope="module")
