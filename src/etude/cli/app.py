@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import io
-import math
 import os
 import re
 import warnings
-from collections.abc import Callable
-from functools import partial
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from etude.cli.errors import CommandGroup, Debug, UsageError, remember_debug
+from etude.cli import options
+from etude.cli.errors import CommandGroup, Debug, remember_debug
+from etude.cli.gap import gap
 from etude.cli.runs import prepare_run
+from etude.cli.sample import sample
 from etude.cli.serving import serve_reward
-from etude.cli.waiting import heavy_imports, progress, quiet_libraries
+from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.errors import EtudeError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from torch import Tensor
-
-    from etude.policies import Policy
 
 
 def main() -> None:
@@ -40,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 success, 1 failure, 2 misuse, 130 interrupted. Errors are one sentence on stderr.",
+    epilog="Exit codes: 0 success, 1 failure, 2 misuse, 130 interrupted, 143 terminated. Errors are one sentence on stderr.",
 )
 
 
@@ -50,43 +43,6 @@ def _print_version(value: bool) -> None:
 
         typer.echo(f"etude {__version__}")
         raise typer.Exit
-
-
-def _finite(value: Any) -> Any:
-    """Refuses NaN, infinity and numbers below 0: of a guidance scale, and of every eta of a list."""
-    for number in value if isinstance(value, list) else [value]:
-        if number is not None and not (math.isfinite(number) and number >= 0):
-            raise typer.BadParameter(f"{number:g} is not a finite number of at least 0")
-    return value
-
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="Embedded name (`etude models`), diffusers directory, safetensors file or hub id.", show_default=False
-    ),
-]
-PipelineConfig = Annotated[
-    str | None,
-    typer.Option(
-        help="Of a model in one file: the diffusers directory or hub id of its configuration. Default: inferred, from the hub."
-    ),
-]
-Lora = Annotated[Path | None, typer.Option(help="Adapter that a run exported, for example runs/first/lora.")]
-Guidance = Annotated[
-    float, typer.Option(callback=_finite, help="Guidance scale; 1 switches classifier-free guidance off.")
-]
-Kernel = Annotated[
-    str,
-    typer.Option(
-        help="Kernel of the stochastic sampler: gddim (any eta), ddim (up to a largest eta); "
-        "for flow models also flow_sde, dance_sde or cps, each with an eta of its own."
-    ),
-]
-Resolution = Annotated[
-    int | None, typer.Option(min=1, help="Side of the images in pixels. Default: the pipeline's own.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Keys the noise; the same seed gives the same images.")]
 
 
 @app.callback()
@@ -126,7 +82,11 @@ def train(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Run directory, new or empty. Default: `runs/<recipe>-<time>`.", show_default=False),
+        typer.Option(
+            callback=options.expanded,
+            help="Run directory, new or empty. Default: `runs/<recipe>-<time>`.",
+            show_default=False,
+        ),
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
@@ -197,166 +157,15 @@ def recipes(
             typer.echo(f"{recipe}\n{about}    {essence(load_config(recipe))}")
 
 
-@app.command()
-def gap(
-    model: Model,
-    lora: Lora = None,
-    eta: Annotated[
-        list[float] | None,
-        typer.Option(callback=_finite, help="Stochasticity compared with the ODE; may be repeated. Default: 1.2."),
-    ] = None,
-    steps: Annotated[list[int] | None, typer.Option(help="Denoising steps; may be repeated. Default: 20.")] = None,
-    reward: Annotated[
-        list[str] | None, typer.Option(help="Name, module:function or url; may be repeated. Default: alignment.")
-    ] = None,
-    prompts: Annotated[
-        str, typer.Option(help="Built-in set, text or JSONL file, module:function or hub:dataset.")
-    ] = "emoji-eval",
-    samples: Annotated[int, typer.Option(help="Images per sampler, spread over the prompts; at least 2.")] = 128,
-    guidance: Guidance = 5.0,
-    kernel: Kernel = "gddim",
-    seed: Seed = 0,
-    resolution: Resolution = None,
-    pipeline_config: PipelineConfig = None,
-    json: Annotated[Path | None, typer.Option(help="Also write the numbers and the settings to this file.")] = None,
-    debug: Debug = False,
-) -> None:
-    """Measure the reward gap of any model, E r(ODE) - E r(SDE at eta), paired on prompt and noise, with 95 % intervals.
-
-    With --lora the improvement of the adapter over the base model, both under the ODE, is measured too.
-
-    Example: `etude gap emoji-sd --lora runs/first/lora --eta 0.5 --eta 1.2 --reward alignment --json gap.json`
-    """
-    _check_target(json, "--json")
-    with heavy_imports():
-        quiet_libraries()
-        from etude.gap import reward_gap
-        from etude.training.checkpoint import atomic_write_text
-    _check_names(kernel)
-    with progress("sampling") as (start, step):
-        report = reward_gap(
-            model,
-            lora=lora,
-            etas=eta,
-            steps=steps,
-            rewards=reward,
-            prompts=prompts,
-            num_images=samples,
-            guidance_scale=guidance,
-            kernel=kernel,
-            seed=seed,
-            resolution=resolution,
-            pipeline_config=pipeline_config,
-            on_start=start,
-            on_step=step,
-        )
-    from etude.training.display import make_console
-
-    make_console().print(_gap_table(report.rows))
-    if json is not None:
-        atomic_write_text(json, report.to_json())
-
-
-def _gap_table(rows: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    from etude.statistics import format_interval
-
-    quantities = [q for q in ("ode", "sde", "gap", "improvement") if q in rows[0]]
-    titles = {"ode": "ODE", "sde": "SDE", "gap": "gap (ODE - SDE)", "improvement": "improvement (ODE)"}
-    caption = "means with 95 % intervals, clustered by prompt"
-    table = Table("steps", "eta", "reward", *(titles[q] for q in quantities), "pairs", box=None, caption=caption)
-    for row in rows:
-        cells = [
-            format_interval(row[q]["mean"], row[q]["low"], row[q]["high"], signed=q in {"gap", "improvement"})
-            for q in quantities
-        ]
-        table.add_row(str(row["num_steps"]), f"{row['eta']:g}", row["reward"], *cells, str(row["gap"]["n"]))
-    return table
-
-
-@app.command()
-def sample(
-    model: Model,
-    prompt: Annotated[list[str], typer.Option(help="What to draw; may be repeated.", show_default=False)],
-    lora: Lora = None,
-    eta: Annotated[
-        list[float] | None,
-        typer.Option(callback=_finite, help="Stochasticity; repeated, one row each. Default: 0, the ODE."),
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps of every sampler.")] = 20,
-    guidance: Guidance = 5.0,
-    kernel: Kernel = "gddim",
-    solver: Annotated[
-        str | None,
-        typer.Option(
-            help="Draw with a deterministic solver of diffusers instead: ddim, euler, heun, dpmsolver++, unipc."
-        ),
-    ] = None,
-    seed: Seed = 0,
-    resolution: Resolution = None,
-    pipeline_config: PipelineConfig = None,
-    images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
-    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("sample.png"),
-    debug: Debug = False,
-) -> None:
-    """Draw images with the ODE or at any eta; several images make a grid.
-
-    Every --eta is a row that starts from the same noise, so a column shows what stochasticity alone changes.
-
-    Example: `etude sample emoji-sd --prompt "red heart" --prompt pizza --eta 0 --eta 1.2 --out grid.png`
-    """
-    _check_target(out, "--out")
-    if solver is not None and any(eta or []):
-        raise UsageError(f"--solver {solver} is deterministic: leave out --eta, or --solver to draw with noise")
-    with heavy_imports():
-        quiet_libraries()
-        import torch
-
-        from etude.policies import load_policy
-        from etude.report.grids import image_grid
-        from etude.training.checkpoint import atomic_write_bytes
-    _check_names(kernel, solver)
-    policy = load_policy(model, lora, resolution=resolution, pipeline_config=pipeline_config)
-    captions = [text for text in prompt for _ in range(images)]
-    drawings = _drawings(policy, solver, kernel, eta or [0.0], steps)
-    with progress("sampling") as (start, step):
-        start(len(captions) * sum(evaluations for _, evaluations, _ in drawings))
-        rows = [draw(policy, captions, guidance_scale=guidance, seed=seed, on_step=step) for *_, draw in drawings]
-    drawn = torch.cat(rows)
-    labels = [f"{text}, {label}" for label, *_ in drawings for text in captions]
-    buffer = io.BytesIO()
-    alone = len(drawn) == 1
-    image_grid(drawn, len(captions), labels=None if alone else labels).save(buffer, format="PNG")
-    atomic_write_bytes(out, buffer.getvalue())
-    typer.echo(str(out))
-
-
-def _drawings(
-    policy: Policy, solver: str | None, kernel: str, etas: list[float], steps: int
-) -> list[tuple[str, int, Callable[..., Tensor]]]:
-    """Each row of images: its label, the network evaluations of an image, and what draws it.
-
-    Every eta is checked on the model's own levels before the first row is drawn.
-    """
-    from etude.sampling import make_plan, sample_images
-
-    if solver is not None:
-        from etude.solvers import SOLVERS, sample_with_solver
-
-        return [
-            (solver, SOLVERS[solver].evaluations(steps), partial(sample_with_solver, solver=solver, num_steps=steps))
-        ]
-    plans = [make_plan(kernel, eta, steps) for eta in etas]
-    for plan in plans:
-        plan.tabulate(policy.grid(steps))
-    labels = [f"eta {eta:g}" if eta else "ODE" for eta in etas]
-    return [(label, steps, partial(sample_images, plan=plan)) for label, plan in zip(labels, plans, strict=True)]
+app.command()(gap)
+app.command()(sample)
 
 
 @app.command()
 def report(
-    directory: Annotated[Path, typer.Argument(help="Run directory, finished or not.", show_default=False)],
+    directory: Annotated[
+        Path, typer.Argument(callback=options.expanded, help="Run directory, finished or not.", show_default=False)
+    ],
     debug: Debug = False,
 ) -> None:
     """Rebuild report.html of a run from what its directory holds.
@@ -400,27 +209,3 @@ def theory(ctx: typer.Context) -> None:
     remember_debug(ctx, len(arguments) < len(ctx.args))
     command = typer.main.get_command(theory_app)
     raise typer.Exit(command.main(args=arguments, prog_name="etude theory", standalone_mode=False) or 0)
-
-
-def _check_names(kernel: str, solver: str | None = None) -> None:
-    """Finds out before a model is loaded whether the samplers exist."""
-    from etude.errors import unknown
-    from etude.kernels import KERNELS
-
-    if kernel not in KERNELS:
-        raise unknown("kernel", kernel, KERNELS)
-    if solver is not None:
-        from etude.solvers import SOLVERS
-
-        if solver not in SOLVERS:
-            raise unknown("solver", solver, SOLVERS)
-
-
-def _check_target(path: Path | None, option: str) -> None:
-    """Finds out before the work whether its result can be written."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise EtudeError(f"{option} '{path}' is a directory: give a file.")
-    if not path.parent.is_dir():
-        raise EtudeError(f"{option} '{path}': the directory '{path.parent}' does not exist, make it first.")

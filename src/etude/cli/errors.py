@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import traceback
 from typing import Annotated, Any, NoReturn
 
@@ -17,7 +19,7 @@ _DEBUG = "etude.debug"
 
 
 class CommandGroup(TyperGroup):
-    """Turns every failure into one sentence on stderr: exit code 2 for misuse, 130 for Ctrl-C, 1 for the rest."""
+    """Turns every failure into one sentence on stderr: exit code 2 for misuse, 130 for Ctrl-C, 143 for SIGTERM, 1 for the rest."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Parses and runs; exits with the code."""
@@ -38,9 +40,13 @@ class CommandGroup(TyperGroup):
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, _ClickException, BrokenPipeError):
             raise
-        except KeyboardInterrupt:
-            complain("interrupted; what was saved stays, and `etude train --resume --out DIR` continues a run.")
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as error:
+            if os.environ.get("RANK", "0") == "0":
+                complain(
+                    str(error)
+                    or "interrupted; what was saved stays, and `etude train --resume --out DIR` continues a run."
+                )
+            raise typer.Exit(128 + getattr(error, "signum", signal.SIGINT)) from None
         except EtudeError as error:
             _fail(ctx, str(error))
         except Exception as error:

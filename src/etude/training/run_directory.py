@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,13 @@ class Checkpoints:
         if not self.sound:
             return "no checkpoint was written yet"
         return f"intact checkpoint: iteration {max(self.sound)} in '{self.root}', --resume continues from it"
+
+    def advice(self) -> str:
+        """How an interrupted run is continued, in words."""
+        command = f"`etude train --resume --out {shlex.quote(str(self.out))}`"
+        if not self.sound:
+            return f"there is no checkpoint yet, and {command} starts over"
+        return f"{command} continues from the checkpoint of iteration {max(self.sound)}"
 
     def _check_same_run(self, stored: dict[str, Any]) -> None:
         """A checkpoint continues only the run that wrote it; settings that are newer than it had their defaults."""

@@ -44,6 +44,7 @@ from etude.training.checkpoint import (
 from etude.training.display import Display, SilentDisplay
 from etude.training.evaluation import Evaluation
 from etude.training.guards import BestWeights
+from etude.training.interruption import Interrupted, Interruption
 from etude.training.optimizers import check_optimizer, make_optimizer
 from etude.training.plans import TrainingPlans
 from etude.training.processes import gather, make_accelerator, share
@@ -62,6 +63,7 @@ class Trainer:
 
     Raises:
         EtudeError: for anything the user can mend; what was finished before stays in `out`.
+        Interrupted: from `train`, after SIGINT or SIGTERM, with every finished iteration saved.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class Trainer:
         self.seconds: dict[str, float] = {}
         self.best = BestWeights(config.checkpoint.best)
         self.checkpoints = Checkpoints(self.out, config)
+        self.interruption = Interruption()
         self.touched = True  # whether weights or statistics have changed since the last finished iteration
+        self.durable = -1  # the iteration of the newest checkpoint; -1 before the first
 
     def _prepare_training(self) -> None:
         """What is trained, its optimiser and its average."""
@@ -134,7 +138,7 @@ class Trainer:
             atomic_write_text(self.out / "config.yaml", self.config.to_yaml())
         if self.config.trackers:
             self.accelerator.init_trackers("etude", config={"config": self.config.to_yaml()})
-        with self.display, self._failures_explained():
+        with self.display, self.interruption, self._failures_explained():
             if self.config.memory.offload:
                 self._encode_ahead()
             if self.evaluation.base_scores is None:
@@ -154,11 +158,33 @@ class Trainer:
             yield
         except (Exception, KeyboardInterrupt) as error:
             done = self.iteration - 1
-            if not self.touched and done not in self.checkpoints.sound and self.accelerator.is_main_process:
+            if not self.touched and self.durable < done and self.accelerator.is_main_process:
                 self._save(done)
+            if isinstance(error, Interrupted):
+                raise Interrupted(f"{error}: {self.checkpoints.advice()}.", error.signum) from None
             if not isinstance(error, EtudeError):
                 raise
             raise EtudeError(f"{str(error).rstrip('.')} ({self.checkpoints.remaining()}).") from error
+
+    def _advance(self, done: int) -> None:
+        """Tells of progress, and ends the run here if a signal asked for it."""
+        self.display.advance(done)
+        if self.accelerator.num_processes == 1:
+            self._end_if_asked()  # several processes end where all of them pass: between phases and optimiser steps
+
+    def _asked_to_end(self) -> bool:
+        """Whether a signal came, to whichever process."""
+        if self.accelerator.num_processes > 1:
+            self.interruption.share(self.accelerator)
+        return self.interruption.signum is not None
+
+    def _end_if_asked(self) -> None:
+        """Ends the run if a signal asked for it, unless that lost a finished iteration: then this one is finished and saved first."""
+        if self._asked_to_end() and (not self.touched or self.durable >= self.iteration - 1):
+            assert self.interruption.signum is not None
+            raise Interrupted(
+                f"interrupted by {self.interruption.name} in iteration {self.iteration}", self.interruption.signum
+            )
 
     def _encode_ahead(self) -> None:
         """Encodes every prompt that this process will show, after which the text encoders are no longer needed."""
@@ -192,7 +218,7 @@ class Trainer:
                 self.rollout_batches,
                 objective.logprob_reduction,
                 with_reference=objective.kl_coef > 0,
-                on_step=self.display.advance,
+                on_step=self._advance,
                 noise_samples=noise_keys(samples, config.rollout),
             )
             images = self.policy.decode(trajectory.latents)
@@ -241,6 +267,8 @@ class Trainer:
                 self.prepared.step()
                 self.prepared.zero_grad()
                 self._update_ema()
+                if self.accelerator.num_processes > 1:
+                    self._end_if_asked()
         row = statistics.row()
         if not math.isfinite(row["grad_norm"]):  # asked once an iteration: asking waits for the device
             raise EtudeError(
@@ -291,7 +319,7 @@ class Trainer:
             statistics.policy.append(replace(result, loss=result.loss.detach()))
             if kl is not None:
                 statistics.reference_kl.append(kl.detach())
-            self.display.advance(len(row))
+            self._advance(len(row))
         statistics.loss.append(total)
 
     def _loss(
@@ -323,21 +351,25 @@ class Trainer:
         if self.iteration % config.evaluation.every == 0 or last:
             grids = "after" if last else "before" if self.iteration == 0 else None
             with self._phase("evaluation", self.evaluation.work), swapped(self.parameters, self.ema):
-                row["evaluation"] = self.evaluation.measure(self.display.advance, grids)
+                row["evaluation"] = self.evaluation.measure(self._advance, grids)
                 self.best.offer(self.iteration, row["evaluation"], self.parameters)
         last = last or self.evaluation.fallen is not None
         row["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
         row["memory_mb"] = artifacts.peak_memory_mb()
+        durable = last or self.iteration % config.checkpoint.every == 0 or self._asked_to_end()
         if self.accelerator.is_main_process:
             append_line(self.out / "metrics.jsonl", json.dumps(row))
-            if self.iteration % config.checkpoint.every == 0 or last:
+            if durable:
                 self._save(self.iteration)
+        if durable:
+            self.durable = self.iteration
         if config.trackers:
             self.accelerator.log(artifacts.flatten(row), step=self.iteration)
         self.display.iteration(row)
 
     @contextmanager
     def _phase(self, name: str, total: int | None = None) -> Iterator[None]:
+        self._end_if_asked()
         self.display.phase(name, total)
         start = time.perf_counter()
         yield
@@ -367,7 +399,7 @@ class Trainer:
             if self.ema is not None:
                 for name, average in _under("ema/", checkpoint.tensors).items():
                     self.ema[name].copy_(average)
-            self.iteration = checkpoint.iteration
+            self.iteration = self.durable = checkpoint.iteration
             self.evaluation.base_scores = checkpoint.state["base_scores"]
             self.evaluation.last = checkpoint.state["last_evaluation"]
             if self.best.reward is not None:

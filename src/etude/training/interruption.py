@@ -1,0 +1,86 @@
+"""Ctrl-C and SIGTERM: the first asks a run to end where nothing is lost, the second ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from etude.training.processes import gather
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run ended because a signal asked it to; its text is one sentence that says how to continue.
+
+    Attributes:
+        signum: the signal. A program that ends by it has the exit code 128 + signum: 130 for SIGINT, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class Interruption:
+    """Within this context SIGINT and SIGTERM are noted, and it is for the run to look and end; the second one ends the process at once.
+
+    A signal that the parent process had switched off (`nohup`, background jobs) stays off. Outside the main thread, where Python
+    cannot take signals, nothing changes.
+
+    Attributes:
+        signum: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    @property
+    def name(self) -> str:
+        """Of the signal that came."""
+        assert self.signum is not None
+        return signal.Signals(self.signum).name
+
+    def share(self, accelerator: Accelerator) -> None:
+        """Lets every process know of a signal that any of them received; all of them must call it."""
+        own = torch.tensor([self.signum or 0])
+        self.signum = int(gather(accelerator, own, accelerator.num_processes).max()) or None
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            _say("ended at once; what is on the disk is intact, and --resume continues from it.\n")
+            os._exit(128 + signum)
+        self.signum = signum
+        if sys.stderr is not None and sys.stderr.isatty():
+            _say("stopping where nothing is lost; once more ends at once.\n")
+
+
+def _say(text: str) -> None:
+    """Straight to the terminal: a handler may run amid anything, the buffers' own code included."""
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""
+    try:
+        os.write(2, f"{show_cursor}\n{text}".encode())
+    except OSError:
+        return  # the terminal is gone, and nobody is left to read it
