@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from etude.errors import EtudeError
+from etude.etas import Eta
 from etude.micro_batches import MicroBatch
 from etude.noise import NoiseSource
 from etude.plans import SamplingPlan
@@ -47,6 +49,7 @@ class Protocol:
         num_images: images per sampler.
         kernel: of the stochastic samplers.
         seed: keys the noise, the same in every measurement of a run.
+        stream: of the noise; another one is fresh noise under the same seed.
         first_step: what becomes of a stochastic sampler's step out of pure noise: "ode" or "sde" (see `SamplingPlan`).
     """
 
@@ -58,6 +61,7 @@ class Protocol:
     seed: int = 0
     batch_size: int | MicroBatch = 32
     first_step: str = "ode"
+    stream: str = "evaluation"
 
     def shown(self, samples: Iterable[int] | None = None) -> PromptSet:
         """The prompt of each image: of all, or of those with the indices `samples`."""
@@ -69,8 +73,12 @@ class Protocol:
         """Which prompt each image shows: images of one prompt are one cluster of the bootstrap."""
         return [i % len(self.prompts) for i in range(self.num_images)]
 
-    def plan(self, eta: float, num_steps: int) -> SamplingPlan:
-        """Every step under the kernel at that eta; 0 is the ODE."""
+    def plan(self, eta: Eta, num_steps: int) -> SamplingPlan:
+        """Every step under the kernel at that eta, or at its own of a list; 0 is the ODE."""
+        if not isinstance(eta, int | float):
+            return SamplingPlan.from_etas(
+                eta, partial(make_kernel, self.kernel), trained=False, first_step=self.first_step
+            )
         if eta == 0:
             return SamplingPlan.ode(num_steps)
         return SamplingPlan.sde(num_steps, make_kernel(self.kernel, eta), trained=False, first_step=self.first_step)
@@ -78,7 +86,7 @@ class Protocol:
     def images(
         self,
         policy: Policy,
-        eta: float,
+        eta: Eta,
         num_steps: int,
         on_step: Progress = _silent,
         samples: Sequence[int] | None = None,
@@ -86,7 +94,7 @@ class Protocol:
         """uint8 `[n, 3, h, w]` under the sampler of that eta (0: the ODE): all images, or those with the indices `samples`."""
         chosen = list(range(self.num_images) if samples is None else samples)
         table = self.plan(eta, num_steps).tabulate(policy.grid(num_steps)).to(policy.device)
-        noise, conditioning = NoiseSource(self.seed, "evaluation"), policy.encode(self.shown(chosen).texts)
+        noise, conditioning = NoiseSource(self.seed, self.stream), policy.encode(self.shown(chosen).texts)
         trajectory = rollout(
             policy, table, conditioning, noise, chosen, self.guidance_scale, self.batch_size, on_step=on_step
         )
@@ -143,6 +151,8 @@ def reward_gap(
     batch_size: int = 32,
     resolution: int | None = None,
     first_step: str = "ode",
+    dtype: str = "float32",
+    offload: bool = False,
     pipeline_config: str | Path | None = None,
     on_start: Callable[[int], None] = _silent,
     on_step: Progress = _silent,
@@ -161,7 +171,7 @@ def reward_gap(
         kernel: of the stochastic samplers; `etas` are in its own unit.
         resolution: side of the images in pixels; default: the pipeline's own. Not for a policy already loaded, which has one.
         first_step: "ode", or "sde" to let a flow model's step out of pure noise redraw all of the noise.
-        pipeline_config: of a single-file model, as `load_policy` takes it.
+        dtype, offload, pipeline_config: of a model that is yet to be loaded, as `load_policy` takes them.
         on_start: told the number of image-steps to come; `on_step` is then told as they are done.
 
     Raises:
@@ -178,7 +188,7 @@ def reward_gap(
     policy = (
         model
         if isinstance(model, Policy)
-        else load_policy(model, lora, resolution=resolution, pipeline_config=pipeline_config)
+        else load_policy(model, lora, dtype, resolution=resolution, pipeline_config=pipeline_config, offload=offload)
     )
     score = WeightedRewards(dict.fromkeys(rewards, 1.0))
     score.load()
@@ -209,6 +219,7 @@ def reward_gap(
         "kernel": kernel,
         "first_step": first_step,
         "resolution": resolution,
+        "dtype": None if isinstance(model, Policy) else dtype,
         "guidance_scale": guidance_scale,
         "num_images": num_images,
         "prompts": shown.texts,
