@@ -98,13 +98,34 @@ def test_an_import_path_finds_a_module_beside_the_recipe(tmp_path: Path, monkeyp
         "import torch\nlimit = 3\ndef area(images, prompts, **metadata):\n    return torch.full((len(images),), 5.0)\n"
     )
     monkeypatch.chdir(tmp_path)
-    before = list(sys.path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     assert score("area", get("my_scorer_module:area"), IMAGES, PROMPTS).tolist() == [5.0] * 3
-    assert sys.path == before
     with pytest.raises(EtudeError, match="no attribute 'volume'"):
         get("my_scorer_module:volume")
     with pytest.raises(EtudeError, match="not callable"):
         get("my_scorer_module:limit")
+
+
+def test_a_reward_finds_the_helpers_beside_it_when_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_late_helper.py").write_text("def size(images):\n    return images.float().mean((1, 2, 3))\n")
+    (tmp_path / "my_late_scorer.py").write_text(
+        "def mean(images, prompts, **metadata):\n    from my_late_helper import size\n    return size(images)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    reward = get("my_late_scorer:mean")
+    assert sys.path[-1] == str(tmp_path)  # last, so that nothing installed is shadowed
+    assert score("mean", reward, IMAGES, PROMPTS).shape == (3,)
+
+
+def test_a_module_that_exits_when_it_is_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_script.py").write_text("import sys\nsys.exit('usage: my_script FILE')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(EtudeError, match=r"'my_script' cannot be imported \(SystemExit: usage: my_script FILE\)"):
+        get("my_script:score")
 
 
 @pytest.mark.parametrize("path", ["no_such_module_at_all:f", ":f", ".relative:f"])

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from etude.errors import EtudeError, brief
 
 
 def import_callable(path: str, kind: str, wanted: str) -> Callable[..., Any]:
-    """What the path refers to; modules in the working directory are found too.
+    """What the path refers to; modules in the working directory are found too, from now on.
 
     Args:
         path: `package.module:attribute`, the attribute with dots if it is inside another.
@@ -25,9 +24,9 @@ def import_callable(path: str, kind: str, wanted: str) -> Callable[..., Any]:
     """
     module_name, _, attribute = path.partition(":")
     try:
-        with _working_directory_importable():
-            module = import_module(module_name)
-    except Exception as error:  # the user's code runs at import: whatever it raises has to say whose it was
+        _make_working_directory_importable()
+        module = import_module(module_name)
+    except (Exception, SystemExit) as error:  # the user's code runs at import: it may raise anything
         raise EtudeError(
             f"{kind} '{path}': module '{module_name}' cannot be imported ({type(error).__name__}: {brief(error)}); "
             "install it, or run from the directory that holds it."
@@ -42,14 +41,11 @@ def import_callable(path: str, kind: str, wanted: str) -> Callable[..., Any]:
     return made
 
 
-@contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """A console script does not see the modules beside the recipe; `python -m` does. Last, so as to shadow nothing."""
+def _make_working_directory_importable() -> None:
+    """A console script does not see the modules beside the recipe; `python -m` does. Last, so as to shadow nothing.
+
+    For good: what the user's module imports when it is called, helpers beside it among them, must be found then.
+    """
     here = str(Path.cwd())
-    sys.path.append(here)
-    try:
-        yield
-    finally:
-        sys.path.reverse()
-        sys.path.remove(here)
-        sys.path.reverse()
+    if here not in sys.path:
+        sys.path.append(here)

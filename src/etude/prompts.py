@@ -87,7 +87,7 @@ def load_prompts(source: str) -> PromptSet:
         return PromptSet(_lines((_sets() / f"{source}.txt").read_text(encoding="utf-8")))
     if source.startswith(_HUB):
         prompts = _from_hub(source)
-    elif re.fullmatch(r"[\w.]+:[\w.]+", source) and not Path(source).exists():
+    elif re.fullmatch(r"[\w.]+:[\w.]+", source) and not Path(source).expanduser().exists():
         prompts = _from_function(source)
     elif source.endswith(".jsonl"):
         prompts = _from_jsonl(_read(source), source)
@@ -191,7 +191,7 @@ def _brief_repr(value: object) -> str:
 def _read(source: str) -> str:
     if not source:
         raise unknown("prompt set or file", source, prompt_set_names())
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         raise EtudeError(f"prompts '{source}' is a directory: give a text file with one prompt per line.")
     try:

@@ -45,7 +45,8 @@ def choose_sampler(
 
     Args:
         without_run: the etas where neither the user nor a run gives any.
-        etas_of_run: whether a run's eta is a default at all. It is none for another kernel, which counts eta in a unit of its own.
+        etas_of_run: whether a run's eta is a default at all. It is none for another kernel, which counts eta in a unit of its own,
+            nor if it changes over the run or over the steps.
     """
     config = run_of(model, lora)
     if config is None:
@@ -59,7 +60,8 @@ def choose_sampler(
             dtype or "float32",
         )
     sampling = config.sampling
-    trained = [sampling.eta] if etas_of_run and kernel in (None, sampling.kernel) else without_run
+    constant = isinstance(sampling.eta, float) and sampling.eta_schedule is None
+    trained = [sampling.eta] if etas_of_run and constant and kernel in (None, sampling.kernel) else without_run
     chosen = Sampler(
         kernel or sampling.kernel,
         etas or trained,

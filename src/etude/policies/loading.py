@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def load_policy(
     """Loads a model for sampling, and an exported adapter on top of it.
 
     Args:
-        model: embedded name, local diffusers directory, single safetensors file or hub id.
+        model: embedded name, local diffusers directory, single safetensors file or hub id; a leading `~` is the home, as in every path.
         lora: directory that a run exported its adapter to.
         dtype: `float32`, `bfloat16` or `float16`.
         device: default: a GPU where there is one.
@@ -54,7 +55,7 @@ def load_policy(
     """
     import diffusers
 
-    name = str(model)
+    name, pipeline_config = expanduser(model), pipeline_config and expanduser(pipeline_config)
     single = is_single_file(name)
     if pipeline_config is not None and not single:
         raise EtudeError(f"pipeline_config is for a single safetensors file, and model '{name}' is none: leave it out.")
@@ -81,7 +82,7 @@ def load_policy(
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     policy: Policy = adapter(pipeline, DTYPES[dtype], target, resolution, decode_batch_size, offload)
     if lora is not None:
-        _load_lora(policy, Path(lora))
+        _load_lora(policy, Path(lora).expanduser())
     return policy
 
 
