@@ -10,20 +10,21 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import httpx2
 import pytest
 import torch
-import urllib3
 from PIL import Image
 
 from etude.config import parse_config
 from etude.errors import EtudeError
-from etude.rewards import get, register, score
+from etude.rewards import WeightedRewards, get, register, score
 from etude.rewards.protocol import ScoreRequest, decode_images, encode_image
 from etude.rewards.remote import RemoteReward
 from etude.rewards.server import address, build_app, listen, make_server
@@ -122,8 +123,8 @@ def test_a_round_trip_gives_the_scores_of_the_reward_itself(checksum: str, batch
         remote = get(f"{url}/score#batch_size={batch_size},concurrency=3,retries=0")
         assert torch.equal(score("remote", remote, IMAGES, PROMPTS, metadata), expected)
         assert remote(IMAGES[:0], []).shape == (0,)
-        health = urllib3.request("GET", f"{url}/health")
-        assert (health.status, health.json()) == (200, {"status": "ok"})
+        health = httpx2.get(f"{url}/health", verify=False)
+        assert (health.status_code, health.json()) == (200, {"status": "ok"})
 
 
 def test_batches_are_under_way_together_and_their_scores_stay_in_order() -> None:
@@ -146,9 +147,36 @@ def test_the_token_opens_the_server_and_appears_in_no_message(checksum: str, mon
         with pytest.raises(EtudeError, match=r"status 401.*was refused") as caught:
             get(f"{url}/score#batch_size=7")(IMAGES, PROMPTS)
         assert TOKEN not in str(caught.value)
-        monkeypatch.setenv("ETUDE_REWARD_TOKEN_OTHER", TOKEN)
-        assert get(f"{url}/score#token_env=ETUDE_REWARD_TOKEN_OTHER")(IMAGES, PROMPTS).shape == (5,)
-        assert urllib3.request("GET", f"{url}/health").status == 200
+        monkeypatch.setenv(f"ETUDE_REWARD_TOKEN_127_0_0_1_{url.rpartition(':')[2]}", TOKEN)
+        assert get(f"{url}/score#batch_size=6")(IMAGES, PROMPTS).shape == (5,)
+        assert httpx2.get(f"{url}/health", verify=False).status_code == 200
+
+
+def test_a_token_goes_to_the_host_that_its_variable_names_and_the_usual_one_to_this_machine_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ETUDE_REWARD_TOKEN", "for-this-machine")
+    monkeypatch.setenv("ETUDE_REWARD_TOKEN_GPU__7_EXAMPLE_ORG", "for-gpu-7")
+    monkeypatch.setenv("ETUDE_REWARD_TOKEN_GPU__7_EXAMPLE_ORG_8001", "for-its-port")
+    sent = {
+        "http://127.0.0.1:8000/score": "for-this-machine",
+        "http://localhost/score": "for-this-machine",
+        "http://[::1]:8000/score": "for-this-machine",
+        "https://gpu-7.example.org/score": "for-gpu-7",
+        "https://GPU-7.Example.org:8000/score": "for-gpu-7",
+        "https://gpu-7.example.org:8001/score": "for-its-port",
+        "https://example.org/score": "",
+        "https://gpu.7.example.org/score": "",
+        "https://gpu-7.example.org.evil.test/score": "",
+        "https://127.0.0.1.evil.test/score": "",
+        "http://10.0.0.7/score": "",
+        "http://gpu_7_example_org/score": "",
+        "http://[2001:db8::7]/score": "",
+    }
+    for url, token in sent.items():
+        assert RemoteReward(url)._token == token, url
+    with pytest.raises(EtudeError, match=r"ETUDE_REWARD_TOKEN_EXAMPLE_ORG \(it is not set"):
+        RemoteReward("https://example.org/score")._scores(401, b"", 1)
 
 
 def test_a_server_that_repeats_the_token_does_not_get_it_into_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,11 +197,18 @@ def test_a_passing_failure_is_tried_again(status: int) -> None:
 
 def test_attempts_wait_twice_as_long_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
-    monkeypatch.setattr(threading.Event, "wait", lambda self, timeout=None: bool(waited.append(timeout)))
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    async def request(client: Any, method: str, body: bytes | None) -> tuple[int, bytes]:
+        return 503, b'{"error": "still loading"}'
+
+    monkeypatch.setattr("etude.rewards.remote.asyncio.sleep", sleep)
     reward = RemoteReward("http://127.0.0.1:9/score", retries=4, backoff=0.5)
-    monkeypatch.setattr(reward, "_request", lambda method, body: (503, b'{"error": "still loading"}'))
+    monkeypatch.setattr(reward, "_request", request)
     with pytest.raises(EtudeError, match=r"status 503 \(still loading\) after 5 attempts"):
-        reward._attempts("POST", b"", threading.Event())
+        reward(IMAGES, PROMPTS)
     assert waited == [0.5, 1.0, 2.0, 4.0]
 
 
@@ -225,13 +260,96 @@ def test_a_server_that_is_not_there_is_named_with_the_number_of_attempts() -> No
 def test_a_silent_server_and_one_that_hangs_up_are_no_answer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/score"
-        with pytest.raises(EtudeError, match=r"no answer \(.*[Tt]imed out.*\) after 1 attempt"):
+        with pytest.raises(EtudeError, match=r"no answer \(it took longer than 0\.05 s\) after 1 attempt"):
             RemoteReward(url, timeout=0.05, retries=0)(IMAGES, PROMPTS)
     with (
         scripted(lambda message, number: (200, {"Content-Length": "99", "Connection": "close"}, b"{")) as (url, _),
         pytest.raises(EtudeError, match="no answer"),
     ):
         RemoteReward(url, retries=0)(IMAGES, PROMPTS)
+
+
+@contextmanager
+def dripping(start: bytes, drop: bytes) -> Iterator[str]:
+    """A server that takes every connection, sends `start`, and then `drop` again and again, faster than any pause would count as silence."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        over = threading.Event()
+
+        def drip(connection: socket.socket) -> None:
+            with connection, suppress(OSError):
+                connection.sendall(start)
+                while not over.wait(0.01):
+                    connection.sendall(drop)
+
+        def take() -> None:
+            with suppress(OSError):
+                while True:
+                    threading.Thread(target=drip, args=(listening.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=take, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}/score"
+        finally:
+            over.set()
+            listening.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    ("start", "drop"),
+    [
+        (b"", b"H"),
+        (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99999\r\n\r\n{", b" "),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+    ],
+    ids=["status", "headers", "body", "chunks"],
+)
+def test_an_answer_that_drips_is_no_answer_when_its_time_is_over(start: bytes, drop: bytes) -> None:
+    with dripping(start, drop) as url:
+        began = time.monotonic()
+        with pytest.raises(EtudeError, match=r"no answer"):
+            RemoteReward(url, timeout=0.3, retries=1, backoff=0)(IMAGES, PROMPTS)
+        assert time.monotonic() - began < 5
+
+
+def test_the_first_failure_ends_the_requests_beside_it_at_once() -> None:
+    hanging = threading.Event()
+
+    def script(message: dict[str, Any], number: int) -> tuple[int, dict[str, str], bytes]:
+        if message["prompts"] == ["bad"]:
+            return 400, {}, b"no"
+        hanging.wait(30)
+        return ok([0.0])
+
+    with scripted(script) as (url, handler):
+        began = time.monotonic()
+        with pytest.raises(EtudeError, match="status 400"):
+            RemoteReward(url, batch_size=1, concurrency=3)(IMAGES, ["a", "b", "bad", "c", "d"])
+        assert time.monotonic() - began < 10
+        assert len(handler.seen) <= 4  # those that waited for a turn were never sent
+        hanging.set()
+
+
+def test_scores_are_under_way_while_the_caller_goes_on_and_cancelling_ends_them() -> None:
+    go_on = threading.Event()
+
+    def script(message: dict[str, Any], number: int) -> tuple[int, dict[str, str], bytes]:
+        go_on.wait(30)
+        return ok([float(len(p)) for p in message["prompts"]])
+
+    with scripted(script) as (url, _):
+        rewards = WeightedRewards({f"{url}#retries=0": 1.0, "jpeg_compressibility": 0.5})
+        scoring = rewards.start(IMAGES, PROMPTS)
+        assert not scoring.done()
+        with pytest.raises(EtudeError, match=rf"reward '{url}.*' has not finished after 0\.2 s"):
+            scoring.result(timeout=0.2)
+        assert scoring.futures[f"{url}#retries=0"].cancelled()
+        scoring = rewards.start(IMAGES, PROMPTS)
+        go_on.set()
+        started = scoring.result()
+        assert list(started) == list(rewards.weights)
+        for name, values in rewards(IMAGES, PROMPTS).items():
+            assert torch.equal(started[name], values)
 
 
 def test_load_is_content_with_any_answer() -> None:
@@ -251,8 +369,7 @@ def test_load_is_content_with_any_answer() -> None:
         ("http://host/score#timeout=nan", "timeout = nan"),
         ("http://host/score#concurrency=0", "concurrency = 0"),
         ("http://host/score#tiemout=3", "did you mean 'timeout'"),
-        ("http://host/score#token_env=HF_TOKEN", "must begin with ETUDE_REWARD_TOKEN"),
-        ("http://host/score#token_env=ETUDE_REWARD_TOKEN_ABSENT", "is not set"),
+        ("http://host/score#token_env=HF_TOKEN", "unknown option of a remote reward 'token_env'"),
     ],
 )
 def test_a_name_that_cannot_be_a_remote_reward_is_refused_before_anything_is_sent(name: str, words: str) -> None:
@@ -269,7 +386,7 @@ def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
 def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ETUDE_REWARD_TOKEN", "line\nbreak")
     with pytest.raises(EtudeError, match="ETUDE_REWARD_TOKEN holds a blank") as caught:
-        RemoteReward("http://host/score")
+        RemoteReward("http://127.0.0.1/score")
     assert "line\nbreak" not in str(caught.value)
 
 
@@ -317,18 +434,62 @@ BAD_REQUESTS = {
 def test_every_bad_request_gets_a_status_and_a_sentence_and_the_server_goes_on(checksum: str) -> None:
     with serving(checksum, max_pixels=1000) as url:
         for kind, (content, status, words) in BAD_REQUESTS.items():
-            answer = urllib3.request(
-                "POST", f"{url}/score", body=content, headers={"Content-Type": "application/json"}, retries=False
+            answer = httpx2.post(
+                f"{url}/score", content=content, headers={"Content-Type": "application/json"}, verify=False
             )
-            assert answer.status == status, kind
+            assert answer.status_code == status, kind
             assert words in answer.json()["error"], kind
         assert len(get(f"{url}/score")(IMAGES, PROMPTS)) == 5
 
 
 def test_a_page_in_a_browser_cannot_post_to_it(checksum: str) -> None:
     with serving(checksum) as url:
-        answer = urllib3.request("POST", f"{url}/score", body=body(), headers={"Content-Type": "text/plain"})
-        assert answer.status == 415
+        answer = httpx2.post(f"{url}/score", content=body(), headers={"Content-Type": "text/plain"})
+        assert answer.status_code == 415
+
+
+def test_a_server_on_loopback_answers_to_this_machines_names_only(checksum: str) -> None:
+    with serving(checksum) as url:
+        port = url.rpartition(":")[2]
+        names = {"127.0.0.1": 200, f"localhost:{port}": 200, f"[::1]:{port}": 200, "LOCALHOST": 200}
+        names |= {
+            "rebound.example": 421,
+            f"127.0.0.1.rebound.example:{port}": 421,
+            "": 421,
+            "[::2]": 421,
+            "10.0.0.7": 421,
+        }
+        for host, status in names.items():
+            headers = {"Host": host, "Content-Type": "application/json"}
+            assert httpx2.get(f"{url}/health", headers=headers, verify=False).status_code == status, host
+            assert httpx2.post(f"{url}/score", content=body(), headers=headers, verify=False).status_code == status, (
+                host
+            )
+    with serving(checksum, hosts=()) as url:  # beyond loopback, where a token is asked for
+        assert httpx2.get(f"{url}/health", headers={"Host": "gpu-7.example.org"}, verify=False).status_code == 200
+
+
+def test_requests_beyond_what_memory_is_meant_for_wait_unread_and_are_scored_later(
+    checksum: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("etude.rewards.server.MAX_BODIES", 1)
+    first, second = body(), body(prompts=["longer"])
+    head = "POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
+    with serving(checksum) as url:
+        at = ("127.0.0.1", int(url.rpartition(":")[2]))
+        with socket.create_connection(at, timeout=20) as slow, socket.create_connection(at, timeout=20) as whole:
+            slow.sendall(head.format(len(first)).encode() + first[:10])
+            assert (
+                httpx2.get(f"{url}/health", verify=False).status_code == 200
+            )  # a round trip: the slow one has its place by then
+            whole.sendall(head.format(len(second)).encode() + second)
+            whole.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                whole.recv(1)
+            whole.settimeout(20)
+            slow.sendall(first[10:])
+            assert slow.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            assert whole.recv(1 << 16).startswith(b"HTTP/1.1 200")
 
 
 CHUNK = b"10000\r\n" + b" " * (1 << 16) + b"\r\n"
@@ -342,7 +503,7 @@ CHUNK = b"10000\r\n" + b" " * (1 << 16) + b"\r\n"
 def test_a_request_is_refused_at_the_limit_whether_or_not_it_says_its_length(
     checksum: str, length: str, content: bytes
 ) -> None:
-    head = f"POST /score HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
+    head = f"POST /score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
     with serving(checksum, max_request_bytes=1 << 17) as url:
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=20) as sock:
             sock.sendall(head.encode() + content)  # and it never ends

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import ipaddress
+import os
+import re
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from torch import Tensor
 from etude.errors import EtudeError, brief
 
 TOKEN_VARIABLE = "ETUDE_REWARD_TOKEN"
-"""The environment variable that holds the bearer token on either side; other variables must begin with its name."""
+"""The environment variable with the bearer token of a server, and of those on the client's own machine."""
 
 Score = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -86,6 +89,43 @@ def explain(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's own."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def token_variables(host: str, port: int | None) -> list[str]:
+    """The environment variables in which a client looks for the token of the server at `host`, first to last.
+
+    `ETUDE_REWARD_TOKEN_` and the host in capitals, with `_` for each dot and `__` for each hyphen: gpu-7.example.org has
+    `ETUDE_REWARD_TOKEN_GPU__7_EXAMPLE_ORG`, and its port 8001 may have one of its own, the same with `_8001`. So whoever writes the
+    url in a recipe cannot have a token sent to a host for which it was not meant. Servers on this machine may also have
+    `ETUDE_REWARD_TOKEN`. Hosts of other letters (IPv6 addresses, underscores) have none.
+    """
+    names = [TOKEN_VARIABLE] if is_loopback(host) else []
+    if re.fullmatch(r"[A-Za-z0-9.-]+", host):
+        own = f"{TOKEN_VARIABLE}_{host.upper().replace('-', '__').replace('.', '_')}"
+        names = [own, *names]
+        if port is not None:
+            names = [f"{own}_{port}", *names]
+    return names
+
+
+def token_for(host: str, port: int | None) -> str:
+    """The token for that server, "" if none is set: of the first of `token_variables` that is.
+
+    Raises:
+        EtudeError: if no HTTP header can carry it.
+    """
+    for variable in token_variables(host, port):
+        if token := os.environ.get(variable, ""):
+            return check_token(token, variable)
+    return ""
 
 
 def check_token(token: str, variable: str) -> str:

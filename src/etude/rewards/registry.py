@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 class Reward(Protocol):
     """`reward(images, prompts, **metadata) -> scores`; larger is better.
 
-    A reward that needs time to get ready may have a method `load()`, which is called once before a run.
+    A reward may have further methods, which are called if they are there: `load()`, once before a run, to get ready;
+    `submit(images, prompts, **metadata)`, which returns a `concurrent.futures.Future` of the scores at once and is then called instead,
+    for those that wait for something else than this process; `offload()`, after each use under `memory.offload`, to leave the device.
     """
 
     def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:

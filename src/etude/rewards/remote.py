@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import os
 import re
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+import ssl
+from concurrent.futures import Future
 from typing import Any
 
+import httpx2
 import torch
-import urllib3
 from pydantic import ValidationError
 from torch import Tensor
-from urllib3.exceptions import HTTPError, LocationParseError
 
 from etude.errors import EtudeError, brief, unknown
-from etude.rewards.protocol import TOKEN_VARIABLE, ScoreAnswer, check_token, encode_image, explain
+from etude.rewards.background import in_event_loop
+from etude.rewards.protocol import ScoreAnswer, encode_image, explain, token_for, token_variables
 
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Answers that another attempt may mend."""
@@ -33,18 +33,18 @@ class RemoteReward:
     `{"scores": [n finite numbers]}`. `etude serve-reward` is a server.
 
     An attempt that finds no server, gets no answer in time or one of the statuses `RETRIED` is repeated after backoff, 2 backoff, 4 backoff, ...
-    seconds, without jitter. Every other mistake is an error at once. Redirects are not followed: the images, and the token, go to `url` alone.
+    seconds, without jitter. Every other mistake is an error at once, and ends the requests beside it. Redirects are not followed: the
+    images, and the token, go to `url` alone.
 
-    If the environment variable `token_env` is set, it is sent as `Authorization: Bearer`; nothing writes it anywhere.
+    The token that `etude.rewards.protocol.token_for` finds for the url's host is sent as `Authorization: Bearer`; nothing writes it anywhere.
 
     Args:
         url: `http://host:port/path` or `https://host/path`.
-        timeout: seconds for the answer to one attempt.
+        timeout: seconds for one attempt, from looking up the host to the last byte of the answer, however slowly it drips.
         batch_size: images per request.
-        concurrency: requests under way at a time.
+        concurrency: requests under way at a time, over all calls.
         retries: attempts after the first.
         backoff: seconds before the first retry.
-        token_env: the variable; its name begins with `ETUDE_REWARD_TOKEN`, so that no recipe can ask for another secret.
 
     Raises:
         EtudeError: a url or an option that cannot be used; when called, a server that fails.
@@ -59,7 +59,6 @@ class RemoteReward:
         concurrency: int = 4,
         retries: int = 4,
         backoff: float = 1.0,
-        token_env: str = "",
     ) -> None:
         for name, value, least in (
             ("timeout", timeout, 1e-3),
@@ -72,11 +71,12 @@ class RemoteReward:
                 raise EtudeError(
                     f"{name} = {value:g} of a remote reward must be a finite number of at least {least:g}."
                 )
-        _check_url(url)
+        self._address = _checked_url(url)
         self.url, self.timeout, self.batch_size = url, timeout, batch_size
         self.concurrency, self.retries, self.backoff = concurrency, retries, backoff
-        self._token = _token(token_env)
-        self._pool = urllib3.PoolManager(maxsize=concurrency, retries=False)
+        self._token = token_for(self._address.raw_host.decode("ascii"), self._address.port)
+        self._verify = self._address.scheme == "https" and ssl.create_default_context()
+        self._turns: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
     @classmethod
     def from_name(cls, name: str) -> RemoteReward:
@@ -111,49 +111,83 @@ class RemoteReward:
         Raises:
             EtudeError: if nothing does.
         """
-        self._attempts("GET", None, threading.Event(), every_status=True)
+        _wait(in_event_loop(self._greet()))
 
     def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
-        images, stop = images.cpu(), threading.Event()
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="remote-reward") as pool:
-            futures = []
+        return _wait(self.submit(images, prompts, **metadata))
+
+    def submit(self, images: Tensor, prompts: list[str], **metadata: Any) -> Future[Tensor]:
+        """Sends the requests and returns at once; the future has the scores, float32 `[n]`. Cancelling it ends the requests.
+
+        The images must not change until the scores are there.
+        """
+        return in_event_loop(self._all(images.cpu(), prompts, metadata))
+
+    async def _greet(self) -> None:
+        async with self._client() as client:
+            await self._attempts(client, "GET", None, every_status=True)
+
+    async def _all(self, images: Tensor, prompts: list[str], metadata: dict[str, Any]) -> Tensor:
+        async with self._client() as client:
+            tasks = []
             for start in range(0, len(prompts), self.batch_size):
                 batch = slice(start, start + self.batch_size)
                 columns = {name: values[batch] for name, values in metadata.items()}
-                futures.append(pool.submit(self._score, images[batch], prompts[batch], columns, stop))
+                tasks.append(asyncio.ensure_future(self._batch(client, images[batch], prompts[batch], columns)))
             try:
-                scores = [score for future in futures for score in future.result()]
-            except BaseException:
-                stop.set()  # nobody waits for the others any more
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return torch.tensor(scores, dtype=torch.float32)
+                rows = await asyncio.gather(*tasks)
+            finally:  # after a failure nobody waits for the others any more
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        return torch.tensor([score for row in rows for score in row], dtype=torch.float32)
 
-    def _score(
-        self, images: Tensor, prompts: list[str], metadata: dict[str, Any], stop: threading.Event
+    async def _batch(
+        self, client: httpx2.AsyncClient, images: Tensor, prompts: list[str], metadata: dict[str, Any]
     ) -> list[float]:
+        async with self._turn():
+            body = await asyncio.to_thread(self._body, images, prompts, metadata)
+            status, answer = await self._attempts(client, "POST", body)
+        return self._scores(status, answer, len(prompts))
+
+    def _turn(self) -> asyncio.Semaphore:
+        loop = asyncio.get_running_loop()
+        if self._turns is None or self._turns[0] is not loop:
+            self._turns = loop, asyncio.Semaphore(self.concurrency)
+        return self._turns[1]
+
+    def _body(self, images: Tensor, prompts: list[str], metadata: dict[str, Any]) -> bytes:
         message = {"images": [encode_image(image) for image in images], "prompts": prompts, "metadata": metadata}
         try:
-            body = json.dumps(message, allow_nan=False).encode()
+            return json.dumps(message, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise EtudeError(
                 f"the prompts' metadata cannot be sent to {self.url} as JSON: {brief(error, 80)}."
             ) from None
-        status, answer = self._attempts("POST", body, stop)
-        return self._scores(status, answer, len(prompts))
 
-    def _attempts(
-        self, method: str, body: bytes | None, stop: threading.Event, every_status: bool = False
+    def _client(self) -> httpx2.AsyncClient:
+        """One for each call: no connection waits idle between two iterations, to be found closed by the second."""
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        # Each attempt has a deadline as a whole. Neither proxies nor credentials are taken from the environment.
+        return httpx2.AsyncClient(headers=headers, verify=self._verify, timeout=None, trust_env=False)
+
+    async def _attempts(
+        self, client: httpx2.AsyncClient, method: str, body: bytes | None, every_status: bool = False
     ) -> tuple[int, bytes]:
         """Status and body of the first answer that no other attempt could mend."""
         problem = ""
         for attempt in range(self.retries + 1):
-            if attempt and stop.wait(self.backoff * 2 ** (attempt - 1)):
-                break
+            if attempt:
+                await asyncio.sleep(self.backoff * 2 ** (attempt - 1))
             try:
-                status, answer = self._request(method, body)
-            except (HTTPError, OSError) as error:
-                problem = f"no answer ({brief(error, 150)})"
+                status, answer = await asyncio.wait_for(self._request(client, method, body), self.timeout)
+            except asyncio.TimeoutError:
+                problem = f"no answer (it took longer than {self.timeout:g} s)"
+                continue
+            except (httpx2.HTTPError, OSError) as error:
+                problem = f"no answer ({_reason(error)})"
                 continue
             if every_status or status not in RETRIED:
                 return status, answer
@@ -161,41 +195,17 @@ class RemoteReward:
         count = f"{self.retries + 1} attempts" if self.retries else "1 attempt"
         raise EtudeError(f"{self.url}: {problem} after {count}: check that the server runs and is reachable.")
 
-    def _request(self, method: str, body: bytes | None) -> tuple[int, bytes]:
-        deadline = time.monotonic() + self.timeout
-        headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": "application/json"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        response = self._pool.request(
-            method,
-            self.url,
-            body=body,
-            headers=headers,
-            redirect=False,
-            preload_content=False,
-            timeout=urllib3.Timeout(connect=min(10.0, self.timeout), read=self.timeout),
-        )
-        try:
-            answer = self._read(response, deadline)
-        except BaseException:
-            response.close()
-            raise
-        response.release_conn()
-        return response.status, answer
-
-    def _read(self, response: urllib3.BaseHTTPResponse, deadline: float) -> bytes:
-        """The body, of at most so many bytes and so many seconds, however slowly it drips."""
-        answer = bytearray()
-        while chunk := response.read1(1 << 16, decode_content=False):
-            answer += chunk
-            if len(answer) > _LARGEST_ANSWER:
-                raise EtudeError(
-                    f"{self.url}: status {response.status} with more than {_LARGEST_ANSWER} bytes; "
-                    'expected 200 and {"scores": [one number per image]}.'
-                )
-            if time.monotonic() > deadline:
-                raise TimeoutError("it is still coming")
-        return bytes(answer)
+    async def _request(self, client: httpx2.AsyncClient, method: str, body: bytes | None) -> tuple[int, bytes]:
+        async with client.stream(method, self._address, content=body, follow_redirects=False) as response:
+            answer = bytearray()
+            async for chunk in response.aiter_raw():
+                answer += chunk
+                if len(answer) > _LARGEST_ANSWER:
+                    raise EtudeError(
+                        f"{self.url}: status {response.status_code} with more than {_LARGEST_ANSWER} bytes; "
+                        'expected 200 and {"scores": [one number per image]}.'
+                    )
+            return response.status_code, bytes(answer)
 
     def _scores(self, status: int, answer: bytes, count: int) -> list[float]:
         expected = f'expected 200 and {{"scores": [{count} finite numbers]}}'
@@ -204,10 +214,7 @@ class RemoteReward:
                 f"{self.url}: status {status}, a redirect, which is not followed: give the url it leads to."
             )
         if status in {401, 403}:
-            raise EtudeError(
-                f"{self.url}: status {status}{self._said(answer)}: set the server's token in the environment variable "
-                f"{TOKEN_VARIABLE} (it {'was refused' if self._token else 'is not set'})."
-            )
+            raise EtudeError(f"{self.url}: status {status}{self._said(answer)}: {self._token_remedy()}.")
         if status != 200:
             raise EtudeError(f"{self.url}: status {status}{self._said(answer)}; {expected}.")
         try:
@@ -219,6 +226,13 @@ class RemoteReward:
         if not torch.tensor(scores, dtype=torch.float32).isfinite().all():
             raise EtudeError(f"{self.url}: status 200 with a score beyond float32; {expected}.")
         return scores
+
+    def _token_remedy(self) -> str:
+        variables = token_variables(self._address.raw_host.decode("ascii"), None)
+        if not variables:
+            return "tokens are sent to hosts of letters, digits, hyphens and dots only: give it such a name"
+        state = "was refused" if self._token else "is not set"
+        return f"set the server's token in the environment variable {variables[-1]} (it {state})"
 
     def _said(self, answer: bytes) -> str:
         """The server's own words on an error, if it has any: its field `error` or `detail`, else the beginning of its text."""
@@ -236,28 +250,37 @@ class RemoteReward:
         return text.replace(self._token, "***") if self._token else text
 
 
-def _check_url(url: str) -> None:
+def _wait(future: Future[Any]) -> Any:
     try:
-        parts = urllib3.util.parse_url(url)
-    except LocationParseError:
+        return future.result()
+    except BaseException:  # Ctrl-C here must end the requests there
+        future.cancel()
+        raise
+
+
+def _checked_url(url: str) -> httpx2.URL:
+    try:
+        parts = httpx2.URL(url)
+    except httpx2.InvalidURL:
         raise EtudeError(f"remote reward '{url}' is no url: give http://host:port/path.") from None
-    if parts.auth is not None:  # it would be written to config.yaml
+    host = parts.raw_host.decode("ascii")
+    if parts.userinfo:  # it would be written to config.yaml
         raise EtudeError(
-            f"the url of the remote reward at '{parts.host}' holds a user name or password: leave it out, "
-            f"and set a token in the environment variable {TOKEN_VARIABLE}."
+            f"the url of the remote reward at '{host}' holds a user name or password: leave it out, "
+            f"and set a token in an environment variable ({', '.join(token_variables(host, None)[-1:])})."
         )
-    if parts.scheme not in {"http", "https"} or not parts.host:
+    if parts.scheme not in {"http", "https"} or not host:
         raise EtudeError(f"remote reward '{url}' names no host: give http://host:port/path.")
+    if parts.port is not None and not 0 < parts.port < 1 << 16:
+        raise EtudeError(f"remote reward '{url}' is no url: there is no port {parts.port}.")
+    return parts
 
 
-def _token(variable: str) -> str:
-    """The token of that variable; without a name, of the usual one if it is set."""
-    if variable and not variable.startswith(TOKEN_VARIABLE):
-        raise EtudeError(
-            f"token_env = '{variable}' of a remote reward: the variable's name must begin with {TOKEN_VARIABLE}, "
-            "so that no recipe can send another secret of yours."
-        )
-    token = os.environ.get(variable or TOKEN_VARIABLE, "")
-    if variable and not token:
-        raise EtudeError(f"token_env = '{variable}' of a remote reward: that environment variable is not set.")
-    return check_token(token, variable or TOKEN_VARIABLE)
+def _reason(error: BaseException) -> str:
+    """What the operating system said, which is at the bottom of the library's errors, else what they say."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
+        cause = cause.__cause__ or cause.__context__
+    return brief(error, 150) or type(error).__name__

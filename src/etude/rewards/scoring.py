@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from etude.errors import EtudeError, brief
+from etude.rewards.background import InTurn
 from etude.rewards.registry import Reward, get
 
 if TYPE_CHECKING:
@@ -38,35 +42,10 @@ def score(
             chained); if it returns anything but a floating tensor [n]; or if a score is NaN or infinite in float32 (the
             sample and its prompt are named).
     """
-    import torch
-
     _check_images(images, prompts)
-    try:
-        with torch.no_grad():
-            scores = reward(images, prompts, **(metadata or {}))
-    except Exception as error:  # a reward is the user's code: whatever it raises has to say which reward it was
-        raise EtudeError(
-            f"reward '{name}' failed on {_batch(offset, prompts)}: {type(error).__name__}: {brief(error)}"
-        ) from error
-    if not isinstance(scores, torch.Tensor):
-        raise EtudeError(
-            f"reward '{name}' returned {type(scores).__name__}; "
-            f"it must return a float32 tensor of shape [{len(prompts)}]."
-        )
-    if scores.shape != (len(prompts),) or not scores.is_floating_point():
-        raise EtudeError(
-            f"reward '{name}' returned a tensor of shape {list(scores.shape)} and {scores.dtype} "
-            f"for {_batch(offset, prompts)}; it must return one float32 score per image, shape [{len(prompts)}]."
-        )
-    scores = scores.detach().to("cpu", torch.float32, copy=True)
-    bad = (~scores.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        more = f" ({len(bad)} of {len(prompts)} scores are not finite)" if len(bad) > 1 else ""
-        raise EtudeError(
-            f"reward '{name}' returned {scores[bad[0]].item()} for sample {offset + bad[0]}, "
-            f"prompt {prompts[bad[0]]!r}{more}; every score must be a finite number."
-        )
-    return scores
+    with _named(name, prompts, offset):
+        scores = _call(reward, images, prompts, metadata)
+    return _checked(name, scores, prompts, offset)
 
 
 def score_all(
@@ -80,6 +59,53 @@ def score_all(
     return {name: score(name, get(name), images, prompts, metadata) for name in rewards}
 
 
+class Scoring:
+    """Scores that are under way: what `WeightedRewards.start` returns.
+
+    Attributes:
+        futures: by the reward's name, what it will have returned.
+    """
+
+    def __init__(self, futures: dict[str, Any], prompts: list[str]) -> None:
+        self.futures: dict[str, Future[Any]] = futures
+        self._prompts = prompts
+
+    def done(self) -> bool:
+        """Whether `result` would return, or raise, at once."""
+        return all(future.done() for future in self.futures.values())
+
+    def cancel(self) -> None:
+        """Ends the requests that are under way, and what has not begun; a local reward that has begun runs to its end unheard."""
+        for future in self.futures.values():
+            if future is not None:
+                future.cancel()
+
+    def result(self, timeout: float | None = None) -> dict[str, Tensor]:
+        """Waits for the scores, by the reward's name float32 [n] on the CPU, checked as by `score`.
+
+        The first reward that fails ends the waiting, and the requests of the others. A remote reward ends by its own time-outs.
+
+        Args:
+            timeout: seconds after which it is an error; None waits for as long as it takes.
+
+        Raises:
+            EtudeError: naming the reward that failed, returned what it should not, or did not end in time.
+        """
+        try:
+            finished = wait(self.futures.values(), timeout, FIRST_EXCEPTION).done
+            scores = {}
+            for name, future in sorted(self.futures.items(), key=lambda item: item[1] not in finished):
+                if future not in finished:
+                    raise EtudeError(f"reward '{name}' has not finished after {timeout:g} s.")
+                with _named(name, self._prompts, 0):
+                    found = future.result()
+                scores[name] = _checked(name, found, self._prompts, 0)
+        except BaseException:
+            self.cancel()
+            raise
+        return {name: scores[name] for name in self.futures}
+
+
 class WeightedRewards:
     """Several rewards with their weights, scored apart and summed only when asked.
 
@@ -89,16 +115,18 @@ class WeightedRewards:
     Args:
         weights: reward name (or import path) to weight, at least one.
         held_out: names that are measured in evaluation and never trained on.
+        offload: rewards with a method `offload` get it called after each use: their networks wait on the CPU.
 
     Raises:
         EtudeError: if a name is unknown or there is no weight.
     """
 
-    def __init__(self, weights: Mapping[str, float], held_out: Iterable[str] = ()) -> None:
+    def __init__(self, weights: Mapping[str, float], held_out: Iterable[str] = (), *, offload: bool = False) -> None:
         if not weights:
             raise EtudeError("there is no reward to train on: give at least one name with its weight.")
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self.held_out = tuple(name for name in dict.fromkeys(held_out) if name not in self.weights)
+        self.offload, self._turns = offload, InTurn()
         for name in (*self.weights, *self.held_out):
             get(name)  # an unknown name is an error now, not after the first rollout
 
@@ -120,17 +148,81 @@ class WeightedRewards:
     def __call__(
         self, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:
-        """Scores of the trained rewards, each float32 [n]."""
-        return score_all(self.weights, images, prompts, metadata)
+        """Scores of the trained rewards, each float32 [n]. Remote rewards are asked first, and the others computed meanwhile."""
+        return self._begin(self.weights, images, prompts, metadata, here=True).result()
+
+    def start(
+        self, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None = None, *, held_out: bool = False
+    ) -> Scoring:
+        """Begins to score and returns at once: rewards with a method `submit` score by themselves, the others on a thread.
+
+        That thread takes its calls, also those of later starts, one after the other in their order, so no two local rewards run side by
+        side. Neither the images nor the metadata may change until the scores are there.
+
+        Args:
+            images: uint8 [n, 3, h, w].
+            prompts: n texts.
+            metadata: by name, a list of n entries.
+            held_out: measure the held-out rewards too.
+
+        Raises:
+            EtudeError: if images and prompts do not match; anything else is raised by `Scoring.result`.
+        """
+        names = (*self.weights, *(self.held_out if held_out else ()))
+        return self._begin(names, images, prompts, metadata, here=False)
 
     def evaluate(
         self, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:
         """Scores of trained and held-out rewards, float32 [n]; with several trained ones also their `weighted_sum`."""
-        scores = score_all((*self.weights, *self.held_out), images, prompts, metadata)
+        scores = self._begin((*self.weights, *self.held_out), images, prompts, metadata, here=True).result()
         if len(self.weights) > 1:
             scores[WEIGHTED_SUM] = self.combine(scores)
         return scores
+
+    def _begin(
+        self,
+        names: Iterable[str],
+        images: Tensor,
+        prompts: list[str],
+        metadata: Mapping[str, Any] | None,
+        here: bool,
+    ) -> Scoring:
+        """Starts the rewards that score by themselves, then computes the others: here and now, or on the thread."""
+        _check_images(images, prompts)
+        scoring = Scoring(dict.fromkeys(names), prompts)
+        try:
+            local = [name for name in scoring.futures if not self._submit(name, scoring, images, prompts, metadata)]
+            for name in local:
+                work = partial(self._compute, name, images, prompts, metadata)
+                scoring.futures[name] = _done(work) if here else self._turns.submit(work)
+        except BaseException:
+            scoring.cancel()
+            raise
+        return scoring
+
+    def _submit(
+        self,
+        name: str,
+        scoring: Scoring,
+        images: Tensor,
+        prompts: list[str],
+        metadata: Mapping[str, Any] | None,
+    ) -> bool:
+        submit = getattr(get(name), "submit", None)
+        if submit is not None:
+            with _named(name, prompts, 0):
+                scoring.futures[name] = submit(images, prompts, **(metadata or {}))
+        return submit is not None
+
+    def _compute(self, name: str, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None) -> Tensor:
+        reward = get(name)
+        with _named(name, prompts, 0):
+            try:
+                return _call(reward, images, prompts, metadata)
+            finally:
+                if self.offload and hasattr(reward, "offload"):
+                    reward.offload()
 
     def combine(self, values: Mapping[str, Tensor]) -> Tensor:
         """sum_k weight_k values_k over the trained rewards: raw scores or normalised advantages, any shape."""
@@ -139,6 +231,62 @@ class WeightedRewards:
         for term in terms[1:]:
             total = total + term
         return total
+
+
+def _call(reward: Reward, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return reward(images, prompts, **(metadata or {}))
+
+
+def _done(work: Callable[[], Any]) -> Future[Any]:
+    """A future that has the result already; what `work` raises is raised here."""
+    future: Future[Any] = Future()
+    future.set_result(work())
+    return future
+
+
+@contextmanager
+def _named(name: str, prompts: list[str], offset: int) -> Iterator[None]:
+    """Whatever a reward, which is the user's code, raises has to say which reward it was, once."""
+    try:
+        yield
+    except _RewardError:
+        raise
+    except Exception as error:
+        raise _RewardError(
+            f"reward '{name}' failed on {_batch(offset, prompts)}: {type(error).__name__}: {brief(error)}"
+        ) from error
+
+
+class _RewardError(EtudeError):
+    """A reward's own failure, named already."""
+
+
+def _checked(name: str, scores: Any, prompts: list[str], offset: int) -> Tensor:
+    """What a reward returned, as float32 [n] on the CPU."""
+    import torch
+
+    if not isinstance(scores, torch.Tensor):
+        raise EtudeError(
+            f"reward '{name}' returned {type(scores).__name__}; "
+            f"it must return a float32 tensor of shape [{len(prompts)}]."
+        )
+    if scores.shape != (len(prompts),) or not scores.is_floating_point():
+        raise EtudeError(
+            f"reward '{name}' returned a tensor of shape {list(scores.shape)} and {scores.dtype} "
+            f"for {_batch(offset, prompts)}; it must return one float32 score per image, shape [{len(prompts)}]."
+        )
+    scores = scores.detach().to("cpu", torch.float32, copy=True)
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        more = f" ({len(bad)} of {len(prompts)} scores are not finite)" if len(bad) > 1 else ""
+        raise EtudeError(
+            f"reward '{name}' returned {scores[bad[0]].item()} for sample {offset + bad[0]}, "
+            f"prompt {prompts[bad[0]]!r}{more}; every score must be a finite number."
+        )
+    return scores
 
 
 def _check_images(images: Tensor, prompts: list[str]) -> None:

@@ -1,19 +1,20 @@
 """`etude serve-reward`: any reward behind `POST /score`, for trainers on other machines (`etude.rewards.remote`).
 
 Small on purpose: one reward, one batch at a time, JSON. It listens on loopback unless told otherwise, and then asks for a token. Nothing
-that a client sends is unpacked before its size is known.
+that a client sends is unpacked before its size is known, and at most `MAX_BODIES` requests are held in memory: the others wait unread.
 """
 
 from __future__ import annotations
 
 import hmac
-import ipaddress
 import os
 import socket
+from collections.abc import Collection
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from etude.errors import EtudeError
+from etude.rewards.protocol import is_loopback
 from etude.rewards.registry import get
 
 if TYPE_CHECKING:
@@ -26,8 +27,12 @@ MAX_REQUEST_BYTES = 64 << 20
 MAX_PIXELS = 1 << 26
 """Of all images of a request: 64 of 1024 x 1024, 192 MiB unpacked."""
 
+MAX_BODIES = 4
+"""Requests that are read, or wait for their turn, at a time; of any other no more than its beginning is in memory."""
+
 _READ_SECONDS = 60  # for the body of a request
 _MAX_CONNECTIONS = 64
+_LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class _RefusedError(Exception):
@@ -39,7 +44,12 @@ class _RefusedError(Exception):
 
 
 def build_app(
-    name: str, token: str = "", *, max_request_bytes: int = MAX_REQUEST_BYTES, max_pixels: int = MAX_PIXELS
+    name: str,
+    token: str = "",
+    *,
+    max_request_bytes: int = MAX_REQUEST_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    hosts: Collection[str] = _LOOPBACK_HOSTS,
 ) -> Starlette:
     """The ASGI application: `POST /score` and `GET /health`.
 
@@ -48,6 +58,8 @@ def build_app(
         token: what `Authorization: Bearer` must hold to get scores; "" asks for none.
         max_request_bytes: a longer request is refused while it arrives.
         max_pixels: of all images of one request.
+        hosts: names without a port that the header `Host` may give; empty: any. The default is for a server on loopback: a page in a
+            browser on this machine reaches it under a name of the page's own, which its owner has pointed at 127.0.0.1.
 
     Raises:
         EtudeError: if the reward cannot be built, or the extra `serve` is not installed.
@@ -61,12 +73,17 @@ def build_app(
 
     async def score(request: Request) -> JSONResponse:
         try:
+            _check_host(request, hosts)
             return JSONResponse({"scores": await scorer.answer(request)})
         except _RefusedError as refused:
             headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
             return JSONResponse({"error": str(refused)}, refused.status, headers)
 
     async def health(request: Request) -> JSONResponse:
+        try:
+            _check_host(request, hosts)
+        except _RefusedError as refused:
+            return JSONResponse({"error": str(refused)}, refused.status)
         return JSONResponse({"status": "ok"})
 
     return Starlette(routes=[Route("/score", score, methods=["POST"]), Route("/health", health)])
@@ -78,7 +95,7 @@ def listen(host: str, port: int, token: str = "", insecure: bool = False) -> soc
     Raises:
         EtudeError: a host beyond this machine without a token (unless `insecure`), or an address that cannot be had.
     """
-    if not (token or insecure or _is_loopback(host)):
+    if not (token or insecure or is_loopback(host)):
         raise EtudeError(
             f"--host {host} lets other machines in, and there is no token: set one in the environment variable "
             "ETUDE_REWARD_TOKEN (or name another by --token-env), or give --insecure."
@@ -141,7 +158,8 @@ def prepare(
     _check_installed()
     sock = listen(host, port, token, insecure)
     try:
-        return make_server(build_app(name, token, max_request_bytes=max_request_bytes)), sock
+        hosts = {host.lower(), *_LOOPBACK_HOSTS} if is_loopback(host) else ()
+        return make_server(build_app(name, token, max_request_bytes=max_request_bytes, hosts=hosts)), sock
     except BaseException:
         sock.close()
         raise
@@ -155,15 +173,17 @@ class _Scorer:
         if hasattr(self.reward, "load"):
             self.reward.load()
         self.token, self.max_request_bytes, self.max_pixels = token.encode(), max_request_bytes, max_pixels
-        self.turn = anyio.Lock()  # a network scores one batch at a time, so that memory is bounded
+        # memory is bounded: so many bodies, and one batch at a time
+        self.bodies, self.turn = anyio.Semaphore(MAX_BODIES), anyio.Lock()
 
     async def answer(self, request: Request) -> list[float]:
         from starlette.concurrency import run_in_threadpool
 
         self._authorise(request)
-        body = await self._body(request)
-        async with self.turn:
-            return await run_in_threadpool(self._score, body)
+        async with self.bodies:
+            body = await self._body(request)
+            async with self.turn:
+                return await run_in_threadpool(self._score, body)
 
     def _authorise(self, request: Request) -> None:
         kind, _, given = request.headers.get("authorization", "").partition(" ")
@@ -218,14 +238,18 @@ class _Scorer:
         return scores
 
 
+def _check_host(request: Request, hosts: Collection[str]) -> None:
+    """Refuses a name under which the server is not meant to be reached (DNS rebinding)."""
+    given = request.headers.get("host", "").lower()
+    name = given.removeprefix("[").partition("]")[0] if given.startswith("[") else given.partition(":")[0]
+    if hosts and name not in hosts:
+        raise _RefusedError(
+            421,
+            "this server answers to the name of this machine only: use 127.0.0.1 or localhost, or serve with --host",
+        )
+
+
 def _check_installed() -> None:
     for module in ("starlette", "uvicorn"):
         if find_spec(module) is None:
             raise EtudeError(f"a reward server needs {module}: pip install 'etude[serve]'.")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
