@@ -34,12 +34,15 @@ __all__ = [
     "WindowConfig",
     "describe_fields",
     "difference",
+    "explain",
     "leaves",
     "load_config",
     "parse_config",
     "parse_rewards",
+    "read_tree",
     "recipe_names",
     "recipe_text",
+    "set_key",
 ]
 
 
@@ -58,7 +61,7 @@ def load_config(
     Raises:
         EtudeError: naming the key, the value and the remedy.
     """
-    tree, place = _read_tree(source)
+    tree = read_tree(source)
     if rewards:
         tree["rewards"] = dict(rewards)
         evaluation = tree.get("evaluation")
@@ -66,7 +69,7 @@ def load_config(
             evaluation["held_out_rewards"] = [name for name in evaluation["held_out_rewards"] if name not in rewards]
     for item in overrides or []:
         _apply_override(tree, item)
-    return parse_config(tree, place)
+    return parse_config(tree, f"'{source}'")
 
 
 def parse_rewards(items: list[str]) -> dict[str, float]:
@@ -89,7 +92,7 @@ def parse_config(tree: dict[str, Any], place: str = "configuration") -> TrainCon
     try:
         return TrainConfig.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, place) from None
+        raise explain(error, place) from None
 
 
 def recipe_names() -> list[str]:
@@ -108,8 +111,13 @@ def _recipes() -> Any:
     return resources.files("etude") / "recipes"
 
 
-def _read_tree(source: str) -> tuple[dict[str, Any], str]:
-    path = Path(source)
+def read_tree(source: str) -> dict[str, Any]:
+    """The plain values of a built-in recipe or a YAML file, not yet validated.
+
+    Raises:
+        EtudeError: there is no such recipe or file, or it holds no mapping.
+    """
+    path = Path(source).expanduser()
     if source not in recipe_names() and (path.suffix in {".yaml", ".yml"} or path.exists()):
         if not path.is_file():
             problem = "is a directory" if path.is_dir() else "does not exist"
@@ -128,7 +136,7 @@ def _read_tree(source: str) -> tuple[dict[str, Any], str]:
         raise EtudeError(f"'{source}' is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
         raise EtudeError(f"'{source}' must hold a mapping of configuration keys, not {type(tree).__name__}.")
-    return tree, f"'{source}'"
+    return tree
 
 
 def _apply_override(tree: dict[str, Any], item: str) -> None:
@@ -140,14 +148,22 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise EtudeError(f"--set {item}: '{text}' is not a YAML value; quote it.") from None
-    value = _number_like(value)
+    set_key(tree, key, _number_like(value), f"--set {item}")
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
+    """Puts a value under a dotted key; sections that are missing are made, and `clip_range` and `clip_nats` replace one another.
+
+    Raises:
+        EtudeError: a part of the key is no section; `place` comes first in the message.
+    """
     *parents, leaf = _split_key(key)
     for name in parents:
         if tree.get(name) is None:
             tree[name] = {}
         child = tree[name]
         if not isinstance(child, dict):
-            raise EtudeError(f"--set {item}: '{name}' is a value, not a section.")
+            raise EtudeError(f"{place}: '{name}' is a value, not a section.")
         tree = child
     if leaf == "clip_nats" and value is not None:
         tree["clip_range"] = None
@@ -174,40 +190,42 @@ def _number_like(value: Any) -> Any:
     return value
 
 
-def _explain(error: ValidationError, place: str) -> EtudeError:
+def explain(error: ValidationError, place: str, model: type[Section] = TrainConfig) -> EtudeError:
+    """The first of pydantic's errors in one sentence: the place, the key, the value and what it must be."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
     others = error.error_count() - 1
     where = f"{place} (and {others} more error{'s' if others > 1 else ''} there)" if others else place
     if first["type"] == "extra_forbidden":
-        return EtudeError(f"{where}: {_unknown_key(location)}")
+        return EtudeError(f"{where}: {_unknown_key(location, model)}")
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     at = f"{key} = {first['input']!r}" if key and not isinstance(first["input"], dict) else key
     return EtudeError(f"{where}: {at + ': ' if at else ''}{message}.")
 
 
-def _unknown_key(location: list[str]) -> str:
+def _unknown_key(location: list[str], model: type[Section]) -> str:
     """Says which key is meant: the one of that name in another section, else the nearest in this one."""
     asked, section = ".".join(location), location[:-1]
-    siblings = [".".join([*section, name]) for name in _keys(section)]
-    everywhere = [key for key, _, _ in describe_fields()]
+    siblings = [".".join([*section, name]) for name in _keys(section, model)]
+    everywhere = [key for key, _, _ in describe_fields(model)]
     near = [key for key in everywhere if key.rpartition(".")[2] == location[-1]]
     near = near or difflib.get_close_matches(asked, siblings, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"unknown key '{asked}': {hint}the keys there are {', '.join(siblings)}."
 
 
-def _keys(section: list[str]) -> list[str]:
-    model: Any = TrainConfig
-    for name in section:
-        model = _section(model.model_fields[name].annotation)
+def _keys(location: list[str], model: type[Section]) -> list[str]:
+    """Names in the section at that place; the parts that are places in a list are passed over."""
+    for name in location:
+        if name in model.model_fields:
+            model = _section(model.model_fields[name].annotation) or model
     return list(model.model_fields)
 
 
 def _section(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, be it optional, or None for a plain value."""
+    """The section that a field holds, be it optional or in a list, or None for a plain value."""
     candidates = get_args(annotation) or (annotation,)
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
@@ -235,9 +253,9 @@ def difference(old: TrainConfig, new: TrainConfig) -> tuple[str, Any, Any] | Non
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value), the same keys for every configuration: what differs in its keys, by reward or the window, is one value."""
+    """(dotted key, value), the same keys for every configuration: what may be a section or null, or goes by reward, is one value."""
     for key, value in tree.items():
-        if isinstance(value, dict) and key != "window" and f"{prefix}{key}" not in _BY_REWARD:
+        if isinstance(value, dict) and key not in {"window", "eta_schedule"} and f"{prefix}{key}" not in _BY_REWARD:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

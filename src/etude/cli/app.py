@@ -17,6 +17,7 @@ from etude.cli.gap import gap
 from etude.cli.runs import prepare_run
 from etude.cli.sample import sample
 from etude.cli.serving import serve_reward
+from etude.cli.study import study
 from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.errors import EtudeError
 
@@ -196,6 +197,7 @@ def models(debug: Debug = False) -> None:
 
 
 app.command("serve-reward")(serve_reward)
+app.command()(study)
 
 
 @app.command(

@@ -1,0 +1,79 @@
+"""`etude study`: a grid of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from etude.cli.errors import Debug
+from etude.cli.waiting import heavy_imports, quiet_libraries
+from etude.errors import EtudeError
+
+if TYPE_CHECKING:
+    from etude.study.spec import Cell
+    from etude.study.state import StudyDirectory
+
+
+def study(
+    file: Annotated[Path, typer.Argument(help="YAML file of the study.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the study. Default: `runs/<name of the file>`.", show_default=False),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="Only cells whose name holds this; * and ? are wildcards.")
+    ] = None,
+    launcher: Annotated[
+        str | None,
+        typer.Option(help='Train each cell in processes of its own, for example with "accelerate launch".'),
+    ] = None,
+    list_cells: Annotated[bool, typer.Option("--list", help="Print the cells and how far they are; run none.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run a grid of training runs, and compare them with intervals, tables, figures and a page.
+
+    Each cell is an ordinary run directory under DIR/cells. A study that was stopped goes on when the same command is given
+    again; a cell that failed is tried again and keeps no other from running. Several processes may be given the same command
+    at once: each takes cells that no other has.
+
+    Example: `etude study studies/eta/study.yaml --out runs/eta`
+    """
+    from etude.study.spec import load_study
+
+    loaded = load_study(file)
+    with heavy_imports():
+        quiet_libraries()
+        from etude.study.runner import run_study, select
+        from etude.study.state import StudyDirectory
+    directory = StudyDirectory(out or Path("runs", file.parent.name if file.stem == "study" else file.stem))
+    if directory.root.exists() and not directory.root.is_dir():
+        raise EtudeError(f"--out '{directory.root}' is a file; give a directory.")
+    cells = select(loaded, only)
+    if list_cells:
+        _print_cells(cells, directory)
+        return
+    failures = run_study(loaded, cells, directory, launcher, quiet)
+    if failures:
+        names = ", ".join(f"'{name}'" for name in list(failures)[:3]) + (", ..." if len(failures) > 3 else "")
+        raise EtudeError(
+            f"{len(failures)} of {len(cells)} cells failed ({names}): '{directory.root / 'failures'}' says why, and the same "
+            "command tries them again."
+        )
+
+
+def _print_cells(cells: list[Cell], directory: StudyDirectory) -> None:
+    from rich.table import Table
+
+    from etude.study.display import clock
+    from etude.training.display import make_console
+
+    table = Table("cell", "grid", "state", "iterations", "time", box=None)
+    for cell in cells:
+        found = directory.progress(cell)
+        state = f"{found.state}: {found.failure}" if found.failure else found.state
+        time = clock(found.seconds) if found.seconds else ""
+        table.add_row(cell.slug, cell.grid, state, f"{found.iteration}/{cell.config.iterations}", time)
+    make_console().print(table)
