@@ -48,6 +48,7 @@ class Policy(ABC):
         scheduler_config: of the pipeline's own scheduler.
         latent_shape: of one sample: `[c, h, w]`, or `[tokens, c]` where the network takes packed latents.
         device: where the networks live.
+        shift: of a flow model's levels, where it is not the published pipeline's own; already part of `path`.
     """
 
     network: nn.Module
@@ -55,6 +56,7 @@ class Policy(ABC):
     scheduler_config: Mapping[str, Any]
     latent_shape: tuple[int, ...]
     device: torch.device
+    shift: float | None = None
 
     @property
     @abstractmethod
@@ -94,10 +96,10 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of `n` prompts; each distinct prompt is encoded once in the policy's life, alone."""
+        """Conditioning of `n` prompts; each is encoded alone, and not again while there is room to keep it."""
 
     def encode_ahead(self, prompts: Iterable[str]) -> None:
-        """Encodes prompts that `encode` will be asked for, so that nothing is left to encode then."""
+        """Encodes prompts that `encode` will be asked for, so that little or nothing is left to encode then."""
         for prompt in prompts:
             self.encode([prompt])
 

@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from etude import zoo
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief, unknown
+from etude.paths import is_flow_config
 from etude.policies.base import Policy
+from etude.policies.outline import outline_pipeline
 from etude.policies.single_file import configuration, is_single_file, load_single_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -35,6 +37,9 @@ def load_policy(
     pipeline_config: str | Path | None = None,
     decode_batch_size: int | None = None,
     offload: bool = False,
+    prompt_cache_mb: int | None = None,
+    outline: bool = False,
+    shift: float | None = None,
 ) -> Policy:
     """Loads a model for sampling, and an exported adapter on top of it.
 
@@ -48,13 +53,18 @@ def load_policy(
             from. Default: what diffusers infers from the weights, from the hub.
         decode_batch_size: images decoded at a time; default: 32, and at most 2 million pixels.
         offload: keep text encoders and autoencoder on the CPU while they are not needed.
+        prompt_cache_mb: MiB of encoded prompts that are kept in the machine's memory; default: 4096.
+        outline: read configurations only: an outline of the model on the CPU, shapes without numbers, which takes no memory and no
+            weights to download.
+        shift: of a flow model's levels, at any resolution; default: the pipeline's own, which may depend on it.
 
     Raises:
-        EtudeError: the model does not exist, is of a class without an adapter, its files cannot be read, or it cannot make images of
-            that resolution.
+        EtudeError: the model does not exist, is of a class without an adapter, its files cannot be read, it cannot make images of
+            that resolution, or it has no levels to shift.
     """
     import diffusers
 
+    target = "cpu" if outline else device or ("cuda" if torch.cuda.is_available() else "cpu")
     name, pipeline_config = expanduser(model), pipeline_config and expanduser(pipeline_config)
     single = is_single_file(name)
     if pipeline_config is not None and not single:
@@ -67,7 +77,9 @@ def load_policy(
             raise EtudeError(f"model '{model}' is a {family}; the supported pipelines are {', '.join(FAMILIES)}.")
         adapter = _adapter(family)
         parts = adapter.load_arguments | {part: None for part in adapter.optional if index.get(part, [None])[0] is None}
-        if single:
+        if outline:
+            pipeline = outline_pipeline(location, index, DTYPES[dtype], parts, single)
+        elif single:
             pipeline = load_single_file(name, location, family, adapter.denoiser, parts, DTYPES[dtype])
         else:
             pipeline = getattr(diffusers, family).from_pretrained(
@@ -79,15 +91,18 @@ def load_policy(
         raise EtudeError(
             f"model '{model}' cannot be loaded as a diffusers pipeline with safetensors weights: {brief(error)}"
         ) from error
-    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy: Policy = adapter(pipeline, DTYPES[dtype], target, resolution, decode_batch_size, offload)
+    if shift is not None:
+        _shift(pipeline, shift, model)
+    limits = {} if prompt_cache_mb is None else {"prompt_cache_mb": prompt_cache_mb}
+    policy: Policy = adapter(pipeline, DTYPES[dtype], target, resolution, decode_batch_size, offload, **limits)
+    policy.shift = shift
     if lora is not None:
         _load_lora(policy, Path(lora).expanduser())
     return policy
 
 
-def policy_of(config: TrainConfig, device: torch.device | str | None = None) -> Policy:
-    """The model of a run, as its configuration wants it loaded."""
+def policy_of(config: TrainConfig, device: torch.device | str | None = None, outline: bool = False) -> Policy:
+    """The model of a run, as its configuration wants it loaded, or its outline."""
     return load_policy(
         config.model,
         dtype=config.dtype,
@@ -96,6 +111,23 @@ def policy_of(config: TrainConfig, device: torch.device | str | None = None) -> 
         pipeline_config=config.pipeline_config,
         decode_batch_size=config.memory.decode_batch_size,
         offload=config.memory.offload,
+        prompt_cache_mb=config.memory.prompt_cache_mb,
+        outline=outline,
+        shift=config.sampling.shift,
+    )
+
+
+def _shift(pipeline: Any, shift: float, model: str | Path) -> None:
+    """Gives the pipeline the scheduler of that shift, so that all that asks it for levels gets the same ones."""
+    import diffusers
+
+    config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    if not is_flow_config(config):
+        raise EtudeError(
+            f"shift = {shift:g}: model '{model}' is not a flow model, so its levels have no shift; set sampling.shift to null."
+        )
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config, shift=shift, use_dynamic_shifting=False, stochastic_sampling=False
     )
 
 

@@ -25,10 +25,13 @@ from etude.errors import EtudeError
 from etude.micro_batches import MicroBatch, Progress
 from etude.paths import FlowPath, VPPath
 from etude.policies.base import Conditioning, Policy
+from etude.policies.prompt_cache import Key, PromptCache
 
 ADAPTER = "default"
 DECODED_PIXELS = 2**21
 """Pixels decoded at a time: 8 images of 512 x 512, whose activations take about as much memory as a large denoiser's."""
+PROMPT_CACHE_MB = 4096
+"""MiB of encoded prompts that are kept: 1,000 of FLUX in bfloat16, 18,000 of SD1.5 in float32."""
 
 
 class PipelinePolicy(Policy):
@@ -41,6 +44,7 @@ class PipelinePolicy(Policy):
         resolution: side of the images in pixels; None is the pipeline's own.
         decode_batch_size: images decoded at a time, fewer where they do not fit into memory; None keeps to 32 and to 2 million pixels.
         offload: text encoders and autoencoder stay on the CPU, and are on the device only while they encode or decode.
+        prompt_cache_mb: MiB of encoded prompts that are kept in the machine's memory.
 
     Attributes:
         latent_size: `(h, w)` of the autoencoder's latents.
@@ -68,6 +72,7 @@ class PipelinePolicy(Policy):
         resolution: int | None = None,
         decode_batch_size: int | None = None,
         offload: bool = False,
+        prompt_cache_mb: int = PROMPT_CACHE_MB,
     ) -> None:
         if pipeline.dtype != dtype:
             pipeline.to(dtype=dtype)
@@ -90,7 +95,7 @@ class PipelinePolicy(Policy):
         self.decode_batch = MicroBatch(
             decode_batch_size or max(1, min(32, DECODED_PIXELS // pixels)), "memory.decode_batch_size"
         )
-        self._encoded: dict[str | None, dict[str, Tensor]] = {}
+        self._encoded = PromptCache(prompt_cache_mb * 2**20)
         self._initial: nn.Module | None = None
         self._trains_everything = False
 
@@ -157,22 +162,31 @@ class PipelinePolicy(Policy):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of `n` prompts on the policy's device; each is encoded once and kept on the CPU.
+        """Conditioning of `n` prompts on the policy's device; each is encoded once and kept on the CPU, while there is room.
 
         Prompts are encoded one by one: in a batch, the last bits of a row can depend on the other rows.
         """
-        self.encode_ahead(prompts)
-        return Conditioning(self._rows(prompts), self._rows([None] if self.classifier_free else []))
+        self._encode_missing(prompts)
+        told = Conditioning(self._rows(prompts), self._rows([None] if self.classifier_free else []))
+        self._encoded.trim()
+        return told
 
     @torch.no_grad()
     def encode_ahead(self, prompts: Iterable[str]) -> None:
-        wanted: dict[str | None, None] = dict.fromkeys([*prompts, *([None] if self.classifier_free else [])])
-        new = [prompt for prompt in wanted if prompt not in self._encoded]
+        """Encodes prompts that `encode` will be asked for, in order, until the memory for them is full."""
+        self._encode_missing(prompts, until_full=True)
+
+    def _encode_missing(self, prompts: Iterable[str], until_full: bool = False) -> None:
+        """Encodes and keeps the prompts that are not kept, guidance's first."""
+        wanted: list[Key] = [*([None] if self.classifier_free else []), *prompts]
+        new = [prompt for prompt in dict.fromkeys(wanted) if prompt not in self._encoded]
         with self._on_device(*(self._text_encoders() if new else ())):
             for prompt in new:
-                self._encoded[prompt] = {name: rows.cpu() for name, rows in self._told(prompt).items()}
+                if until_full and self._encoded.full:
+                    return
+                self._encoded.add(prompt, self._told(prompt))
 
-    def _told(self, prompt: str | None) -> dict[str, Tensor]:
+    def _told(self, prompt: Key) -> dict[str, Tensor]:
         return self._encode_nothing() if prompt is None else self._encode(prompt)
 
     def _text_encoders(self) -> list[nn.Module]:
@@ -194,17 +208,14 @@ class PipelinePolicy(Policy):
                 module.to("cpu")
             clear_device_cache()
 
-    def _rows(self, prompts: Sequence[str | None]) -> dict[str, Tensor]:
-        """The named tensors of the prompts, `[n, ...]` each; a prompt that occurs often is moved to the device once.
-
-        None stands for what guidance starts from, which is not always the empty prompt.
-        """
+    def _rows(self, prompts: Sequence[Key]) -> dict[str, Tensor]:
+        """The named tensors of the prompts, `[n, ...]` each; a prompt that occurs often is moved to the device once."""
         if not prompts:
             return {}
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         index = torch.tensor([distinct[prompt] for prompt in prompts], device=self.device)
-        names = self._encoded[prompts[0]]
-        return {name: torch.cat([self._encoded[p][name] for p in distinct]).to(self.device)[index] for name in names}
+        kept = [self._encoded.get(prompt) for prompt in distinct]
+        return {name: torch.cat([rows[name] for rows in kept]).to(self.device)[index] for name in kept[0]}
 
     def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
         guided = self.classifier_free and guidance_scale > 1

@@ -96,6 +96,7 @@ def activations(trainer: Trainer) -> dict[str, int]:
     sampled = min(trainer.rollout_batches.size, images)
     trained = list(trainer.parameters.values())
     told = policy.encode(trainer.evaluation.protocol.shown([0]).texts)
+    mode = fake_mode(policy)
 
     def predict(count: int) -> Tensor:
         x = torch.randn(count, *policy.latent_shape, device=policy.device)
@@ -104,14 +105,14 @@ def activations(trainer: Trainer) -> dict[str, int]:
         return policy.predict(x, timesteps, told.take(rows), trainer.config.sampling.guidance_scale)
 
     phases = {
-        f"replay of {replay}": peak_bytes(lambda: torch.autograd.grad(predict(replay).square().mean(), trained)),
-        f"rollout of {sampled}": peak_bytes(torch.no_grad()(lambda: predict(sampled))),
+        f"replay of {replay}": peak_bytes(lambda: torch.autograd.grad(predict(replay).square().mean(), trained), mode),
+        f"rollout of {sampled}": peak_bytes(torch.no_grad()(lambda: predict(sampled)), mode),
     }
     if isinstance(policy, PipelinePolicy):
         count, vae = min(policy.decode_batch.size, images), policy.pipeline.vae
         waiting = _waiting(policy)
         latents = (count, *policy.latent_shape)
-        decoding = peak_bytes(torch.no_grad()(lambda: policy.pictures(torch.randn(latents, device=vae.device))))
+        decoding = peak_bytes(torch.no_grad()(lambda: policy.pictures(torch.randn(latents, device=vae.device))), mode)
         phases[f"decoding of {count}"] = decoding + (_bytes(vae) if "vae" in waiting else 0)
         if waiting:
             parts = _parts(policy)
@@ -119,11 +120,21 @@ def activations(trainer: Trainer) -> dict[str, int]:
     return phases
 
 
-def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most bytes of tensors alive at once that `work` makes, run on fake tensors: nothing is computed or allocated."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+def peak_bytes(work: Callable[[], Any], mode: FakeTensorMode | None = None) -> int:
+    """The most bytes of tensors alive at once that `work` makes, run on fake tensors: nothing is computed or allocated.
+
+    Args:
+        mode: of the fake tensors that `work` is given, if there are any.
+    """
+    with mode or FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
         work()
     return live.peak
+
+
+def fake_mode(policy: Policy) -> FakeTensorMode | None:
+    """The mode of a model's outline; None for a model with weights."""
+    modes = (getattr(parameter, "fake_mode", None) for parameter in policy.network.parameters())
+    return next((mode for mode in modes if mode is not None), None)
 
 
 class _Live(TorchDispatchMode):

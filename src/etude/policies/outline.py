@@ -1,0 +1,98 @@
+"""The outline of a pipeline: its networks by their configurations alone, with weights that are fake tensors: shapes without numbers.
+
+It costs no memory of an accelerator, next to none of the machine, and no download of weights, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from etude.errors import EtudeError
+
+LIBRARIES = ("diffusers", "transformers")
+
+
+def outline_pipeline(
+    location: str, index: Mapping[str, Any], dtype: torch.dtype, left_out: Mapping[str, Any], single: bool = False
+) -> Any:
+    """The pipeline of a directory or hub id whose networks hold fake tensors of one mode, on the CPU.
+
+    Args:
+        location: a diffusers directory or hub id; of the hub, configurations and tokenizers are fetched and no weights.
+        index: what its model_index.json says.
+        dtype: of the networks.
+        left_out: arguments for the pipeline's class; components among them are not made.
+        single: the weights are in a file of their own, so those of a local directory are not looked for.
+
+    Raises:
+        EtudeError: a component of neither diffusers nor transformers, or without weights in a local directory.
+    """
+    import diffusers
+
+    parts: dict[str, Any] = dict(left_out)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # as a deep copy does
+    for name, value in index.items():
+        if name.startswith("_") or name in parts:
+            continue
+        if not (isinstance(value, list | tuple) and len(value) == 2):
+            parts[name] = value
+        else:
+            parts[name] = None if value[1] is None else _component(location, name, *value, single)
+            if isinstance(parts[name], nn.Module):
+                _fill(parts[name], dtype, mode)
+    return getattr(diffusers, str(index["_class_name"]))(**parts)
+
+
+def _component(location: str, name: str, library: str, kind: str, single: bool) -> Any:
+    if library not in LIBRARIES:
+        raise EtudeError(
+            f"'{location}' takes its {name} from '{library}', where code of its own would run: only parts from "
+            f"{' and '.join(LIBRARIES)} are supported."
+        )
+    made = getattr(importlib.import_module(library), kind)
+    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+        return made.from_pretrained(location, subfolder=name)
+    folder = Path(location, name)
+    if folder.is_dir() and not single and not any(folder.glob("*.safetensors")):
+        raise EtudeError(f"'{location}' has no safetensors weights of its {name}: '{folder}' holds none.")
+    with torch.device("meta"):
+        if library == "diffusers":
+            return made.from_config(made.load_config(location, subfolder=name))
+        return made(made.config_class.from_pretrained(location, subfolder=name))
+
+
+def _fill(network: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
+    """Replaces the tensors of a network on the meta device, where autocast does not work, by fake ones of the CPU."""
+
+    def fake(tensor: Tensor) -> Tensor:
+        with mode:
+            kind = dtype if tensor.is_floating_point() else tensor.dtype
+            return torch.empty(tensor.shape, dtype=kind, device="cpu")
+
+    _replace(network, fake)
+    network._apply = partial(_replace, network)  # type: ignore[method-assign]  # torch's own swaps tensors, which fake ones refuse
+
+
+def _replace(network: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """What `nn.Module._apply` does, which `to`, `float` and the like call; tensors that are shared stay shared."""
+    changed: dict[int, Tensor] = {}
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in changed:
+                    new = change(parameter.detach())
+                    changed[id(parameter)] = nn.Parameter(new, requires_grad=parameter.requires_grad)
+                module._parameters[name] = changed[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else change(buffer)
+    return network
