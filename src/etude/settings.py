@@ -10,12 +10,14 @@ import math
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from etude.etas import setting_text
 from etude.rewards.scoring import WEIGHTED_SUM
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Fall = Annotated[float, Field(ge=0)]
+_ETA: TypeAdapter[float] = TypeAdapter(Annotated[float, Field(ge=0, allow_inf_nan=False)])
 KernelName = Literal["gddim", "ddim", "cps", "flow_sde", "dance_sde"]
 
 
@@ -89,17 +91,40 @@ class WindowConfig(Section):
         return self
 
 
+class EtaScheduleConfig(Section):
+    """eta as a function of the iteration or of the step: from `sampling.eta` to `end`."""
+
+    kind: Literal["constant", "linear", "cosine"] = Field(
+        "linear",
+        description="linear: evenly. cosine: slowly at both ends, half-way in the middle. constant: sampling.eta throughout, whatever the end.",
+    )
+    over: Literal["iterations", "steps"] = Field(
+        "iterations",
+        description="iterations: sampling.eta in the first iteration, end in the last. steps: sampling.eta at the noisiest step, end at the last, "
+        "the same in every iteration.",
+    )
+    end: float = Field(
+        0.5,
+        ge=0,
+        description="eta where the schedule ends, in the kernel's own unit. 0 only over steps: it makes the last step an ODE step.",
+    )
+
+
 class SamplingConfig(Section):
     kernel: KernelName = Field(
         "gddim",
         description="Transition kernel of the training sampler: gddim (any model, any eta), ddim (to a largest eta), cps (eta at most 1), and for "
         "flow models flow_sde (Flow-GRPO) and dance_sde (DanceGRPO).",
     )
-    eta: float = Field(
+    eta: float | list[float] = Field(
         1.0,
-        ge=0,
         description="Stochasticity while training, in the kernel's own unit. gddim: 0 is the ODE, 1 the DDPM posterior, any value above is valid. "
-        "flow_sde at 0.7, the ecosystem's usual value, is gddim at 0.5 for short steps and more at real ones (`etude theory peers`).",
+        "flow_sde at 0.7, the ecosystem's usual value, is gddim at 0.5 for short steps and more at real ones (`etude theory peers`). "
+        "A list of num_steps values gives each step its own; 0 makes a step an ODE step, which is not trained.",
+    )
+    eta_schedule: EtaScheduleConfig | None = Field(
+        None,
+        description="null: eta stays what it is. A section: eta moves to another value, over the iterations or over the denoising steps.",
     )
     num_steps: int = Field(
         50, ge=1, description="Denoising steps in training, and in evaluation unless that says otherwise."
@@ -109,10 +134,17 @@ class SamplingConfig(Section):
         ge=0,
         description="Guidance, the same in rollout, replay and evaluation: classifier-free (1 switches it off), or the embedded scale of FLUX.",
     )
-    first_step: Literal["ode", "sde"] = Field(
+    first_step: Literal["ode", "sde", "capped"] = Field(
         "ode",
         description="What becomes of a step that starts at pure noise (flow models): ode leaves it deterministic and untrained; "
-        "sde leaves it to the kernel: gddim redraws all of the noise at any eta above 0, dance_sde and cps keep some, flow_sde is not defined there.",
+        "sde leaves it to the kernel: gddim redraws all of the noise at any eta above 0, dance_sde and cps keep some, flow_sde is infinite there. "
+        "capped: as sde, and flow_sde takes the noise of the next level there, as Flow-GRPO's code does.",
+    )
+    shift: float | None = Field(
+        None,
+        gt=0,
+        description="Flow models: the levels become shift s / (1 + (shift - 1) s), in training, evaluation and deployment alike, in place of the "
+        "model's own shift or of that by resolution. DanceGRPO and MixGRPO take 3 for FLUX. null: the model's own.",
     )
     window: WindowConfig | None = Field(
         None,
@@ -120,11 +152,44 @@ class SamplingConfig(Section):
         "the ODE elsewhere; with compression MixGRPO-Flash.",
     )
 
+    @field_validator("eta", mode="before")
+    @classmethod
+    def _a_number_or_one_a_step(cls, value: Any) -> Any:
+        try:
+            return (
+                [_ETA.validate_python(each) for each in value]
+                if isinstance(value, list | tuple)
+                else _ETA.validate_python(value)
+            )
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"]) from None
+
+    @property
+    def eta_text(self) -> str:
+        """eta and its schedule in words: `1.2`, `1.2 to 0.5 over iterations (linear)`."""
+        return setting_text(self.eta, self.eta_schedule.model_dump() if self.eta_schedule else None)
+
+    @property
+    def all_etas(self) -> list[float]:
+        """Every eta that the configuration names: those in between, of a schedule, lie between two of these."""
+        etas = self.eta if isinstance(self.eta, list) else [self.eta]
+        moves = self.eta_schedule is not None and self.eta_schedule.kind != "constant"
+        return [*etas, self.eta_schedule.end] if self.eta_schedule is not None and moves else etas
+
     @model_validator(mode="after")
     def _consistent(self) -> SamplingConfig:
-        if self.kernel == "cps" and self.eta > 1:
+        if isinstance(self.eta, list):
+            if len(self.eta) != self.num_steps:
+                raise ValueError(
+                    f"eta lists {len(self.eta)} values for num_steps = {self.num_steps}; give one a step, or one number for all"
+                )
+            if self.eta_schedule is not None:
+                raise ValueError(
+                    "eta is a list over the steps, which a schedule cannot move; set eta_schedule to null, or eta to a number"
+                )
+        if self.kernel == "cps" and max(self.all_etas) > 1:
             raise ValueError(
-                f"eta = {self.eta:g} is beyond cps, which redraws all of the noise at 1; use at most 1, or gddim"
+                f"eta = {max(self.all_etas):g} is beyond cps, which redraws all of the noise at 1; use at most 1, or gddim"
             )
         if self.window is not None:
             first, end = self.window.start or 0, self.window.end or self.num_steps
@@ -286,13 +351,19 @@ class MemoryConfig(Section):
     )
     offload: bool = Field(
         False,
-        description="Text encoders and autoencoder wait on the CPU: the former once the prompts of the run are encoded, "
-        "the latter whenever it does not decode.",
+        description="Text encoders and autoencoder wait on the CPU: the former once the prompts of the run are encoded "
+        "(as many as prompt_cache_mb holds), the latter whenever it does not decode.",
     )
     decode_batch_size: int | None = Field(
         None,
         ge=1,
         description="Images decoded at a time; null: 32, and at most 2 million pixels. Changes memory and speed only; halved where it does not fit.",
+    )
+    prompt_cache_mb: int = Field(
+        4096,
+        ge=0,
+        description="MiB of encoded prompts kept in the machine's memory, by each process: a prompt takes 4 MiB for FLUX in bfloat16, 0.2 for SD1.5. "
+        "Those beyond are encoded again when they are drawn, which gives the same bits.",
     )
 
 
@@ -347,7 +418,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        rollout, sampling = self.rollout, self.sampling
+        rollout = self.rollout
         if rollout.images_per_iteration % rollout.images_per_prompt:
             raise ValueError(
                 f"rollout.images_per_iteration = {rollout.images_per_iteration} is not a multiple of "
@@ -357,16 +428,32 @@ class TrainConfig(Section):
             raise ValueError(f"advantage.kind = {self.advantage.kind} needs rollout.images_per_prompt of at least 2")
         if rollout.shared_noise and rollout.images_per_prompt < 2:
             raise ValueError("rollout.shared_noise needs rollout.images_per_prompt of at least 2")
-        if sampling.eta == 0:
-            raise ValueError(
-                "sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)"
-            )
+        self._check_etas()
         if any(not math.isfinite(w) or w == 0 for w in self.rewards.values()):
             raise ValueError(
                 "every weight in rewards must be finite and not 0; measure without training by evaluation.held_out_rewards"
             )
         self._check_guards()
         return self
+
+    def _check_etas(self) -> None:
+        """Some step must be stochastic in every iteration, and the evaluation's SDE side must know its etas."""
+        sampling = self.sampling
+        if max(sampling.all_etas) == 0:
+            raise ValueError(
+                "sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)"
+            )
+        schedule, steps = sampling.eta_schedule, self.evaluation.num_steps
+        if schedule is not None and schedule.over == "iterations" and min(sampling.all_etas) == 0:
+            key = "eta" if sampling.eta == 0 else "eta_schedule.end"
+            raise ValueError(
+                f"sampling.{key} = 0 is the ODE, which has no log-probability to train in that iteration; use a value above 0, for example 0.1"
+            )
+        if isinstance(sampling.eta, list) and steps not in (None, sampling.num_steps):
+            raise ValueError(
+                f"evaluation.num_steps = {steps} needs an eta for each of its steps, but sampling.eta lists {sampling.num_steps}; "
+                "set evaluation.num_steps to null, or use sampling.eta_schedule over steps"
+            )
 
     def _check_guards(self) -> None:
         """The rewards that stop a run or choose its weights must be among those that are measured."""

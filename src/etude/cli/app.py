@@ -120,9 +120,11 @@ def train(
         from etude.training.display import SilentDisplay, TrainingDisplay
         from etude.training.trainer import Trainer
     if dry_run:
+        from etude.policies.loading import policy_of
         from etude.training.dry_run import resolved
 
-        typer.echo(resolved(Trainer(config, out=directory, resume=resume)), nl=False)
+        outline = policy_of(config, outline=True)
+        typer.echo(resolved(Trainer(config, out=directory, resume=resume, policy=outline)), nl=False)
         return
     silent = quiet or os.environ.get("RANK", "0") != "0"
     display = SilentDisplay() if silent else TrainingDisplay(config, config.iterations)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etude.etas import eta_text, setting_text
 from etude.report.run import Interval, Run, read_run
 from etude.rewards import WEIGHTED_SUM
 from etude.statistics import format_interval
@@ -88,7 +89,7 @@ def render(run: Run) -> str:
         time=_time(run),
         memory=_memory(run),
         environment=_environment(run),
-        eta=_number(run.setting("eta", "sampling")),
+        etas=_etas(run),
     )
 
 
@@ -131,12 +132,19 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     }
     for label, (key, section) in settings.items():
         if (value := run.setting(key, section)) is not None:
-            facts.append((label, _number(value)))
+            scheduled = key == "eta" and run.setting("eta_schedule", section)
+            facts.append((label, setting_text(value, scheduled) if scheduled else _number(value)))
     facts += [(key, str(run.setting(key))) for key in ("recipe", "seed") if run.setting(key) is not None]
     facts.append(("time", duration(sum(_phase_totals(run).values()))))
     if memory := _peak_memory(run):
         facts.append(("peak memory", _megabytes(memory)))
     return facts
+
+
+def _etas(run: Run) -> list[str]:
+    """What each evaluation's SDE side took; what is configured before the first."""
+    configured = run.setting("eta", "sampling")
+    return [_number(e.get("eta", configured)) for _, e in run.evaluations] or [_number(configured)]
 
 
 def _headlines(run: Run) -> list[dict[str, Any]]:
@@ -390,4 +398,6 @@ def _megabytes(value: float) -> str:
 def _number(value: Any) -> str:
     if isinstance(value, int | float) and math.isfinite(value):
         return f"{value:.4g}".replace("-", "−")
+    if isinstance(value, list):  # eta by step
+        return eta_text(value)
     return "?" if value is None else str(value)

@@ -27,6 +27,6 @@ def essence(config: TrainConfig) -> str:
     sampling, rewards = config.sampling, config.rewards
     weighted = ", ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in rewards.items())
     return (
-        f"{algorithm(config.model_dump())} on {config.model}, {sampling.kernel} at eta {sampling.eta:g}, "
+        f"{algorithm(config.model_dump())} on {config.model}, {sampling.kernel} at eta {sampling.eta_text}, "
         f"reward{'s' if len(rewards) > 1 else ''}: {weighted}"
     )

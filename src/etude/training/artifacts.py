@@ -21,6 +21,7 @@ from torch import Tensor
 from etude import __version__
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief
+from etude.etas import eta_text
 from etude.paths import VPPath
 from etude.policies import Policy
 from etude.report import write_report
@@ -44,9 +45,11 @@ def peak_memory_mb() -> float:
 
 
 def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """A row of metrics as `a/b/c: number`, the form that trackers take."""
+    """A row of metrics as `a/b/c: number`, the form that trackers take; a list counts from 0."""
     flat: dict[str, float] = {}
     for key, value in row.items():
+        if isinstance(value, list):
+            value = {str(i): each for i, each in enumerate(value)}
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{key}/")
         else:
@@ -111,6 +114,7 @@ def finish(
         "model": config.model,
         "seed": config.seed,
         "eta": config.sampling.eta,
+        "eta_schedule": schedule.model_dump() if (schedule := config.sampling.eta_schedule) else None,
         "num_steps": config.sampling.num_steps,
         "guidance_scale": config.sampling.guidance_scale,
         "rewards": list(config.rewards),
@@ -158,23 +162,25 @@ def _of_the_best(summary: dict[str, Any], config: TrainConfig, policy: Policy) -
 
 def _deployment_advice(config: TrainConfig, policy: Policy, evaluation: dict[str, Any]) -> str:
     """Which sampler the evidence favours, judged on the first reward that was trained."""
-    reward, eta, kernel = next(iter(config.rewards)), config.sampling.eta, config.sampling.kernel
+    reward, eta, kernel = next(iter(config.rewards)), evaluation["eta"], config.sampling.kernel
+    at = f"eta = {eta_text(eta)}"
     gap = evaluation["gap"][reward]
     interval = f"gap {Estimate(**gap)}"
     if gap["low"] > 0:
-        return f"Ship the ODE sampler: it scores higher than the SDE at eta = {eta:g} on {reward} ({interval})."
+        return f"Ship the ODE sampler: it scores higher than the SDE at {at} on {reward} ({interval})."
     if gap["high"] < 0:
         scheduler = "GDDIMScheduler" if isinstance(policy.path, VPPath) else "FlowMatchGDDIMScheduler"
-        stochastic = (
-            f"deploy {scheduler} with eta = {eta:g}"
-            if kernel == "gddim"
-            else f"draw with `etude sample --kernel {kernel} --eta {eta:g}`"
-        )
+        if not isinstance(eta, int | float):
+            stochastic = "draw with `SamplingPlan.from_etas` in Python"
+        elif kernel == "gddim":
+            stochastic = f"deploy {scheduler} with {at}"
+        else:
+            stochastic = f"draw with `etude sample --kernel {kernel} --eta {eta:g}`"
         return (
-            f"The ODE sampler is what etude ships, but the SDE at eta = {eta:g} scores higher on {reward} ({interval}): "
+            f"The ODE sampler is what etude ships, but the SDE at {at} scores higher on {reward} ({interval}): "
             f"{stochastic} if that difference matters to you."
         )
-    return f"Ship the ODE sampler: on {reward} it cannot be told from the SDE at eta = {eta:g} ({interval}), and it is deterministic."
+    return f"Ship the ODE sampler: on {reward} it cannot be told from the SDE at {at} ({interval}), and it is deterministic."
 
 
 def model_card(summary: dict[str, Any], config: TrainConfig, policy: Policy, suffix: str = "") -> str:
@@ -205,10 +211,10 @@ tags: [text-to-image, reinforcement-learning, etude]
 # {config.model} tuned on {", ".join(config.rewards)}
 
 Fine-tuned by etude {summary["versions"]["etude"]} with {config.objective.kind.upper()} under the
-{config.sampling.kernel} sampler at eta = {config.sampling.eta:g}{_window(config)}: {summary["iterations"]} iterations of
+{config.sampling.kernel} sampler at eta = {config.sampling.eta_text}{_window(config)}: {summary["iterations"]} iterations of
 {config.rollout.images_per_iteration} images, {config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale:g}, seed {config.seed}.
 
-| reward | ODE | SDE, eta = {config.sampling.eta:g} | improvement | gap |
+| reward | ODE | SDE, eta = {eta_text(final["eta"])} | improvement | gap |
 | --- | --- | --- | --- | --- |
 {chr(10).join(rows)}
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from etude.config import TrainConfig
+from etude.etas import eta_text
 from etude.statistics import format_interval
 
 PLAIN_WIDTH = 200
@@ -86,6 +87,7 @@ class TrainingDisplay:
         self._now: tuple[int, float] = (0, 0.0)
         self._rewards: Mapping[str, Any] = {}
         self._evaluation: Mapping[str, Any] = {}
+        self._eta = config.sampling.eta_text
         columns = (
             TextColumn("{task.description:<12}"),
             BarColumn(),
@@ -123,6 +125,7 @@ class TrainingDisplay:
         self._first = self._first or self._now
         self._rewards = row.get("reward", self._rewards)
         self._evaluation = row.get("evaluation", self._evaluation)
+        self._eta = eta_text(row["eta"]) if "eta" in row else self._eta
         self._progress.update(self._iterations, completed=row["iteration"], note=self._left())
         if not self.console.is_terminal:
             self.console.print(" | ".join(self._plain(row)), soft_wrap=True, highlight=False, markup=False)
@@ -131,7 +134,7 @@ class TrainingDisplay:
         """The last evaluation as a table, the advice that follows from it, and where the time went."""
         final = summary["final"]
         table = _table(
-            ["reward", "ODE", f"SDE, eta = {final['eta']:g}", "improvement (ODE)", "gap (ODE - SDE)", "pairs"]
+            ["reward", "ODE", f"SDE, eta = {eta_text(final['eta'])}", "improvement (ODE)", "gap (ODE - SDE)", "pairs"]
         )
         for reward in final["ode"]:
             cells = [_cell(final, quantity, reward) for quantity in ("ode", "sde", "improvement", "gap")]
@@ -152,6 +155,8 @@ class TrainingDisplay:
         window = row.get("window")
         if window:
             yield f"window {window['start']}..{window['start'] + window['size'] - 1}"
+        if self.config.sampling.eta_schedule is not None and "eta" in row:
+            yield f"eta {eta_text(row['eta'])}"
         for reward, value in row.get("reward", {}).items():
             yield f"{reward}: training {_sampler(self.config)} {value['mean']:.4g}"
         evaluation = row.get("evaluation", {})
@@ -172,11 +177,11 @@ class TrainingDisplay:
         return Group(self._progress, self._numbers()) if self._rewards or self._evaluation else Group(self._progress)
 
     def _numbers(self) -> Table:
-        sampling, at = self.config.sampling, self._evaluation
+        at = self._evaluation
         table = _table(
             [
                 "reward",
-                f"training {_sampler(self.config)}, eta = {sampling.eta:g}",
+                f"training {_sampler(self.config)}, eta = {self._eta}",
                 "held-out ODE",
                 "gap (ODE - SDE)",
                 "improvement",

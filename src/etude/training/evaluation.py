@@ -3,11 +3,15 @@
     improvement = E r(ODE, tuned) - E r(ODE, base)          gap = E r(ODE, tuned) - E r(SDE_eta, tuned)
 
 Both samplers take `evaluation.num_steps` steps (by default those of training) over the same levels, with the guidance of training.
-The ODE is what is deployed. The SDE side has every step stochastic, with the training kernel at `sampling.eta`, except those that are
-deterministic by nature (the one into clean data; the one out of pure noise unless `sampling.first_step` is "sde"). For DDPO and GRPO
-that is the training sampler. For MixGRPO it is not: there is no window and no compressed tail in it, so the gap is that between
-the ODE and the fully stochastic sampler, as for every other run, and not that of the mixed sampler, whose few stochastic steps lie
-somewhere between the two.
+The ODE is what is deployed. The SDE side has every step stochastic, with the training kernel at the eta of the iteration that it follows
+(the base model's at that of the first one), except those that are deterministic by nature (the one into clean data; the one out of pure
+noise unless `sampling.first_step` is "sde"). For DDPO and GRPO that is the training sampler. For MixGRPO it is not: there is no window and
+no compressed tail in it, so the gap is that between the ODE and the fully stochastic sampler, as for every other run, and not that of the
+mixed sampler, whose few stochastic steps lie somewhere between the two.
+
+Under `sampling.eta_schedule` over iterations the SDE side thus moves: each evaluation says which eta it took, the last one has the last
+iteration's, and its gap narrows for two reasons when eta falls. The ODE reward and the improvement do not depend on it; `etude gap` measures any
+run at any one eta. Over steps the schedule is stretched to the evaluation's number of steps. A list of etas by step is taken as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from etude.config import TrainConfig
+from etude.etas import Eta, Etas, compact
 from etude.gap import Progress, Protocol, Scores, summarise
 from etude.micro_batches import MicroBatch
 from etude.policies import Policy
@@ -28,7 +33,7 @@ from etude.prompts import load_prompts
 from etude.rewards import WeightedRewards
 from etude.training import artifacts
 from etude.training.guards import fallen
-from etude.training.processes import gather, share
+from etude.training.processes import failing_together, gather, share
 
 
 class Evaluation:
@@ -68,7 +73,9 @@ class Evaluation:
             batch_size=batches or config.rollout.batch_size,
             first_step=sampling.first_step,
         )
-        self.protocol.plan(sampling.eta, self.num_steps).tabulate(policy.grid(self.num_steps))
+        self.etas = Etas.of(sampling, config.iterations)
+        for iteration in self.etas.extremes:
+            self.protocol.plan(self._eta(iteration), self.num_steps).tabulate(policy.grid(self.num_steps))
         self.samples = share(evaluation.num_images, accelerator.num_processes, accelerator.process_index)
         self.work = 2 * len(self.samples) * self.num_steps
         self.base_scores: dict[str, list[float]] | None = None
@@ -79,18 +86,19 @@ class Evaluation:
         """The reward that has fallen further than `evaluation.stop_on_fall` allows, in the newest result."""
         return fallen(self.last, self.config.evaluation.stop_on_fall)
 
-    def measure(self, on_step: Progress, grids: str | None = None) -> dict[str, Any]:
+    def measure(self, on_step: Progress, grids: str | None = None, iteration: int = 0) -> dict[str, Any]:
         """Evaluates the policy as it is.
 
         Args:
             on_step: called with the number of images that just made one step.
+            iteration: that it follows, which determines the SDE side's eta.
             grids: "before" or "after": also write pictures of both samplers under that name. Without it an evaluation in which a reward
                 has fallen too far, which is the last, writes those of "after".
 
         Returns:
-            `eta`, `num_steps`, and the estimates of `summarise` by quantity and reward.
+            `eta` (a list where it differs by step), `num_steps`, and the estimates of `summarise` by quantity and reward.
         """
-        eta = self.config.sampling.eta
+        eta = self._eta(iteration)
         ode_images, ode = self._images(0.0, on_step)
         sde_images, sde = self._images(eta, on_step)
         if self.base_scores is None:
@@ -107,10 +115,14 @@ class Evaluation:
                 artifacts.write_grids(self.out, grids, ode_shown, sde_shown, self.protocol.shown().head(count).texts)
         return self.last
 
-    def _images(self, eta: float, on_step: Progress) -> tuple[Tensor, Scores]:
+    def _eta(self, iteration: int) -> float | list[float]:
+        return compact(self.etas.at(iteration, self.num_steps))
+
+    def _images(self, eta: Eta, on_step: Progress) -> tuple[Tensor, Scores]:
         """This process's images, and every image's scores."""
         images = self.protocol.images(self.policy, eta, self.num_steps, on_step, self.samples)
-        own = self.protocol.scores(images, self.samples)
+        with failing_together(self.accelerator):
+            own = self.protocol.scores(images, self.samples)
         return images, {name: self._gather(torch.from_numpy(values)).numpy() for name, values in own.items()}
 
     def _gather(self, values: Tensor) -> Tensor:

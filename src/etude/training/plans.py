@@ -1,13 +1,21 @@
-"""Which plan each iteration trains under: every step stochastic (DDPO, Flow-GRPO), or a window that moves (MixGRPO, MixGRPO-Flash)."""
+"""Which plan each iteration trains under: every step stochastic (DDPO, Flow-GRPO), or a window that moves (MixGRPO, MixGRPO-Flash).
+
+The eta of each step is `etude.etas`' business: one number, a list over the steps, or a schedule over steps or iterations. A window takes
+from it the etas of the steps it holds.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from etude.config import SamplingConfig
 from etude.errors import EtudeError
+from etude.etas import Etas, compact
 from etude.paths import Grid
-from etude.plans import SamplingPlan, StepTable
+from etude.plans import ODE, SamplingPlan, Step, StepTable
 from etude.sampling import make_kernel
 from etude.windows import WindowSchedule, trainable_range
 
@@ -16,46 +24,88 @@ class TrainingPlans:
     """The training sampler of each iteration: a function of the iteration alone, so that processes agree and a resumed run too.
 
     Args:
-        sampling: kernel, eta, steps, first step and window.
+        sampling: kernel, eta and its schedule, steps, first step and window.
         grid: the levels of its `num_steps` steps.
         seed: of the random window.
         device: where the tables are needed.
+        iterations: of the whole run, over which a schedule of eta may stretch.
 
     Raises:
-        EtudeError: eta is illegal for the kernel at some level, no step is stochastic, or the window does not fit those that are.
+        EtudeError: eta is illegal for the kernel at some level in some iteration, no step is stochastic, or the window does not fit
+            those that are.
     """
 
-    def __init__(self, sampling: SamplingConfig, grid: Grid, seed: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        sampling: SamplingConfig,
+        grid: Grid,
+        seed: int,
+        device: torch.device | str = "cpu",
+        iterations: int = 1,
+    ) -> None:
         self.sampling, self.grid, self.device = sampling, grid, device
-        self.kernel = make_kernel(sampling.kernel, sampling.eta)
-        everywhere = SamplingPlan.sde(sampling.num_steps, self.kernel, first_step=sampling.first_step).tabulate(grid)
-        if not everywhere.trained_steps:
-            raise EtudeError(
-                f"sampling.num_steps = {sampling.num_steps} leaves no stochastic step to train: use more steps."
-            )
+        self.etas = Etas.of(sampling, iterations)
+        everywhere = self._check(iterations)
         self.schedule = self._schedule(everywhere, seed)
-        self._start: int | None = None
-        self._table = everywhere.to(device)
+        self._key: tuple[SamplingPlan, ...] = ()
+        self._table = everywhere
+
+    def eta_at(self, iteration: int) -> float | list[float]:
+        """The eta of an iteration's stochastic steps: a number, or a list by step where they differ."""
+        return compact(self.etas.at(iteration, self.sampling.num_steps))
 
     def window_at(self, iteration: int) -> dict[str, int] | None:
-        """First step and size of the window in an iteration (they count from 1); None where every step is stochastic."""
+        """First step and size of the window in an iteration, whose steps count from 0; None where every step is stochastic."""
         if self.schedule is None:
             return None
         return {"start": self.schedule.start_at(iteration), "size": self.schedule.size}
 
     def table_at(self, iteration: int) -> StepTable:
         """The coefficients of the iteration's plan on the device."""
-        sampling, window = self.sampling, self.window_at(iteration)
-        if window is not None and sampling.window is not None and window["start"] != self._start:
-            plan = SamplingPlan.window(
-                sampling.num_steps,
-                self.kernel,
-                **window,
-                first_step=sampling.first_step,
-                compression=sampling.window.compression,
-            )
-            self._start, self._table = window["start"], plan.tabulate(self.grid).to(self.device)
+        plan = self._plan(iteration)
+        if self._key != (plan,):
+            self._key, self._table = (plan,), plan.tabulate(self.grid).to(self.device)
         return self._table
+
+    def _plan(self, iteration: int) -> SamplingPlan:
+        """The steps of the window with the kernels that all steps would have without one, the ODE around them."""
+        sampling, window = self.sampling, self.window_at(iteration)
+        everywhere = self._everywhere(iteration)
+        if window is None or sampling.window is None:
+            return everywhere
+        shape = SamplingPlan.window(
+            sampling.num_steps,
+            everywhere.steps[window["start"]].kernel,
+            **window,
+            first_step=sampling.first_step,
+            compression=sampling.window.compression,
+        )
+        steps = (own if step.trained else Step(ODE) for own, step in zip(everywhere.steps, shape.steps, strict=False))
+        return replace(shape, steps=tuple(steps))
+
+    def _everywhere(self, iteration: int) -> SamplingPlan:
+        etas, sampling = self.etas.at(iteration, self.sampling.num_steps), self.sampling
+        return SamplingPlan.from_etas(etas, partial(make_kernel, sampling.kernel), first_step=sampling.first_step)
+
+    def _check(self, iterations: int) -> StepTable:
+        """The table of the first iteration without a window, once every iteration is known to have one that trains the same steps.
+
+        Two iterations stand for all: the etas of the others lie between theirs, every kernel allows the etas from 0 to its largest,
+        and its noise grows with eta.
+        """
+        tables = {k: self._everywhere(k).tabulate(self.grid) for k in self.etas.extremes}
+        steps = {k: table.trained_steps for k, table in tables.items()}
+        if not steps[1]:
+            raise EtudeError(
+                f"sampling.num_steps = {self.sampling.num_steps} leaves no stochastic step to train: use more steps."
+            )
+        if steps[1] != steps[max(steps)]:
+            fewest = min(steps, key=lambda k: len(steps[k]))
+            raise EtudeError(
+                f"eta = {self.etas.at(fewest, 1)[0]:g} in iteration {fewest} is so small that its noise rounds to 0: begin and end "
+                "sampling.eta_schedule higher."
+            )
+        return tables[1]
 
     def _schedule(self, everywhere: StepTable, seed: int) -> WindowSchedule | None:
         """The window's schedule within the steps that can be stochastic, so that all of a window's steps are trained."""

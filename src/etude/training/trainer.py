@@ -83,7 +83,11 @@ class Trainer:
         self.accelerator = make_accelerator(config, self.out)
         self.policy = policy or policy_of(config, self.accelerator.device)
         self.plans = TrainingPlans(
-            config.sampling, self.policy.grid(config.sampling.num_steps), config.seed, self.policy.device
+            config.sampling,
+            self.policy.grid(config.sampling.num_steps),
+            config.seed,
+            self.policy.device,
+            config.iterations,
         )
         self.table = self.plans.table_at(1)
         alone = self.accelerator.num_processes == 1
@@ -246,6 +250,7 @@ class Trainer:
                 name: self.prompt_statistics[name].advantages(captions, values) for name, values in scores.items()
             }
         else:
+            "eta": self.plans.eta_at(self.iteration),
             normalised = {
                 name: group_advantages(v, groups, kind == "group_mean_global_std") for name, v in scores.items()
             }
@@ -351,7 +356,7 @@ class Trainer:
         if self.iteration % config.evaluation.every == 0 or last:
             grids = "after" if last else "before" if self.iteration == 0 else None
             with self._phase("evaluation", self.evaluation.work), swapped(self.parameters, self.ema):
-                row["evaluation"] = self.evaluation.measure(self._advance, grids)
+                row["evaluation"] = self.evaluation.measure(self._advance, grids, self.iteration)
                 self.best.offer(self.iteration, row["evaluation"], self.parameters)
         last = last or self.evaluation.fallen is not None
         row["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
