@@ -184,6 +184,21 @@ def test_a_failed_rollout_saves_the_iterations_before_it(settings, tmp_path):
     assert names == ["iteration-000000", "iteration-000002"]
 
 
+def test_a_failed_evaluation_loses_no_iteration_and_is_made_up_for(settings, tmp_path):
+    sections = {"iterations": 3, "checkpoint": {"every": 3}, "evaluation": {"every": 2}, "ema": {"decay": 0.9}}
+    whole, _ = train(settings, tmp_path / "whole", **sections)
+    # The base model's evaluation makes two calls, two iterations one each: the sixth is the SDE side of the next evaluation.
+    register("redness")(calls(lambda count, scores: scores if count < 6 else 1 / 0))
+    for resume in (False, True):
+        with pytest.raises(EtudeError, match="intact checkpoint: iteration 2 in "):
+            train(settings, tmp_path / "run", resume=resume, **sections)
+        assert [row["iteration"] for row in metrics(tmp_path / "run")] == [0, 1]
+    register("redness")(redness)
+    resumed, _ = train(settings, tmp_path / "run", resume=True, **sections)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert same(weights(resumed), weights(whole))
+
+
 def test_a_run_that_fails_before_its_first_checkpoint_says_so(settings, tmp_path):
     register("redness")(calls(lambda count, scores: scores[:3]))
     with pytest.raises(EtudeError, match="no checkpoint was written yet"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import (
     GradientAccumulationPlugin,
+    gather_object,
     is_tensorboard_available,
     is_trackio_available,
     is_wandb_available,
@@ -15,7 +17,7 @@ from accelerate.utils import (
 from torch import Tensor
 
 from etude.config import TrainConfig
-from etude.errors import EtudeError
+from etude.errors import EtudeError, brief
 
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
 """Whether the package of a tracker, which has its name, is there."""
@@ -41,6 +43,32 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
             f"the {accelerator.num_processes} processes."
         )
     return accelerator
+
+
+class SharedFailureError(EtudeError):
+    """A failure of one process that every process knows of."""
+
+
+@contextmanager
+def failing_together(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, what one process raises ends the others too, which would else wait for it in their next exchange until a time-out.
+
+    Raises:
+        SharedFailureError: in every process, if there are several; what the first that failed said, and which it was.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if accelerator.num_processes == 1:
+        if failure is not None:
+            raise failure
+        return
+    said: list[str | None] = gather_object([None if failure is None else brief(failure, 1000)])
+    first = next(((i, words) for i, words in enumerate(said) if words is not None), None)
+    if first is not None:
+        raise SharedFailureError(f"process {first[0]}: {first[1]}") from failure
 
 
 def check_trackers(names: Iterable[str]) -> None:

@@ -47,7 +47,7 @@ from etude.training.guards import BestWeights
 from etude.training.interruption import Interrupted, Interruption
 from etude.training.optimizers import check_optimizer, make_optimizer
 from etude.training.plans import TrainingPlans
-from etude.training.processes import gather, make_accelerator, share
+from etude.training.processes import SharedFailureError, failing_together, gather, make_accelerator, share
 from etude.training.run_directory import Checkpoints, check_directory, clear_half_written
 
 
@@ -78,7 +78,9 @@ class Trainer:
         self.display: Display = display or SilentDisplay()
         check_directory(self.out, resume)
         check_optimizer(config.optimizer)
-        self.rewards = WeightedRewards(config.rewards, held_out=config.evaluation.held_out_rewards)
+        self.rewards = WeightedRewards(
+            config.rewards, held_out=config.evaluation.held_out_rewards, offload=config.memory.offload
+        )
         self.train_prompts = load_prompts(config.prompts.train)
         self.accelerator = make_accelerator(config, self.out)
         self.policy = policy or policy_of(config, self.accelerator.device)
@@ -105,6 +107,7 @@ class Trainer:
         self.best = BestWeights(config.checkpoint.best)
         self.checkpoints = Checkpoints(self.out, config)
         self.interruption = Interruption()
+        self.unevaluated: dict[str, Any] | None = None  # what is known of an iteration whose evaluation is not done
         self.touched = True  # whether weights or statistics have changed since the last finished iteration
         self.durable = -1  # the iteration of the newest checkpoint; -1 before the first
 
@@ -145,6 +148,9 @@ class Trainer:
         with self.display, self.interruption, self._failures_explained():
             if self.config.memory.offload:
                 self._encode_ahead()
+            if self.unevaluated is not None:
+                self.seconds = self.unevaluated["seconds"]
+                self._finish_iteration(self.unevaluated["row"])
             if self.evaluation.base_scores is None:
                 self._finish_iteration({"iteration": 0})
             while self.iteration < self.config.iterations and self.evaluation.fallen is None:
@@ -161,9 +167,12 @@ class Trainer:
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
-            done = self.iteration - 1
-            if not self.touched and self.durable < done and self.accelerator.is_main_process:
+            evaluating = self.unevaluated is not None and self.iteration > 0  # only the figures are missing then
+            done = self.iteration if evaluating else self.iteration - 1
+            if (evaluating or not self.touched) and self.durable < done and self.accelerator.is_main_process:
                 self._save(done)
+            if isinstance(error, SharedFailureError):
+                self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
             if isinstance(error, Interrupted):
                 raise Interrupted(f"{error}: {self.checkpoints.advice()}.", error.signum) from None
             if not isinstance(error, EtudeError):
@@ -227,7 +236,8 @@ class Trainer:
             )
             images = self.policy.decode(trajectory.latents)
         with self._phase("rewards"):
-            local_scores = self.rewards(images, own.texts, own.metadata)
+            with failing_together(self.accelerator):
+                local_scores = self.rewards(images, own.texts, own.metadata)
             scores = {name: gather(self.accelerator, values, len(prompts)) for name, values in local_scores.items()}
             self.touched = True
             advantages = self._advantages(scores, prompts.texts, groups)[samples]
@@ -236,6 +246,7 @@ class Trainer:
         alone, window = config.rollout.images_per_prompt == 1, self.plans.window_at(self.iteration)
         return {
             "iteration": self.iteration,
+            "eta": self.plans.eta_at(self.iteration),
             **({} if window is None else {"window": window}),
             "reward": {n: {"mean": v.mean().item(), "std": v.std(correction=0).item()} for n, v in scores.items()},
             **({} if alone else {"zero_std_ratio": zero_std_ratio(self.rewards.combine(scores), groups)}),
@@ -250,7 +261,6 @@ class Trainer:
                 name: self.prompt_statistics[name].advantages(captions, values) for name, values in scores.items()
             }
         else:
-            "eta": self.plans.eta_at(self.iteration),
             normalised = {
                 name: group_advantages(v, groups, kind == "group_mean_global_std") for name, v in scores.items()
             }
@@ -355,9 +365,11 @@ class Trainer:
         last = self.iteration == config.iterations
         if self.iteration % config.evaluation.every == 0 or last:
             grids = "after" if last else "before" if self.iteration == 0 else None
+            self.unevaluated = {"row": dict(row), "seconds": dict(self.seconds)}
             with self._phase("evaluation", self.evaluation.work), swapped(self.parameters, self.ema):
                 row["evaluation"] = self.evaluation.measure(self._advance, grids, self.iteration)
                 self.best.offer(self.iteration, row["evaluation"], self.parameters)
+            self.unevaluated = None
         last = last or self.evaluation.fallen is not None
         row["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
         row["memory_mb"] = artifacts.peak_memory_mb()
@@ -392,6 +404,7 @@ class Trainer:
             "last_evaluation": self.evaluation.last,
             "best": self.best.state(),
             "prompt_statistics": {name: s.state() for name, s in self.prompt_statistics.items()},
+            "unevaluated": self.unevaluated,
         }
         self.checkpoints.save(iteration, tensors, state)
 
@@ -407,13 +420,15 @@ class Trainer:
             self.iteration = self.durable = checkpoint.iteration
             self.evaluation.base_scores = checkpoint.state["base_scores"]
             self.evaluation.last = checkpoint.state["last_evaluation"]
+            self.unevaluated = checkpoint.state.get("unevaluated")
             if self.best.reward is not None:
                 self.best.load_state(_under("best/", checkpoint.tensors), checkpoint.state["best"])
             for name, statistics in self.prompt_statistics.items():
                 statistics.load_state(checkpoint.state["prompt_statistics"][name])
         self.accelerator.wait_for_everyone()  # nobody writes before everybody has read
         if self.accelerator.is_main_process:
-            truncate_metrics(self.out / "metrics.jsonl", self.iteration if checkpoint is not None else -1)
+            written = -1 if checkpoint is None else self.iteration - (self.unevaluated is not None)
+            truncate_metrics(self.out / "metrics.jsonl", written)
 
     def _finish(self, started: float) -> dict[str, Any]:
         """Writes what the user came for: the adapter, its card, the summary and the report."""
