@@ -340,7 +340,7 @@ class CheckpointConfig(Section):
     best: str | None = Field(
         None,
         description="Reward whose highest held-out ODE mean chooses the weights that are exported too, to lora-best/ beside the last ones "
-        "in lora/; null exports the last alone.",
+        "in lora/, and measured again from fresh noise; null exports the last alone.",
     )
 
 
@@ -383,9 +383,10 @@ class TrainConfig(Section):
         ge=8,
         description="Side of the images in pixels; null is the pipeline's own (512 for SD1.5, 1024 for SD3 and FLUX).",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="Network weights and inputs; the rest stays float32. No float16: the gradients underflow.",
+        description="Of the frozen weights and of what the network computes; adapters, latents and rewards stay float32. float16 is for GPUs "
+        "without bfloat16: its losses are scaled so that gradients do not underflow.",
     )
     seed: int = Field(
         0, ge=0, description="Seeds everything; noise is a pure function of (seed, stream, iteration, sample, step)."
