@@ -13,8 +13,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from torch import Tensor
 
-from etude.errors import EtudeError
-from etude.kernels import GDDIM
+from etude.errors import EtudeError, unknown
+from etude.kernels import KERNELS, Kernel
 from etude.paths import VPPath, is_flow_config, per_sample, scheduler_defaults
 from etude.plans import SamplingPlan, StepTable
 from etude.schedulers.kernel_step import Generators, KernelStep
@@ -33,7 +33,8 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
     left at its own defaults, so that the grid does not change with the class.
 
     Args:
-        eta: the noise level, finite and >= 0.
+        eta: the noise level, finite and >= 0, in the kernel's own unit.
+        kernel: "gddim", "ddim" or "cps"; see `etude.kernels`.
         first_step: at a step that starts from pure noise (zero terminal SNR), "ode" takes the ODE step, "sde" redraws.
         clip_sample: clamps x0_hat to +-clip_sample_range, eps_hat unchanged, as diffusers' DDIM does. False by default,
             because latents are not pixels (diffusers' default is True).
@@ -42,7 +43,7 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
     The others are as in `DDIMScheduler`, with its defaults.
 
     Raises:
-        EtudeError: for an illegal eta, schedule, prediction type or spacing.
+        EtudeError: for an illegal eta, kernel, schedule, prediction type or spacing.
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012 (diffusers' own form)
@@ -68,10 +69,9 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         eta: float = 0.0,
         first_step: str = "ode",
+        kernel: str = "gddim",
     ) -> None:
-        SamplingPlan.sde(
-            1, GDDIM(eta), first_step=first_step
-        )  # refuses a bad eta or first_step now, not at set_timesteps
+        self._plan(1)  # refuses a bad eta, kernel or first_step now, not at set_timesteps
         path = self.path
         self.alphas_cumprod = path.alphas_cumprod.float()
         self.final_alpha_cumprod = torch.tensor(path.final_alpha_cumprod)
@@ -97,6 +97,13 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         """The path of the current config; pipelines may amend a scheduler's config after it was built."""
         return VPPath.from_config(dict(self.config))
 
+    @property
+    def kernel(self) -> Kernel:
+        """The config's kernel at the config's eta."""
+        if self.config.kernel not in KERNELS:
+            raise unknown("kernel", str(self.config.kernel), KERNELS)
+        return KERNELS[self.config.kernel](eta=self.config.eta)
+
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
@@ -111,12 +118,11 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
             EtudeError: if N is not in 1..num_train_timesteps, or as `VPPath.grid`.
         """
         grid = self.path.grid(num_inference_steps)
-        plan = SamplingPlan.sde(num_inference_steps, GDDIM(self.eta), first_step=self.config.first_step)
         index_of = torch.full((len(self),), grid.num_steps)  # N, out of every table's range, marks the absent ones
         index_of[grid.timesteps] = torch.arange(grid.num_steps)
         self.num_inference_steps = grid.num_steps
         self.timesteps = grid.timesteps.to(device)
-        self._table = plan.tabulate(grid).to(device or "cpu")
+        self._table = self._plan(grid.num_steps).tabulate(grid).to(device or "cpu")
         self._index_of, self._index_on_device = index_of, index_of.to(device or "cpu")
 
     def step(
@@ -183,6 +189,9 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
                 "of scheduler.timesteps."
             )
         return int(index) if index.ndim == 0 else index
+
+    def _plan(self, num_steps: int) -> SamplingPlan:
+        return SamplingPlan.sde(num_steps, self.kernel, first_step=self.config.first_step)
 
     def _limit(self, x0_hat: Tensor) -> Tensor:
         """Dynamic thresholding or clipping of x0_hat, where the config asks for one."""

@@ -1,7 +1,8 @@
-"""The lines of plain diffusers that make a tuned model's images as etude makes them with the ODE sampler."""
+"""The lines of plain diffusers that make a tuned model's images as etude makes them, with the ODE sampler and with the SDE."""
 
 from __future__ import annotations
 
+from os.path import expanduser
 from typing import Any
 
 from etude import zoo
@@ -19,7 +20,7 @@ def deployment_snippet(
     suffix: str = "",
     pipeline_config: str | None = None,
 ) -> str:
-    """Python that loads what `policy` exports and draws one picture at the levels that etude visits.
+    """Python that loads what `policy` exports and draws one picture with the ODE at the levels that etude visits.
 
     Every argument that the plain pipeline would otherwise choose differently is spelt out: size, sequence length, and the
     scheduler where the model's own is not the ODE on these levels.
@@ -33,6 +34,7 @@ def deployment_snippet(
         suffix: what the directory is called beyond `export_name`.
         pipeline_config: where the configuration of a single-file model came from, if that was said.
     """
+    model, pipeline_config = expanduser(model), pipeline_config and expanduser(pipeline_config)
     adapter, tuned = policy.export_name == "lora", f"{policy.export_name}{suffix}"
     loading: dict[str, Any] = {} if dtype == "float32" else {"torch_dtype": f"torch.{dtype}"}
     loading |= {name: repr(value) for name, value in policy.loading_arguments().items()}
@@ -45,16 +47,48 @@ def deployment_snippet(
         load = [f"pipe = {policy.pipeline_name}.from_pretrained({', '.join([source, *_keywords(loading)])})"]
     if adapter:
         load.append(f"pipe.load_lora_weights({tuned!r})")
+    load.append('pipe.to("cuda" if torch.cuda.is_available() else "cpu")')
     imports, scheduler = _scheduler(policy, num_steps)
     names = sorted([*classes, *(name for package, name in imports if package == "diffusers")])
-    head = ["import torch"] if loading.get("torch_dtype") else []
-    head.append(f"from diffusers import {', '.join(names)}")
+    head = ["import torch", f"from diffusers import {', '.join(names)}"]
     head += ["from etude import zoo"] if embedded else []
     head += [f"from {package} import {name}" for package, name in imports if package != "diffusers"]
+    return "\n".join([*head, "", *load, *scheduler, _picture(policy, num_steps, guidance_scale)])
+
+
+def stochastic_scheduler(policy: Policy) -> str:
+    """The scheduler of `etude.schedulers` that draws as the SDE on the model's path."""
+    return "GDDIMScheduler" if isinstance(policy.path, VPPath) else "FlowMatchGDDIMScheduler"
+
+
+def stochastic_snippet(
+    policy: Policy, num_steps: int, guidance_scale: float, kernel: str, eta: float, first_step: str
+) -> str:
+    """Python that follows `deployment_snippet` and draws with the SDE: every step under the kernel, as a run evaluates it.
+
+    Args:
+        kernel: its name in the configuration.
+        eta: the same at every step.
+        first_step: what becomes of the step out of pure noise.
+    """
+    name = stochastic_scheduler(policy)
+    settings = _vp_levels(policy.path, policy) if isinstance(policy.path, VPPath) else _flow_levels(policy)
+    settings |= {"eta": eta, "kernel": kernel, "first_step": first_step}
+    arguments = ", ".join(_keywords({key: repr(value) for key, value in settings.items()}))
+    return "\n".join(
+        [
+            f"from etude.schedulers import {name}",
+            "",
+            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {arguments})",
+            _picture(policy, num_steps, guidance_scale),
+        ]
+    )
+
+
+def _picture(policy: Policy, num_steps: int, guidance_scale: float) -> str:
     call = {"num_inference_steps": num_steps, **policy.call_arguments(guidance_scale)}
     call = {name: f"{value:g}" if isinstance(value, float) else repr(value) for name, value in call.items()}
-    picture = f'image = pipe("a prompt", {", ".join(_keywords(call))}).images[0]'
-    return "\n".join([*head, "", *load, *scheduler, picture])
+    return f'image = pipe("a prompt", {", ".join(_keywords(call))}).images[0]'
 
 
 def _single_file(
@@ -83,6 +117,12 @@ def _scheduler(policy: Policy, num_steps: int) -> tuple[list[tuple[str, str]], l
     if isinstance(policy.path, VPPath):
         return _vp_scheduler(policy.path, policy, num_steps)
     name = "FlowMatchEulerDiscreteScheduler"
+    if _flow_levels(policy):
+        settings = {**_flow_levels(policy), "stochastic_sampling": False}
+        return [("diffusers", name)], [
+            "# The ODE at the levels that the model was tuned on, whose shift is not that of its own scheduler.",
+            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {', '.join(_keywords(settings))})",
+        ]
     if policy.scheduler_config.get("_class_name") == name and not policy.scheduler_config.get("stochastic_sampling"):
         return [], ["# The pipeline's own scheduler is the ODE at the levels that the model was tuned on."]
     return [("diffusers", name)], [
@@ -91,16 +131,15 @@ def _scheduler(policy: Policy, num_steps: int) -> tuple[list[tuple[str, str]], l
     ]
 
 
+def _flow_levels(policy: Policy) -> dict[str, Any]:
+    """What makes the levels of a flow scheduler those of the policy, where the one that is loaded has others."""
+    if policy.shift is None or policy.export_name != "lora":  # a whole model is saved with its scheduler
+        return {}
+    return {"shift": policy.shift, "use_dynamic_shifting": False}
+
+
 def _vp_scheduler(path: VPPath, policy: Policy, num_steps: int) -> tuple[list[tuple[str, str]], list[str]]:
-    # Spelt out: a scheduler of another class may leave them to defaults that are not these.
-    settings = {
-        "clip_sample": False,
-        "set_alpha_to_one": path.final_alpha_cumprod == 1,
-        "timestep_spacing": path.timestep_spacing,
-        "steps_offset": path.steps_offset,
-    }
-    if policy.scheduler_config.get("thresholding"):
-        settings["thresholding"] = False
+    settings = _vp_levels(path, policy)
     if ddim_visits(path, num_steps):
         name, package, why = "DDIMScheduler", "diffusers", "# DDIM at eta 0 is the ODE."
     else:
@@ -112,6 +151,20 @@ def _vp_scheduler(path: VPPath, policy: Policy, num_steps: int) -> tuple[list[tu
         )
     arguments = ", ".join(_keywords({key: repr(value) for key, value in settings.items()}))
     return [(package, name)], [why, f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {arguments})"]
+
+
+def _vp_levels(path: VPPath, policy: Policy) -> dict[str, Any]:
+    """What makes the levels of a VP scheduler those of the path, and its steps plain ones."""
+    # Spelt out: a scheduler of another class may leave them to defaults that are not these.
+    settings = {
+        "clip_sample": False,
+        "set_alpha_to_one": path.final_alpha_cumprod == 1,
+        "timestep_spacing": path.timestep_spacing,
+        "steps_offset": path.steps_offset,
+    }
+    if policy.scheduler_config.get("thresholding"):
+        settings["thresholding"] = False
+    return settings
 
 
 def ddim_visits(path: VPPath, num_steps: int) -> bool:
