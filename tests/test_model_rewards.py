@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from etude.errors import EtudeError
-from etude.rewards import WeightedRewards, get, names, register, score
+from etude.rewards import WeightedRewards, get, names, register, revisions, score
+from etude.rewards.clip import PickScore
 from etude.rewards.preprocessing import MEAN, STD, crop_to_square, pad_to_square
 
 SIZE = 32
@@ -442,6 +444,39 @@ def test_a_score_depends_neither_on_the_batch_size_nor_on_the_company(clip: tupl
     assert get(f"pickscore:{clip[1]}")(IMAGES[:0], []).shape == (0,)
 
 
+def test_a_batch_that_does_not_fit_is_halved_and_scores_the_same(
+    clip: tuple[CLIPModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reward: Any = PickScore(str(clip[1]), batch_size=4)
+    compute, seen = reward._score, []
+
+    def small(images: Tensor, prompts: list[str], device: torch.device) -> Tensor:
+        seen.append(len(images))
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute(images, prompts, device)
+
+    monkeypatch.setattr(reward, "_score", small)
+    with pytest.warns(UserWarning, match="batch_size of the reward PickScore = 4 does not fit"):
+        scores = reward(IMAGES, PROMPTS)
+    assert (seen, reward.batch_size) == ([4, 2, 2, 1], 2)
+    torch.testing.assert_close(scores, get(f"pickscore:{clip[1]}")(IMAGES, PROMPTS), rtol=1e-5, atol=1e-5)
+
+
+def test_offloading_moves_a_reward_off_the_device_after_each_use(clip: tuple[CLIPModel, Path]) -> None:
+    name, moved = f"pickscore:{clip[1]},batch_size=5", []
+    reward: Any = get(name)
+    reward.load()
+    reward.network.to = lambda device: moved.append(torch.device(device).type)
+    reward.device = torch.device("cuda")  # never reached: the network is not moved in earnest
+    reward._score = lambda images, prompts, device: torch.zeros(len(images))
+    WeightedRewards({name: 1.0}, offload=True)(IMAGES, PROMPTS)
+    WeightedRewards({name: 1.0}, offload=True).start(IMAGES, PROMPTS).result()
+    assert moved == ["cuda", "cpu", "cuda", "cpu"]
+    WeightedRewards({name: 1.0})(IMAGES, PROMPTS)
+    assert moved[4:] == ["cuda"]
+
+
 def test_weights_are_read_at_first_use_frozen_and_in_evaluation_mode(clip: tuple[CLIPModel, Path]) -> None:
     reward: Any = get(f"pickscore:{clip[1]}")
     assert reward.network is None
@@ -502,9 +537,30 @@ def test_a_hub_id_is_fetched_at_its_revision_without_any_pickle(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert_scores(get("pickscore"), direct_logits(clip[0], PROMPTS))
     get("clip_score:someone/clip@refs/pr/4")(IMAGES, PROMPTS)
-    assert asked[0] == ("yuvalkirstain/PickScore_v1", None)
+    assert asked[0] == ("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800")
     assert {a[0] for a in asked[:3]} == {"yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
     assert set(asked[3:]) == {("someone/clip", "refs/pr/4")}
+
+
+def test_the_commit_that_was_read_is_told_even_where_none_was_asked_for(
+    clip: tuple[CLIPModel, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    commit = "0123456789abcdef" * 2 + "01234567"  # the hub's cache keeps a commit in a directory of its name
+    (tmp_path / commit).symlink_to(clip[1], target_is_directory=True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *names, **how: str(tmp_path / commit))
+    hub, local = "pickscore:someone/unpinned", f"pickscore:{clip[1]}"
+    assert revisions([hub, local, "colorfulness"]) == {}
+    for name in (hub, local):
+        get(name)(IMAGES, PROMPTS)
+    base = PickScore.BASE
+    assert revisions([hub, local, "colorfulness"]) == {hub: {"someone/unpinned": commit, base: commit}}
+
+
+def test_published_defaults_are_pinned_except_the_copies_of_which_no_commit_is_known() -> None:
+    for name in NAMES:
+        reward: Any = get(name)
+        for source in (reward.model, reward.base):
+            assert source.startswith("RE-N-Y/") or re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", source), source
 
 
 # ---- errors

@@ -351,8 +351,8 @@ class MemoryConfig(Section):
     )
     offload: bool = Field(
         False,
-        description="Text encoders and autoencoder wait on the CPU: the former once the prompts of the run are encoded "
-        "(as many as prompt_cache_mb holds), the latter whenever it does not decode.",
+        description="Text encoders, autoencoder and rewards' networks wait on the CPU: the former once the prompts of the run are encoded "
+        "(as many as prompt_cache_mb holds), the others whenever they are not used.",
     )
     decode_batch_size: int | None = Field(
         None,

@@ -7,16 +7,18 @@ path `package.module:attribute`. Nothing is imported before it is asked for by n
 from __future__ import annotations
 
 from etude.rewards.registry import Reward, get, names, register, register_factory
-from etude.rewards.scoring import WEIGHTED_SUM, WeightedRewards, score, score_all
+from etude.rewards.scoring import WEIGHTED_SUM, Scoring, WeightedRewards, revisions, score, score_all
 
 __all__ = [
     "WEIGHTED_SUM",
     "Reward",
+    "Scoring",
     "WeightedRewards",
     "get",
     "names",
     "register",
     "register_factory",
+    "revisions",
     "score",
     "score_all",
 ]

@@ -56,16 +56,18 @@ class Aesthetic(ModelReward):
 
         score = MLP(f(image) / |f(image)|), MLP of ScoreHead with d = 768
 
-    f is the projected image embedding of `openai/clip-vit-large-patch14` (`base`, MIT) with its image processor; the head is by
-    C. Schuhmann (github.com/christophschuhmann/improved-aesthetic-predictor, Apache-2.0). It regresses ratings of 1 to 10 and is not
-    bounded; generated pictures score about 4.5 to 7. Prompts are ignored. The head is computed in float32.
+    f is the projected image embedding of `openai/clip-vit-large-patch14` (`base`; the code of CLIP is MIT, the card of the weights states
+    none) with its image processor; the head is by C. Schuhmann (github.com/christophschuhmann/improved-aesthetic-predictor, Apache-2.0). It
+    regresses ratings of 1 to 10 and is not bounded; generated pictures score about 4.5 to 7. Prompts are ignored. The head is computed in
+    float32.
 
-    The published head is a pickle, which etude does not read; the default `model` is a hub repository that carries the same tensors
-    in safetensors (`RE-N-Y/laion-aesthetic`, used by the package imscore), of which only the head is used.
+    The published head is a pickle, which etude does not read; the default `model` is a hub repository that carries the same tensors in
+    safetensors (`RE-N-Y/laion-aesthetic`, used by the package imscore; not the author's, not pinned, and no licence of its own is known:
+    see its card), of which only the head is used.
     """
 
     MODEL = "RE-N-Y/laion-aesthetic"
-    BASE = "openai/clip-vit-large-patch14"
+    BASE = "openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
 
     def _load(self) -> nn.Module:
         from transformers import CLIPModel

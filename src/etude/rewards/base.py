@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from etude.errors import EtudeError, brief, unknown
-from etude.rewards.checkpoints import check_source
+from etude.micro_batches import MicroBatch, Progress
+from etude.rewards.checkpoints import check_source, revision_read
 
 ModelRewardT = TypeVar("ModelRewardT", bound="ModelReward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -21,10 +24,12 @@ class ModelReward(ABC):
     """A frozen network as a reward: images uint8 `[n, 3, h, w]` and prompts to float32 `[n]`.
 
     Making one costs nothing: `load`, or the first call, fetches and reads the weights. Images are preprocessed one by one with
-    PIL on the CPU, as the published code of each model does, and scored in batches.
+    PIL on the CPU, as the published code of each model does, and scored in batches. A batch that does not fit into the device's memory is
+    halved, with a warning, and the size stays so.
 
     Args:
-        model: the weights: a hub id (`owner/name`, `owner/name@revision`), a directory or a `.safetensors` file.
+        model: the weights: a hub id (`owner/name`, `owner/name@revision`), a directory or a `.safetensors` file. Published defaults are
+            pinned to a commit where one is known for certain; `revisions` tells which was read.
         base: the checkpoint that gives what `model` does not hold (tokenizer, image processor, and as each reward says).
             Default: `model` itself where it is a local directory with those files, else the published one.
         batch_size: images per forward pass.
@@ -55,7 +60,8 @@ class ModelReward(ABC):
             self.device = torch.device(device) if device else None
         except RuntimeError as error:
             raise EtudeError(f"device = '{device}' is none: {brief(error, 100)}") from error
-        self.batch_size, self.dtype = batch_size, DTYPES[dtype]
+        self.batches = MicroBatch(batch_size, f"batch_size of the reward {type(self).__name__}")
+        self.dtype = DTYPES[dtype]
         self.network: Any = None
 
     @classmethod
@@ -79,6 +85,11 @@ class ModelReward(ABC):
                 raise EtudeError(f"{key} = '{value}' of the reward {cls.__name__} must be a whole number.") from error
         return cls(**options)
 
+    @property
+    def batch_size(self) -> int:
+        """Images per forward pass: what was asked for, or what is left of it after halving."""
+        return self.batches.size
+
     def load(self) -> None:
         """Fetches and reads the weights, once; calling it before a run makes a missing checkpoint an error before it.
 
@@ -93,14 +104,27 @@ class ModelReward(ABC):
         self.load()
         device = self._place(images)
         self.network.to(device)
-        scores = [torch.zeros(0)]
-        for start in range(0, len(prompts), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            scores.append(self._score(images[batch].cpu(), prompts[batch], device).float().cpu())
-        return torch.cat(scores)
+        scores = torch.zeros(len(prompts))
+
+        def work(rows: slice, _: Progress) -> None:
+            scores[rows] = self._score(images[rows].cpu(), prompts[rows], device).float().cpu()
+
+        self.batches.run(len(prompts), work)
+        return scores
+
+    def offload(self) -> None:
+        """Moves the networks to the CPU, where they wait until the next call: what `memory.offload` asks for after each use."""
+        for value in vars(self).values():
+            if isinstance(value, nn.Module):
+                value.to("cpu")
+        clear_device_cache()
+
+    def revisions(self) -> dict[str, str]:
+        """The hub repositories that were read, as they were named, and the commit of each."""
+        return {source: found for source in (self.model, self.base) if (found := revision_read(source))}
 
     def _holds_base(self) -> bool:
-        path = Path(self.model).expanduser()
+        path = Path(os.path.expanduser(self.model))
         return bool(self.BASE_FILES) and all((path / name).is_file() for name in self.BASE_FILES)
 
     def _place(self, images: Tensor) -> torch.device:

@@ -6,6 +6,7 @@ converts it. No code from a checkpoint is run either (`trust_remote_code` is nev
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,8 @@ _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
 NetworkT = TypeVar("NetworkT")
 
+_revisions: dict[str, str] = {}
+
 
 def check_source(source: str) -> None:
     """Refuses what can be neither a file, a directory nor a hub id (`owner/name`, or `owner/name@revision`).
@@ -32,15 +35,15 @@ def check_source(source: str) -> None:
     Raises:
         EtudeError: if the path does not exist or is a pickle.
     """
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.suffix in _PICKLES:
         raise EtudeError(_refused(str(path)))
-    if not path.exists() and (source.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(source)):
+    if not os.path.exists(path) and (source.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(source)):
         raise EtudeError(f"'{source}' is not on disk: give a file, a directory, or a hub id (owner/name@revision).")
 
 
 def is_local(source: str) -> bool:
-    return Path(source).expanduser().exists()
+    return os.path.exists(_path(source))
 
 
 def fetch(source: str, patterns: list[str]) -> Path:
@@ -50,19 +53,27 @@ def fetch(source: str, patterns: list[str]) -> Path:
         EtudeError: if it is not on disk and the hub does not give it.
     """
     if is_local(source):
-        return Path(source).expanduser()
+        return _path(source)
     check_source(source)
     from huggingface_hub import snapshot_download
 
     repository, _, revision = source.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+        path = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the errors of the hub, of its transports and of its cache have no base in common
         command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
         raise EtudeError(
             f"'{source}' is not on disk and the hub does not give it ({type(error).__name__}): "
             f"`{command}` while connected, or give a local path."
         ) from error
+    if re.fullmatch(r"[0-9a-f]{40}", path.name):  # the cache keeps each commit in a directory of its name
+        _revisions[source] = path.name
+    return path
+
+
+def revision_read(source: str) -> str | None:
+    """The commit of a hub id that this process has fetched from, or found in the cache; None for anything else."""
+    return _revisions.get(source)
 
 
 def weights_of(path: Path) -> Path:
@@ -150,6 +161,10 @@ def _from_pretrained(kind: Any, directory: str | None, origin: str, **how: Any) 
             f"'{origin}' is not a whole {kind.__name__}: it lacks {len(missing)} tensors ('{missing[0]}')."
         )
     return network.eval().requires_grad_(False)
+
+
+def _path(source: str) -> Path:
+    return Path(os.path.expanduser(source))
 
 
 def _refused(path: str) -> str:

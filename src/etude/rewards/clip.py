@@ -13,6 +13,7 @@ from etude.rewards.base import ModelReward
 from etude.rewards.checkpoints import TEXT_FILES, WEIGHT_FILES, fetch, pretrained
 from etude.rewards.preprocessing import pictures
 
+VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c"
 CLIP_FILES = ("preprocessor_config.json", "tokenizer_config.json")
 
 
@@ -62,16 +63,16 @@ class Cosine(ModelReward):
 class CLIPScore(Cosine):
     """CLIPScore = 2.5 max(cos(f(image), g("A photo depicts " + prompt)), 0), Hessel et al. 2021, arXiv 2104.08718.
 
-    Model: `openai/clip-vit-base-patch32` (MIT), the paper's ViT-B/32, with its own image processor; its safetensors are in the pull
-    request 15 of that repository, whose main branch has pickles only. Range [0, 2.5]; captions of photographs score about 0.6 to
-    0.9. Work on text-to-image models often reports 100 max(cos, 0) of another CLIP without the prefix instead: that is
-    `clip_score:openai/clip-vit-large-patch14,prefix=` times 40.
+    Model: `openai/clip-vit-base-patch32`, the paper's ViT-B/32, with its own image processor, at the commit of that repository that holds
+    its conversion to safetensors (the main branch has pickles only). Licence: the code of CLIP is MIT; the repository's card states none
+    for the weights. Range [0, 2.5]; captions of photographs score about 0.6 to 0.9. Work on text-to-image models often reports 100 max(cos,
+    0) of another CLIP without the prefix instead: that is `clip_score:openai/clip-vit-large-patch14,prefix=` times 40.
 
     Args:
         prefix: what precedes each prompt.
     """
 
-    MODEL = BASE = "openai/clip-vit-base-patch32@refs/pr/15"
+    MODEL = BASE = "openai/clip-vit-base-patch32@c237dc49a33fc61debc9276459120b7eac67e7ef"
 
     def __init__(
         self,
@@ -97,13 +98,13 @@ class CLIPScore(Cosine):
 class PickScore(Cosine):
     """PickScore v1 = exp(logit_scale) cos(f(image), g(prompt)), Kirstain et al. 2023, arXiv 2305.01569.
 
-    Model: `yuvalkirstain/PickScore_v1` (MIT), a CLIP-ViT-H-14 tuned on Pick-a-Pic; tokenizer and image processor (`base`) of
-    `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` (MIT). exp(logit_scale) is about 100: range [-100, 100], in practice about 15 to 25.
-    Some work divides it by 26 to bring it near 1, which group-normalised advantages do not notice.
+    Model: `yuvalkirstain/PickScore_v1`, a CLIP-ViT-H-14 tuned on Pick-a-Pic (licence: its model card states none); tokenizer and image
+    processor (`base`) of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` (MIT). exp(logit_scale) is about 100: range [-100, 100], in practice about
+    15 to 25. Some work divides it by 26 to bring it near 1, which group-normalised advantages do not notice.
     """
 
-    MODEL = "yuvalkirstain/PickScore_v1"
-    BASE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    MODEL = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
+    BASE = VIT_H
 
     def _scale(self, cosine: Tensor) -> Tensor:
         scale: Tensor = self.network.logit_scale.float().exp()

@@ -10,24 +10,26 @@ from torch import Tensor, nn
 
 from etude.errors import EtudeError
 from etude.rewards.checkpoints import TEXT_FILES, assembled, fetch, read_tensors, strip_prefix, weights_of
-from etude.rewards.clip import Cosine, tokenizer
+from etude.rewards.clip import VIT_H, Cosine, tokenizer
 from etude.rewards.preprocessing import pad_to_square
 
 
 class HPSv2(Cosine):
     """HPS v2.1 = cos(f(image), g(prompt)), Wu et al. 2023, arXiv 2306.09341.
 
-    The network is the CLIP-ViT-H-14 of LAION, tuned (Apache-2.0); `base` gives its architecture and tokenizer:
-    `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` (MIT). As published, there is no logit scale, and a picture that is not square is resized
-    to fit and padded with black rather than cropped. Range [-1, 1], in practice about 0.2 to 0.35; papers often print it times 100.
+    The network is the CLIP-ViT-H-14 of LAION, tuned (licence of the authors' repository and weights: Apache-2.0); `base` gives its
+    architecture and tokenizer: `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` (MIT). As published, there is no logit scale, and a picture that is
+    not square is resized to fit and padded with black rather than cropped. Range [-1, 1], in practice about 0.2 to 0.35; papers often print
+    it times 100.
 
-    The published checkpoint (`xswu/HPSv2`, HPS_v2.1_compressed.pt) is a pickle, which etude does not read; the default `model` is a
-    hub repository that carries it in safetensors (`RE-N-Y/hpsv21`, used by the package imscore). Both layouts are understood:
-    OpenCLIP's names, whatever wrapper precedes them, and those of `transformers.CLIPModel`. OpenCLIP itself is not needed.
+    The published checkpoint (`xswu/HPSv2`, HPS_v2.1_compressed.pt) is a pickle, which etude does not read; the default `model` is a hub
+    repository that carries it in safetensors (`RE-N-Y/hpsv21`, used by the package imscore; not the authors', not pinned, and no licence of
+    its own is known: see its card). Both layouts are understood: OpenCLIP's names, whatever wrapper precedes them, and those of
+    `transformers.CLIPModel`. OpenCLIP itself is not needed.
     """
 
     MODEL = "RE-N-Y/hpsv21"
-    BASE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    BASE = VIT_H
     BASE_FILES = ("config.json", "tokenizer_config.json")
 
     def _load(self) -> nn.Module:

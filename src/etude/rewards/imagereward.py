@@ -28,17 +28,18 @@ class ImageReward(ModelReward):
 
         score = (MLP(h) - 0.1671736...) / 1.0333395..., h the first output token of BLIP's text encoder, MLP of ScoreHead
 
-    The text encoder (BERT base) attends to all tokens of the image encoder (ViT-L/16 at 224 pixels); prompts are cut or padded to 35
-    tokens and images cropped to the centre, as published. Standardised, so unbounded: in practice about -2.3 to 2. Apache-2.0
-    (BLIP: BSD-3-Clause). The head is computed in float32.
+    The text encoder (BERT base) attends to all tokens of the image encoder (ViT-L/16 at 224 pixels); prompts are cut or padded to 35 tokens
+    and images cropped to the centre, as published. Standardised, so unbounded: in practice about -2.3 to 2. Licence of the authors' code
+    and weights: Apache-2.0 (BLIP: BSD-3-Clause). The head is computed in float32.
 
-    The published checkpoint (`THUDM/ImageReward`, ImageReward.pt) is a pickle, which etude does not read; the default `model` is a
-    hub repository that carries it in safetensors (`RE-N-Y/ImageReward`, used by the package imscore), under the published names.
-    It runs in the BLIP classes of transformers. `base` gives the tokenizer: `google-bert/bert-base-uncased` (Apache-2.0).
+    The published checkpoint (`THUDM/ImageReward`, ImageReward.pt) is a pickle, which etude does not read; the default `model` is a hub
+    repository that carries it in safetensors (`RE-N-Y/ImageReward`, used by the package imscore; not the authors', not pinned, and no
+    licence of its own is known: see its card), under the published names. It runs in the BLIP classes of transformers. `base` gives the
+    tokenizer: `google-bert/bert-base-uncased` (Apache-2.0).
     """
 
     MODEL = "RE-N-Y/ImageReward"
-    BASE = "google-bert/bert-base-uncased"
+    BASE = "google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594"
     BASE_FILES = ("tokenizer_config.json",)
 
     def _load(self) -> nn.Module:

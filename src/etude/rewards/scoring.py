@@ -59,6 +59,12 @@ def score_all(
     return {name: score(name, get(name), images, prompts, metadata) for name in rewards}
 
 
+def revisions(rewards: Iterable[str]) -> dict[str, dict[str, str]]:
+    """What the rewards that have read something from a hub have read: by their name, each repository's commit."""
+    found: dict[str, dict[str, str]] = {name: getattr(get(name), "revisions", dict)() for name in rewards}
+    return {name: commits for name, commits in found.items() if commits}
+
+
 class Scoring:
     """Scores that are under way: what `WeightedRewards.start` returns.
 

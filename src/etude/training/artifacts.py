@@ -26,6 +26,7 @@ from etude.paths import VPPath
 from etude.policies import Policy
 from etude.report import write_report
 from etude.report.grids import image_grid
+from etude.rewards import revisions
 from etude.statistics import Estimate
 from etude.training.checkpoint import atomic_write_bytes, atomic_write_text
 from etude.training.deployment import deployment_snippet
@@ -119,6 +120,7 @@ def finish(
         "guidance_scale": config.sampling.guidance_scale,
         "rewards": list(config.rewards),
         "held_out_rewards": [name for name in config.evaluation.held_out_rewards if name not in config.rewards],
+        "reward_revisions": revisions([*config.rewards, *config.evaluation.held_out_rewards]),
         "iterations": iterations,
         "stopped": explain_stop(evaluation, config.evaluation.stop_on_fall, iterations, config.iterations),
         "final": evaluation,
@@ -225,7 +227,17 @@ intervals clustered by prompt, {config.evaluation.num_images} pairs of images of
 ```python
 {snippet}
 ```
-"""
+{_reward_models(summary)}"""
+
+
+def _reward_models(summary: dict[str, Any]) -> str:
+    """The hub repositories that the rewards were read from, each with its commit."""
+    read = [
+        f"{name.partition(':')[0]} from "
+        + ", ".join(f"{repository.partition('@')[0]} at {commit}" for repository, commit in commits.items())
+        for name, commits in summary["reward_revisions"].items()
+    ]
+    return f"\nRewards: {'; '.join(read)}.\n" if read else ""
 
 
 def _window(config: TrainConfig) -> str:
