@@ -6,15 +6,15 @@ A run writes the resolved tree to `config.yaml`, and that file reproduces the ru
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from etude.errors import EtudeError, unknown
+from etude.errors import EtudeError, brief_value, unknown
 from etude.settings import (
     KernelName,
     LoraConfig,
@@ -24,6 +24,7 @@ from etude.settings import (
     TrainConfig,
     WindowConfig,
 )
+from etude.yaml_text import parse_yaml, read_yaml
 
 __all__ = [
     "KernelName",
@@ -117,23 +118,18 @@ def read_tree(source: str) -> dict[str, Any]:
     Raises:
         EtudeError: there is no such recipe or file, or it holds no mapping.
     """
-    path = Path(source).expanduser()
-    if source not in recipe_names() and (path.suffix in {".yaml", ".yml"} or path.exists()):
-        if not path.is_file():
-            problem = "is a directory" if path.is_dir() else "does not exist"
+    path = Path(os.path.expanduser(source))
+    if source not in recipe_names() and (path.suffix in {".yaml", ".yml"} or os.path.exists(path)):
+        if not os.path.isfile(path):
+            problem = (
+                "is a directory" if os.path.isdir(path) else "is no file" if os.path.exists(path) else "does not exist"
+            )
             raise EtudeError(
                 f"recipe file '{source}' {problem}: give a YAML file, or a built-in recipe ({', '.join(recipe_names())})."
             )
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise EtudeError(f"recipe file '{source}' cannot be read as UTF-8 text: {error}.") from None
+        tree = read_yaml(path, f"recipe file '{source}'")
     else:
-        text = recipe_text(source)
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise EtudeError(f"'{source}' is not valid YAML: {' '.join(str(error).split())}.") from None
+        tree = parse_yaml(recipe_text(source), f"'{source}'")
     if not isinstance(tree, dict):
         raise EtudeError(f"'{source}' must hold a mapping of configuration keys, not {type(tree).__name__}.")
     return tree
@@ -145,9 +141,11 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
     if not equals or not key:
         raise EtudeError(f"--set takes key=value, for example sampling.eta=1.2, not '{item}'.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise EtudeError(f"--set {item}: '{text}' is not a YAML value; quote it.") from None
+        value = parse_yaml(text, "the value")
+    except EtudeError as error:
+        raise EtudeError(
+            f"--set {item[:200]}: it is not a YAML value that can be used ({str(error).rstrip('.')}); quote it."
+        ) from None
     set_key(tree, key, _number_like(value), f"--set {item}")
 
 
@@ -201,7 +199,7 @@ def explain(error: ValidationError, place: str, model: type[Section] = TrainConf
         return EtudeError(f"{where}: {_unknown_key(location, model)}")
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    at = f"{key} = {first['input']!r}" if key and not isinstance(first["input"], dict) else key
+    at = f"{key} = {brief_value(first['input'], 200)}" if key and not isinstance(first["input"], dict) else key
     return EtudeError(f"{where}: {at + ': ' if at else ''}{message}.")
 
 

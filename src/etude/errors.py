@@ -20,6 +20,15 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> EtudeError:
     return EtudeError(f"unknown {kind} '{name}': {hint}the choices are {', '.join(choices)}.")
 
 
+def brief_value(value: object, limit: int = 80) -> str:
+    """A value as Python writes it, cut to fit in a sentence; of a number too long to be written, that it is one."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # beyond 4300 digits Python writes no whole number
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def brief(error: BaseException, limit: int = 300) -> str:
     """An exception's text on one line, cut at `limit` characters: what fits in a sentence."""
     text = " ".join(str(error).split())

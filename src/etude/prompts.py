@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etude.errors import EtudeError, brief, unknown
+from etude.errors import EtudeError, brief, brief_value, unknown
 from etude.imports import import_callable
 
 if TYPE_CHECKING:
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
 _HUB = "hub:"
 _HUB_OPTIONS = ("column", "config", "metadata", "revision", "split")
-_RESERVED = {"images", "prompts"}  # what a reward calls its own arguments
+LONGEST = 1 << 28
+"""Bytes of a file of prompts: a few million."""
+_RESERVED = {"images", "prompts", "self"}  # what a reward calls its own arguments
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def load_prompts(source: str) -> PromptSet:
         return PromptSet(_lines((_sets() / f"{source}.txt").read_text(encoding="utf-8")))
     if source.startswith(_HUB):
         prompts = _from_hub(source)
-    elif re.fullmatch(r"[\w.]+:[\w.]+", source) and not Path(source).expanduser().exists():
+    elif re.fullmatch(r"[\w.]+:[\w.]+", source) and not os.path.exists(os.path.expanduser(source)):
         prompts = _from_function(source)
     elif source.endswith(".jsonl"):
         prompts = _from_jsonl(_read(source), source)
@@ -178,24 +181,29 @@ def _from_records(records: Sequence[Any], places: list[str]) -> PromptSet:
 
 def _text(value: Any, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise EtudeError(f"{place}: its prompt is {_brief_repr(value)}; give a text that is not empty.")
+        raise EtudeError(f"{place}: its prompt is {brief_value(value)}; give a text that is not empty.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can hold half a character, which no file, tokenizer or page can
+        raise EtudeError(
+            f"{place}: its prompt {brief_value(value)} holds half of a surrogate pair; give whole characters."
+        ) from None
+    if "\0" in value:
+        raise EtudeError(f"{place}: its prompt {brief_value(value)} holds a NUL character; remove it.")
     return value.strip()
-
-
-def _brief_repr(value: object) -> str:
-    """A value as Python writes it, cut to fit in a sentence."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _read(source: str) -> str:
     if not source:
         raise unknown("prompt set or file", source, prompt_set_names())
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
         raise EtudeError(f"prompts '{source}' is a directory: give a text file with one prompt per line.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise EtudeError(f"prompts '{source}' is a device or a pipe, which need not end: give a text file.")
     try:
-        data = path.read_bytes()
+        with open(path, "rb") as file:
+            data = file.read(LONGEST + 1)
     except FileNotFoundError:
         if path.suffix or len(path.parts) > 1:
             raise EtudeError(
@@ -206,6 +214,10 @@ def _read(source: str) -> str:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise EtudeError(f"prompt file '{source}' cannot be read ({reason}): check its name and permissions.") from None
+    if len(data) > LONGEST:
+        raise EtudeError(
+            f"prompt file '{source}' is longer than {LONGEST >> 20} MiB: split it, or give a dataset (hub:directory)."
+        )
     return _decode(data, source)
 
 

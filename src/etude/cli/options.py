@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ def finite(value: Any) -> Any:
 
 def expanded(path: Path | None) -> Path | None:
     """The path with a leading `~` replaced: a shell leaves the one of `--out=~/runs` as it is."""
-    return None if path is None else path.expanduser()
+    return None if path is None else Path(os.path.expanduser(path))
 
 
 Model = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,7 +83,7 @@ def run_of(model: str, lora: Path | None) -> TrainConfig | None:
     """
     from etude.config import load_config
 
-    exported = lora if lora is not None else Path(model).expanduser()
+    exported = lora if lora is not None else Path(os.path.expanduser(model))
     if lora is None and not (exported.is_dir() and exported.resolve().name in {"model", "model-best"}):
         return None
     place = exported.resolve().parent / "config.yaml"

@@ -97,7 +97,7 @@ def load_policy(
     policy: Policy = adapter(pipeline, DTYPES[dtype], target, resolution, decode_batch_size, offload, **limits)
     policy.shift = shift
     if lora is not None:
-        _load_lora(policy, Path(lora).expanduser())
+        _load_lora(policy, Path(expanduser(lora)))
     return policy
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from etude.errors import EtudeError
+from etude.errors import EtudeError, brief
+from etude.yaml_text import parse_yaml, read_yaml_text
 
 Interval = dict[str, Any]  # mean, low, high, and what else `Estimate.to_dict` gives
 GRIDS = ("before_ode", "after_ode", "before_sde", "after_sde")
@@ -86,11 +85,8 @@ def read_run(directory: Path) -> Run:
     path = directory / "config.yaml"
     if not path.is_file():
         raise EtudeError(f"'{directory}' is not a run: it has no config.yaml; give the output directory of a run.")
-    config_text = _text(path)
-    try:
-        config = yaml.safe_load(config_text)
-    except yaml.YAMLError as error:
-        raise EtudeError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}.") from None
+    config_text = read_yaml_text(path, f"'{path}'")
+    config = parse_yaml(config_text, f"'{path}'")
     rows, torn = _read_metrics(directory / "metrics.jsonl")
     summary = _read_json(directory / "summary.json", {})
     prompts = _read_json(directory / "samples" / "prompts.json", [])
@@ -118,9 +114,9 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], bool]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python reads
             raise EtudeError(
-                f"'{path}' line {number} is not valid JSON ({error}): repair or delete that line."
+                f"'{path}' line {number} is not valid JSON ({brief(error, 120)}): repair or delete that line."
             ) from None
         if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
             raise EtudeError(f"'{path}' line {number} is not a row of metrics: it has no whole number 'iteration'.")
@@ -133,8 +129,8 @@ def _read_json(path: Path, default: Any) -> Any:
         return default
     try:
         return json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise EtudeError(f"'{path}' is not valid JSON ({error}): restore or delete it.") from None
+    except (ValueError, RecursionError) as error:
+        raise EtudeError(f"'{path}' is not valid JSON ({brief(error, 120)}): restore or delete it.") from None
 
 
 def _text(path: Path) -> str:

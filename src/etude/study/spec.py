@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from etude.config import TrainConfig, explain, parse_config, read_tree, set_key
 from etude.errors import EtudeError
 from etude.settings import Section
+from etude.yaml_text import parse_yaml, read_yaml_text
 
 SolverName = Literal["ddim", "euler", "heun", "dpmsolver++", "unipc"]
 _LONGEST = 120
@@ -150,13 +150,8 @@ def load_study(path: Path) -> Study:
     if not path.is_file():
         problem = "is a directory" if path.is_dir() else "does not exist"
         raise EtudeError(f"{place} {problem}: give a YAML file.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise EtudeError(f"{place} cannot be read as UTF-8 text: {error}.") from None
-    except yaml.YAMLError as error:
-        raise EtudeError(f"{place} is not valid YAML: {' '.join(str(error).split())}.") from None
+    text = read_yaml_text(path, place)
+    tree = parse_yaml(text, place)
     if not isinstance(tree, dict):
         raise EtudeError(f"{place} must hold a mapping of keys, not {type(tree).__name__}.")
     return parse_study(tree, place, text)

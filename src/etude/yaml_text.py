@@ -1,0 +1,118 @@
+"""YAML from files that somebody else may have written: plain values only, and never more of them than fit in a page or two.
+
+A YAML document can be small and stand for gigabytes: an alias repeats what its anchor holds, and a chain of them multiplies
+("billion laughs"). Here a document is measured with its aliases written out before a single value is made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from etude.errors import EtudeError, brief
+
+LONGEST = 1 << 18
+"""Bytes of a file. Recipes have about 3,000."""
+MOST_VALUES = 20_000
+"""Values of a document, those that aliases repeat included."""
+DEEPEST = 40
+"""Levels of a document."""
+_PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
+
+
+def read_yaml(path: Path, place: str) -> Any:
+    """The values of a YAML file; `place` names it in errors.
+
+    Raises:
+        EtudeError: as `parse_yaml`, and if the file cannot be read.
+    """
+    return parse_yaml(read_yaml_text(path, place), place)
+
+
+def read_yaml_text(path: Path, place: str) -> str:
+    """The text of a file that is no longer than a configuration can be.
+
+    Raises:
+        EtudeError: it cannot be read, is too long, or is not UTF-8.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LONGEST + 1)
+        text = data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise EtudeError(f"{place} cannot be read as UTF-8 text: {brief(error, 120)}.") from None
+    if len(data) > LONGEST:
+        raise EtudeError(f"{place} is longer than {LONGEST // 1024} KiB, which no configuration is: check the file.")
+    return text
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """The values of a YAML document: mappings, lists, texts, numbers, booleans, null. `place` names it in errors.
+
+    Raises:
+        EtudeError: it is not YAML, holds other tags, the same key twice or an alias of what surrounds it, or is longer than
+            `LONGEST`, `MOST_VALUES` or `DEEPEST` allow.
+    """
+    if len(text) > LONGEST:
+        raise EtudeError(f"{place} is longer than {LONGEST // 1024} KiB, which no configuration is.")
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _Measure(place).size(node, 1)
+        return loader.construct_document(node)
+    except EtudeError:
+        raise
+    except RecursionError:
+        raise EtudeError(f"{place} nests values deeper than {DEEPEST} levels.") from None
+    # Beside its own errors PyYAML lets through what int() and float() raise of scalars whose tag was written out.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        raise EtudeError(f"{place} is not valid YAML: {brief(error)}.") from None
+
+
+class _Measure:
+    """Counts the values that a document stands for, each alias as often as it occurs, in the time of one walk."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self._sizes: dict[int, int] = {}
+        self._open: set[int] = set()
+
+    def size(self, node: yaml.Node, depth: int) -> int:
+        if node.tag not in _PLAIN:
+            raise EtudeError(
+                f"{self.place}, line {node.start_mark.line + 1}: a value of the type '{brief(ValueError(node.tag), 60)}' "
+                "is no setting: write a number, or a text in quotes."
+            )
+        if depth > DEEPEST:
+            raise EtudeError(f"{self.place} nests values deeper than {DEEPEST} levels.")
+        if id(node) in self._open:
+            raise EtudeError(
+                f"{self.place}, line {node.start_mark.line + 1}: an alias stands for what surrounds it: write it out."
+            )
+        if id(node) not in self._sizes:
+            self._open.add(id(node))
+            total = 1 + sum(self.size(child, depth + 1) for child in self._children(node))
+            self._open.remove(id(node))
+            if total > MOST_VALUES:
+                raise EtudeError(f"{self.place} stands for more than {MOST_VALUES} values, aliases written out.")
+            self._sizes[id(node)] = total
+        return self._sizes[id(node)]
+
+    def _children(self, node: yaml.Node) -> list[yaml.Node]:
+        if isinstance(node, yaml.SequenceNode):
+            return list(node.value)
+        if not isinstance(node, yaml.MappingNode):
+            return []
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.value != "<<":
+                    raise EtudeError(
+                        f"{self.place}, line {key.start_mark.line + 1}: the key '{key.value[:60]}' is there twice: remove one."
+                    )
+                seen.add(key.value)
+        return [child for pair in node.value for child in pair]
