@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,8 +14,8 @@ from safetensors.torch import load_file
 from etude.config import TrainConfig, load_config, parse_config, parse_rewards
 from etude.errors import EtudeError
 from etude.rewards import register
-from etude.statistics import mean_summary
-from etude.training.guards import BestWeights, explain_stop, fallen
+from etude.statistics import mean_summary, paired_summary
+from etude.training.guards import BestWeights, confirmation, explain_stop, fallen
 from etude.training.trainer import Trainer
 from small_runs import redness
 from tiny import save_stable_diffusion
@@ -191,7 +192,24 @@ def test_the_best_weights_are_those_of_a_run_that_ends_there(settings, tmp_path)
     card = (tmp_path / "run" / "lora-best" / "README.md").read_text()
     assert "watched" in card
     assert "2 iterations of" in card
+    assert "iteration 2, with the highest held-out watched under the ODE, 3.000 [3.000, 3.000]" in card
+    fresh = summary["best"]["confirmation"]
+    assert (fresh["ode"]["watched"]["mean"], fresh["over_last"]["watched"]["mean"]) == (2.5, 0)
+    assert fresh["ode"]["redness"]["mean"] != summary["best"]["evaluation"]["ode"]["redness"]["mean"]  # other noise
+    assert (tmp_path / "run" / summary["best"]["directory"]).is_dir()
     assert "iteration 2, by watched" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_fresh_noise_takes_from_the_best_of_many_what_luck_gave_it() -> None:
+    generator, clusters = np.random.default_rng(0), list(range(16))
+    seen = generator.normal(size=(200, 16))  # 200 evaluations of weights that are all worth 0
+    chosen = int(seen.mean(1).argmax())
+    assert mean_summary(seen[chosen], clusters).low > 0  # the figure that the choice rests on excludes the truth
+    fresh = generator.normal(size=(2, 16))
+    found = confirmation({"best": {"a": fresh[0]}, "last": {"a": fresh[1]}}, clusters)
+    assert found["ode"]["a"]["low"] < 0 < found["ode"]["a"]["high"]
+    assert found["over_last"]["a"] == paired_summary(fresh[0] - fresh[1], clusters).to_dict()
+    assert "improvement" not in found
 
 
 def test_a_resumed_run_keeps_the_best_weights_of_before_bit_for_bit(settings, tmp_path):

@@ -121,7 +121,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     short = planned and (not run.summary or run.summary.get("stopped"))
     facts = [("iterations", f"{done} of {planned}" if short else f"{done}")]
     if best := run.summary.get("best"):
-        facts.append(("best weights", f"iteration {best['iteration']}, by {best['reward']}"))
+        facts.append(("best weights", f"iteration {best['iteration']}, by {best['reward']}: {_best_figures(best)}"))
     if "sampling" in run.config:
         facts.append(("algorithm", algorithm(run.config)))
     settings = {
@@ -139,6 +139,13 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if memory := _peak_memory(run):
         facts.append(("peak memory", _megabytes(memory)))
     return facts
+
+
+def _best_figures(best: dict[str, Any]) -> str:
+    """The ODE reward that the best weights were chosen by, and what fresh noise says of it."""
+    evaluations = {"": best.get("evaluation"), ", from fresh noise ": best.get("confirmation")}
+    means = {words: ((e or {}).get("ode") or {}).get(best["reward"]) for words, e in evaluations.items()}
+    return "".join(f"{words}{interval(mean, signed=False)}" for words, mean in means.items() if mean)
 
 
 def _etas(run: Run) -> list[str]:

@@ -29,8 +29,8 @@ from etude.report.grids import image_grid
 from etude.rewards import revisions
 from etude.statistics import Estimate
 from etude.training.checkpoint import atomic_write_bytes, atomic_write_text
-from etude.training.deployment import deployment_snippet
-from etude.training.guards import BestWeights, explain_stop
+from etude.training.deployment import deployment_snippet, stochastic_scheduler, stochastic_snippet
+from etude.training.guards import BestWeights, explain_best, explain_stop
 
 BEST = "-best"
 """What the name of an export gets that holds the best weights instead of the last."""
@@ -99,12 +99,14 @@ def finish(
     started: float,
     iterations: int,
     best: BestWeights,
+    confirmation: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes `summary.json`, the model cards beside the weights and `report.html`; returns the summary.
 
     Args:
         iterations: how many were done: fewer than planned if a reward fell.
         best: the weights that were exported beside the last.
+        confirmation: what fresh noise says of them (`guards.confirmation`).
     """
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds: dict[str, float] = {}
@@ -124,7 +126,7 @@ def finish(
         "iterations": iterations,
         "stopped": explain_stop(evaluation, config.evaluation.stop_on_fall, iterations, config.iterations),
         "final": evaluation,
-        "best": {"reward": best.reward, **best.state()} if best.weights else None,
+        "best": _best(best, confirmation, policy) if best.weights else None,
         "deploy": _deployment_advice(config, policy, evaluation),
         "seconds": seconds,
         "peak_memory_mb": max(row["memory_mb"] for row in rows),
@@ -151,13 +153,23 @@ def finish(
     return summary
 
 
+def _best(best: BestWeights, confirmation: dict[str, Any], policy: Policy) -> dict[str, Any]:
+    """What the summary says of the best weights, and where they are."""
+    return {
+        "reward": best.reward,
+        "directory": f"{policy.export_name}{BEST}",
+        **best.state(),
+        "confirmation": confirmation,
+    }
+
+
 def _of_the_best(summary: dict[str, Any], config: TrainConfig, policy: Policy) -> dict[str, Any]:
     """The summary of the weights that were best: of an earlier iteration, or of the last."""
     best = summary["best"]
     advice = (
-        f"{_deployment_advice(config, policy, best['evaluation'])} These weights are those of the evaluation with the highest "
-        f"{best['reward']} under the ODE, of a run of {summary['iterations']} iterations. Figures that a choice rests on flatter: "
-        "measure again with `etude gap` and another seed."
+        f"{_deployment_advice(config, policy, best['evaluation'])} {explain_best(best)} Of a run of {summary['iterations']} iterations. "
+        "The table is of the evaluation that these weights were chosen by, and figures that a choice rests on flatter: go by those from "
+        "fresh noise, or measure on other prompts with `etude gap --prompts`."
     )
     return {**summary, "iterations": best["iteration"], "final": best["evaluation"], "deploy": advice}
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from etude.config import TrainConfig
 from etude.etas import eta_text
 from etude.statistics import format_interval
+from etude.training.guards import explain_best
 
 PLAIN_WIDTH = 200
 
@@ -144,6 +145,8 @@ class TrainingDisplay:
         self.console.print(Text(note, style="dim"), soft_wrap=True)
         if summary.get("stopped"):
             self.console.print(Text(summary["stopped"]), soft_wrap=True)
+        if summary.get("best"):
+            self.console.print(Text(explain_best(summary["best"])), soft_wrap=True)
         if summary.get("deploy"):
             self.console.print(Text(summary["deploy"]), soft_wrap=True)
         total = summary.get("seconds", {}).get("total")

@@ -16,6 +16,10 @@ run at any one eta. Over steps the schedule is stretched to the evaluation's num
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +119,27 @@ class Evaluation:
                 artifacts.write_grids(self.out, grids, ode_shown, sde_shown, self.protocol.shown().head(count).texts)
         return self.last
 
+    def again(self, states: Mapping[str, AbstractContextManager[Any]], on_step: Progress) -> dict[str, Scores]:
+        """Rewards under the ODE of every image from noise that no evaluation has seen, by the name of the weights.
+
+        Args:
+            states: context managers inside which the policy has those weights.
+        """
+        fresh, scores = replace(self.protocol, stream="confirmation"), {}
+        for name, weights in states.items():
+            with weights:
+                scores[name] = self._images(0.0, on_step, fresh)[1]
+        return scores
+
     def _eta(self, iteration: int) -> float | list[float]:
         return compact(self.etas.at(iteration, self.num_steps))
 
-    def _images(self, eta: Eta, on_step: Progress) -> tuple[Tensor, Scores]:
+    def _images(self, eta: Eta, on_step: Progress, protocol: Protocol | None = None) -> tuple[Tensor, Scores]:
         """This process's images, and every image's scores."""
-        images = self.protocol.images(self.policy, eta, self.num_steps, on_step, self.samples)
+        protocol = protocol or self.protocol
+        images = protocol.images(self.policy, eta, self.num_steps, on_step, self.samples)
         with failing_together(self.accelerator):
-            own = self.protocol.scores(images, self.samples)
+            own = protocol.scores(images, self.samples)
         return images, {name: self._gather(torch.from_numpy(values)).numpy() for name, values in own.items()}
 
     def _gather(self, values: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from etude.policies.loading import policy_of
 from etude.prompts import PromptSet, load_prompts
 from etude.rewards import WeightedRewards
 from etude.rollout import Trajectory, replay, rollout
-from etude.training import artifacts
+from etude.training import artifacts, guards
 from etude.training.batches import draw_pairs, draw_prompts, noise_keys
 from etude.training.checkpoint import (
     append_line,
@@ -432,6 +432,7 @@ class Trainer:
 
     def _finish(self, started: float) -> dict[str, Any]:
         """Writes what the user came for: the adapter, its card, the summary and the report."""
+        confirmation = self._confirm_best()
         if not self.accelerator.is_main_process:
             return {}
         with swapped(self.parameters, self.ema):
@@ -440,8 +441,21 @@ class Trainer:
             with swapped(self.parameters, self.best.weights):
                 artifacts.export(self.policy, self.out, artifacts.BEST)
         return artifacts.finish(
-            self.out, self.config, self.policy, self.evaluation.last, started, self.iteration, self.best
+            self.out, self.config, self.policy, self.evaluation.last, started, self.iteration, self.best, confirmation
         )
+
+    def _confirm_best(self) -> dict[str, Any]:
+        """What the best weights are worth from fresh noise, beside the last ones and the base model; empty if none were kept."""
+        if not self.best.weights:
+            return {}
+        states: dict[str, Any] = {"best": swapped(self.parameters, self.best.weights)}
+        if self.best.iteration != self.iteration:
+            states["last"] = swapped(self.parameters, self.ema)
+        if self.config.lora.rank or self.config.objective.kl_coef > 0:  # else no base model was kept
+            states["base"] = self.policy.reference()
+        with self._phase("confirmation", len(states) * self.evaluation.work // 2):
+            scores = self.evaluation.again(states, self._advance)
+        return guards.confirmation(scores, self.evaluation.protocol.clusters)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
