@@ -52,9 +52,38 @@ def test_equal_rewards_have_advantage_exactly_zero(value: float, global_std: boo
 
 
 def test_two_passes_keep_the_variance_of_large_near_equal_rewards() -> None:
-    rewards = torch.tensor([1e8, 1e8 + 8, 1e8, 1e8 + 8])
+    rewards = torch.tensor([1e8, 1e8 + 800, 1e8, 1e8 + 800])
     advantages = group_advantages(rewards, torch.zeros(4, dtype=torch.int64))
     assert advantages.tolist() == [-1, 1, -1, 1]
+
+
+@pytest.mark.parametrize("global_std", [False, True])
+@pytest.mark.parametrize("mean", [21.7, -0.3, 1e-20, 1e8])
+def test_rewards_that_differ_by_rounding_alone_have_advantage_exactly_zero(mean: float, global_std: bool) -> None:
+    """A few units in the last place, as one image scored in two batches; a thousandth of the mean is a difference."""
+    one = torch.tensor(mean)
+    ulp = torch.nextafter(one, torch.tensor(float("inf"))) - one
+    rounded = one + ulp * torch.tensor([0.0, 1.0, -2.0, 3.0])
+    groups = torch.zeros(4, dtype=torch.int64)
+    assert len(rounded.unique()) == 4
+    assert group_advantages(rounded, groups, global_std).tolist() == [0, 0, 0, 0]
+    assert zero_std_ratio(rounded, groups) == 1
+    assert PromptStatistics(8, 2).advantages(["a"] * 4, rounded).tolist() == [0, 0, 0, 0]
+    apart = one * torch.tensor([1.0, 1.001, 1.0, 1.001])
+    assert group_advantages(apart, groups, global_std).abs().tolist() == pytest.approx([1] * 4, rel=1e-3)
+    assert zero_std_ratio(apart, groups) == 0
+
+
+def test_a_group_whose_combined_advantages_cancel_counts_as_one_that_teaches_nothing() -> None:
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    first, second = torch.tensor([0.1, 0.7, 0.4, 0.1, 0.2, 0.9]), torch.tensor([5.0, -1.0, 2.0, 3.0, 9.0, 4.0])
+    weights = {"x": 1.0, "y": 1.0}
+    normalised = {"x": group_advantages(first, groups), "y": group_advantages(second, groups)}
+    advantages = combine(normalised, weights)
+    assert advantages[:3].abs().max() < 1e-7
+    assert zero_std_ratio(first + second, groups) == 0
+    assert zero_std_ratio(first + second, groups, advantages) == 0.5
+    assert zero_std_ratio(first + second, groups, advantages.float()) == pytest.approx(0.5)
 
 
 def test_a_group_of_one_has_advantage_zero() -> None:

@@ -133,7 +133,7 @@ def test_a_reward_by_import_path_can_be_set() -> None:
         ("sampling.num_steps=0", ["sampling.num_steps = 0", "greater than or equal to 1"]),
         ("sampling.num_steps=1.5", ["sampling.num_steps = 1.5", "integer"]),
         ("sampling.kernel=euler", ["sampling.kernel = 'euler'", "'gddim', 'ddim', 'cps', 'flow_sde' or 'dance_sde'"]),
-        ("sampling.first_step=euler", ["sampling.first_step = 'euler'", "'ode' or 'sde'"]),
+        ("sampling.first_step=euler", ["sampling.first_step = 'euler'", "'ode', 'sde' or 'capped'"]),
         ("sampling.window.size=0", ["sampling.window.size = 0", "greater than or equal to 1"]),
         ("sampling.window.size=51", ["a window of size 51 does not fit in steps 0 to 49", "lower window.size"]),
         ("sampling.window.start=47", ["a window of size 4 does not fit in steps 47 to 49"]),

@@ -450,7 +450,7 @@ FLUX = FlowPath.from_config({"use_dynamic_shifting": True})
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 6, 50, 1000])
-@pytest.mark.parametrize("first_step", ["ode", "sde"])
+@pytest.mark.parametrize("first_step", ["ode", "sde", "capped"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_no_kernel_is_ever_nan_or_infinite_on_a_flow(name, first_step, num_steps):
     """Where a kernel is legal; where it is not it says so."""
@@ -469,7 +469,7 @@ def test_no_kernel_is_ever_nan_or_infinite_on_a_flow(name, first_step, num_steps
                 continue
             assert bool(torch.stack([table.x0, table.eps, table.std]).isfinite().all())
             assert table.stochastic == (
-                *(eta > 0 and (i > 0 or first_step == "sde") for i in range(num_steps - 1)),
+                *(eta > 0 and (i > 0 or first_step != "ode") for i in range(num_steps - 1)),
                 False,
             )
             x0, eps = torch.randn(2, 2, 4, generator=generator())
@@ -523,3 +523,40 @@ def test_kernels_are_equal_by_class_and_eta():
     kernels = [kernel(0.5) for kernel in KERNELS.values()]
     assert len(set(kernels)) == len(kernels)
     assert all(kernel(0.5) == kernel(eta=0.5) and kernel(0.5) != kernel(0.6) for kernel in KERNELS.values())
+
+
+@pytest.mark.parametrize("eta", [0.3, 0.7, 1.2])
+@pytest.mark.parametrize("num_steps", [4, 10, 25])
+def test_a_capped_first_step_is_flow_grpos_with_the_next_level_in_the_denominator(num_steps, eta):
+    """In x and v as published, where sigma = 1 is sigma_1 in 1 - sigma alone; the log-probability is that of the Gaussian it draws from."""
+    grid = SHIFTED.grid(num_steps)
+    table = SamplingPlan.sde(num_steps, FlowSDE(eta), first_step="capped").tabulate(grid, torch.float64)
+    x, v, z = torch.randn(3, 2, 6, generator=generator(), dtype=torch.float64)
+    for i in range(num_steps - 1):
+        sigma, after, first = grid.s[i], grid.s[i + 1], grid.s[1]
+        g = eta * (sigma / (1 - (first if sigma == 1 else sigma))).sqrt()
+        dt = after - sigma
+        mean = x * (1 + g**2 / (2 * sigma) * dt) + v * (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
+        transition = table.transition(i, *to_x0_eps(v, x, grid.a[i], sigma, "flow"))
+        torch.testing.assert_close(transition.mean, mean, rtol=1e-12, atol=1e-12)
+        std = g * (-dt).sqrt()
+        torch.testing.assert_close(transition.std.reshape(()), std, rtol=1e-12, atol=0)
+        drawn = transition.sample(z)
+        density = torch.distributions.Normal(mean, std).log_prob(drawn).sum(1)
+        torch.testing.assert_close(transition.log_prob(drawn, "sum"), density, rtol=1e-10, atol=1e-10)
+    assert float(table.std[0]) == pytest.approx(eta, rel=1e-12)
+    assert table.trained == (*[True] * (num_steps - 1), False)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_cap_changes_only_flow_sde_and_there_only_the_step_out_of_pure_noise(name):
+    grid, kernel = SHIFTED.grid(8), KERNELS[name](0.7)
+    ode, capped = (SamplingPlan.sde(8, kernel, first_step=first).tabulate(grid) for first in ("ode", "capped"))
+    for key in ("x0", "eps", "std"):
+        assert torch.equal(getattr(ode, key)[1:], getattr(capped, key)[1:])
+    if name != "flow_sde":
+        sde = SamplingPlan.sde(8, kernel, first_step="sde").tabulate(grid)
+        assert torch.equal(sde.std, capped.std)
+        assert torch.equal(sde.eps, capped.eps)
+    one = SamplingPlan.sde(1, kernel, first_step="capped").tabulate(SHIFTED.grid(1))
+    assert one.stochastic == (False,)

@@ -21,10 +21,12 @@ from diffusers import (
 )
 
 from etude import zoo
-from etude.config import LoraConfig
+from etude.config import LoraConfig, parse_config
+from etude.errors import EtudeError
 from etude.paths import VPPath
 from etude.plans import SamplingPlan
 from etude.policies import Policy, load_policy
+from etude.policies.loading import policy_of
 from etude.rollout import NoiseSource, rollout
 from etude.training.deployment import ddim_visits, deployment_snippet
 from tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
@@ -56,6 +58,7 @@ class Case:
     full: bool = False
     resolution: int | None = None
     deploys: str | None = "DDIMScheduler"
+    shift: float | None = None
 
     def make(self) -> Any:
         pipeline = self.pipeline()
@@ -93,6 +96,9 @@ PLAIN = {
         guidance_scale=1.0,
         deploys="FlowMatchEulerDiscreteScheduler",
     ),
+    "flux, shift": Case(flux, guidance_scale=3.5, deploys="FlowMatchEulerDiscreteScheduler", shift=7.0),
+    "flux, shift, everything": Case(flux, guidance_scale=3.5, full=True, deploys=None, shift=7.0),
+    "sd3, shift": Case(stable_diffusion_3, deploys="FlowMatchEulerDiscreteScheduler", shift=7.0),
     "sd3": Case(stable_diffusion_3, resolution=12, deploys=None),
     "sd3, no t5": Case(lambda: stable_diffusion_3(with_t5=False), deploys=None),
     "sd3, no t5, everything": Case(lambda: stable_diffusion_3(with_t5=False), full=True, deploys=None),
@@ -119,7 +125,7 @@ def images(policy: Policy, guidance_scale: float) -> np.ndarray:
 def ship(case: Case, directory: Path) -> None:
     """What a run of that model would leave, and the card's lines, drawing our prompts from our noise."""
     case.make().save_pretrained(directory / "base")
-    policy = load_policy(directory / "base", device="cpu", resolution=case.resolution)
+    policy = load_policy(directory / "base", device="cpu", resolution=case.resolution, shift=case.shift)
     untuned = images(policy, case.guidance_scale)
     if case.full:
         policy.train_everything(keep_reference=False)
@@ -170,7 +176,7 @@ def test_the_cards_lines_draw_what_etude_draws(shipped, name):
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.full])
 def test_an_exported_adapter_loads_again_bit_for_bit(shipped, name):
     base, case = shipped[name] / "base", CASES[name]
-    again = load_policy(base, lora=shipped[name] / "lora", device="cpu", resolution=case.resolution)
+    again = load_policy(base, lora=shipped[name] / "lora", device="cpu", resolution=case.resolution, shift=case.shift)
     with np.load(shipped[name] / "etude.npz") as ours:
         assert np.array_equal(images(again, case.guidance_scale), ours["tuned"])
         with again.reference():
@@ -184,6 +190,24 @@ def test_the_card_changes_the_scheduler_only_where_the_models_own_is_not_the_ode
     line = next((line for line in snippet.splitlines() if line.startswith("pipe.scheduler")), None)
     deploys = CASES[name].deploys
     assert (line is None) if deploys is None else line.startswith(f"pipe.scheduler = {deploys}.from_config(")
+
+
+@pytest.mark.parametrize("make", [flux, stable_diffusion_3])
+def test_a_shift_of_ones_own_moves_every_level_whatever_the_pipelines(make, tmp_path):
+    make().save_pretrained(tmp_path)
+    own = load_policy(tmp_path, device="cpu")
+    shifted = policy_of(parse_config({"model": str(tmp_path), "sampling": {"shift": 5.0, "num_steps": 4}}), "cpu")
+    for steps in (4, 10):
+        # FLUX spaces levels evenly down to 1 / N, SD3's scheduler down to its last level, which the shift has moved.
+        even = torch.linspace(1, 1 / steps if make is flux else 0.005 / 1.004, steps, dtype=torch.float64)
+        torch.testing.assert_close(shifted.grid(steps).s[:-1], 5 * even / (1 + 4 * even), rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(own.grid(steps).s, shifted.grid(steps).s, atol=1e-2)
+
+
+def test_a_model_without_levels_to_shift_refuses_a_shift(tmp_path):
+    stable_diffusion().save_pretrained(tmp_path)
+    with pytest.raises(EtudeError, match=r"shift = 3: .* is not a flow model"):
+        load_policy(tmp_path, device="cpu", shift=3.0)
 
 
 def test_a_flux_card_says_its_size_guidance_and_sequence_length():

@@ -21,6 +21,7 @@ from gaussian_policy import sd_path
 from tiny import flux
 
 STEPS = 10
+PUBLISHED = {"flow_sde": "capped", "dance_sde": "sde", "cps": "sde"}
 
 
 def flow_grid(num_steps: int = STEPS) -> Grid:
@@ -38,6 +39,16 @@ def test_without_a_window_every_step_that_can_be_stochastic_is_trained() -> None
     assert flow.table_at(7).trained_steps == tuple(range(1, STEPS - 1))  # not out of pure noise, not into clean data
     assert plans(sd_path().grid(STEPS)).table_at(1).trained_steps == tuple(range(STEPS))
     assert plans(first_step="sde").table_at(1).trained_steps == tuple(range(STEPS - 1))
+    capped = plans(kernel="flow_sde", first_step="capped").table_at(1)
+    assert capped.trained_steps == tuple(range(STEPS - 1))
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if load_config(name).sampling.kernel in PUBLISHED])
+def test_a_recipe_with_a_published_flow_kernel_trains_the_step_out_of_pure_noise_as_published(name: str) -> None:
+    sampling = load_config(name).sampling
+    assert sampling.first_step == PUBLISHED[sampling.kernel]
+    moving = TrainingPlans(sampling, flow_grid(sampling.num_steps), seed=0)
+    assert 0 in {step for iteration in range(1, 30) for step in moving.table_at(iteration).trained_steps}
 
 
 @pytest.mark.parametrize("strategy", ["progressive", "random", "decay", "fixed"])
@@ -119,7 +130,10 @@ def test_the_recipes_of_flow_models_can_be_planned_on_their_grids(name: str) -> 
     config = load_config(name)
     grid = flow_grid(config.sampling.num_steps)
     table = TrainingPlans(config.sampling, grid, config.seed).table_at(1)
-    expected = config.sampling.window.size if config.sampling.window else config.sampling.num_steps - 2
+    untrained = (
+        2 if config.sampling.first_step == "ode" else 1
+    )  # out of pure noise and into clean data, or the latter alone
+    expected = config.sampling.window.size if config.sampling.window else config.sampling.num_steps - untrained
     assert len(table.trained_steps) == expected
     assert set(config.rewards) | set(config.evaluation.held_out_rewards) <= set(names())
 

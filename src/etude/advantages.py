@@ -1,7 +1,9 @@
 """Advantages: how much better a reward is than what it is compared with, `A = (r - mean) / std`.
 
 All statistics are population moments in float64, in two passes: the mean first, then the squares of the differences.
-Equal rewards are found by comparing them, not by a small std, so they give advantage exactly 0 at any magnitude.
+Rewards are float32 numbers, and a network's differ in the last bits by the batch that they were computed in. Rewards whose std is at most
+EQUAL = 1e-6 (8 units of float32's last place) of the largest magnitude among them count as equal, and give advantage exactly 0: dividing by
+that std would make rounding an advantage of order 1.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from torch import Tensor
 
 from etude.errors import EtudeError
 
+EQUAL = 8 * torch.finfo(torch.float32).eps
+"""Largest std of equal rewards relative to their magnitude, and largest advantage left of terms of order 1 that cancel."""
+
 
 def group_advantages(rewards: Tensor, groups: Tensor, global_std: bool = False) -> Tensor:
     """`A_i = (r_i - mean_g) / std_g` over the samples of the same group (GRPO, arXiv 2402.03300).
@@ -25,24 +30,34 @@ def group_advantages(rewards: Tensor, groups: Tensor, global_std: bool = False) 
             2505.05470).
 
     Returns:
-        float64 `[n]` on the device of `rewards`; exactly 0 for a group of equal rewards.
+        float64 `[n]` on the device of `rewards`; exactly 0 for a group of equal rewards (see the module), and where all are.
 
     Raises:
         EtudeError: shapes differ, or a reward is NaN or infinite.
     """
     values, index, count = _grouped(rewards, groups)
-    mean = _scatter(values, index, count) / _sizes(values, index, count)
-    centred = torch.where(_constant(values, index, count)[index], 0.0, values - mean[index])
-    if global_std:
-        return centred / _safe(_batch_moments(values)[1])
-    variance = _scatter(centred.square(), index, count) / _sizes(values, index, count)
-    return centred / _safe(variance.sqrt())[index]
+    mean, std = _moments(values, index, count)
+    centred = torch.where(std[index] == 0, 0.0, values - mean[index])
+    if not global_std:
+        return centred / _safe(std)[index]
+    overall = _batch_moments(values)[1]
+    return torch.where(overall == 0, 0.0, centred / _safe(overall))
 
 
-def zero_std_ratio(rewards: Tensor, groups: Tensor) -> float:
-    """The share of groups whose rewards are all equal: they teach nothing. In [0, 1]."""
+def zero_std_ratio(rewards: Tensor, groups: Tensor, advantages: Tensor | None = None) -> float:
+    """The share of groups that teach nothing: their rewards are all equal, or their advantages all 0. In [0, 1].
+
+    Args:
+        rewards: `[n]`, of several rewards their weighted sum.
+        groups: integers `[n]`.
+        advantages: `[n]`, combined over the rewards; those that cancel leave a group nothing although its rewards differ.
+    """
     values, index, count = _grouped(rewards, groups)
-    return float(_constant(values, index, count).double().mean())
+    idle = _moments(values, index, count)[1] == 0
+    if advantages is not None:
+        largest = values.new_zeros(count).scatter_reduce(0, index, advantages.to(values).abs(), "amax")
+        idle |= largest <= EQUAL
+    return float(idle.double().mean())
 
 
 def combine(advantages: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -77,7 +92,7 @@ class PromptStatistics:
     def advantages(self, prompts: list[str], rewards: Tensor) -> Tensor:
         """Remembers the whole batch, then `A_i = (r_i - mean) / std` of the buffer of prompt `i`, or of the batch.
 
-        Equal rewards in a buffer give exactly 0. The order of the batch matters only where a prompt has more than
+        Equal rewards in a buffer (see the module) give exactly 0. The order of the batch matters only where a prompt has more than
         `buffer_size` rewards in it: the last ones stay.
 
         Args:
@@ -97,13 +112,13 @@ class PromptStatistics:
             buffer = [*self._buffers.get(prompt, []), value]
             self._buffers[prompt] = buffer[-self.buffer_size :]
         batch = _batch_moments(values)
-        moments = {prompt: self._moments(prompt, batch) for prompt in dict.fromkeys(prompts)}
+        moments = {prompt: self._of(prompt, batch) for prompt in dict.fromkeys(prompts)}
         mean = torch.stack([moments[prompt][0] for prompt in prompts])
         std = torch.stack([moments[prompt][1] for prompt in prompts])
         centred = torch.where(std == 0, 0.0, values.cpu() - mean)
         return (centred / _safe(std)).to(rewards.device)
 
-    def _moments(self, prompt: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _of(self, prompt: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         buffer = self._buffers[prompt]
         return batch if len(buffer) < self.min_count else _batch_moments(torch.tensor(buffer, dtype=torch.float64))
 
@@ -146,20 +161,20 @@ def _sizes(values: Tensor, index: Tensor, count: int) -> Tensor:
     return _scatter(torch.ones_like(values), index, count)
 
 
-def _constant(values: Tensor, index: Tensor, count: int) -> Tensor:
-    """Bool `[groups]`: whether all rewards of a group are the same number."""
-    low = values.new_zeros(count).scatter_reduce(0, index, values, "amin", include_self=False)
-    high = values.new_zeros(count).scatter_reduce(0, index, values, "amax", include_self=False)
-    return low == high
+def _moments(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Mean and population std of each group `[groups]`; the std of equal values is exactly 0."""
+    sizes = _sizes(values, index, count)
+    mean = _scatter(values, index, count) / sizes
+    std = (_scatter((values - mean[index]).square(), index, count) / sizes).sqrt()
+    largest = values.new_zeros(count).scatter_reduce(0, index, values.abs(), "amax")
+    return mean, torch.where(std <= EQUAL * largest, 0.0, std)
 
 
 def _batch_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population std on the CPU; equal values give themselves and exactly 0."""
+    """The same of all values, on the CPU."""
     values = values.cpu()
-    if bool((values == values[0]).all()):
-        return values[0], values.new_zeros(())
-    mean = values.mean()
-    return mean, (values - mean).square().mean().sqrt()
+    mean, std = _moments(values, torch.zeros(len(values), dtype=torch.int64), 1)
+    return mean[0], std[0]
 
 
 def _safe(std: Tensor) -> Tensor:

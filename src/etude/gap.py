@@ -50,7 +50,8 @@ class Protocol:
         kernel: of the stochastic samplers.
         seed: keys the noise, the same in every measurement of a run.
         stream: of the noise; another one is fresh noise under the same seed.
-        first_step: what becomes of a stochastic sampler's step out of pure noise: "ode" or "sde" (see `SamplingPlan`).
+        first_step: what becomes of a stochastic sampler's step out of pure noise: "ode", "sde" or "capped" (see
+            `SamplingPlan`).
     """
 
     prompts: PromptSet
@@ -154,6 +155,7 @@ def reward_gap(
     dtype: str = "float32",
     offload: bool = False,
     pipeline_config: str | Path | None = None,
+    shift: float | None = None,
     on_start: Callable[[int], None] = _silent,
     on_step: Progress = _silent,
 ) -> GapReport:
@@ -170,8 +172,8 @@ def reward_gap(
         guidance_scale: the same under every sampler.
         kernel: of the stochastic samplers; `etas` are in its own unit.
         resolution: side of the images in pixels; default: the pipeline's own. Not for a policy already loaded, which has one.
-        first_step: "ode", or "sde" to let a flow model's step out of pure noise redraw all of the noise.
-        dtype, offload, pipeline_config: of a model that is yet to be loaded, as `load_policy` takes them.
+        first_step: "ode", or "sde" to let a flow model's step out of pure noise redraw all of the noise, or "capped" for flow_sde.
+        dtype, offload, pipeline_config, shift: of a model that is yet to be loaded, as `load_policy` takes them.
         on_start: told the number of image-steps to come; `on_step` is then told as they are done.
 
     Raises:
@@ -188,7 +190,15 @@ def reward_gap(
     policy = (
         model
         if isinstance(model, Policy)
-        else load_policy(model, lora, dtype, resolution=resolution, pipeline_config=pipeline_config, offload=offload)
+        else load_policy(
+            model,
+            lora,
+            dtype,
+            resolution=resolution,
+            pipeline_config=pipeline_config,
+            offload=offload,
+            shift=shift,
+        )
     )
     score = WeightedRewards(dict.fromkeys(rewards, 1.0))
     score.load()
@@ -218,6 +228,7 @@ def reward_gap(
         "lora": str(lora) if lora is not None else None,
         "kernel": kernel,
         "first_step": first_step,
+        "shift": shift,
         "resolution": resolution,
         "dtype": None if isinstance(model, Policy) else dtype,
         "guidance_scale": guidance_scale,

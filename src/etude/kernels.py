@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -116,6 +116,10 @@ class Kernel(ABC):
     def largest_eta(self, source: Level, target: Level) -> float:
         """The largest eta this kernel allows over all the given steps."""
         return math.inf
+
+    def capped(self) -> Kernel:
+        """The kernel for a step out of pure noise whose noise is finite there: itself, unless it has none."""
+        return self
 
     def small_step_eta(self, level: Level) -> Tensor:
         """The GDDIM eta that this kernel amounts to as its steps at a level become short (`equivalent_eta`'s limit).
@@ -260,22 +264,35 @@ class FlowSDE(Kernel):
 
     (v = eps_hat - x0_hat and x + (1 - sigma) v = eps_hat.) Its eta, the authors' noise level, is sqrt(2) times GDDIM's.
     A step that ends without noise (sigma_u = 0) is the Euler step, where the formula would leave noise in the image.
-    A step from sigma = 1 has infinite noise; the authors put the next level's ratio there.
+    A step from sigma = 1 has infinite noise, unless it is capped as in the authors' public code (flow_grpo,
+    `sde_step_with_logprob`), which there puts the next level sigma_1 = sigma_u into the denominator alone:
+
+        g    = eta sqrt(1 / (1 - sigma_u)),    so with h = 1 - sigma_u and eps_hat = x
+        mean = (1 - sigma_u) x0_hat + (sigma_u - eta^2 / 2) eps_hat
+        std  = eta
 
     Args:
         eta: the noise level, finite and >= 0; anything else is an EtudeError.
+        cap: whether a step from sigma = 1 is capped; otherwise it is an EtudeError. Other steps do not change.
     """
 
+    cap: bool = False
+
+    def capped(self) -> FlowSDE:
+        """The same with the noise of a step from sigma = 1 capped."""
+        return replace(self, cap=True)
+
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """See the class; an EtudeError off rectified flow, from sigma = 1 or to a noisier level."""
+        """See the class; an EtudeError off rectified flow, from sigma = 1 without the cap, or to a noisier level."""
         sigma, sigma_u = _flow_levels(source, target, "FlowSDE")
-        if self.eta > 0 and bool(((sigma == 1) & (sigma_u > 0)).any()):
+        if self.eta > 0 and not self.cap and bool(((sigma == 1) & (sigma_u > 0)).any()):
             raise EtudeError(
-                "FlowSDE has infinite noise at sigma = 1: make the first step an ODE step (first_step ode), or use gddim, "
+                "FlowSDE has infinite noise at sigma = 1: set first_step to capped, as its authors do, or to ode, or use gddim, "
                 "which redraws there."
             )
-        g2 = self.eta * self.eta * sigma / torch.where(sigma < 1, 1 - sigma, 1.0)
-        return _euler_maruyama(g2, sigma, sigma_u)
+        # Where sigma_u = 0 too the step is the Euler step, whatever g is.
+        a = 1 - torch.where(sigma < 1, sigma, sigma_u)
+        return _euler_maruyama(self.eta * self.eta * sigma / a, sigma, sigma_u)
 
     def small_step_eta(self, level: Level) -> Tensor:
         """eta / sqrt(2), at every level."""

@@ -23,6 +23,7 @@ from etude.kernels import DDIM, GDDIM, Coefficients, Kernel, Transition, apply, 
 from etude.paths import Grid
 
 ODE = GDDIM(eta=0.0)
+FIRST_STEPS = ("ode", "sde", "capped")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class SamplingPlan:
         steps: one entry a step, from the first level on.
         first_step: what becomes of a step that starts at pure noise (a = 0: zero terminal SNR). There any eta > 0
             redraws all the noise at once, discontinuously in eta, so "ode" makes it an ODE step that is not trained;
-            "sde" keeps the kernel as it is.
+            "sde" keeps the kernel as it is; "capped" does too, but for one whose noise is infinite there (`Kernel.capped`).
         tail_steps: M, the DPM-Solver++(2M) steps that follow `steps` down to the last level; 0: none.
         grid_steps: N, the steps of the grid that the plan is for, at least `len(steps) + tail_steps`; None: exactly that.
     """
@@ -54,8 +55,8 @@ class SamplingPlan:
     def __post_init__(self) -> None:
         if not self.steps:
             raise EtudeError("a sampling plan of 0 steps makes no image: give at least 1 step.")
-        if self.first_step not in ("ode", "sde"):
-            raise EtudeError(f"first_step '{self.first_step}' is unknown: use ode or sde.")
+        if self.first_step not in FIRST_STEPS:
+            raise EtudeError(f"first_step '{self.first_step}' is unknown: use {', '.join(FIRST_STEPS)}.")
         if self.tail_steps < 0:
             raise EtudeError(f"a tail of {self.tail_steps} steps cannot be taken: give 0 or more.")
         if self.tail_steps == 0 and self.grid_steps not in (None, len(self.steps)):
@@ -150,7 +151,7 @@ class SamplingPlan:
         grid = Grid(grid.timesteps[:count], grid.a[: count + 1], grid.s[: count + 1])
         from_noise = (grid.a[:-1] == 0).tolist()
         kernels = [
-            ODE if start and self.first_step == "ode" else step.kernel
+            self._out_of_noise(step.kernel) if start else step.kernel
             for step, start in zip(self.steps, from_noise, strict=True)
         ]
         self._check_etas(kernels, grid)
@@ -167,6 +168,12 @@ class SamplingPlan:
         )
         levels = grid.timesteps, grid.a.to(dtype), grid.s.to(dtype)
         return StepTable(*levels, x0.to(dtype), eps.to(dtype), std, trained, stochastic, tail)
+
+    def _out_of_noise(self, kernel: Kernel) -> Kernel:
+        """What `first_step` makes of the kernel of a step that starts at pure noise."""
+        if self.first_step == "ode":
+            return ODE
+        return kernel.capped() if self.first_step == "capped" else kernel
 
     def _check_etas(self, kernels: list[Kernel], grid: Grid) -> None:
         limited = {kernel for kernel in kernels if isinstance(kernel, DDIM)}

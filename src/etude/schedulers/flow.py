@@ -36,7 +36,8 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
         eta: the kernel's noise level, finite and >= 0, in the kernel's own unit.
         kernel: "gddim", "ddim", "flow_sde", "dance_sde" or "cps"; see `etude.kernels`.
         first_step: at a step that starts from pure noise (sigma = 1, as the pipelines start), "ode" takes the Euler step,
-            "sde" leaves it to the kernel: gDDIM redraws all the noise, flow_sde is not defined there.
+            "sde" leaves it to the kernel: gDDIM redraws all the noise, flow_sde is not defined there; "capped" does too, but
+            flow_sde takes the next level's noise (`FlowSDE`).
         invert_sigmas: must be false.
         stochastic_sampling: ignored; it would redraw all the noise at every step, as gDDIM does for eta -> infinity.
 
