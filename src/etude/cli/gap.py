@@ -42,6 +42,7 @@ def gap(
     first_step: options.FirstStep = None,
     seed: options.Seed = 0,
     resolution: options.Resolution = None,
+    shift: options.Shift = None,
     dtype: options.Dtype = None,
     batch_size: options.BatchSize = 32,
     offload: options.Offload = False,
@@ -70,6 +71,7 @@ def gap(
         first_step=first_step,
         resolution=resolution,
         dtype=dtype,
+        shift=shift,
         without_run=[1.2],
     )
     with heavy_imports():

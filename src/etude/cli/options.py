@@ -20,6 +20,13 @@ def finite(value: Any) -> Any:
     return value
 
 
+def positive(value: float | None) -> float | None:
+    """Refuses a shift that is none."""
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise typer.BadParameter(f"{value:g} is not a finite number above 0")
+    return value
+
+
 def expanded(path: Path | None) -> Path | None:
     """The path with a leading `~` replaced: a shell leaves the one of `--out=~/runs` as it is."""
     return None if path is None else Path(os.path.expanduser(path))
@@ -61,15 +68,23 @@ Kernel = Annotated[
     ),
 ]
 FirstStep = Annotated[
-    Literal["ode", "sde"] | None,
+    Literal["ode", "sde", "capped"] | None,
     typer.Option(
         help="What becomes of a stochastic sampler's step out of pure noise (flow models): ode leaves it deterministic, "
-        "sde leaves it to the kernel. Default: the run's, else ode.",
+        "sde leaves it to the kernel, capped too, but for flow_sde's infinite noise, capped there. Default: the run's, else ode.",
         show_default=False,
     ),
 ]
 Resolution = Annotated[
     int | None, typer.Option(min=1, help="Side of the images in pixels. Default: the run's, else the pipeline's own.")
+]
+Shift = Annotated[
+    float | None,
+    typer.Option(
+        callback=positive,
+        help="Of the levels of a flow model, in place of its own. Default: the run's, else the pipeline's own.",
+        show_default=False,
+    ),
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,

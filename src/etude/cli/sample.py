@@ -44,6 +44,7 @@ def sample(
     ] = None,
     seed: options.Seed = 0,
     resolution: options.Resolution = None,
+    shift: options.Shift = None,
     dtype: options.Dtype = None,
     batch_size: options.BatchSize = 32,
     offload: options.Offload = False,
@@ -72,6 +73,7 @@ def sample(
         first_step=first_step,
         resolution=resolution,
         dtype=dtype,
+        shift=shift,
         without_run=[0.0],
         etas_of_run=False,
     )
@@ -90,6 +92,7 @@ def sample(
         resolution=sampler.resolution,
         pipeline_config=pipeline_config,
         offload=offload,
+        shift=sampler.shift,
     )
     captions = [text for text in prompt for _ in range(images)]
     drawings = _drawings(policy, solver, sampler)

@@ -26,6 +26,7 @@ class Sampler:
     first_step: str
     resolution: int | None
     dtype: str
+    shift: float | None = None
 
 
 def choose_sampler(
@@ -39,6 +40,7 @@ def choose_sampler(
     first_step: str | None,
     resolution: int | None,
     dtype: str | None,
+    shift: float | None,
     without_run: list[float],
     etas_of_run: bool = True,
 ) -> Sampler:
@@ -59,6 +61,7 @@ def choose_sampler(
             first_step or "ode",
             resolution,
             dtype or "float32",
+            shift,
         )
     sampling = config.sampling
     constant = isinstance(sampling.eta, float) and sampling.eta_schedule is None
@@ -71,6 +74,7 @@ def choose_sampler(
         first_step or sampling.first_step,
         resolution or config.resolution,
         dtype or config.dtype,
+        shift or sampling.shift,
     )
     typer.echo(f"as in the run of {lora or model} where no option says otherwise: {_said(chosen)}", err=True)
     return chosen
@@ -99,7 +103,8 @@ def run_of(model: str, lora: Path | None) -> TrainConfig | None:
 def _said(sampler: Sampler) -> str:
     etas, steps = (", ".join(f"{value:g}" for value in values) for values in (sampler.etas, sampler.steps))
     size = "" if sampler.resolution is None else f", resolution {sampler.resolution}"
+    shift = "" if sampler.shift is None else f", shift {sampler.shift:g}"
     return (
         f"kernel {sampler.kernel}, eta {etas}, steps {steps}, guidance {sampler.guidance_scale:g}, "
-        f"first step {sampler.first_step}{size}, {sampler.dtype}."
+        f"first step {sampler.first_step}{shift}{size}, {sampler.dtype}."
     )
