@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -108,6 +110,19 @@ def test_any_images_of_a_protocol_are_those_images(policy):
     whole = protocol.images(policy, 1.2, 3)
     some = protocol.images(policy, 1.2, 3, samples=[3, 1])
     assert (some.int() - whole[[3, 1]].int()).abs().max() <= 1
+
+
+def test_prompts_that_are_trained_on_are_counted_and_warned_of(policy, tmp_path):
+    settings, rewards = config(tmp_path), WeightedRewards({"jpeg_compressibility": 1.0})
+    with pytest.warns(UserWarning, match=r"2 of the 3 prompts in prompts.evaluation are trained on \('red heart'\)"):
+        seen = Evaluation(
+            settings, policy, rewards, Processes(1, 0, []), tmp_path, trained=PromptSet(["Tiger", "red heart"])
+        )
+    assert seen.measure(lambda n: None)["prompts_trained_on"] == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh = Evaluation(settings, policy, rewards, Processes(1, 0, []), tmp_path, trained=PromptSet(["tigers"]))
+    assert fresh.prompts_trained_on == 0
 
 
 def test_grids_are_written_when_asked_for(policy, tmp_path):

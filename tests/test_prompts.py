@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from etude.errors import EtudeError
-from etude.prompts import PromptSet, load_prompts, prompt_set_names
+from etude.prompts import PromptSet, load_prompts, overlap, part_of, prompt_set_names
 
 
 def test_every_built_in_set_holds_distinct_lower_case_prompts() -> None:
-    sizes = {"animals": 45, "emoji-40": 40, "emoji-eval": 64, "emoji-train": 120}
+    sizes = {"animals": 45, "animals-eval": 32, "emoji-40": 40, "emoji-eval": 64, "emoji-train": 120}
     assert prompt_set_names() == sorted(sizes)
     for name, size in sizes.items():
         prompts = load_prompts(name).texts
@@ -25,6 +25,42 @@ def test_every_built_in_set_holds_distinct_lower_case_prompts() -> None:
 
 def test_evaluation_emoji_are_never_trained_on() -> None:
     assert not set(load_prompts("emoji-train").texts) & set(load_prompts("emoji-eval").texts)
+
+
+def test_evaluation_animals_are_never_trained_on() -> None:
+    assert overlap(load_prompts("animals"), load_prompts("animals-eval")) == []
+
+
+def test_the_two_parts_of_a_source_are_a_tenth_and_the_rest_and_share_no_prompt(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    texts = [f"a picture of {i}" for i in range(2000)]
+    file.write_text("".join(json.dumps({"prompt": t, "i": i}) + "\n" for i, t in enumerate([*texts, *texts[:50]])))
+    train, held_out = load_prompts(f"{file}#train"), load_prompts(f"{file}#eval")
+    assert 150 < len(held_out) < 260  # 2050 draws at 26/256: 208 on average, standard deviation 14
+    assert sorted([*train.metadata["i"], *held_out.metadata["i"]]) == list(range(2050))
+    assert train.metadata["i"] == sorted(train.metadata["i"]), "the order is the source's"
+    assert overlap(train, held_out) == []
+
+
+def test_a_prompts_part_depends_on_its_words_alone() -> None:
+    assert [part_of(f"prompt {i}") for i in range(8)] == [part_of(f"  Prompt  {i} ") for i in range(8)]
+    assert {text for text in load_prompts("emoji-train").texts if part_of(text) == "eval"} == set(
+        load_prompts("emoji-train#eval").texts
+    )
+
+
+def test_a_part_without_prompts_is_said_and_a_file_of_that_name_wins(tmp_path: Path) -> None:
+    alone = next(f"prompt {i}" for i in range(99) if part_of(f"prompt {i}") == "train")
+    (tmp_path / "one.txt").write_text(alone)
+    assert load_prompts(f"{tmp_path}/one.txt#train").texts == [alone]
+    with pytest.raises(EtudeError, match=r"one.txt#eval' are none: all 1 of"):
+        load_prompts(f"{tmp_path}/one.txt#eval")
+    (tmp_path / "one.txt#eval").write_text("another")
+    assert load_prompts(f"{tmp_path}/one.txt#eval").texts == ["another"]
+
+
+def test_overlapping_prompts_are_told_in_order_whatever_their_case_and_blanks() -> None:
+    assert overlap(PromptSet(["a Cat", "dog"]), PromptSet(["dog", "bird", "a  cat", "dog"])) == ["dog", "a  cat"]
 
 
 def test_the_animals_are_those_of_ddpo() -> None:

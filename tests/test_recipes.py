@@ -11,6 +11,7 @@ import yaml
 
 from etude.config import TrainConfig, difference, load_config, parse_config, recipe_names, recipe_text
 from etude.policies.loading import policy_of
+from etude.prompts import load_prompts, overlap
 from etude.rewards import names
 from etude.training.dry_run import resolved
 from etude.training.trainer import Trainer
@@ -64,6 +65,12 @@ def test_a_recipe_trains_and_holds_out_rewards_that_exist_and_are_not_the_same(n
     assert trained | held_out <= set(names())
     assert not trained & held_out
     assert held_out or not trained & PREFERENCES, "a preference model that nothing watches is soon exploited"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_evaluates_on_prompts_that_it_does_not_train_on(name: str) -> None:
+    prompts = load_config(name).prompts
+    assert overlap(load_prompts(prompts.train), load_prompts(prompts.evaluation)) == []
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)

@@ -1,11 +1,13 @@
 """Prompt sets: the built-in ones, a text or JSONL file, a function, or a dataset.
 
-`animals` is the set of DDPO (Black et al. 2023, arXiv 2305.13301). The emoji sets are Unicode CLDR English short names;
+`animals` is the set of DDPO (Black et al. 2023, arXiv 2305.13301), `animals-eval` a list of others. The
+emoji sets are Unicode CLDR English short names;
 `emoji-train` and `emoji-eval` have no name in common.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -26,6 +28,8 @@ _HUB = "hub:"
 _HUB_OPTIONS = ("column", "config", "metadata", "revision", "split")
 LONGEST = 1 << 28
 """Bytes of a file of prompts: a few million."""
+PARTS = ("train", "eval")
+"""What may follow a source and a `#`: nine tenths of its prompts, and the others."""
 _RESERVED = {"images", "prompts", "self"}  # what a reward calls its own arguments
 
 
@@ -82,10 +86,14 @@ def load_prompts(source: str) -> PromptSet:
     | `set.txt`, any other file | UTF-8, one a line; blank lines and lines that begin with `#` are skipped |
     | `package.module:function` | what the function returns: strings, or dicts like the objects of a JSONL file |
     | `hub:owner/name?split=train&column=prompt&metadata=tag` | a dataset of `datasets.load_dataset`, from the hub or a directory |
+    | any of them, `#train` or `#eval` | nine tenths of its prompts, or the others (`part_of`); a file of that name wins |
 
     Raises:
         EtudeError: a source that does not exist or cannot be read, or holds no prompt, or something else than prompts.
     """
+    whole, mark, part = source.rpartition("#")
+    if mark and part in PARTS and not _exists(source):
+        return _part(load_prompts(whole), part, whole)
     if source in prompt_set_names():
         return PromptSet(_lines((_sets() / f"{source}.txt").read_text(encoding="utf-8")))
     if source.startswith(_HUB):
@@ -102,6 +110,41 @@ def load_prompts(source: str) -> PromptSet:
             "# comments are skipped)."
         )
     return prompts
+
+
+def part_of(text: str) -> str:
+    """Which part of its source a prompt belongs to, "train" or "eval": the latter for about one in ten.
+
+    A function of the prompt's words alone (SHA-256; case and blanks do not count), so that repeats stay together and a prompt that is added
+    moves no other.
+    """
+    return "eval" if hashlib.sha256(_words(text).encode()).digest()[0] * 10 < 256 else "train"
+
+
+def overlap(trained: PromptSet, evaluated: PromptSet) -> list[str]:
+    """The evaluated prompts that are trained on too, in order, without repeats; case and blanks do not count."""
+    known = {_words(text) for text in trained.texts}
+    return list(dict.fromkeys(text for text in evaluated.texts if _words(text) in known))
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have
+        return False
+
+
+def _words(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _part(prompts: PromptSet, part: str, source: str) -> PromptSet:
+    chosen = prompts.select(i for i, text in enumerate(prompts.texts) if part_of(text) == part)
+    if not chosen.texts:
+        raise EtudeError(
+            f"prompts '{source}#{part}' are none: all {len(prompts)} of '{source}' belong to the other part; give more prompts, or two sources."
+        )
+    return chosen
 
 
 def _sets() -> Traversable:

@@ -28,8 +28,8 @@ class Section(BaseModel):
 class PromptsConfig(Section):
     train: str = Field(
         "emoji-train",
-        description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`), a text or JSONL file, package.module:function, "
-        "or hub:dataset.",
+        description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`, `animals-eval`), a text or JSONL file, "
+        "package.module:function, or hub:dataset; `#train` or `#eval` after any of them is nine tenths of it, or the others.",
     )
     evaluation: str = Field(
         "emoji-eval", description="Prompts for the held-out evaluation of the gap: any source of prompts."

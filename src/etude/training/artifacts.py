@@ -233,13 +233,18 @@ Fine-tuned by etude {summary["versions"]["etude"]} with {config.objective.kind.u
 {chr(10).join(rows)}
 
 improvement = ODE of this model minus ODE of the base model; gap = ODE minus SDE, both of this model. Means with 95 % bootstrap
-intervals clustered by prompt, {config.evaluation.num_images} pairs of images of held-out prompts from the same noise.
+intervals clustered by prompt, {config.evaluation.num_images} pairs of images of {_kind_of_prompts(final)} from the same noise.
 {summary["deploy"]}
 
 ```python
 {snippet}
 ```
 {_reward_models(summary)}"""
+
+
+def _kind_of_prompts(evaluation: dict[str, Any]) -> str:
+    seen = evaluation.get("prompts_trained_on", 0)
+    return f"prompts of which {seen} were trained on" if seen else "held-out prompts"
 
 
 def _reward_models(summary: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ from etude.etas import Eta, Etas, compact
 from etude.gap import Progress, Protocol, Scores, summarise
 from etude.micro_batches import MicroBatch
 from etude.policies import Policy
-from etude.prompts import load_prompts
+from etude.prompts import PromptSet, load_prompts, overlap
 from etude.rewards import WeightedRewards
 from etude.training import artifacts
 from etude.training.guards import fallen
@@ -47,6 +47,7 @@ class Evaluation:
 
     Args:
         batches: the size of the micro-batches of sampling, which a rollout may share; default: `rollout.batch_size`.
+        trained: the prompts of training. Evaluating on any of them is said, in a warning and in every result.
 
     Attributes:
         num_steps: steps of both samplers.
@@ -63,6 +64,7 @@ class Evaluation:
         accelerator: Accelerator,
         out: Path,
         batches: MicroBatch | None = None,
+        trained: PromptSet | None = None,
     ) -> None:
         self.config, self.policy, self.accelerator, self.out = config, policy, accelerator, out
         sampling, evaluation = config.sampling, config.evaluation
@@ -80,10 +82,22 @@ class Evaluation:
         self.etas = Etas.of(sampling, config.iterations)
         for iteration in self.etas.extremes:
             self.protocol.plan(self._eta(iteration), self.num_steps).tabulate(policy.grid(self.num_steps))
+        self.prompts_trained_on = self._trained_on(trained or PromptSet([]))
         self.samples = share(evaluation.num_images, accelerator.num_processes, accelerator.process_index)
         self.work = 2 * len(self.samples) * self.num_steps
         self.base_scores: dict[str, list[float]] | None = None
         self.last: dict[str, Any] = {}
+
+    def _trained_on(self, trained: PromptSet) -> int:
+        """How many of the prompts that are evaluated are trained on too."""
+        seen, count = overlap(trained, self.protocol.prompts), len(set(self.protocol.prompts.texts))
+        if seen and self.accelerator.is_main_process:
+            warnings.warn(
+                f"{len(seen)} of the {count} prompts in prompts.evaluation are trained on ({seen[0]!r}), so the figures say little about new ones: "
+                "give others, or the two parts of one source (SOURCE#train and SOURCE#eval)",
+                stacklevel=3,
+            )
+        return len(seen)
 
     @property
     def fallen(self) -> str | None:
@@ -100,7 +114,8 @@ class Evaluation:
                 has fallen too far, which is the last, writes those of "after".
 
         Returns:
-            `eta` (a list where it differs by step), `num_steps`, and the estimates of `summarise` by quantity and reward.
+            `eta` (a list where it differs by step), `num_steps`, `prompts_trained_on` (how many of the prompts are not held out), and
+            the estimates of `summarise` by quantity and reward.
         """
         eta = self._eta(iteration)
         ode_images, ode = self._images(0.0, on_step)
@@ -109,7 +124,7 @@ class Evaluation:
             self.base_scores = {name: values.tolist() for name, values in ode.items()}
         base = {name: np.array(values) for name, values in self.base_scores.items()}
         summary = summarise(ode, sde, base, self.protocol.clusters)
-        self.last = {"eta": eta, "num_steps": self.num_steps, **summary}
+        self.last = {"eta": eta, "num_steps": self.num_steps, "prompts_trained_on": self.prompts_trained_on, **summary}
         if grids is None and self.fallen is not None:
             grids = "after"
         if grids is not None:

@@ -96,7 +96,7 @@ class Trainer:
         self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size", adaptive=alone)
         self.replay_batches = MicroBatch(config.objective.batch_size, "objective.batch_size", adaptive=alone)
         self.evaluation = Evaluation(
-            config, self.policy, self.rewards, self.accelerator, self.out, self.rollout_batches
+            config, self.policy, self.rewards, self.accelerator, self.out, self.rollout_batches, self.train_prompts
         )
         self._prepare_training()
         self.prompt_statistics = {
