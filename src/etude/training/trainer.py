@@ -45,6 +45,8 @@ from etude.training.display import Display, SilentDisplay
 from etude.training.evaluation import Evaluation
 from etude.training.guards import BestWeights
 from etude.training.interruption import Interrupted, Interruption
+from etude.training.loss_scale import LossScale
+from etude.training.memory_estimate import fake_mode
 from etude.training.optimizers import check_optimizer, make_optimizer
 from etude.training.plans import TrainingPlans
 from etude.training.processes import SharedFailureError, failing_together, gather, make_accelerator, share
@@ -122,8 +124,18 @@ class Trainer:
             self.policy.train_everything(keep_reference=config.objective.kl_coef > 0)
         self.parameters = self.policy.trainable()
         self.optimizer = make_optimizer(config.optimizer, self.parameters.values())
-        self.policy.network, self.prepared = self.accelerator.prepare(self.policy.network, self.optimizer)
+        if fake_mode(self.policy) is not None:  # an outline, for a dry run: there is nothing to place or to wrap
+            self.prepared = self.optimizer
+        else:
+            self.policy.network, self.prepared = self.accelerator.prepare(self.policy.network, self.optimizer)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema.decay else None
+        averaged = self.policy.dimensions if config.objective.logprob_reduction == "mean" else 1
+        self.loss_scale = LossScale(config.dtype == "float16", averaged, self._all)
+
+    def _all(self, answer: Tensor) -> Tensor:
+        """Whether the answer is yes in every process."""
+        processes = self.accelerator.num_processes
+        return answer if processes == 1 else gather(self.accelerator, answer.reshape(1).float(), processes).bool().all()
 
     @property
     def clip_range(self) -> float:
@@ -271,6 +283,7 @@ class Trainer:
         objective, statistics = self.config.objective, UpdateStatistics()
         advantages = advantages.to(self.policy.device)
         generator = keyed_generator(self.config.seed, "update", self.iteration)
+        self.loss_scale.begin_iteration()
         for _ in range(objective.num_inner_epochs):
             order = torch.from_numpy(generator.permutation(len(advantages)))
             for chunk in order.tensor_split(min(objective.updates_per_epoch, len(order))):
@@ -286,9 +299,10 @@ class Trainer:
                     self._end_if_asked()
         row = statistics.row()
         if not math.isfinite(row["grad_norm"]):  # asked once an iteration: asking waits for the device
+            half = ", or use bfloat16, which has the range of float32," if self.config.dtype == "float16" else ""
             raise EtudeError(
                 f"training diverged in iteration {self.iteration}: the gradient norm is {row['grad_norm']}; "
-                "lower optimizer.learning_rate or the clip range and start another run."
+                f"lower optimizer.learning_rate or the clip range{half} and start another run."
             )
         return row
 
@@ -301,11 +315,16 @@ class Trainer:
         columns: Tensor,
         statistics: UpdateStatistics,
     ) -> None:
-        """Gradients of the mean loss over the pairs; all over again in smaller micro-batches if one does not fit into memory."""
+        """Gradients of the mean loss over the pairs; all over again in smaller micro-batches if one does not fit into memory.
+
+        All over again too under a smaller loss scale where float16 overflowed.
+        """
         while True:
+            self.loss_scale.begin_step(len(rows))
             seen = UpdateStatistics()
             backward = partial(self._backward, trajectory, conditioning, advantages, rows, columns, seen)
-            if self.replay_batches.fits(backward, min(self.replay_batches.size, len(rows))):
+            fits = self.replay_batches.fits(backward, min(self.replay_batches.size, len(rows)))
+            if fits and self.loss_scale.take_back(self.parameters.values()):
                 return statistics.extend(seen)
             self.prepared.zero_grad()
             self.display.advance(-sum(len(part.ratio) for part in seen.policy))
@@ -329,7 +348,7 @@ class Trainer:
                 result, kl = self._loss(trajectory, conditioning, advantages, row, column)
                 loss = result.loss if kl is None else result.loss + self.config.objective.kl_coef * kl.mean()
                 weighted = loss * (len(row) / len(rows))
-                self.accelerator.backward(weighted)
+                self.accelerator.backward(weighted * self.loss_scale.value)
             total += weighted.detach()
             statistics.policy.append(replace(result, loss=result.loss.detach()))
             if kl is not None:
