@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -61,7 +63,7 @@ def whole(settings, tmp_path_factory):
         ("rollout", 3, 9, 2),  # nothing has changed since iteration 2, which is saved now
         ("update", 2, 1, 1),  # iteration 1 is on the disk: 2 is broken off
         ("update", 2, 9, 2),  # iteration 1 is not, so that 2 is finished first
-        ("evaluation", 2, 1, 2),
+        ("evaluation", 2, 1, 3),  # only the figures are missing, which the resumed run measures
     ],
 )
 @pytest.mark.parametrize("signum", [signal.SIGTERM])
@@ -79,6 +81,13 @@ def test_a_signal_saves_what_is_finished_and_the_resumed_run_ends_with_the_same_
     resumed.train()
     assert same(weights(resumed), whole[0])
     assert metrics(tmp_path / "run") == whole[1]
+
+
+def test_every_number_of_a_row_is_explained(whole):
+    page = (Path(__file__).parents[1] / "docs" / "how-to" / "read-metrics.md").read_text()
+    keys = {key for row in whole[1] for key in row} | {"seconds", "memory_mb"}
+    explained = set(re.findall(r"`(\w+)", "".join(line for line in page.splitlines() if line.startswith("| `"))))
+    assert keys <= explained
 
 
 def test_a_run_interrupted_before_its_first_checkpoint_says_so_and_starts_over(settings, whole, tmp_path):

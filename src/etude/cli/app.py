@@ -19,6 +19,7 @@ from etude.cli.sample import sample
 from etude.cli.serving import serve_reward
 from etude.cli.study import study
 from etude.cli.waiting import heavy_imports, quiet_libraries
+from etude.cli.watch import watch
 from etude.errors import EtudeError
 
 
@@ -200,6 +201,7 @@ def models(debug: Debug = False) -> None:
 
 app.command("serve-reward")(serve_reward)
 app.command()(study)
+app.command()(watch)
 
 
 @app.command(

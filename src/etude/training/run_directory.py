@@ -65,6 +65,10 @@ class Checkpoints:
         """Writes one, with the configuration, and removes those that are too old."""
         save_checkpoint(self.root, iteration, tensors, {"config": self.config.model_dump(mode="json"), **state})
         self.sound.add(iteration)
+        self.prune()
+
+    def prune(self) -> None:
+        """Removes those that are too old; a run that was killed may have left one."""
         prune(self.root, self.config.checkpoint.keep, self.sound)
 
     def load(self) -> Checkpoint | None:
@@ -80,7 +84,12 @@ class Checkpoints:
                     f"no checkpoint in '{self.root}' is sound, so the run cannot be resumed: start it again in another directory."
                 )
             return None
-        self._check_same_run(checkpoint.state["config"])
+        stored = checkpoint.state.get("config") if isinstance(checkpoint.state, dict) else None
+        if not isinstance(stored, dict):
+            raise EtudeError(
+                f"'{checkpoint.path}' does not say whose run it is: start another run in another directory."
+            )
+        self._check_same_run(stored)
         self.sound.add(checkpoint.iteration)
         return checkpoint
 

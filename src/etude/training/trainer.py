@@ -47,6 +47,7 @@ from etude.training.guards import BestWeights
 from etude.training.interruption import Interrupted, Interruption
 from etude.training.loss_scale import LossScale
 from etude.training.memory_estimate import fake_mode
+from etude.training.lock import held
 from etude.training.optimizers import check_optimizer, make_optimizer
 from etude.training.plans import TrainingPlans
 from etude.training.processes import SharedFailureError, failing_together, gather, make_accelerator, share
@@ -151,6 +152,10 @@ class Trainer:
         started = time.time()
         self.rewards.load()  # before anything is written: a reward that cannot be used leaves no run to clear away
         self.out.mkdir(parents=True, exist_ok=True)
+        with held(self.out) if self.accelerator.is_main_process else nullcontext():
+            return self._train(started)
+
+    def _train(self, started: float) -> dict[str, Any]:
         self._restore()
         if self.accelerator.is_main_process:
             clear_half_written(self.out)
@@ -205,7 +210,8 @@ class Trainer:
 
     def _end_if_asked(self) -> None:
         """Ends the run if a signal asked for it, unless that lost a finished iteration: then this one is finished and saved first."""
-        if self._asked_to_end() and (not self.touched or self.durable >= self.iteration - 1):
+        kept = not self.touched or self.durable >= self.iteration - 1 or self.unevaluated is not None
+        if self._asked_to_end() and kept:
             assert self.interruption.signum is not None
             raise Interrupted(
                 f"interrupted by {self.interruption.name} in iteration {self.iteration}", self.interruption.signum
@@ -448,6 +454,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             written = -1 if checkpoint is None else self.iteration - (self.unevaluated is not None)
             truncate_metrics(self.out / "metrics.jsonl", written)
+            self.checkpoints.prune()
 
     def _finish(self, started: float) -> dict[str, Any]:
         """Writes what the user came for: the adapter, its card, the summary and the report."""

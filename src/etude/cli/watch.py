@@ -1,0 +1,267 @@
+"""`etude watch`: a run as it goes, from its metrics alone, in another terminal or on another machine that shares its disk."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from etude.cli.errors import Debug
+from etude.cli.options import expanded
+from etude.errors import EtudeError
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+    from etude.report.run import Run
+
+SHOWN = 40
+"""Iterations of which the course is drawn."""
+BARS = "▁▂▃▄▅▆▇█"
+HEALTH = {
+    "loss": "loss",
+    "approx_kl": "approx. KL to the policy that drew",
+    "clipfrac": "share of clipped ratios",
+    "ratio_mean": "mean ratio",
+    "ratio_max_deviation": "largest deviation of a ratio from 1",
+    "grad_norm": "gradient norm",
+    "reference_kl": "KL to the reference model",
+    "zero_std_ratio": "groups of equal rewards",
+    "memory_mb": "peak memory, MB",
+}
+"""Numbers of a row that tell whether training is healthy, and what they are called."""
+
+
+def watch(
+    directory: Annotated[
+        Path, typer.Argument(callback=expanded, help="Run directory; it may not exist yet.", show_default=False)
+    ],
+    once: Annotated[bool, typer.Option("--once", help="Show how things stand, and end.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    debug: Debug = False,
+) -> None:
+    """Show a run live: its progress, rewards, gap, the health of its updates, and where the time goes.
+
+    It reads metrics.jsonl and touches nothing: a run may be watched before it begins, while it goes on, and afterwards. It ends
+    with the run: with exit code 0 if that was finished, and 1 if it was broken off.
+
+    Examples:
+
+    `etude watch runs/first`
+
+    `etude watch runs/first --once`
+    """
+    from rich.live import Live
+
+    from etude.training.display import make_console
+
+    console = make_console()
+    if once:
+        state = look(directory)
+        if state.run is None:
+            raise EtudeError(f"there is no run in '{directory}' yet: leave out --once to wait for it.")
+        console.print(view(state))
+        return
+    try:
+        if console.is_terminal:
+            with Live(console=console, auto_refresh=False) as live:
+                for state in _looks(directory, every):
+                    live.update(view(state), refresh=True)
+        else:
+            state = _lines(directory, every, console)
+    except KeyboardInterrupt:  # the way to end it: nothing is left to be said
+        raise typer.Exit(130) from None
+    if not state.finished:
+        raise EtudeError(f"the run in '{directory}' is broken off: {_continues(directory)}.")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a look at a directory found.
+
+    Attributes:
+        run: None before the run has begun.
+        held: whether a process is writing it; None where the file system does not tell.
+    """
+
+    directory: Path
+    run: Run | None
+    held: bool | None
+
+    @property
+    def iteration(self) -> int:
+        """The newest finished one; -1 before the first."""
+        return self.run.rows[-1]["iteration"] if self.run is not None and self.run.rows else -1
+
+    @property
+    def finished(self) -> bool:
+        return self.run is not None and not self.held and self.run.summary.get("iterations") == self.iteration >= 0
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more will come; a run that nobody writes is over once it has begun."""
+        return self.finished or (self.run is not None and self.held is False)
+
+    @property
+    def words(self) -> str:
+        if self.run is None:
+            return "waiting for the run to begin"
+        if self.finished:
+            return self.run.summary.get("stopped") or "finished"
+        return f"broken off: {_continues(self.directory)}" if self.over else "running"
+
+
+def look(directory: Path) -> State:
+    """Reads the run as it is now.
+
+    Raises:
+        EtudeError: a file of it is damaged.
+    """
+    from etude.report.run import read_run
+    from etude.training.lock import is_held
+
+    held = is_held(directory)  # first: what was written before the end is then surely seen
+    begun = (directory / "config.yaml").is_file()
+    return State(directory, read_run(directory) if begun else None, held)
+
+
+def view(state: State) -> Group:
+    """How things stand, to be printed by rich."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    if state.run is None:
+        return Group(Text(f"{state.directory}: {state.words}", style="dim"))
+    from rich.progress_bar import ProgressBar
+
+    total = state.run.config.get("iterations", 0)
+    line = Table.grid(padding=(0, 2, 0, 0))
+    left = (
+        "" if state.over or state.iteration < 1 else f"{_duration(_pace(state.run) * (total - state.iteration))} left"
+    )
+    line.add_row(
+        f"iteration {max(0, state.iteration)}/{total}",
+        ProgressBar(total=total, completed=max(0, state.iteration), width=40),
+        left,
+    )
+    parts = [Text(f"{state.directory}: {_essence(state.run)}", style="bold"), line, Text(state.words, style="dim")]
+    if state.run.rows:
+        parts += [Text(), _rewards(state.run), Text(), _health(state.run), Text(), Text(_seconds(state.run))]
+    return Group(*parts)
+
+
+def _looks(directory: Path, every: float) -> Iterator[State]:
+    """One look after another, until the run is over."""
+    while True:
+        state = look(directory)
+        yield state
+        if state.over:
+            return
+        time.sleep(every)
+
+
+def _lines(directory: Path, every: float, console: Any) -> State:
+    """Where there is no terminal: a line for each iteration, as the run itself would print it. Returns the last look."""
+    from etude.config import parse_config
+    from etude.training.display import TrainingDisplay
+
+    display, seen, clock = None, -1, [0.0]
+    for state in _looks(directory, every):
+        if state.run is None:
+            continue
+        if display is None:
+            config = parse_config(state.run.config, f"the configuration in '{directory}'")
+            display = TrainingDisplay(config, config.iterations, console, clock=lambda: clock[0])
+        for row in state.run.rows:
+            if row["iteration"] > seen:
+                seen = row["iteration"]
+                clock[0] += row["seconds"]["total"]
+                display.iteration(row)
+    console.print(state.words, soft_wrap=True, highlight=False, markup=False)
+    return state
+
+
+def _essence(run: Run) -> str:
+    from etude.config import parse_config
+    from etude.training.algorithm import essence
+
+    return essence(parse_config(run.config, f"the configuration in '{run.directory}'"))
+
+
+def _rewards(run: Run) -> Table:
+    from etude.statistics import format_interval
+
+    last, at = run.rows[-1].get("reward") or {}, run.evaluations[-1] if run.evaluations else (0, {})
+    table = _table("reward", "training mean", "std", "course", "held-out ODE", "SDE", "gap (ODE - SDE)", "improvement")
+    for name in run.rewards:
+        trained = last.get(name, {})
+        cells = [_number(trained.get("mean")), _number(trained.get("std")), _course(run, "reward", name, "mean")]
+        for quantity in ("ode", "sde", "gap", "improvement"):
+            found = (at[1].get(quantity) or {}).get(name)
+            signed = quantity in {"gap", "improvement"}
+            cells.append(format_interval(found["mean"], found["low"], found["high"], signed) if found else "-")
+        table.add_row(name, *cells)
+    table.caption = f"held-out figures of iteration {at[0]}, with 95 % intervals"
+    table.caption_justify = "left"
+    return table
+
+
+def _health(run: Run) -> Table:
+    table = _table("update", "last", "course")
+    for key, name in HEALTH.items():
+        value = run.rows[-1].get(key)
+        if value is not None:
+            table.add_row(name, _number(value), _course(run, key))
+    return table
+
+
+def _seconds(run: Run) -> str:
+    phases: Mapping[str, float] = run.rows[-1].get("seconds") or {}
+    parts = [f"{name} {value:.3g} s" for name, value in phases.items() if name != "total"]
+    return f"last iteration {phases.get('total', 0.0):.3g} s: {', '.join(parts)}"
+
+
+def _table(first: str, *others: str) -> Table:
+    from rich.table import Table
+
+    table = Table(first, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in others:
+        table.add_column(name, justify="left" if name == "course" else "right", no_wrap=name == "course")
+    return table
+
+
+def _course(run: Run, *path: str) -> str:
+    """The numbers of the last iterations as bars between the least and the largest of them."""
+    values = run.series(*path)[1][-SHOWN:]
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((value - low) * scale)] for value in values)
+
+
+def _pace(run: Run) -> float:
+    """Seconds of an iteration, of the last ten on average."""
+    totals = run.series("seconds", "total")[1][1:][-10:]
+    return sum(totals) / len(totals)
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _continues(directory: Path) -> str:
+    return f"`etude train --resume --out {shlex.quote(str(directory))}` continues it"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,65 @@
+"""Who is writing a run: a lock on its directory that ends with the process, however the process ends.
+
+It leaves no file behind that could lie. File systems without locks are left without one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from etude.errors import EtudeError
+
+PATIENCE = 10
+"""How often a lock is tried for in half a second: whoever looks whether a run is alive holds it for an instant."""
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Keeps every other process from writing the run in `out`, an existing directory.
+
+    Raises:
+        EtudeError: another process is writing it.
+    """
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        _take(descriptor, out)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_held(out: Path) -> bool | None:
+    """Whether a process is writing the run in `out` now; None if the file system does not tell."""
+    try:
+        descriptor = os.open(out, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, out: Path) -> None:
+    for attempt in range(1, PATIENCE + 1):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if attempt == PATIENCE:
+                raise EtudeError(
+                    f"another process is writing the run in '{out}': wait for it, end it, or give another --out."
+                ) from None
+        except OSError:
+            return None
+        time.sleep(0.5 / PATIENCE)
+    return None
