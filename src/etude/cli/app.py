@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from etude.cli import options
+from etude.cli.advise import advise
 from etude.cli.errors import CommandGroup, Debug, remember_debug
 from etude.cli.gap import gap
 from etude.cli.runs import prepare_run
@@ -202,6 +203,7 @@ def models(debug: Debug = False) -> None:
 app.command("serve-reward")(serve_reward)
 app.command()(study)
 app.command()(watch)
+app.command()(advise)
 
 
 @app.command(
