@@ -12,11 +12,12 @@ from etude.plans import SamplingPlan
 from etude.policies import load_policy
 from etude.policies.base import assign, swapped
 from etude.policies.flux import FluxPolicy
+from etude.policies.prompt_cache import PromptCache
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_3 import StableDiffusion3Policy
 from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 from etude.rollout import NoiseSource, rollout
-from tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl, text_encoder
 
 PROMPTS = ["red heart", "pizza", "tiger"]
 
@@ -44,6 +45,7 @@ def test_the_ode_plan_makes_the_pipelines_own_latents(prediction_type, guidance_
         output_type="latent",
     ).images
     assert torch.allclose(ours, theirs, atol=1e-5)
+    assert (policy.decoded(ours) - policy.decoded(theirs)).abs().max() <= 1e-5
 
 
 def test_decoded_images_are_the_pipelines_pictures(policy):
@@ -62,6 +64,45 @@ def test_each_distinct_prompt_is_encoded_once(policy, monkeypatch):
     policy.encode(["pizza", "tiger", "pizza"])
     policy.encode(["tiger", "heart"])
     assert sorted(encoded) == ["", "heart", "pizza", "tiger"]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_stable_diffusion_is_told_what_its_pipeline_encodes(layers):
+    pipeline = stable_diffusion()
+    pipeline.text_encoder = text_encoder(pipeline.tokenizer, layers=layers)
+    policy = StableDiffusionPolicy(pipeline)
+    long = "a tiger that is far too long to be read to its end"
+    embeddings, empty = pipeline.encode_prompt([*PROMPTS, long], "cpu", 1, do_classifier_free_guidance=True)
+    told = policy.encode([*PROMPTS, long])
+    assert torch.allclose(told.prompt["encoder_hidden_states"], embeddings, atol=1e-5)
+    assert torch.allclose(told.unconditional["encoder_hidden_states"], empty[:1], atol=1e-5)
+
+
+def test_a_full_cache_forgets_what_was_not_used_for_longest_and_changes_no_prompt(policy):
+    exact = StableDiffusionPolicy(stable_diffusion()).encode(PROMPTS)
+    one = sum(rows.nbytes for rows in policy._told("a").values())
+    policy._encoded = PromptCache(3 * one)
+    policy.encode_ahead(["red heart", "pizza", "tiger", "sun"])  # guidance's own takes one of the three places
+    assert len(policy._encoded) == 3
+    assert "tiger" not in policy._encoded
+    told = policy.encode(PROMPTS)
+    assert all(torch.equal(told.prompt[name], rows) for name, rows in exact.prompt.items())
+    assert len(policy._encoded) == 3
+    assert policy._encoded.size == 3 * one
+    policy.encode(["pizza", "sun"])
+    kept = [prompt for prompt in (None, *PROMPTS, "sun") if prompt in policy._encoded]
+    assert kept == [None, "pizza", "sun"]
+    told = policy.encode(PROMPTS)
+    assert all(torch.equal(told.prompt[name], rows) for name, rows in exact.prompt.items())
+
+
+def test_without_room_every_prompt_is_encoded_whenever_it_is_drawn(policy):
+    exact = StableDiffusionPolicy(stable_diffusion()).encode(PROMPTS)
+    policy._encoded = PromptCache(0)
+    for _ in range(2):
+        told = policy.encode(PROMPTS)
+        assert all(torch.equal(told.prompt[name], rows) for name, rows in exact.prompt.items())
+    assert len(policy._encoded) == 0
 
 
 def test_a_fresh_adapter_changes_nothing_and_its_draw_depends_on_the_seed_alone():

@@ -24,6 +24,7 @@ from etude.config import LoraConfig
 from etude.errors import EtudeError
 from etude.micro_batches import MicroBatch, Progress
 from etude.paths import FlowPath, VPPath
+from etude.policies.adapter_file import WEIGHTS, check_taken, read_adapter
 from etude.policies.base import Conditioning, Policy
 from etude.policies.prompt_cache import Key, PromptCache
 
@@ -250,10 +251,15 @@ class PipelinePolicy(Policy):
 
     def pictures(self, latents: Tensor) -> Tensor:
         """uint8 images of one micro-batch, by an autoencoder that is where the latents are."""
+        return self.decoded(latents).mul(255).round().to(torch.uint8).cpu()
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """The same images in float32, `[0, 1]`."""
         vae = self.pipeline.vae
         scaled = self._unpack(latents) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
         decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
-        return (decoded / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
+        in_range: Tensor = (decoded / 2 + 0.5).clamp(0, 1)
+        return in_range
 
     def _unpack(self, latents: Tensor) -> Tensor:
         """The denoiser's latents as the autoencoder's, `[n, c, h, w]`."""
@@ -333,5 +339,12 @@ class PipelinePolicy(Policy):
         self.pipeline.save_lora_weights(directory, **named)
 
     def load_lora(self, directory: Path) -> None:
-        self.pipeline.load_lora_weights(directory, adapter_name=ADAPTER, local_files_only=True, use_safetensors=True)
-        self._trained_network.requires_grad_(False)
+        given = read_adapter(directory)
+        self.pipeline.load_lora_weights(
+            directory, weight_name=WEIGHTS, adapter_name=ADAPTER, local_files_only=True, use_safetensors=True
+        )
+        network = self._trained_network
+        loaded = ADAPTER in getattr(network, "peft_config", {})
+        taken = get_peft_model_state_dict(network, adapter_name=ADAPTER) if loaded else {}
+        check_taken(given, taken, self.denoiser, directory)
+        network.requires_grad_(False)
