@@ -40,7 +40,7 @@ from etude.gap import Protocol as Measurement
 from etude.gap import Scores
 from etude.noise import NoiseSource
 from etude.plans import SamplingPlan
-from etude.policies import Policy, load_policy
+from etude.policies import Policy
 from etude.policies.base import swapped
 from etude.policies.loading import policy_of
 from etude.prompts import load_prompts
@@ -155,6 +155,7 @@ class Adviser:
     def advise(self) -> dict[str, Any]:
         """Runs what is not done yet; returns the advice, which is also written to `advice.json`."""
         started = time.monotonic()
+        self.rewards.load()  # before anything is written: a reward that cannot be used leaves nothing to clear away
         self._check_directory()
         base = self._kept("base.json", self._measure_base)
         sizes = Sizes(**self._kept("sizes.json", lambda: self._size(base, started)))
@@ -201,7 +202,6 @@ class Adviser:
             return
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise EtudeError(f"--out '{self.out}' holds something else: give a new or empty directory.")
-        self.rewards.load()
         self.out.mkdir(parents=True, exist_ok=True)
         atomic_write_text(file, json.dumps(asked, indent=2) + "\n")
 
@@ -217,7 +217,6 @@ class Adviser:
         """The base model's scores under the ODE, how long they took, and what the theory makes of its latents."""
         policy, count = policy_of(self.config), self.measurement.num_images
         grid, texts = policy.grid(self.steps), self.measurement.shown().texts
-        self.rewards.load()
         conditioning = policy.encode(texts)
         started = time.monotonic()
         latents = rollout(
@@ -332,15 +331,12 @@ class Adviser:
         return {"cells": rank_samplers({cell: s[self.reward] for cell, s in scores.items()}, clusters)}
 
     def _tuned(self, run: Path) -> Policy:
-        config = self.config
-        common: dict[str, Any] = {
-            "dtype": config.dtype,
-            "resolution": config.resolution,
-            "offload": config.memory.offload,
-        }
-        if config.lora.rank:
-            return load_policy(config.model, run / "lora", pipeline_config=config.pipeline_config, **common)
-        return load_policy(run / "model", **common)
+        """The model as that pilot left it."""
+        if not self.config.lora.rank:
+            return policy_of(self.config.model_copy(update={"model": str(run / "model"), "pipeline_config": None}))
+        policy = policy_of(self.config)
+        policy.load_lora(run / "lora")
+        return policy
 
     def _advice(
         self,
