@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from launching import launch
 from tiny import save_flux
 
 
@@ -40,15 +40,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(recipe: Path, out: Path, count: int) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = (
-        ["-m", "torch.distributed.run", "--nproc-per-node", str(count), "--master-port", str(port)] if count > 1 else []
-    )
-    command = [sys.executable, *launch, "-m", "etude", "train", str(recipe), "--out", str(out), "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = ["-m", "etude", "train", str(recipe), "--out", str(out), "--quiet"]
+    if count == 1:
+        done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=240)
+        code, output = done.returncode, done.stderr
+    else:
+        code, output = launch(count, arguments)
+    assert code == 0, output[-3000:]
+    assert json.loads((out / "summary.json").read_text())["machine"]["processes"] == count
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return load_file(out / "lora" / "pytorch_lora_weights.safetensors"), rows
 

@@ -138,6 +138,7 @@ def finish(
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
+            "processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
             "threads": torch.get_num_threads(),
             "gpu": _gpu(),
         },

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     GradientAccumulationPlugin,
     gather_object,
+    get_int_from_env,
     is_tensorboard_available,
     is_trackio_available,
     is_wandb_available,
@@ -21,28 +24,50 @@ from etude.errors import EtudeError, brief
 
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
 """Whether the package of a tracker, which has its name, is there."""
+LAUNCHED = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+"""Where launchers (torchrun, `accelerate launch`, MPI) say how many processes they started."""
 
 
 def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     """The accelerator of a run.
 
     Raises:
-        EtudeError: a tracker's package is missing, or the images of an iteration do not divide among the processes.
+        EtudeError: a tracker's package is missing, the launched processes do not form one group, or the images of an iteration
+            do not divide among them.
     """
     check_trackers(config.trackers)
+    launched = get_int_from_env(LAUNCHED, 1)
     # Explicit, so that no environment variable of a launcher scales the loss or changes the precision.
     accelerator = Accelerator(
+        # Without it processes that torchrun started where there is no GPU would form no group: each would be a run of its own.
+        cpu=launched > 1 and not torch.accelerator.is_available(),
         log_with=list(config.trackers) or None,
         project_dir=out,
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    if accelerator.num_processes != launched:
+        raise EtudeError(
+            f"{launched} processes were launched, but Accelerate formed a group of {accelerator.num_processes}, so that each would be "
+            "a run of its own: start one process, or set ACCELERATE_USE_CPU=true to let them share the work on the CPU."
+        )
+    if torch.distributed.is_initialized():
+        _keep_for_good(torch.distributed.group.WORLD)
     if config.rollout.images_per_iteration % accelerator.num_processes:
         raise EtudeError(
             f"rollout.images_per_iteration = {config.rollout.images_per_iteration} is not a multiple of "
             f"the {accelerator.num_processes} processes."
         )
     return accelerator
+
+
+def _keep_for_good(group: object) -> None:
+    """Lets the process group live as long as the process, whoever else lets go of it.
+
+    Gloo's destructor waits for its threads, and does so holding Python's global lock when the model's wrapper was the last to let go. A
+    thread that is just then freeing the tensors of the last exchange waits for that lock: neither ever ends (seen with torch 2.13).
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 class SharedFailureError(EtudeError):
