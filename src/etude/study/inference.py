@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from etude.errors import EtudeError
 
-RESAMPLES = 2_000
+RESAMPLES = 1_000
 _BLOCK = 4_000_000
 Floats = NDArray[np.float64]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from etude.config import TrainConfig
+from etude.etas import Etas, compact, eta_text
 from etude.gap import Protocol
 from etude.policies import Policy, load_policy
 from etude.policies.loading import policy_of
@@ -27,6 +28,7 @@ from etude.rewards import WeightedRewards
 from etude.solvers import sample_with_solver
 from etude.study.spec import Cell, MeasurementConfig
 from etude.study.state import StudyDirectory, read_json
+from etude.training.artifacts import BEST
 from etude.training.checkpoint import atomic_write_bytes, atomic_write_text
 
 Scores = dict[str, list[float]]
@@ -39,18 +41,19 @@ class Sampler:
     Attributes:
         kind: "ode", "sde" or "solver".
         name: of the kernel or the solver; "ode" for the ODE.
-        eta: 0 unless it is an SDE.
+        eta: 0 unless it is an SDE; one for each step where they differ.
         steps: denoising steps.
     """
 
     kind: str
     name: str
-    eta: float
+    eta: float | tuple[float, ...]
     steps: int
 
     def settings(self) -> dict[str, Any]:
         """Plain values."""
-        return {"kind": self.kind, "sampler": self.name, "eta": self.eta, "steps": self.steps}
+        eta = list(self.eta) if isinstance(self.eta, tuple) else self.eta
+        return {"kind": self.kind, "sampler": self.name, "eta": eta, "steps": self.steps}
 
     def draw(self, policy: Policy, protocol: Protocol) -> Tensor:
         """uint8 images `[n, 3, h, w]`; image i starts from the same noise under every sampler."""
@@ -66,14 +69,16 @@ class Sampler:
 def samplers(config: TrainConfig, measurement: MeasurementConfig) -> list[Sampler]:
     """The ODE, the SDE of training and those of the matrix, at every step count; the first is the ODE at the cell's own.
 
-    An eta that moves or differs between steps has no SDE of its own here: the matrix says which ones are measured.
+    The SDE of training is that of the last iteration. A list of etas, one for each step, has none at another step count.
     """
     own = config.evaluation.num_steps or config.sampling.num_steps
-    kernel, eta = config.sampling.kernel, config.sampling.eta
-    trained = [eta] if isinstance(eta, float) else []
+    etas = Etas.of(config.sampling, config.iterations)
     found = []
     for steps in measurement.steps or [own]:
-        found += [Sampler("ode", "ode", 0.0, steps), *(Sampler("sde", kernel, each, steps) for each in trained)]
+        found.append(Sampler("ode", "ode", 0.0, steps))
+        if not isinstance(config.sampling.eta, list) or steps == len(config.sampling.eta):
+            eta = compact(etas.at(config.iterations, steps))
+            found.append(Sampler("sde", config.sampling.kernel, tuple(eta) if isinstance(eta, list) else eta, steps))
         found += [Sampler("solver", name, 0.0, steps) for name in measurement.matrix.solvers]
         found += [Sampler("sde", "gddim", other, steps) for other in measurement.matrix.etas]
     return list(dict.fromkeys(sorted(found, key=lambda s: s.steps != own)))
@@ -111,7 +116,7 @@ def measure(cell: Cell, directory: StudyDirectory, on_sampler: Callable[[str], N
     rows = []
     for number, sampler in enumerate(chosen):
         under = protocol(sampler.name if sampler.kind == "sde" else "gddim")
-        on_sampler(f"measuring {sampler.name} {sampler.eta:g}" if sampler.eta else f"measuring {sampler.name}")
+        on_sampler(f"measuring {sampler.name} {eta_text(sampler.eta)}" if sampler.eta else f"measuring {sampler.name}")
         images = sampler.draw(policy, under)
         if number == 0 and measurement.shown:
             (directory.cell(cell) / "samples").mkdir(exist_ok=True)
@@ -126,6 +131,8 @@ def measure(cell: Cell, directory: StudyDirectory, on_sampler: Callable[[str], N
         "prompts": prompts.texts,
         "clusters": protocol("gddim").clusters,
         "samplers": rows,
+        "best": _best(config, directory.cell(cell), chosen[0], protocol("gddim")),
+        "levels": {str(count): _levels(policy, count) for count in dict.fromkeys(s.steps for s in chosen)},
         "base_image": base.image,
         "seconds": time.perf_counter() - started,
     }
@@ -184,15 +191,26 @@ def strip(images: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _tuned(config: TrainConfig, run: Path) -> Policy:
-    """The model as the run left it."""
-    policy: Policy
-    if config.lora.rank:
-        policy = policy_of(config)
-        policy.load_lora(run / "lora")
-    else:
-        policy = load_policy(run / "model", dtype=config.dtype, resolution=config.resolution)
+def _tuned(config: TrainConfig, run: Path, suffix: str = "") -> Policy:
+    """The model as the run left it, or with the suffix of the best weights as it was at its best."""
+    if not config.lora.rank:
+        return load_policy(run / f"model{suffix}", dtype=config.dtype, resolution=config.resolution)
+    policy: Policy = policy_of(config)
+    policy.load_lora(run / f"lora{suffix}")
     return policy
+
+
+def _best(config: TrainConfig, run: Path, sampler: Sampler, protocol: Protocol) -> Scores | None:
+    """The ODE scores of the weights that were best in training; None if the run kept none (`checkpoint.best`)."""
+    if not (run / f"{'lora' if config.lora.rank else 'model'}{BEST}").is_dir():
+        return None
+    return _scores(protocol, sampler.draw(_tuned(config, run, BEST), protocol))
+
+
+def _levels(policy: Policy, steps: int) -> dict[str, list[float]]:
+    """Signal and noise at the levels that the samplers visit."""
+    grid = policy.grid(steps)
+    return {"a": grid.a.tolist(), "s": grid.s.tolist()}
 
 
 def _scores(protocol: Protocol, images: Tensor) -> Scores:

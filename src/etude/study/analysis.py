@@ -1,0 +1,309 @@
+"""From the scores of the cells to what the study says: estimates, paired comparisons, the discretisation's part, the matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from etude.config import leaves
+from etude.errors import EtudeError
+from etude.study.collect import CellResult, Condition, conditions, families, sampler_label
+from etude.study.inference import Effect, effect, holm
+from etude.study.spec import Study
+from etude.theory.gap import gap_split
+from etude.theory.levels import explicit
+from etude.theory.rewards import QuadraticReward
+from etude.theory.targets import Gaussian
+
+SAMPLER_KEYS = ("sampling.kernel", "sampling.eta")
+_THEORY_KERNELS = ("gddim", "ddim")
+Row = dict[str, Any]
+
+
+def analyse(study: Study, results: list[CellResult]) -> Row:
+    """Everything that tables, figures and files say, as plain values (JSON)."""
+    found = conditions(results)
+    compared = _comparisons(study, found)
+    return {
+        "name": study.settings.name,
+        "cells": len(study.cells),
+        "done": len(results),
+        "seconds": sum(result.seconds for result in results),
+        "conditions": [_condition(condition) for condition in found],
+        "comparisons": compared,
+        "discretisation": _discretisation(found),
+        "matrix": _matrix(found),
+        "rows": [row for result in results for row in _cell_rows(result)],
+    }
+
+
+def _pooled(condition: Condition, value: Callable[[CellResult], Any]) -> Effect | None:
+    """The mean over seeds, prompts and images of what `value` takes from each cell; None where a cell lacks it."""
+    values = [value(result) for result in condition.results]
+    return None if any(each is None for each in values) else effect(values, condition.clusters)
+
+
+def _scores(row: Row | None, reward: str, base: bool = False) -> Any:
+    """`[n]` scores of one sampler; None where it was not measured."""
+    return None if row is None else np.array(row["base" if base else "scores"][reward])
+
+
+def _less(a: Any, b: Any) -> Any:
+    return None if a is None or b is None else a - b
+
+
+def _dict(found: Effect | None) -> Row | None:
+    return None if found is None else found.to_dict()
+
+
+def _estimates(condition: Condition, steps: int, reward: str) -> Row:
+    """The quantities of one reward at one number of steps."""
+
+    def ode(result: CellResult, base: bool = False) -> Any:
+        return _scores(result.find("ode", steps), reward, base)
+
+    def sde(result: CellResult, base: bool = False) -> Any:
+        return _scores(_own_sde(result, steps), reward, base)
+
+    found: dict[str, Callable[[CellResult], Any]] = {
+        "base": lambda result: ode(result, True),
+        "ode": ode,
+        "sde": sde,
+        "improvement": lambda result: _less(ode(result), ode(result, True)),
+        "sde_improvement": lambda result: _less(sde(result), sde(result, True)),
+        "gap": lambda result: _less(ode(result), sde(result)),
+        "base_gap": lambda result: _less(ode(result, True), sde(result, True)),
+        "gap_change": lambda result: _less(
+            _less(ode(result), sde(result)), _less(ode(result, True), sde(result, True))
+        ),
+        "best": lambda result: None if result.best is None else np.array(result.best[reward]),
+    }
+    if steps != condition.steps:
+        found.pop("best")
+    return {name: _dict(_pooled(condition, value)) for name, value in found.items()}
+
+
+def _own_sde(result: CellResult, steps: int) -> Row | None:
+    """The SDE that the cell was trained with: the first of its kernel, as the samplers are listed."""
+    return result.find("sde", steps, result.cell.config.sampling.kernel)
+
+
+def _condition(condition: Condition) -> Row:
+    steps = list(dict.fromkeys(row["steps"] for row in condition.results[0].samplers))
+    return {
+        "label": condition.label,
+        "values": dict(condition.values),
+        "model": condition.config.model,
+        "kernel": condition.config.sampling.kernel,
+        "eta": condition.eta,
+        "eta_text": condition.config.sampling.eta_text,
+        "steps": condition.steps,
+        "seeds": condition.seeds,
+        "trained": condition.trained,
+        "rewards": condition.rewards,
+        "seconds": float(np.mean([result.seconds for result in condition.results])),
+        "estimates": {
+            str(count): {reward: _estimates(condition, count, reward) for reward in condition.rewards}
+            for count in steps
+        },
+        "spread": {reward: _spread(condition, reward) for reward in condition.rewards},
+        "curves": {reward: _curves(condition, reward) for reward in condition.rewards},
+    }
+
+
+def _spread(condition: Condition, reward: str) -> float:
+    """Standard deviation of the base model's ODE scores over images: the unit of effect sizes."""
+    scores = [_scores(result.find("ode", condition.steps), reward, True) for result in condition.results]
+    return float(np.concatenate(scores).std(ddof=1))
+
+
+def _curves(condition: Condition, reward: str) -> Row:
+    """Means over the seeds of each quantity while training; the band is 1.96 mean standard errors of a seed, since prompts are shared."""
+    curves: Row = {}
+    for quantity in ("ode", "sde", "gap", "improvement"):
+        series = [
+            {i: e[quantity][reward] for i, e in result.evaluations if reward in e.get(quantity, {})}
+            for result in condition.results
+        ]
+        shared = sorted(set.intersection(*(set(each) for each in series)))
+        means = [float(np.mean([each[i]["mean"] for each in series])) for i in shared]
+        errors = [float(np.mean([each[i]["standard_error"] for each in series])) for i in shared]
+        curves[quantity] = {
+            "iteration": shared,
+            "mean": means,
+            "low": [m - 1.96 * e for m, e in zip(means, errors, strict=True)],
+            "high": [m + 1.96 * e for m, e in zip(means, errors, strict=True)],
+        }
+    return curves
+
+
+def _comparisons(study: Study, found: list[Condition]) -> list[Row]:
+    """Each condition against the baseline that agrees with it in all but the baseline's keys, seed by seed and image by image."""
+    baseline, rows = study.settings.baseline, []
+    for family, members in families(found, tuple(baseline)):
+        reference = next((c for c in members if _has(c, baseline)), None)
+        for condition in members if reference is not None else []:
+            if condition is not reference:
+                assert reference is not None
+                rows += [_compare(family, condition, reference, reward) for reward in condition.trained]
+    rows = [row for row in rows if row]
+    for row, adjusted in zip(rows, holm([row["difference"]["p"] for row in rows]), strict=True):
+        row["p_holm"] = adjusted
+    return rows
+
+
+def _has(condition: Condition, baseline: Row) -> bool:
+    tree = dict(leaves(condition.config.model_dump(mode="json")))
+    plain = condition.config.sampling.eta_schedule is None
+    return plain and all(tree.get(key) == value for key, value in baseline.items())
+
+
+def _compare(family: str, condition: Condition, reference: Condition, reward: str) -> Row:
+    """The paired difference of the ODE rewards; empty where no seed is shared."""
+    pairs = [(a, b) for a in condition.results for b in reference.results if a.cell.config.seed == b.cell.config.seed]
+    if not pairs or condition.clusters != reference.clusters:
+        return {}
+    steps = condition.steps
+
+    def scores(result: CellResult) -> Any:
+        return _scores(result.find("ode", steps), reward)
+
+    ours = [(scores(a), scores(b)) for a, b in pairs]
+    if any(a is None or b is None for a, b in ours):
+        return {}
+    difference = effect([a - b for a, b in ours], condition.clusters)
+    return {
+        "family": family,
+        "label": condition.label,
+        "against": reference.label,
+        "reward": reward,
+        "seeds": [a.cell.config.seed for a, _ in pairs],
+        "difference": difference.to_dict(),
+        "effect_size": difference.mean / _spread(condition, reward) if _spread(condition, reward) else None,
+    }
+
+
+def _discretisation(found: list[Condition]) -> list[Row]:
+    """The base model's gap, which no training has made, beside the theory's for a standard normal target at the same levels."""
+    rows: list[Row] = []
+    seen = set()
+    for condition in sorted(found, key=lambda c: -len(c.seeds)):
+        for reward in condition.trained:
+            for count in dict.fromkeys(row["steps"] for row in condition.results[0].samplers):
+                sampling = condition.config.sampling
+                key = (
+                    condition.config.model,
+                    sampling.kernel,
+                    sampling.eta_text,
+                    count,
+                    sampling.guidance_scale,
+                    reward,
+                )
+                if key in seen or _own_sde(condition.results[0], count) is None:
+                    continue
+                seen.add(key)
+                estimates = _estimates(condition, count, reward)
+                rows.append(
+                    {
+                        "model": condition.config.model,
+                        "kernel": sampling.kernel,
+                        "eta": condition.eta,
+                        "eta_text": sampling.eta_text,
+                        "steps": count,
+                        "reward": reward,
+                        "base_gap": estimates["base_gap"],
+                        "spread": _spread(condition, reward),
+                        "theory": _theory(condition, count),
+                    }
+                )
+    return sorted(rows, key=lambda r: (r["reward"], r["kernel"], r["steps"], r["eta"] or 0.0))
+
+
+def _theory(condition: Condition, steps: int) -> Row | None:
+    """The gap of r(x) = -x^2 for x ~ N(0, 1) at the model's levels, split; None for a kernel or a schedule that the theory lacks."""
+    kernel, eta = condition.config.sampling.kernel, condition.eta
+    if kernel not in _THEORY_KERNELS or eta is None:
+        return None
+    levels = condition.results[0].levels[str(steps)]
+    grid = explicit(levels["a"], levels["s"])
+    try:
+        parts = gap_split(Gaussian(0.0, 1.0), grid, QuadraticReward(1.0), eta, kernel=kernel)
+    except EtudeError:  # an eta that the kernel has not at these levels
+        return None
+    return {name: float(value) for name, value in parts.as_dict().items()}
+
+
+def _matrix(found: list[Condition]) -> list[Row]:
+    """For every family, reward and number of steps: the reward of each training condition under each deployed sampler."""
+    tables = []
+    for family, members in families(found, SAMPLER_KEYS):
+        rich = [c for c in members if len(c.results[0].samplers) > 2 * len({r["steps"] for r in c.results[0].samplers})]
+        for reward in rich[0].trained if rich else []:
+            for count in dict.fromkeys(row["steps"] for row in rich[0].results[0].samplers):
+                tables.append(_matrix_table(family, rich, reward, count))
+    return tables
+
+
+def _matrix_table(family: str, members: Sequence[Condition], reward: str, steps: int) -> Row:
+    """Rows are the base model and the conditions; columns the samplers that every one of them was measured with."""
+    listed: dict[str, list[Row]] = {}
+    for condition in members:
+        for row in condition.results[0].samplers:
+            if row["steps"] == steps:
+                listed.setdefault(sampler_label(row), []).append(row)
+    columns = {label: rows[0] for label, rows in listed.items() if len(rows) == len(members)}
+    order = {"ode": 0, "solver": 1, "sde": 2}
+    names = sorted(columns, key=lambda label: (order[columns[label]["kind"]], _first(columns[label]["eta"])))
+
+    def cells(condition: Condition, base: bool) -> list[Row | None]:
+        def value(name: str) -> Callable[[CellResult], Any]:
+            like = columns[name]
+            return lambda r: _scores(r.find(like["kind"], steps, like["sampler"], like["eta"]), reward, base)
+
+        return [_dict(_pooled(condition, value(name))) for name in names]
+
+    rows = [{"label": "base model", "eta": None, "cells": cells(members[0], True)}]
+    rows += [
+        {
+            "label": c.text(tuple(k for k, _ in c.values if k not in SAMPLER_KEYS)),
+            "eta": c.eta,
+            "cells": cells(c, False),
+        }
+        for c in members
+    ]
+    return {"family": family, "reward": reward, "steps": steps, "columns": names, "rows": rows}
+
+
+def _first(eta: Any) -> float:
+    return float(eta[0] if isinstance(eta, list) else eta)
+
+
+def _cell_rows(result: CellResult) -> list[Row]:
+    """A cell's rows for `results.csv`: its evaluations while training, and the measurement after it."""
+    config = result.cell.config
+    head = {
+        "cell": result.cell.slug,
+        "grid": result.cell.grid,
+        "model": config.model,
+        "kernel": config.sampling.kernel,
+        "eta": config.sampling.eta_text,
+        "seeds": 1,
+        "seed": config.seed,
+    }
+    rows = []
+    base = result.evaluations[0][1]["ode"] if result.evaluations else {}
+    for iteration, evaluation in result.evaluations:
+        for reward in evaluation["ode"]:
+            quantities = {name: evaluation.get(name, {}).get(reward) for name in ("ode", "sde", "improvement", "gap")}
+            place = {"evaluation": "training", "iteration": iteration, "steps": evaluation["num_steps"]}
+            rows.append({**head, **place, "reward": reward, "base": base.get(reward), **quantities, "seconds": None})
+    alone = Condition([], (result,))
+    for count in dict.fromkeys(row["steps"] for row in result.samplers):
+        for reward in alone.rewards:
+            found = _estimates(alone, count, reward)
+            quantities = {name: found[name] for name in ("base", "ode", "sde", "improvement", "gap")}
+            place = {"evaluation": "final", "iteration": config.iterations, "steps": count}
+            rows.append({**head, **place, "reward": reward, **quantities, "seconds": result.seconds})
+    return rows
