@@ -64,8 +64,14 @@ def choose_sampler(
             shift,
         )
     sampling = config.sampling
-    constant = isinstance(sampling.eta, float) and sampling.eta_schedule is None
-    trained = [sampling.eta] if etas_of_run and constant and kernel in (None, sampling.kernel) else without_run
+    trained = without_run
+    if (
+        etas_of_run
+        and kernel in (None, sampling.kernel)
+        and isinstance(sampling.eta, float)
+        and not sampling.eta_schedule
+    ):
+        trained = [sampling.eta]
     chosen = Sampler(
         kernel or sampling.kernel,
         etas or trained,

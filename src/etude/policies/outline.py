@@ -47,7 +47,7 @@ def outline_pipeline(
         if not (isinstance(value, list | tuple) and len(value) == 2):
             parts[name] = value
         else:
-            parts[name] = None if value[1] is None else _component(location, name, *value, single)
+            parts[name] = None if value[1] is None else _component(location, name, str(value[0]), str(value[1]), single)
             if isinstance(parts[name], nn.Module):
                 _fill(parts[name], dtype, mode)
     return getattr(diffusers, str(index["_class_name"]))(**parts)
@@ -59,8 +59,9 @@ def _component(location: str, name: str, library: str, kind: str, single: bool) 
             f"'{location}' takes its {name} from '{library}', where code of its own would run: only parts from "
             f"{' and '.join(LIBRARIES)} are supported."
         )
-    made = getattr(importlib.import_module(library), kind)
-    if not (isinstance(made, type) and issubclass(made, nn.Module)):
+    made: Any = getattr(importlib.import_module(library), kind)
+    is_network = isinstance(made, type) and issubclass(made, nn.Module)
+    if not is_network:
         return made.from_pretrained(location, subfolder=name)
     folder = Path(location, name)
     if folder.is_dir() and not single and not any(folder.glob("*.safetensors")):
