@@ -128,11 +128,12 @@ def test_etas_that_cannot_be_compared_are_refused_in_a_sentence(
 def tree(tmp_path_factory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("model")
     (root / "prompts.txt").write_text("red heart\npizza\ntiger\nsun\n")
+    (root / "others.txt").write_text("moon\nhouse\n")
     return {
         "model": str(save_stable_diffusion(root / "sd")),
         "iterations": 1,
         "rewards": {"redness": 1.0},
-        "prompts": {"train": str(root / "prompts.txt"), "evaluation": str(root / "prompts.txt")},
+        "prompts": {"train": str(root / "prompts.txt"), "evaluation": str(root / "others.txt")},
         "sampling": {"num_steps": 2, "guidance_scale": 1.0},
         "rollout": {"images_per_iteration": 4, "images_per_prompt": 2, "batch_size": 8},
         "objective": {"clip_range": None, "clip_nats": 1.6, "batch_size": 8},
@@ -150,9 +151,7 @@ def test_advice_is_complete_and_the_same_when_it_is_resumed(tree, tmp_path) -> N
     assert first["suggestion"]["eta"] in (0.5, 2.0)
     assert first["suggestion"]["training_steps"] == 2
     assert [row["eta"] for row in first["pilots"]] == [0.5, 2.0]
-    assert [len(row["seeds"]) for row in first["pilots"]] == [2, 1] or all(
-        len(row["seeds"]) == 2 for row in first["pilots"]
-    )
+    assert len(list(out.glob("eta-*-seed-*"))) == pilots(2) == sum(len(row["seeds"]) for row in first["pilots"])
     assert sum(row["suggested"] for row in first["deployment"]) == 1
     assert set(first["theory"]) == {"exact", "with_error", "mean_variance"}
     assert all((out / f"eta-{eta:g}-seed-0" / "report.html").is_file() for eta in (0.5, 2.0))

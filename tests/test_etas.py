@@ -202,10 +202,11 @@ def test_the_protocol_of_the_gap_takes_a_list_as_its_plan() -> None:
 def tree(tmp_path) -> dict[str, Any]:
     register("number")(lambda images, prompts, **metadata: read(images).float())
     (tmp_path / "prompts.txt").write_text("red heart\npizza\n")
+    (tmp_path / "others.txt").write_text("moon\nhouse\n")
     return {
         "iterations": 3,
         "rewards": {"number": 1.0},
-        "prompts": {"train": str(tmp_path / "prompts.txt"), "evaluation": str(tmp_path / "prompts.txt")},
+        "prompts": {"train": str(tmp_path / "prompts.txt"), "evaluation": str(tmp_path / "others.txt")},
         "rollout": {"images_per_iteration": 4, "images_per_prompt": 2, "batch_size": 4},
         "lora": {"rank": 0},
         "objective": {"clip_range": None, "clip_nats": 1.6, "batch_size": 16},

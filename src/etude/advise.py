@@ -29,6 +29,7 @@ from etude.choosing import (
     Sizes,
     choose_smallest,
     deployment_cells,
+    finalists,
     pilots,
     rank_samplers,
     reasons,
@@ -166,13 +167,11 @@ class Adviser:
         )
         runs = {(eta, seed): self._pilot(eta, seed, sizes.iterations, i, total) for i, eta in enumerate(etas)}
         ranking = sorted(etas, key=lambda eta: -self._mean(runs, eta))
-        finalists = sorted(ranking[: max(2, math.ceil(len(etas) / 2))])
-        for i, eta in enumerate(finalists):
+        second = sorted(ranking[: finalists(len(etas))])
+        for i, eta in enumerate(second):
             runs[eta, seed + 1] = self._pilot(eta, seed + 1, sizes.iterations, len(etas) + i, total)
         clusters = self.measurement.clusters
-        pooled = {
-            eta: np.mean([_array(runs[eta, s], self.reward) for s in (seed, seed + 1)], axis=0) for eta in finalists
-        }
+        pooled = {eta: np.mean([_array(runs[eta, s], self.reward) for s in (seed, seed + 1)], axis=0) for eta in second}
         suggested, behind = choose_smallest(pooled, clusters)
         rows = [self._row(eta, runs, base, behind.get(eta)) for eta in etas]
         left = self.minutes * 60 - (time.monotonic() - started)

@@ -32,7 +32,7 @@ class Sizes:
 def size_pilots(etas: Sequence[float], seconds: float, iteration: float, fixed: float, longest: int) -> Sizes:
     """As many etas as leave each pilot MIN_ITERATIONS, and then as many iterations as fit.
 
-    n etas take n + ceil(n / 2) pilots of `fixed` + K `iteration` seconds. Etas far from 1 are dropped first.
+    n etas take n + max(2, ceil(n / 2)) pilots of `fixed` + K `iteration` seconds. Etas far from 1 are dropped first.
 
     Args:
         seconds: for all pilots.
@@ -53,9 +53,14 @@ def size_pilots(etas: Sequence[float], seconds: float, iteration: float, fixed: 
     )
 
 
+def finalists(count: int) -> int:
+    """How many of so many etas go on to the second round: the better half, and never one alone."""
+    return max(2, math.ceil(count / 2))
+
+
 def pilots(count: int) -> int:
     """Runs of both rounds, for so many etas."""
-    return count + math.ceil(count / 2)
+    return count + finalists(count)
 
 
 def choose_smallest(scores: dict[float, np.ndarray], clusters: list[int]) -> tuple[float, dict[float, Estimate]]:
