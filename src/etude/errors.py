@@ -31,5 +31,8 @@ def brief_value(value: object, limit: int = 80) -> str:
 
 def brief(error: BaseException, limit: int = 300) -> str:
     """An exception's text on one line, cut at `limit` characters: what fits in a sentence."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # an exception of the user's own may not even be able to say what it is
+        text = "it has no text"
     return text if len(text) <= limit else text[: limit - 3] + "..."

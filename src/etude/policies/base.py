@@ -174,6 +174,18 @@ def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | Non
 
 @torch.no_grad()
 def assign(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    """Copies `values` into the parameters of the same names."""
+    """Copies `values` into the parameters of the same names.
+
+    Raises:
+        EtudeError: a value is missing or of another shape, as those of another model are; nothing is copied then.
+    """
+    for name, parameter in parameters.items():
+        found = list(values[name].shape) if name in values else None
+        if found != list(parameter.shape):
+            problem = "has none" if found is None else f"has one of shape {found}"
+            raise EtudeError(
+                f"the model has a parameter '{name}' of shape {list(parameter.shape)}, and what was saved {problem}: it is of "
+                "another model or LoRA rank; start anew in another --out."
+            )
     for name, parameter in parameters.items():
         parameter.copy_(values[name])

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from etude import zoo
 from etude.config import TrainConfig
-from etude.errors import EtudeError, brief, unknown
+from etude.errors import EtudeError, brief, brief_value, unknown
 from etude.paths import is_flow_config
 from etude.policies.base import Policy
-from etude.policies.outline import outline_pipeline
+from etude.policies.outline import LIBRARIES, outline_pipeline
 from etude.policies.single_file import configuration, is_single_file, load_single_file
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,7 +70,7 @@ def load_policy(
     single = is_single_file(name)
     if pipeline_config is not None and not single:
         raise EtudeError(f"pipeline_config is for a single safetensors file, and model '{name}' is none: leave it out.")
-    try:
+    with _explained(model):
         location = configuration(name, pipeline_config) if single else _locate(name)
         index = diffusers.DiffusionPipeline.load_config(location)
         family = str(index.get("_class_name"))
@@ -77,6 +78,7 @@ def load_policy(
             raise EtudeError(f"model '{model}' is a {family}; the supported pipelines are {', '.join(FAMILIES)}.")
         adapter = _adapter(family)
         parts = adapter.load_arguments | {part: None for part in adapter.optional if index.get(part, [None])[0] is None}
+        _check_libraries(model, index, parts)
         if outline:
             pipeline = outline_pipeline(location, index, DTYPES[dtype], parts, single)
         elif single:
@@ -85,16 +87,10 @@ def load_policy(
             pipeline = getattr(diffusers, family).from_pretrained(
                 location, dtype=DTYPES[dtype], use_safetensors=True, **parts
             )
-    except EtudeError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
-        raise EtudeError(
-            f"model '{model}' cannot be loaded as a diffusers pipeline with safetensors weights: {brief(error)}"
-        ) from error
-    if shift is not None:
-        _shift(pipeline, shift, model)
-    limits = {} if prompt_cache_mb is None else {"prompt_cache_mb": prompt_cache_mb}
-    policy: Policy = adapter(pipeline, DTYPES[dtype], target, resolution, decode_batch_size, offload, **limits)
+        if shift is not None:
+            _shift(pipeline, shift, model)
+        limits = {} if prompt_cache_mb is None else {"prompt_cache_mb": prompt_cache_mb}
+        policy: Policy = adapter(pipeline, DTYPES[dtype], target, resolution, decode_batch_size, offload, **limits)
     policy.shift = shift
     if lora is not None:
         _load_lora(policy, Path(expanduser(lora)))
@@ -151,13 +147,36 @@ def _locate(model: str) -> str:
     return model
 
 
-def _load_lora(policy: Policy, directory: Path) -> None:
-    weights = directory / "pytorch_lora_weights.safetensors"
-    if not weights.is_file():
+@contextmanager
+def _explained(model: str | Path) -> Iterator[None]:
+    """Of files that anybody may have written, the libraries raise whatever their readers stumble over."""
+    try:
+        yield
+    except EtudeError:
+        raise
+    except Exception as error:
         raise EtudeError(
-            f"--lora '{directory}' holds no pytorch_lora_weights.safetensors; give the lora/ directory of a finished run."
-        )
+            f"model '{model}' cannot be loaded as a diffusers pipeline with safetensors weights: {type(error).__name__}: {brief(error)}"
+        ) from error
+
+
+def _check_libraries(model: str | Path, index: Mapping[str, Any], left_out: Mapping[str, Any]) -> None:
+    """Refuses a component of any other library: diffusers would import the module of that name, whichever it is."""
+    for name, value in index.items():
+        listed = isinstance(value, list | tuple) and len(value) == 2 and not name.startswith("_")
+        if listed and name not in left_out and value[0] is not None and value[0] not in LIBRARIES:
+            raise EtudeError(
+                f"model '{model}' takes its {name} from {brief_value(value[0])}, where code of its own would run: only parts from "
+                f"{' and '.join(LIBRARIES)} are supported."
+            )
+
+
+def _load_lora(policy: Policy, directory: Path) -> None:
     try:
         policy.load_lora(directory)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise EtudeError(f"--lora '{directory}' does not fit the model: {brief(error)}") from error
+    except EtudeError:
+        raise
+    except Exception as error:  # likewise
+        raise EtudeError(
+            f"--lora '{directory}' does not fit the model: {type(error).__name__}: {brief(error)}"
+        ) from error

@@ -121,7 +121,7 @@ def text_features(prompts: list[str]) -> Tensor:
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(get_model_path())
-    model = AutoModel.from_pretrained(get_model_path(), dtype=torch.float32).eval()
+    model = AutoModel.from_pretrained(get_model_path(), use_safetensors=True, dtype=torch.float32).eval()
     rows = []
     for prompt in prompts:
         with torch.no_grad():

@@ -260,7 +260,7 @@ def _named(name: str, prompts: list[str], offset: int) -> Iterator[None]:
         yield
     except _RewardError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # exit() would end the run as if it had succeeded
         raise _RewardError(
             f"reward '{name}' failed on {_batch(offset, prompts)}: {type(error).__name__}: {brief(error)}"
         ) from error
@@ -274,9 +274,9 @@ def _checked(name: str, scores: Any, prompts: list[str], offset: int) -> Tensor:
     """What a reward returned, as float32 [n] on the CPU."""
     import torch
 
-    if not isinstance(scores, torch.Tensor):
+    if not isinstance(scores, torch.Tensor) or scores.is_nested:
         raise EtudeError(
-            f"reward '{name}' returned {type(scores).__name__}; "
+            f"reward '{name}' returned {'a nested tensor' if hasattr(scores, 'is_nested') else type(scores).__name__}; "
             f"it must return a float32 tensor of shape [{len(prompts)}]."
         )
     if scores.shape != (len(prompts),) or not scores.is_floating_point():
@@ -284,7 +284,12 @@ def _checked(name: str, scores: Any, prompts: list[str], offset: int) -> Tensor:
             f"reward '{name}' returned a tensor of shape {list(scores.shape)} and {scores.dtype} "
             f"for {_batch(offset, prompts)}; it must return one float32 score per image, shape [{len(prompts)}]."
         )
-    scores = scores.detach().to("cpu", torch.float32, copy=True)
+    try:
+        scores = scores.detach().to("cpu", torch.float32, copy=True).to_dense()
+    except (RuntimeError, NotImplementedError) as error:  # a meta tensor, a nested one
+        raise EtudeError(
+            f"reward '{name}' returned a tensor without plain numbers ({brief(error, 100)}); return a dense one."
+        ) from error
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
     if bad:
         more = f" ({len(bad)} of {len(prompts)} scores are not finite)" if len(bad) > 1 else ""
@@ -298,7 +303,9 @@ def _checked(name: str, scores: Any, prompts: list[str], offset: int) -> Tensor:
 def _check_images(images: Tensor, prompts: list[str]) -> None:
     import torch
 
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+    if not isinstance(images, torch.Tensor):
+        raise EtudeError(f"rewards take uint8 images [n, 3, h, w] as a tensor, not {type(images).__name__}.")
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise EtudeError(f"rewards take uint8 images [n, 3, h, w], not {images.dtype} of shape {list(images.shape)}.")
     if len(prompts) != len(images):
         raise EtudeError(

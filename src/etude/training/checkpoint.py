@@ -239,7 +239,7 @@ def truncate_metrics(path: Path, iteration: int) -> None:
 def _row(line: bytes) -> int | None:
     try:
         value = json.loads(line)["iteration"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return value if isinstance(value, int) else None
 
@@ -253,7 +253,7 @@ def _load(iteration: int, path: Path) -> Checkpoint:
     try:
         state = json.loads((path / STATE).read_bytes())
         tensors = load_file(path / TENSORS)
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise _DamagedError(f"its content cannot be read ({error})") from None
     return Checkpoint(iteration, tensors, state, path)
 
@@ -275,7 +275,7 @@ def _verify(iteration: int, path: Path) -> None:
         raise _DamagedError(f"{Path(error.filename).name} is missing") from None
     except OSError as error:
         raise _DamagedError(f"it cannot be read ({_reason(error)})") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise _DamagedError(f"{MANIFEST} is not the JSON that was written") from None
 
 
@@ -335,7 +335,7 @@ def _reason(error: Exception) -> str:
 def _clean(root: Path) -> None:
     for entry in root.iterdir():
         if entry.name.startswith(_TEMPORARY):
-            shutil.rmtree(entry)
+            _delete(entry)
 
 
 def _replace_directory(source: Path, target: Path) -> None:
@@ -344,17 +344,25 @@ def _replace_directory(source: Path, target: Path) -> None:
     if target.exists():
         os.rename(target, old)
     os.rename(source, target)
-    if old.exists():
-        shutil.rmtree(old)
+    if os.path.lexists(old):
+        _delete(old)
 
 
 def _remove_directory(path: Path) -> None:
     """Removes a checkpoint: renamed first, so that a kill halfway leaves nothing that looks like one."""
     doomed = path.with_name(f"{_TEMPORARY}{path.name}-old")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    if os.path.lexists(doomed):
+        _delete(doomed)
     os.rename(path, doomed)
-    shutil.rmtree(doomed)
+    _delete(doomed)
+
+
+def _delete(path: Path) -> None:
+    """Removes a directory with its content; of a link the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 @contextmanager

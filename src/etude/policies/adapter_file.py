@@ -1,0 +1,177 @@
+"""What an adapter's file must be before it reaches the model: an adapter can come from anybody.
+
+The file is safetensors, so reading it runs nothing. But its header carries a configuration for peft, which can name a module to import
+(`megatron_core`), regular expressions that do not end (`target_modules` as text, `rank_pattern`, and the names of the tensors, which
+diffusers makes patterns of), and ranks that no tensor of the file has and that the memory could not hold. None of it gets past here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from etude.errors import EtudeError, brief, brief_value
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+"""The name under which diffusers saves and finds an adapter."""
+METADATA = "lora_adapter_metadata"
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,400}")
+_FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 1 << 16
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= 1e6 and math.isfinite(value)
+
+
+def _text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and _NAME.fullmatch(name) for name in value)
+
+
+_USED: dict[str, Callable[[Any], bool]] = {
+    "r": _whole,
+    "lora_alpha": _number,
+    "lora_dropout": lambda value: _number(value) and 0 <= value < 1,
+    "target_modules": _names,
+    "init_lora_weights": lambda value: type(value) is bool or value == "gaussian",
+    "use_rslora": lambda value: type(value) is bool,
+    "inference_mode": lambda value: type(value) is bool,
+    "peft_type": lambda value: value == "LORA",
+    "bias": lambda value: value == "none",
+    "peft_version": _text,
+    "base_model_name_or_path": _text,
+    "revision": _text,
+    "task_type": _text,
+}
+"""What a configuration may say, by what it may be. Everything else must be off: what peft itself has, or null, false or empty."""
+
+
+def read_adapter(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, by name.
+
+    Raises:
+        EtudeError: there is none, it is no safetensors file, or it holds something else than one whole, finite LoRA with a
+            configuration that agrees with its tensors.
+    """
+    path = directory / WEIGHTS
+    if not _is_file(path):
+        raise EtudeError(f"--lora '{directory}' holds no {WEIGHTS}; give the lora/ directory of a finished run.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError, ValueError, AttributeError, KeyError) as error:
+        raise EtudeError(f"--lora '{path}' is not a readable safetensors file: {brief(error, 120)}.") from error
+    _check_tensors(tensors, path)
+    if METADATA in metadata:
+        _check_configuration(_configuration(metadata[METADATA], path), tensors, path)
+    return tensors
+
+
+def check_taken(given: Mapping[str, Tensor], taken: Mapping[str, Tensor], prefix: str, directory: Path) -> None:
+    """Whether the network took every tensor as it is: diffusers only warns of what fits nowhere.
+
+    Args:
+        given: the tensors of the file.
+        taken: the adapter's as peft names them, without `prefix`.
+        prefix: of the denoiser's tensors in the file.
+
+    Raises:
+        EtudeError: a tensor of the file has no place in the network, or the network's adapter is not filled by them.
+    """
+    if not taken:
+        raise EtudeError(
+            f"--lora '{directory}' holds nothing for the model's {prefix}: it is of another kind of model."
+        )
+    own = {name.removeprefix(f"{prefix}."): tensor for name, tensor in given.items() if _FACTOR.fullmatch(name)}
+    if not own:  # another program's names, which diffusers has translated
+        return
+    for name in own.keys() ^ taken.keys():
+        problem = "has no place in the model" if name in own else "is missing"
+        raise EtudeError(f"--lora '{directory}' does not fit the model: '{brief_value(name)}' {problem}.")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    if not tensors:
+        raise EtudeError(f"--lora '{path}' holds no tensor.")
+    for name, tensor in tensors.items():
+        if not _NAME.fullmatch(name):
+            raise EtudeError(f"--lora '{path}' holds {brief_value(name)}, which is no layer's name.")
+        if not tensor.is_floating_point():
+            raise EtudeError(f"--lora '{path}': '{name}' is of {tensor.dtype}; an adapter's tensors are floating.")
+        if not bool(tensor.float().isfinite().all()):
+            raise EtudeError(f"--lora '{path}': '{name}' holds NaN or infinity; the run that wrote it had diverged.")
+    for name, (layer, factor) in _factors(tensors).items():
+        other = tensors.get(f"{layer}.lora_{'BA'[factor == 'B']}.weight")
+        if other is None:
+            raise EtudeError(f"--lora '{path}': '{name}' is without the other factor of its product.")
+        if tensors[name].ndim < 2 or other.ndim < 2 or _rank(tensors[name], factor) < 1:
+            raise EtudeError(f"--lora '{path}': '{name}' is no matrix.")
+        if factor == "A" and _rank(tensors[name], "A") != _rank(other, "B"):
+            raise EtudeError(f"--lora '{path}': the two factors of '{layer}' are of different ranks.")
+
+
+def _factors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+    """The tensors that are factors in peft's naming: (layer, "A" or "B") of each."""
+    found = {name: _FACTOR.fullmatch(name) for name in tensors}
+    return {name: (match[1], match[2]) for name, match in found.items() if match}
+
+
+def _rank(tensor: Tensor, factor: str) -> int:
+    return int(tensor.shape[0 if factor == "A" else 1])
+
+
+def _configuration(text: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise EtudeError(f"--lora '{path}': its configuration is not JSON ({brief(error, 80)}).") from None
+    if not isinstance(found, dict):
+        raise EtudeError(f"--lora '{path}': its configuration is a {type(found).__name__}, not a mapping.")
+    return found
+
+
+def _check_configuration(stored: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Holds what the header says (`unet.r`, `unet.target_modules`) against `_USED` and the tensors."""
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    for place, value in stored.items():
+        key = place.rpartition(".")[2]
+        if key not in defaults:
+            raise EtudeError(
+                f"--lora '{path}': its configuration has {brief_value(place)}, which this version of peft does not know."
+            )
+        if not (_USED[key](value) if key in _USED else value in (None, False, defaults[key]) or value in ({}, [])):
+            raise EtudeError(
+                f"--lora '{path}': its configuration has {brief_value(place)} = {brief_value(value)}, which no run of etude writes."
+            )
+        if key == "r":
+            prefix = place.removesuffix("r")
+            for name, (_, factor) in _factors(tensors).items():
+                if name.startswith(prefix) and _rank(tensors[name], factor) != value:
+                    raise EtudeError(
+                        f"--lora '{path}': its configuration says rank {value}, but '{name}' is of rank {_rank(tensors[name], factor)}."
+                    )
