@@ -6,7 +6,6 @@ import atexit
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,13 @@ from benchmarks.parity import compare
 from benchmarks.protocol import forget_peak, peak_bytes, serve
 from etude.config import load_config
 from etude.policies.pipeline import PipelinePolicy
-from etude.rollout import rollout
+from etude.rollout import Trajectory, rollout
 from etude.training.trainer import Trainer
+
+
+def _unshared(*args: Any, **kwargs: Any) -> Trajectory:
+    """A rollout whose images have nothing in common."""
+    return rollout(*args, **{**kwargs, "prompts": None, "starts": None})
 
 
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
@@ -29,7 +33,7 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
     `share_prefix` (default true): compute what images of a group have in common once.
     """
     if not settings.get("share_prefix", True):
-        etude.training.trainer.rollout = partial(rollout, share_prefix=False)  # type: ignore[attr-defined]
+        etude.training.trainer.rollout = _unshared
     out = tempfile.TemporaryDirectory(dir=settings["work"], prefix="run-")
     atexit.register(out.cleanup)
     never = 10**6  # evaluation is not part of an iteration: it is never due

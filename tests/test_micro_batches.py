@@ -120,6 +120,7 @@ def sampled(policy, batch_size, on_step=lambda done: None):
         True,
         on_step,
         noise_samples=keys,
+        prompts=PROMPTS,
     )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etude.errors import EtudeError
-from etude.noise import keyed_generator, keyed_noise, keyed_torch_generator
+from etude.noise import keyed_generator, keyed_noise, keyed_torch_generator, to_device
 
 PINNED = [2.7116458415985107, 1.0111843347549438, 0.653740406036377]
 
@@ -83,3 +84,12 @@ def test_no_samples_give_no_rows_and_a_negative_size_is_an_error():
     assert keyed_noise(0, "step", 0, [], 0, (4, 8, 8)).shape == (0, 4, 8, 8)
     with pytest.raises(EtudeError, match="cannot be drawn"):
         keyed_noise(0, "step", 0, [1], 0, (4, -8))
+
+
+def test_noise_goes_to_cuda_from_pinned_memory_without_waiting_and_elsewhere_as_it_is():
+    asked = []
+    pinned = SimpleNamespace(to=lambda device, non_blocking: asked.append((device, non_blocking)) or "there")
+    assert to_device(SimpleNamespace(pin_memory=lambda: pinned), torch.device("cuda", 1)) == "there"
+    assert asked == [(torch.device("cuda", 1), True)]
+    noise = torch.randn(2, 3)
+    assert torch.equal(to_device(noise, torch.device("cpu")), noise)

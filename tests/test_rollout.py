@@ -115,7 +115,8 @@ def group_rollout(policy, plan, batch_size, share_prefix, groups=GROUPS, prompts
     table = plan.tabulate(policy.grid(plan.grid_size))
     conditioning = policy.encode(prompts or [PROMPTS[g] for g in groups])
     samples, noise = list(range(100, 100 + len(groups))), NoiseSource(0, "training", iteration=3)
-    shared = {"noise_samples": groups, "share_prefix": share_prefix}
+    told = prompts or groups
+    shared = {"noise_samples": groups, "prompts": told if share_prefix else None}
     return rollout(policy, table, conditioning, noise, samples, 2.0, batch_size, **shared, **kwargs)
 
 

@@ -18,6 +18,7 @@ from diffusers import (
 
 from etude.errors import EtudeError
 from etude.kernels import GDDIM
+from etude.micro_batches import MicroBatch
 from etude.noise import NoiseSource
 from etude.paths import FlowPath, Grid, VPPath, flow_grid, to_x0_eps
 from etude.plans import SamplingPlan
@@ -25,8 +26,10 @@ from etude.policies.base import Conditioning
 from etude.policies.flux import FluxPolicy
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_3 import StableDiffusion3Policy
+from etude.rollout import rollout
 from etude.sampling import sample_images
 from etude.solvers import SOLVERS, multistep_tail, sample_with_solver
+from gaussian_policy import GaussianPolicy, flow_path
 from tiny import flux, stable_diffusion, stable_diffusion_3
 
 VP = VPPath.from_config(
@@ -148,6 +151,91 @@ def test_a_tail_remembers_nothing_of_the_batch_before():
     multistep_tail(policy, tail, NOTHING, 100 + x, 1.0)
     assert torch.equal(multistep_tail(policy, tail, NOTHING, x, 1.0), first)
     assert policy.told[:5] == tail.timesteps.tolist()
+
+
+DATA = (1.5, -0.5), (0.25, 2.0)
+
+
+def flash(num_steps, start, compression, count=4):
+    """The table and the states of a Flash rollout of a Gaussian flow, from the window's end to the image."""
+    policy = GaussianPolicy(*DATA, flow_path(1.0))
+    table = SamplingPlan.window(num_steps, GDDIM(1.2), start - 2, 2, compression=compression).tabulate(
+        policy.grid(num_steps)
+    )
+    noise, samples = NoiseSource(0, "training"), list(range(count))
+    made = rollout(policy, table, policy.encode(["a"] * count), noise, samples, 1.0, count)
+    return policy, table.tail, made.states[:, -1], made.latents
+
+
+def end_error(tail, x, latents):
+    """The largest error of the end in units of the start's distance from the mean: the same for every start, as the ODE is linear."""
+    mean, variance = (torch.tensor(v, dtype=torch.float64).reshape(1, -1, 1, 1) for v in DATA)
+    a, s = tail.a[0], tail.s[0]
+    deviation = x.double() - a * mean
+    true = mean + (variance / (a**2 * variance + s**2)).sqrt() * deviation
+    return float((latents - true).square().sum().div(deviation.square().sum()).sqrt())
+
+
+def euler(policy, tail, x):
+    table = SamplingPlan.ode(tail.num_steps).tabulate(tail)
+    for i in range(tail.num_steps):
+        output = policy.predict(x, tail.timesteps[i : i + 1].expand(len(x)), NOTHING, 1.0)
+        x = table.transition(i, *to_x0_eps(output, x, table.a[i], table.s[i], "flow")).mean
+    return x
+
+
+@pytest.mark.parametrize("compression", [0.4, 1.0])
+def test_the_error_of_a_flash_rollouts_tail_falls_like_the_square_of_its_step(compression):
+    """Against the exact flow, from a quarter of the way down to clean data; Euler's method on the same levels falls like the step."""
+    errors, eulers = [], []
+    for k in (2, 4, 8):
+        policy, tail, x, latents = flash(20 * k, 5 * k, compression)
+        assert tail.num_steps == round(15 * k * compression)
+        errors.append(end_error(tail, x, latents))
+        eulers.append(end_error(tail, x, euler(policy, tail, x)))
+    for finer, coarser in ((2, 1), (1, 0)):
+        assert errors[coarser] / errors[finer] > 2**1.6
+        assert eulers[coarser] / eulers[finer] < 2**1.4
+    assert all(tail < 0.5 * first for tail, first in zip(errors, eulers, strict=True))
+
+
+@pytest.mark.parametrize("count", [3, 4, 7, 16])
+def test_a_flash_rollouts_tail_of_three_steps_or_more_is_diffusers_second_order_solver(count):
+    """Levels and network's own velocity given to the solver directly; with so many steps it is not Euler's method."""
+    policy, tail, x, latents = flash(2 * count + 3, 3, 0.5)
+    assert tail.num_steps == count
+    solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    solver.set_timesteps(count)
+    solver.sigmas, solver.timesteps = tail.s.float(), tail.timesteps
+    expected = x
+    for timestep in solver.timesteps:
+        output = policy.predict(expected, timestep.expand(len(x)), NOTHING, 1.0)
+        expected = solver.step(output, timestep, expected).prev_sample
+    torch.testing.assert_close(latents, expected, atol=2e-5, rtol=1e-5)
+    assert (latents - euler(policy, tail, x)).abs().max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:.*does not fit into memory")
+@pytest.mark.parametrize("solver", ["dpmsolver++", "heun"])
+def test_a_solver_that_runs_out_of_memory_goes_on_in_smaller_batches(solver, monkeypatch):
+    policy, taken, steps = GaussianPolicy(*DATA, flow_path()), [], []
+    monkeypatch.setattr(policy, "decode", lambda latents: latents)
+    whole = sample_with_solver(policy, ["a"] * 7, solver, 5, batch_size=2)
+    predict = policy.predict
+
+    def limited(x, *rest):
+        if len(x) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        taken.append(len(x))
+        return predict(x, *rest)
+
+    monkeypatch.setattr(policy, "predict", limited)
+    batches = MicroBatch(4, "batch_size")
+    assert torch.equal(
+        sample_with_solver(policy, ["a"] * 7, solver, 5, batch_size=batches, on_step=steps.append), whole
+    )
+    assert batches.size == 2
+    assert sum(steps) == sum(taken) == 7 * SOLVERS[solver].evaluations(5)
 
 
 PROMPTS = ["red heart", "pizza"]

@@ -10,14 +10,18 @@ import torch
 
 from etude.config import RolloutConfig, SamplingConfig, load_config, recipe_names
 from etude.errors import EtudeError
-from etude.noise import keyed_generator
+from etude.kernels import GDDIM
+from etude.noise import NoiseSource, keyed_generator
 from etude.paths import FlowPath, Grid
+from etude.plans import SamplingPlan
 from etude.policies.flux import FluxPolicy
 from etude.prompts import PromptSet
 from etude.rewards import names
-from etude.training.batches import draw_pairs, draw_prompts, noise_keys
+from etude.rollout import rollout
+from etude.training.batches import draw_pairs, draw_prompts, most_starts, noise_keys
 from etude.training.plans import TrainingPlans
-from gaussian_policy import sd_path
+from etude.training.processes import share
+from gaussian_policy import GaussianPolicy, flow_path, sd_path
 from tiny import flux
 
 STEPS = 10
@@ -150,6 +154,46 @@ def test_groups_that_share_noise_have_one_key_and_others_one_each() -> None:
     assert noise_keys(list(range(12)), rollout) == [0] * 4 + [4] * 4 + [8] * 4
     assert noise_keys([6, 7, 8, 9], rollout) == [4, 4, 8, 8]  # the second process of three
     assert noise_keys([6, 7, 8], rollout.model_copy(update={"shared_noise": False})) == [6, 7, 8]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 12])
+@pytest.mark.parametrize(("images", "group", "processes"), [(12, 3, 4), (12, 3, 6), (12, 4, 3), (20, 4, 5), (18, 6, 4)])
+def test_every_process_calls_the_network_equally_often_wherever_the_borders_cut_the_groups(
+    images: int, group: int, processes: int, batch_size: int
+) -> None:
+    """And makes the images that one process makes. Collective calls would wait for each other for ever otherwise."""
+    settings = RolloutConfig(images_per_iteration=images, images_per_prompt=group, shared_noise=True)
+    starts = most_starts(images, settings, processes)
+    policy = GaussianPolicy((1.5, -0.5), (0.25, 2.0), flow_path())
+    table = SamplingPlan.window(6, GDDIM(1.2), 3, 2).tabulate(policy.grid(6))
+    calls: list[int] = []
+    predict = policy.predict
+
+    def made(samples: list[int], starts: int | None, share_starts: bool = True) -> tuple[torch.Tensor, list[int], int]:
+        calls.clear()
+        steps: list[int] = []
+        keys = noise_keys(samples, settings)
+        trajectory = rollout(
+            policy, table, policy.encode(["a"] * len(samples)), NoiseSource(0, "training"), samples, 1.0, batch_size,
+            noise_samples=keys, prompts=["a"] * len(samples) if share_starts else None, starts=starts, on_step=steps.append,
+        )  # fmt: skip
+        return trajectory.latents, [*calls], sum(steps)
+
+    policy.predict = lambda x, *rest: calls.append(len(x)) or predict(x, *rest)  # type: ignore[method-assign]
+    own = [share(images, processes, index) for index in range(processes)]
+    found = [made(samples, starts) for samples in own]
+    assert len({tuple(shapes) for _, shapes, _ in found}) == 1  # as many calls, and of the same shapes
+    assert {steps for *_, steps in found} == {6 * len(own[0])}
+    alone = made(list(range(own[-1][-1] + 1)), None, share_starts=False)[0]
+    for samples, (latents, *_) in zip(own, found, strict=True):
+        torch.testing.assert_close(latents, alone[samples], atol=1e-5, rtol=1e-5)
+
+
+def test_some_process_has_the_most_beginnings_and_none_has_more() -> None:
+    rollout = RolloutConfig(images_per_iteration=12, images_per_prompt=3, shared_noise=True)
+    assert [most_starts(12, rollout, processes) for processes in (1, 2, 3, 4, 6, 12)] == [4, 2, 2, 1, 2, 1]
+    own = rollout.model_copy(update={"shared_noise": False})
+    assert [most_starts(12, own, processes) for processes in (1, 2, 6)] == [12, 6, 2]  # nothing is shared
 
 
 def test_every_prompt_comes_before_one_comes_twice() -> None:

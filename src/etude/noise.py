@@ -69,6 +69,11 @@ def keyed_noise(
     return torch.from_numpy(noise)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device. CUDA copies it from pinned memory in the order of its stream, and the CPU does not wait for that."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass(frozen=True)
 class NoiseSource:
     """Noise keyed by what it is for: never by batch size, process or history.

@@ -9,6 +9,8 @@ for all of them.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -19,6 +21,7 @@ from etude.errors import EtudeError
 from etude.kernels import Transition
 from etude.micro_batches import MicroBatch, Progress
 from etude.noise import NoiseSource as NoiseSource
+from etude.noise import to_device
 from etude.paths import to_x0_eps
 from etude.plans import StepTable
 from etude.policies.base import Conditioning, Policy
@@ -79,7 +82,9 @@ def rollout(
     with_reference: bool = False,
     on_step: Progress = lambda images: None,
     noise_samples: list[int] | None = None,
-    share_prefix: bool = True,
+    prompts: Sequence[Hashable] | None = None,
+    starts: int | None = None,
+    on_rows: Callable[[slice, Tensor], None] | None = None,
 ) -> Trajectory:
     """Samples one image per row of `conditioning`.
 
@@ -90,22 +95,28 @@ def rollout(
         with_reference: also computes the reference model's means along the same states, for the KL.
         on_step: called with the number of images that just made one step.
         noise_samples: the key of each row's initial noise; rows of a group that share theirs carry the same one. None: `samples`.
-        share_prefix: compute the steps before the first stochastic one once for all rows of equal initial noise and equal
-            conditioning. The images are the same, bit for bit where the network is called with batches of the same size and to
-            rounding otherwise.
+        prompts: the prompt of each row, or anything that tells them apart. With it the steps before the first stochastic one are
+            computed once for all rows of equal initial noise and equal prompt. The images are the same, bit for bit where the
+            network is called with batches of the same size and to rounding otherwise. None: for each row on its own.
+        starts: how many beginnings are computed, at least as many as differ here: fewer are filled up with copies. Where the
+            network's calls are collective every process must give the same (`most_starts`), and so makes as many calls. None:
+            as many as differ.
+        on_rows: called with the rows of each micro-batch and their final latents as soon as these are known.
 
     Raises:
-        EtudeError: if `noise_samples` is not one key a row.
+        EtudeError: if `noise_samples` or `prompts` is not one a row.
     """
     keys = samples if noise_samples is None else noise_samples
     if len(keys) != len(samples):
         raise EtudeError(f"{len(keys)} keys of the initial noise do not fit {len(samples)} samples: give one each.")
+    if prompts is not None and len(prompts) != len(samples):
+        raise EtudeError(f"{len(prompts)} prompts do not fit {len(samples)} samples: give one each.")
     trajectory = _empty(policy, table, len(samples), with_reference)
     batches = MicroBatch.of(batch_size)
-    origin = _origins(keys, conditioning) if share_prefix else list(range(len(keys)))
+    origin = list(range(len(keys))) if prompts is None else origins(keys, prompts)
     # Where each image starts from waits in the room of where it ends.
     first = _begin(
-        policy, table, conditioning, noise, keys, origin, guidance_scale, batches, on_step, trajectory.latents
+        policy, table, conditioning, noise, keys, origin, starts, guidance_scale, batches, on_step, trajectory.latents
     )
 
     def walk(rows: slice, report: Progress) -> None:
@@ -114,7 +125,8 @@ def rollout(
             transition = denoise(policy, table, step, x, told, guidance_scale)
             target = transition.mean
             if table.stochastic[step]:
-                target = transition.sample(noise.step(samples[rows], step, policy.latent_shape).to(policy.device))
+                drawn = noise.step(samples[rows], step, policy.latent_shape)
+                target = transition.sample(to_device(drawn, policy.device))
             if table.trained[step]:
                 trajectory.store(rows, step, x, target, transition.log_prob(target, reduction))
                 if trajectory.reference_mean is not None:
@@ -126,6 +138,8 @@ def rollout(
         if table.tail is not None:
             x = multistep_tail(policy, table.tail, told, x, guidance_scale, report)
         trajectory.latents[rows] = x
+        if on_rows is not None:
+            on_rows(rows, x)
 
     batches.run(len(samples), walk, on_step)
     return trajectory
@@ -158,6 +172,7 @@ def _begin(
     noise: NoiseSource,
     keys: list[int],
     origin: list[int],
+    starts: int | None,
     guidance_scale: float,
     batches: MicroBatch,
     on_step: Progress,
@@ -166,51 +181,38 @@ def _begin(
     """Writes where each row's own path begins to `out` `[n, ...]`, and returns the step it begins with.
 
     That is the initial noise and 0, or, if some rows share theirs (`origin` names the row that stands for each), the state in
-    front of the first stochastic step.
+    front of the first stochastic step. What is called how often depends on `starts` and the number of rows alone.
     """
-    heads = sorted(set(origin))
+    standing = Counter(origin)
+    heads = sorted(standing)
+    heads += heads[-1:] * ((starts or 0) - len(heads))
     shared = len(heads) < len(origin)
+    if not shared:
+        heads = list(range(len(origin)))
+    images = [standing[head] * (i == 0 or heads[i - 1] != head) if shared else 1 for i, head in enumerate(heads)]
     first = table.prefix_steps if shared else 0
     states = torch.empty((len(heads), *out.shape[1:]), device=out.device) if shared else out
 
     def begin(rows: slice, report: Progress) -> None:
         some = heads[rows]
-        x = noise.initial([keys[head] for head in some], policy.latent_shape).to(policy.device)
-        images = sum(map(set(some).__contains__, origin))
-        told = conditioning.take(torch.tensor(some, device=policy.device)) if first else conditioning
+        x = to_device(noise.initial([keys[head] for head in some], policy.latent_shape), policy.device)
+        told = conditioning.take(to_device(torch.tensor(some), policy.device)) if first else conditioning
         for step in range(first):
             x = denoise(policy, table, step, x, told, guidance_scale).mean
-            report(images)
+            report(sum(images[rows]))
         states[rows] = x
 
     batches.run(len(heads), begin, on_step)
     if shared:
         place = {head: i for i, head in enumerate(heads)}
-        out.copy_(states[torch.tensor([place[head] for head in origin], device=out.device)])
+        out.copy_(states[to_device(torch.tensor([place[head] for head in origin]), out.device)])
     return first
 
 
-def _origins(keys: list[int], conditioning: Conditioning) -> list[int]:
-    """For each row, the first row with the same key and the same conditioning: itself if there is no earlier one."""
-    origin, left = list(range(len(keys))), list(range(len(keys)))
-    while len({keys[row] for row in left}) < len(left):
-        first: dict[int, int] = {}
-        heads = [first.setdefault(keys[row], row) for row in left]
-        same = _same_rows(conditioning, left, heads)
-        for row, head, equal in zip(left, heads, same, strict=True):
-            if equal:
-                origin[row] = head
-        left = [row for row, head, equal in zip(left, heads, same, strict=True) if row != head and not equal]
-    return origin
-
-
-def _same_rows(conditioning: Conditioning, rows: list[int], others: list[int]) -> list[bool]:
-    """Whether row `rows[i]` of the conditioning equals row `others[i]` in every number."""
-    found = torch.ones(len(rows), dtype=torch.bool)
-    for value in conditioning.prompt.values():
-        pairs = value[torch.tensor(rows, device=value.device)] == value[torch.tensor(others, device=value.device)]
-        found &= pairs.reshape(len(rows), -1).all(1).cpu()
-    return found.tolist()
+def origins(keys: Sequence[Hashable], prompts: Sequence[Hashable]) -> list[int]:
+    """For each row, the first row of the same initial noise and the same prompt: itself if there is no earlier one."""
+    first: dict[tuple[Hashable, Hashable], int] = {}
+    return [first.setdefault(pair, row) for row, pair in enumerate(zip(keys, prompts, strict=True))]
 
 
 def replay(

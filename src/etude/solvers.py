@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from etude.errors import EtudeError, unknown
-from etude.noise import NoiseSource
+from etude.micro_batches import MicroBatch, Progress
+from etude.noise import NoiseSource, to_device
 from etude.paths import FlowPath, Grid, to_x0_eps
 from etude.policies.base import Conditioning, Policy
 
-Progress = Callable[[int], None]
 LARGEST_SIGMA = 1 - 1e-6
 """Of a multistep solver on rectified flow, which takes the logarithm of a; diffusers' UniPC keeps the same distance from pure noise."""
 
@@ -77,10 +77,11 @@ def multistep_tail(
         Latents at the last level, shaped like `x`.
     """
     solver = _pinned(_class("DPMSolverMultistepScheduler"), tail, policy, prediction_type="sample")
+    a, s = (to_device(level.float(), x.device) for level in (tail.a, tail.s))
     for step in range(tail.num_steps):
         told = tail.timesteps[step : step + 1].expand(len(x))
         output = policy.predict(x, told, conditioning, guidance_scale)
-        x0_hat, _ = to_x0_eps(output, x, float(tail.a[step]), float(tail.s[step]), policy.prediction_type)
+        x0_hat, _ = to_x0_eps(output, x, a[step], s[step], policy.prediction_type)
         x = solver.step(x0_hat, solver.timesteps[step], x, return_dict=False)[0]
         on_step(len(x))
     return x
@@ -94,7 +95,7 @@ def sample_with_solver(
     num_steps: int,
     guidance_scale: float = 5.0,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int | MicroBatch = 32,
     stream: str = "evaluation",
     on_step: Progress = lambda images: None,
 ) -> Tensor:
@@ -105,6 +106,7 @@ def sample_with_solver(
 
     Args:
         solver: a name in SOLVERS.
+        batch_size: images in a network call, at most; halved where they do not fit into memory, like that of `sample_images`.
         num_steps: Heun's method takes the network twice in every one but the last.
         on_step: called with the number of images after every evaluation of the network.
 
@@ -117,18 +119,21 @@ def sample_with_solver(
         raise unknown("solver", solver, SOLVERS)
     policy.grid(num_steps)  # refuses a number of steps with this project's own words
     conditioning, noise = policy.encode(prompts), NoiseSource(seed, stream)
-    latents = []
-    for start in range(0, len(prompts), batch_size):
-        samples = list(range(start, min(start + batch_size, len(prompts))))
+    latents: list[Tensor] = []
+
+    def work(rows: slice, report: Progress) -> None:
         scheduler = _scheduler(policy, solver, num_steps)
-        told = conditioning.take(slice(start, start + len(samples)))
-        x = noise.initial(samples, policy.latent_shape).to(policy.device) * getattr(scheduler, "init_noise_sigma", 1.0)
+        told = conditioning.take(rows)
+        x = to_device(noise.initial(list(range(len(prompts)))[rows], policy.latent_shape), policy.device)
+        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
         scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
         for timestep in scheduler.timesteps.to(policy.device):
             output = policy.predict(scale(x, timestep), timestep.expand(len(x)), told, guidance_scale)
             x = scheduler.step(output, timestep, x, return_dict=False)[0]
-            on_step(len(x))
+            report(len(x))
         latents.append(x)
+
+    MicroBatch.of(batch_size).run(len(prompts), work, on_step)
     return policy.decode(torch.cat(latents))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from etude.config import RolloutConfig
 from etude.noise import keyed_generator
 from etude.prompts import PromptSet
+from etude.training.processes import share
 
 
 def draw_prompts(prompts: PromptSet, rollout: RolloutConfig, seed: int, iteration: int) -> tuple[PromptSet, Tensor]:
@@ -32,6 +33,16 @@ def noise_keys(samples: list[int], rollout: RolloutConfig) -> list[int]:
     """The key of each sample's initial noise: its own, or with `shared_noise` that of its group's first sample."""
     size = rollout.images_per_prompt if rollout.shared_noise else 1
     return [sample - sample % size for sample in samples]
+
+
+def most_starts(count: int, rollout: RolloutConfig, processes: int) -> int:
+    """The most distinct beginnings that any process has among its samples of an iteration.
+
+    Groups may be cut by the border between two processes, and then some have more of them than others. Every process computes this
+    many, so that all call the network equally often, as collective calls must.
+    """
+    own = (noise_keys(share(count, processes, index), rollout) for index in range(processes))
+    return max(len(set(keys)) for keys in own)
 
 
 def draw_pairs(

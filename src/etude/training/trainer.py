@@ -33,7 +33,7 @@ from etude.prompts import PromptSet, load_prompts
 from etude.rewards import WeightedRewards
 from etude.rollout import Trajectory, replay, rollout
 from etude.training import artifacts, guards
-from etude.training.batches import draw_pairs, draw_prompts, noise_keys
+from etude.training.batches import draw_pairs, draw_prompts, most_starts, noise_keys
 from etude.training.checkpoint import (
     append_line,
     atomic_write_text,
@@ -251,6 +251,8 @@ class Trainer:
                 with_reference=objective.kl_coef > 0,
                 on_step=self._advance,
                 noise_samples=noise_keys(samples, config.rollout),
+                prompts=own.texts,
+                starts=most_starts(len(prompts), config.rollout, self.accelerator.num_processes),
             )
             images = self.policy.decode(trajectory.latents)
         with self._phase("rewards"):
@@ -258,16 +260,16 @@ class Trainer:
                 local_scores = self.rewards(images, own.texts, own.metadata)
             scores = {name: gather(self.accelerator, values, len(prompts)) for name, values in local_scores.items()}
             self.touched = True
-            advantages = self._advantages(scores, prompts.texts, groups)[samples]
+            advantages = self._advantages(scores, prompts.texts, groups)
         with self._phase("update", len(samples) * len(trajectory.steps) * objective.num_inner_epochs):
-            statistics = self._update(trajectory, conditioning, advantages)
+            statistics = self._update(trajectory, conditioning, advantages[samples])
         alone, window = config.rollout.images_per_prompt == 1, self.plans.window_at(self.iteration)
         return {
             "iteration": self.iteration,
             "eta": self.plans.eta_at(self.iteration),
             **({} if window is None else {"window": window}),
             "reward": {n: {"mean": v.mean().item(), "std": v.std(correction=0).item()} for n, v in scores.items()},
-            **({} if alone else {"zero_std_ratio": zero_std_ratio(self.rewards.combine(scores), groups)}),
+            **({} if alone else {"zero_std_ratio": zero_std_ratio(self.rewards.combine(scores), groups, advantages)}),
             **statistics,
         }
 
