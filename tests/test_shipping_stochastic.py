@@ -13,10 +13,12 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, PNDMScheduler
 
-from etude.config import LoraConfig
+from etude.config import LoraConfig, parse_config
 from etude.policies import Policy, load_policy
 from etude.rollout import NoiseSource, rollout
 from etude.sampling import make_plan
+from etude.statistics import paired_summary
+from etude.training.artifacts import _deployment_advice, model_card
 from etude.training.deployment import deployment_snippet, stochastic_snippet
 from tiny import flux, stable_diffusion, stable_diffusion_3
 
@@ -113,3 +115,27 @@ def test_the_pipeline_goes_where_the_run_was_and_a_home_directory_is_spelt_out(
     assert lines.index('pipe.to("cuda" if torch.cuda.is_available() else "cpu")') > lines.index(
         "pipe.load_lora_weights('lora')"
     )
+
+
+def test_the_card_names_the_algorithm_and_the_sde_with_its_kernel_and_first_step(tmp_path: Path) -> None:
+    policy = tuned(flux, tmp_path, None)
+    sampling = {"kernel": "dance_sde", "eta": 0.3, "num_steps": STEPS, "first_step": "sde"}
+    config = parse_config({"model": "base", "rewards": {"colorfulness": 1.0}, "sampling": sampling})
+    worse = {"colorfulness": paired_summary(np.array([-1.2, -0.8, -1.1, -0.9]), [0, 1, 2, 3]).to_dict()}
+    final = {"eta": 0.3, "num_steps": STEPS, **dict.fromkeys(("ode", "sde", "improvement", "gap"), worse)}
+    summary = {
+        "final": final,
+        "held_out_rewards": [],
+        "reward_revisions": {},
+        "versions": {"etude": "1"},
+        "iterations": 3,
+        "deploy": _deployment_advice(config, policy, final),
+    }
+    card = model_card(summary, config, policy)
+    assert (
+        "with DDPO (PPO's clipped ratio) under the\ndance_sde sampler at eta = 0.3 (first step sde): 3 iterations"
+        in card
+    )
+    told = "FlowMatchGDDIMScheduler with eta=0.3, kernel='dance_sde', first_step='sde'"
+    assert f"deploy {told}, as the model card shows" in card
+    assert stochastic_snippet(policy, STEPS, 5.0, "dance_sde", 0.3, "sde") in card

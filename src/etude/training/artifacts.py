@@ -22,12 +22,12 @@ from etude import __version__
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief
 from etude.etas import eta_text
-from etude.paths import VPPath
 from etude.policies import Policy
 from etude.report import write_report
 from etude.report.grids import image_grid
 from etude.rewards import revisions
 from etude.statistics import Estimate
+from etude.training.algorithm import algorithm
 from etude.training.checkpoint import atomic_write_bytes, atomic_write_text
 from etude.training.deployment import deployment_snippet, stochastic_scheduler, stochastic_snippet
 from etude.training.guards import BestWeights, explain_best, explain_stop
@@ -184,13 +184,10 @@ def _deployment_advice(config: TrainConfig, policy: Policy, evaluation: dict[str
     if gap["low"] > 0:
         return f"Ship the ODE sampler: it scores higher than the SDE at {at} on {reward} ({interval})."
     if gap["high"] < 0:
-        scheduler = "GDDIMScheduler" if isinstance(policy.path, VPPath) else "FlowMatchGDDIMScheduler"
-        if not isinstance(eta, int | float):
-            stochastic = "draw with `SamplingPlan.from_etas` in Python"
-        elif kernel == "gddim":
-            stochastic = f"deploy {scheduler} with {at}"
-        else:
-            stochastic = f"draw with `etude sample --kernel {kernel} --eta {eta:g}`"
+        stochastic = "draw with `SamplingPlan.from_etas` in Python"
+        if isinstance(eta, int | float):
+            told = f"eta={eta:g}, kernel={kernel!r}, first_step={config.sampling.first_step!r}"
+            stochastic = f"deploy {stochastic_scheduler(policy)} with {told}, as the model card shows,"
         return (
             f"The ODE sampler is what etude ships, but the SDE at {at} scores higher on {reward} ({interval}): "
             f"{stochastic} if that difference matters to you."
@@ -217,6 +214,7 @@ def model_card(summary: dict[str, Any], config: TrainConfig, policy: Policy, suf
         suffix,
         config.pipeline_config,
     )
+    how = "PPO's clipped ratio" if config.objective.kind == "ppo" else "REINFORCE"
     return f"""---
 base_model: {json.dumps(config.model)}
 library_name: diffusers
@@ -225,8 +223,8 @@ tags: [text-to-image, reinforcement-learning, etude]
 
 # {config.model} tuned on {", ".join(config.rewards)}
 
-Fine-tuned by etude {summary["versions"]["etude"]} with {config.objective.kind.upper()} under the
-{config.sampling.kernel} sampler at eta = {config.sampling.eta_text}{_window(config)}: {summary["iterations"]} iterations of
+Fine-tuned by etude {summary["versions"]["etude"]} with {algorithm(config.model_dump())} ({how}) under the
+{config.sampling.kernel} sampler at eta = {config.sampling.eta_text}{_first_step(config)}{_window(config)}: {summary["iterations"]} iterations of
 {config.rollout.images_per_iteration} images, {config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale:g}, seed {config.seed}.
 
 | reward | ODE | SDE, eta = {eta_text(final["eta"])} | improvement | gap |
@@ -240,7 +238,7 @@ intervals clustered by prompt, {config.evaluation.num_images} pairs of images of
 ```python
 {snippet}
 ```
-{_reward_models(summary)}"""
+{_stochastic(final["eta"], num_steps, config, policy)}{_reward_models(summary)}"""
 
 
 def _kind_of_prompts(evaluation: dict[str, Any]) -> str:
@@ -256,6 +254,22 @@ def _reward_models(summary: dict[str, Any]) -> str:
         for name, commits in summary["reward_revisions"].items()
     ]
     return f"\nRewards: {'; '.join(read)}.\n" if read else ""
+
+
+def _stochastic(eta: Any, num_steps: int, config: TrainConfig, policy: Policy) -> str:
+    """How plain diffusers draws with the SDE of the table; nothing where eta differs by step, which schedulers do not take."""
+    if not isinstance(eta, int | float):
+        return ""
+    sampling = config.sampling
+    lines = stochastic_snippet(
+        policy, num_steps, sampling.guidance_scale, sampling.kernel, float(eta), sampling.first_step
+    )
+    return f"\nThe SDE of the table instead, after these lines:\n\n```python\n{lines}\n```\n"
+
+
+def _first_step(config: TrainConfig) -> str:
+    first_step = config.sampling.first_step
+    return "" if first_step == "ode" else f" (first step {first_step})"
 
 
 def _window(config: TrainConfig) -> str:
