@@ -30,6 +30,9 @@ def study(
         typer.Option(help='Train each cell in processes of its own, for example with "accelerate launch".'),
     ] = None,
     list_cells: Annotated[bool, typer.Option("--list", help="Print the cells and how far they are; run none.")] = False,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write tables, figures and the page from what is done; run nothing.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -37,7 +40,8 @@ def study(
 
     Each cell is an ordinary run directory under DIR/cells. A study that was stopped goes on when the same command is given
     again; a cell that failed is tried again and keeps no other from running. Several processes may be given the same command
-    at once: each takes cells that no other has.
+    at once: each takes cells that no other has. report.html, tables.md, results.csv and results.json are of all cells that are
+    done, whatever --only says.
 
     Example: `etude study studies/eta/study.yaml --out runs/eta`
     """
@@ -55,7 +59,12 @@ def study(
     if list_cells:
         _print_cells(cells, directory)
         return
-    failures = run_study(loaded, cells, directory, launcher, quiet)
+    failures = {} if report_only else run_study(loaded, cells, directory, launcher, quiet)
+    from etude.study.page import write_results
+
+    report = write_results(loaded, directory)
+    if not quiet:
+        typer.echo(f"study: {directory.root}\nreport: {report}")
     if failures:
         names = ", ".join(f"'{name}'" for name in list(failures)[:3]) + (", ..." if len(failures) > 3 else "")
         raise EtudeError(

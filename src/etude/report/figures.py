@@ -33,9 +33,12 @@ _VARIABLES = (
     "phase-c",
     "phase-d",
     "phase-e",
+    *(f"level-{letter}" for letter in "abcdefgh"),
 )
 COLOURS = {name: f"#0a0b{index:02x}" for index, name in enumerate(_VARIABLES, start=1)}
 PHASES = [name for name in _VARIABLES if name.startswith("phase-")]
+LEVELS = [name for name in _VARIABLES if name.startswith("level-")]
+"""Colours of values in order, from low to high."""
 SIZE = (4.6, 2.55)  # inches of 72 points: what a column of the page is wide
 LOW = (4.6, 1.8)
 _STYLE: Any = {
@@ -90,7 +93,7 @@ def line_figure(lines: Sequence[Line], alt: str, *, zero: bool = False, from_zer
         if zero:
             axes.axhline(0, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)))
         for line in lines:
-            _draw_line(axes, line)
+            draw_line(axes, line)
         if from_zero:
             top = max((value for line in lines for value in line.y if math.isfinite(value)), default=0)
             axes.set_ylim(*((0, 1.08 * top) if top > 0 else (-0.02, 1)))
@@ -99,7 +102,7 @@ def line_figure(lines: Sequence[Line], alt: str, *, zero: bool = False, from_zer
                 loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=len(lines), borderaxespad=0, handlelength=1.4
             )
 
-    return _figure(draw, alt)
+    return figure(draw, alt)
 
 
 def window_figure(x: Sequence[int], starts: Sequence[int], sizes: Sequence[int], num_steps: int, alt: str) -> str:
@@ -116,7 +119,7 @@ def window_figure(x: Sequence[int], starts: Sequence[int], sizes: Sequence[int],
         axes.set_ylim(-0.5, num_steps - 0.5)
         axes.set_ylabel("step")
 
-    return _figure(draw, alt, size=LOW, whole=True)
+    return figure(draw, alt, size=LOW, whole=True)
 
 
 def visits_figure(visits: Sequence[int], alt: str) -> str:
@@ -127,7 +130,7 @@ def visits_figure(visits: Sequence[int], alt: str) -> str:
         axes.set_xlim(-0.5, len(visits) - 0.5)
         axes.set_ylabel("iterations")
 
-    return _figure(draw, alt, size=LOW, xlabel="step", whole=True)
+    return figure(draw, alt, size=LOW, xlabel="step", whole=True)
 
 
 def bar_figure(x: Sequence[float], parts: Mapping[str, Sequence[float]], alt: str) -> str:
@@ -139,10 +142,11 @@ def bar_figure(x: Sequence[float], parts: Mapping[str, Sequence[float]], alt: st
             axes.bar(x, heights, width=0.8, bottom=bottom, color=COLOURS[colour])
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
 
-    return _figure(draw, alt)
+    return figure(draw, alt)
 
 
-def _draw_line(axes: Axes, line: Line) -> None:
+def draw_line(axes: Axes, line: Line) -> None:
+    """One curve with its band."""
     colour = COLOURS[line.colour]
     marker: dict[str, Any] = {"marker": "o", "markersize": 3.2} if line.marks or len(line.x) == 1 else {}
     if line.low is not None and line.high is not None:
@@ -153,22 +157,27 @@ def _draw_line(axes: Axes, line: Line) -> None:
     axes.plot(line.x, line.y, color=colour, label=line.label or None, **marker)
 
 
-def _figure(
-    draw: Any, alt: str, size: tuple[float, float] = SIZE, xlabel: str = "iteration", whole: bool = False
+def figure(
+    draw: Any,
+    alt: str,
+    size: tuple[float, float] = SIZE,
+    xlabel: str = "iteration",
+    whole: bool = False,
+    integers: bool = True,
 ) -> str:
-    """An inline figure of what `draw` puts on its axes; `whole` numbers on the vertical one."""
+    """An inline figure of what `draw` puts on its axes; `whole` numbers on the vertical one, `integers` on the other."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        axes = figure.add_subplot()
+        sheet = Figure(figsize=size, layout="constrained")
+        axes = sheet.add_subplot()
         draw(axes)
         axes.set_xlabel(xlabel)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=integers))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=whole))
-        return _inline(figure, alt)
+        return _inline(sheet, alt)
 
 
 def _inline(figure: Figure, alt: str) -> str:

@@ -264,7 +264,7 @@ def _matrix_table(family: str, members: Sequence[Condition], reward: str, steps:
 
         return [_dict(_pooled(condition, value(name))) for name in names]
 
-    rows = [{"label": "base model", "eta": None, "cells": cells(members[0], True)}]
+    rows: list[Row] = [{"label": "base model", "eta": None, "cells": cells(members[0], True)}]
     rows += [
         {
             "label": c.text(tuple(k for k, _ in c.values if k not in SAMPLER_KEYS)),

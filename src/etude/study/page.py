@@ -1,0 +1,189 @@
+"""What a study leaves for its reader: report.html, tables.md, results.csv and results.json."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from etude.errors import EtudeError
+from etude.report.page import duration
+from etude.study import figures
+from etude.study.analysis import analyse
+from etude.study.collect import CellResult, Condition, collect, conditions, families
+from etude.study.spec import Study
+from etude.study.state import StudyDirectory
+from etude.study.tables import basis, estimate, markdown, tables
+from etude.training.checkpoint import atomic_write_text
+
+QUANTITIES = ("base", "ode", "sde", "improvement", "gap")
+Row = dict[str, Any]
+
+
+def write_results(study: Study, directory: StudyDirectory) -> Path:
+    """Writes all four files from the cells that are done, and returns the page's path.
+
+    Raises:
+        EtudeError: there is no such directory, or a cell's files cannot be understood.
+    """
+    if not directory.root.is_dir():
+        raise EtudeError(f"'{directory.root}' is not a directory: run the study first.")
+    results = collect(study, directory)
+    found = analyse(study, results)
+    rows = found.pop("rows")
+    atomic_write_text(directory.root / "results.json", json.dumps({**found, "rows": rows}, ensure_ascii=False) + "\n")
+    atomic_write_text(directory.root / "results.csv", comma_separated([*rows, *pooled_rows(found)]))
+    atomic_write_text(directory.root / "tables.md", markdown(found))
+    target = directory.root / "report.html"
+    atomic_write_text(target, render(found, pictures(results, directory), study.text))
+    return target
+
+
+def pooled_rows(found: Row) -> list[Row]:
+    """The rows of the conditions, over their seeds, as those of the cells."""
+    rows = []
+    for c in found["conditions"]:
+        for steps, by_reward in c["estimates"].items():
+            for reward, estimates in by_reward.items():
+                head = {"cell": c["label"], "model": c["model"], "kernel": c["kernel"], "eta": c["eta_text"]}
+                place = {"evaluation": "final", "steps": int(steps), "reward": reward, "seeds": len(c["seeds"])}
+                rows.append({**head, **place, **{q: estimates[q] for q in QUANTITIES}, "seconds": c["seconds"]})
+    return rows
+
+
+def comma_separated(rows: list[Row]) -> str:
+    """One line per cell x evaluation x reward; of each quantity the mean and the ends of its 95 % interval."""
+    head = ["cell", "grid", "model", "kernel", "eta", "evaluation", "iteration", "steps", "reward", "seeds", "seed"]
+    columns = [*head, *(f"{q}{end}" for q in QUANTITIES for end in ("", "_low", "_high")), "n", "seconds"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore", restval="")
+    writer.writeheader()
+    for row in rows:
+        flat = {name: row.get(name) for name in head} | {"n": (row["ode"] or {}).get("n"), "seconds": row["seconds"]}
+        for quantity in QUANTITIES:
+            value = row[quantity] or {}
+            flat |= {quantity: value.get("mean"), f"{quantity}_low": value.get("low")}
+            flat[f"{quantity}_high"] = value.get("high")
+        writer.writerow({name: _short(value) for name, value in flat.items()})
+    return text.getvalue()
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.7g}" if isinstance(value, float) else value
+
+
+def render(found: Row, shown: list[Any], text: str) -> str:
+    """The page."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader("etude.study", "."), PackageLoader("etude.report", ".")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made = tables(found)
+    matrices = [table for table in made if table.title.startswith("Sampler matrix")]
+    results = [table for table in made if table.title.startswith(("Trained on", "Against"))]
+    return environment.get_template("study.html").render(
+        found=found,
+        facts=_facts(found),
+        basis=basis(found),
+        sentences=sentences(found),
+        results=results,
+        more=[table for table in made if table not in results and table not in matrices],
+        curves=_curves(found),
+        steps=[p for r in _rewards(found) if (p := figures.gap_against_steps(found, r)) is not None],
+        matrix=[(table, figures.shade(each)) for table, each in zip(matrices, found["matrix"], strict=True)],
+        pictures=shown,
+        text=text,
+    )
+
+
+def sentences(found: Row) -> list[str]:
+    """The best condition of each reward, and what the comparisons allow to say."""
+    said = []
+    for reward in _rewards(found):
+        members = [c for c in found["conditions"] if reward in c["trained"]]
+        best = max(members, key=lambda c: _final(c, reward)["improvement"]["mean"])
+        gain = estimate(_final(best, reward)["improvement"], True)
+        said.append(f"{reward}: the largest improvement is {gain}, of {best['label']}.")
+    if found["comparisons"]:
+        sure = [row for row in found["comparisons"] if row["p_holm"] is not None and row["p_holm"] < 0.05]
+        listed = "; ".join(f"{row['label']} ({estimate(row['difference'], True)})" for row in sure)
+        count = f"{len(sure)} of {len(found['comparisons'])} comparisons with the baseline hold after Holm's correction at 5 %"
+        said.append(f"{count}{': ' + listed if listed else ''}.")
+    return said
+
+
+def pictures(results: list[CellResult], directory: StudyDirectory) -> list[tuple[str, list[str], list[Any]]]:
+    """(label, heads, [(prompt, images)]) of each family: the base model and every training eta from the same noise."""
+    shown = []
+    for label, members in families(conditions(results), ("sampling.kernel", "sampling.eta")):
+        seed = members[0].seeds[0]
+        chosen = [(c, r) for c in members for r in c.results if r.cell.config.seed == seed]
+        strips = [directory.cell(r.cell) / "samples" / "study.png" for _, r in chosen]
+        base = chosen[0][1].base_image
+        if len(chosen) < 2 or base is None or not all(path.is_file() for path in strips):
+            continue
+        columns = [
+            _images(path, chosen[0][1].cell.measurement.shown) for path in (directory.root / "base" / base, *strips)
+        ]
+        heads = ["base model", *(_head(c) for c, _ in chosen)]
+        prompts, clusters = chosen[0][1].prompts, chosen[0][1].clusters
+        rows = [(prompts[clusters[i]], [column[i] for column in columns]) for i in range(min(map(len, columns)))]
+        shown.append((label, heads, rows))
+    return shown
+
+
+def _head(condition: Condition) -> str:
+    sampling = condition.config.sampling
+    return f"{'' if sampling.kernel == 'gddim' else sampling.kernel + ' '}η = {sampling.eta_text}"
+
+
+def _images(path: Path, count: int) -> list[str]:
+    """The images of a strip as data URIs."""
+    from PIL import Image
+
+    found = []
+    with Image.open(path) as strip:
+        width = strip.width // count
+        for index in range(count):
+            buffer = io.BytesIO()
+            strip.crop((index * width, 0, (index + 1) * width, strip.height)).save(buffer, format="PNG")
+            found.append(f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}")
+    return found
+
+
+def _facts(found: Row) -> list[tuple[str, str]]:
+    models = ", ".join(dict.fromkeys(c["model"] for c in found["conditions"])) or "–"
+    seeds = sorted({seed for c in found["conditions"] for seed in c["seeds"]})
+    return [
+        ("cells", f"{found['done']} of {found['cells']}"),
+        ("conditions", str(len(found["conditions"]))),
+        ("model", models),
+        ("seeds", ", ".join(map(str, seeds)) or "–"),
+        ("time", duration(found["seconds"])),
+    ]
+
+
+def _curves(found: Row) -> list[tuple[str, list[figures.Panel], list[figures.Panel]]]:
+    """(heading, figures, small figures) of each family."""
+    made = []
+    for label, reward, members in figures.families(found):
+        large = [figures.gap_over_training(members, reward), *figures.reward_against_eta(members, reward)]
+        made.append((label, [p for p in large if p is not None], figures.reward_over_training(members, reward)))
+    return [each for each in made if each[1] or each[2]]
+
+
+def _rewards(found: Row) -> list[str]:
+    return list(dict.fromkeys(reward for c in found["conditions"] for reward in c["trained"]))
+
+
+def _final(condition: Row, reward: str) -> Row:
+    found: Row = condition["estimates"][str(condition["steps"])][reward]
+    return found

@@ -1,0 +1,193 @@
+"""The tables of a study, as Markdown and as cells of the page; no digit finer than the interval beside it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from etude.statistics import format_interval
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Attributes:
+        title: heading.
+        note: what the columns mean.
+        columns: heads; the first column holds words, the others numbers.
+        rows: cells as text.
+        best: of each row the cell to emphasise, or None.
+    """
+
+    title: str
+    note: str
+    columns: list[str]
+    rows: list[list[str]]
+    best: list[int | None] | None = None
+
+    def markdown(self) -> str:
+        """GitHub's dialect."""
+        align = ["---"] + ["---:"] * (len(self.columns) - 1)
+        lines = [self.columns, align, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
+        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"## {self.title}\n\n{self.note}\n\n{body}\n"
+
+
+def tables(found: Row) -> list[Table]:
+    """All that have something to say."""
+    made: list[Table | None] = [_results(found, reward) for reward in _trained(found)]
+    made += [_comparisons(found), _discretisation(found), _held_out(found)]
+    made += [_matrix(each) for each in found["matrix"]]
+    return [table for table in made if table is not None and table.rows]
+
+
+def markdown(found: Row) -> str:
+    """`tables.md`."""
+    return f"# {found['name']}: tables\n\n{basis(found)}\n\n" + "\n".join(t.markdown() for t in tables(found))
+
+
+def basis(found: Row) -> str:
+    """What the numbers rest on, in one or two sentences."""
+    done = f"{found['done']} of {found['cells']} cells" if found["done"] < found["cells"] else f"{found['cells']} cells"
+    if not found["conditions"]:
+        return f"{done} are done."
+    sizes = sorted(
+        {(len(c["seeds"]), _any(c)["n"] // len(c["seeds"]), _any(c)["clusters"]) for c in found["conditions"]}
+    )
+    seeds, images, prompts = sizes[-1]
+    return (
+        f"{done}, {seeds} seed{'s' if seeds > 1 else ''} of each condition; every model is measured after training on {images} images of "
+        f"{prompts} held-out prompts, the same prompts and noise for all conditions of a seed. Square brackets are 95 % intervals over "
+        "seeds and prompts."
+    )
+
+
+def estimate(value: Row | None, signed: bool = False) -> str:
+    """`+1.27 [+1.02, +1.51]` with real minus signs, or a dash."""
+    if value is None:
+        return "–"
+    return format_interval(value["mean"], value["low"], value["high"], signed).replace("-", "−")
+
+
+def _any(condition: Row) -> Row:
+    found: Row = condition["estimates"][str(condition["steps"])][condition["rewards"][0]]["ode"]
+    return found
+
+
+def _trained(found: Row) -> list[str]:
+    return list(dict.fromkeys(reward for c in found["conditions"] for reward in c["trained"]))
+
+
+def _results(found: Row, reward: str) -> Table:
+    rows = []
+    for condition in found["conditions"]:
+        if reward not in condition["trained"]:
+            continue
+        for steps, by_reward in condition["estimates"].items():
+            e = by_reward[reward]
+            label = (
+                condition["label"] if int(steps) == condition["steps"] else f"{condition['label']}, at {steps} steps"
+            )
+            cells = [estimate(e["base"]), estimate(e["ode"]), estimate(e["sde"])]
+            cells += [estimate(e["improvement"], True), estimate(e["gap"], True), str(len(condition["seeds"]))]
+            rows.append([label, *cells])
+    note = "improvement: ODE of the tuned minus ODE of the base model. gap: ODE minus SDE, both of the tuned model."
+    columns = ["condition", "ODE, base", "ODE", "SDE", "improvement", "gap", "seeds"]
+    return Table(f"Trained on {reward}", note, columns, rows)
+
+
+def _comparisons(found: Row) -> Table | None:
+    if not found["comparisons"]:
+        return None
+    rows = [
+        [
+            row["label"],
+            row["against"],
+            estimate(row["difference"], True),
+            "–" if row["effect_size"] is None else f"{row['effect_size']:+.2f}".replace("-", "−"),
+            p_value(row["difference"]["p"]),
+            p_value(row["p_holm"]),
+        ]
+        for row in found["comparisons"]
+    ]
+    note = (
+        "Difference of the ODE rewards, paired by seed, prompt and noise. Effect size: in standard deviations of the base model's "
+        f"images. p adjusted by Holm's method for these {len(rows)} comparisons."
+    )
+    return Table(
+        "Against the baseline", note, ["condition", "against", "difference", "effect size", "p", "p, Holm"], rows
+    )
+
+
+def _discretisation(found: Row) -> Table | None:
+    rows = []
+    for row in found["discretisation"]:
+        theory, change = row["theory"], _change(found, row)
+        share = None if theory is None else theory["discretisation"] / (theory["total"] or math.nan)
+        rows.append(
+            [
+                f"{row['reward']}, {'' if row['kernel'] == 'gddim' else row['kernel'] + ', '}η = {row['eta_text']}, {row['steps']} steps",
+                estimate(row["base_gap"], True),
+                estimate(change, True),
+                "–" if theory is None else f"{theory['total']:+.3f}".replace("-", "−"),
+                "–" if share is None or math.isnan(share) else f"{100 * share:.0f} %",
+            ]
+        )
+    note = (
+        "The gap of the base model is there before any training; what training adds is the change. Theory: the gap of r(x) = −x² for a "
+        "standard normal target with an exact score at the same levels, and the share of it that the steps make (the rest is the wrong "
+        "law at the start). Its size is in its own unit; only how it moves with η and the steps is to be compared."
+    )
+    columns = ["sampler", "gap of the base model", "change by training", "theory", "made by the steps"]
+    return Table("What the sampler does without training", note, columns, rows) if rows else None
+
+
+def _change(found: Row, row: Row) -> Row | None:
+    """What training with this sampler on this reward changed in the gap."""
+    for c in found["conditions"]:
+        same = (c["model"], c["kernel"], c["eta_text"]) == (row["model"], row["kernel"], row["eta_text"])
+        if same and row["reward"] in c["trained"] and c["steps"] == row["steps"]:
+            change: Row | None = c["estimates"][str(row["steps"])][row["reward"]]["gap_change"]
+            return change
+    return None
+
+
+def _held_out(found: Row) -> Table | None:
+    """What became of the rewards that were not trained on."""
+    names = list(dict.fromkeys(r for c in found["conditions"] for r in c["rewards"]))
+    rows = []
+    for c in found["conditions"]:
+        by_reward = c["estimates"][str(c["steps"])]
+        cells = [
+            estimate(by_reward[r]["improvement"], True) + (" (trained)" if r in c["trained"] else "")
+            if r in by_reward
+            else "–"
+            for r in names
+        ]
+        rows.append([c["label"], *cells])
+    note = "Improvement in every reward that was measured, the ODE of the tuned minus that of the base model."
+    return Table("All rewards", note, ["condition", *names], rows) if len(names) > 1 else None
+
+
+def _matrix(each: Row) -> Table:
+    rows = [[row["label"], *(estimate(cell) for cell in row["cells"])] for row in each["rows"]]
+    title = f"Sampler matrix: {each['family']}" + (f", {each['steps']} steps" if "steps" not in each["family"] else "")
+    note = f"Reward ({each['reward']}) of each training condition (rows) under each sampler of deployment (columns)."
+    return Table(title, note, ["trained with", *each["columns"]], rows, [best(row["cells"]) for row in each["rows"]])
+
+
+def best(cells: list[Row | None]) -> int | None:
+    """Of the highest mean."""
+    means = [-math.inf if cell is None else cell["mean"] for cell in cells]
+    return means.index(max(means)) if means and max(means) > -math.inf else None
+
+
+def p_value(p: float | None) -> str:
+    """Two digits, and never a zero."""
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
