@@ -175,6 +175,23 @@ def test_diverging_weights_stop_the_run_and_name_the_last_good_checkpoint(settin
     assert (tmp_path / "run" / "checkpoints" / f"iteration-{intact:06d}").is_dir()
 
 
+def test_weights_that_overflow_in_the_last_step_are_not_saved(settings, tmp_path):
+    trainer = Trainer(
+        parse_config({**settings, "objective": {**settings["objective"], "updates_per_epoch": 1}}), tmp_path / "run"
+    )
+    step, weight = trainer.prepared.step, next(iter(trainer.parameters.values()))
+
+    def overflow():
+        step()
+        with torch.no_grad():
+            weight[0, 0] = float("inf")
+
+    trainer.prepared.step = overflow
+    with pytest.raises(EtudeError, match=r"iteration 1: the largest weight is inf.*intact checkpoint: iteration 0 in "):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-000000"]
+
+
 def test_a_failed_rollout_saves_the_iterations_before_it(settings, tmp_path):
     broken = calls(lambda count, scores: scores if count < 5 else scores[:3])  # in the rollout of iteration 3
     register("redness")(broken)

@@ -217,6 +217,17 @@ class RolloutConfig(Section):
         description="The images of one prompt start from the same noise (DanceGRPO, MixGRPO) and differ by the stochastic steps alone; "
         "with a window the steps before it are then computed once a group. false: each from its own (DDPO, Flow-GRPO).",
     )
+    score_ahead: bool = Field(
+        True,
+        description="Score each micro-batch of images while the next is sampled. false: all images of an iteration at once, after the rollout, "
+        "for rewards that compare images with one another. memory.offload has the same effect.",
+    )
+    reward_timeout: float = Field(
+        3600.0,
+        gt=0,
+        description="Seconds of waiting for the scores of one batch of images after which a reward counts as hung and ends the run; finished "
+        "iterations stay.",
+    )
 
 
 class LoraConfig(Section):

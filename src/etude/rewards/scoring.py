@@ -72,9 +72,9 @@ class Scoring:
         futures: by the reward's name, what it will have returned.
     """
 
-    def __init__(self, futures: dict[str, Any], prompts: list[str]) -> None:
+    def __init__(self, futures: dict[str, Any], prompts: list[str], offset: int = 0) -> None:
         self.futures: dict[str, Future[Any]] = futures
-        self._prompts = prompts
+        self._prompts, self._offset = prompts, offset
 
     def done(self) -> bool:
         """Whether `result` would return, or raise, at once."""
@@ -103,9 +103,9 @@ class Scoring:
             for name, future in sorted(self.futures.items(), key=lambda item: item[1] not in finished):
                 if future not in finished:
                     raise EtudeError(f"reward '{name}' has not finished after {timeout:g} s.")
-                with _named(name, self._prompts, 0):
+                with _named(name, self._prompts, self._offset):
                     found = future.result()
-                scores[name] = _checked(name, found, self._prompts, 0)
+                scores[name] = _checked(name, found, self._prompts, self._offset)
         except BaseException:
             self.cancel()
             raise
@@ -158,7 +158,13 @@ class WeightedRewards:
         return self._begin(self.weights, images, prompts, metadata, here=True).result()
 
     def start(
-        self, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None = None, *, held_out: bool = False
+        self,
+        images: Tensor,
+        prompts: list[str],
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        held_out: bool = False,
+        offset: int = 0,
     ) -> Scoring:
         """Begins to score and returns at once: rewards with a method `submit` score by themselves, the others on a thread.
 
@@ -170,12 +176,13 @@ class WeightedRewards:
             prompts: n texts.
             metadata: by name, a list of n entries.
             held_out: measure the held-out rewards too.
+            offset: index of the first image in the whole batch, for errors.
 
         Raises:
             EtudeError: if images and prompts do not match; anything else is raised by `Scoring.result`.
         """
         names = (*self.weights, *(self.held_out if held_out else ()))
-        return self._begin(names, images, prompts, metadata, here=False)
+        return self._begin(names, images, prompts, metadata, here=False, offset=offset)
 
     def evaluate(
         self, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None = None
@@ -193,14 +200,17 @@ class WeightedRewards:
         prompts: list[str],
         metadata: Mapping[str, Any] | None,
         here: bool,
+        offset: int = 0,
     ) -> Scoring:
         """Starts the rewards that score by themselves, then computes the others: here and now, or on the thread."""
         _check_images(images, prompts)
-        scoring = Scoring(dict.fromkeys(names), prompts)
+        scoring = Scoring(dict.fromkeys(names), prompts, offset)
         try:
-            local = [name for name in scoring.futures if not self._submit(name, scoring, images, prompts, metadata)]
-            for name in local:
-                work = partial(self._compute, name, images, prompts, metadata)
+            submit = partial(
+                self._submit, scoring=scoring, images=images, prompts=prompts, metadata=metadata, offset=offset
+            )
+            for name in [name for name in scoring.futures if not submit(name)]:
+                work = partial(self._compute, name, images, prompts, metadata, offset)
                 scoring.futures[name] = _done(work) if here else self._turns.submit(work)
         except BaseException:
             scoring.cancel()
@@ -214,16 +224,19 @@ class WeightedRewards:
         images: Tensor,
         prompts: list[str],
         metadata: Mapping[str, Any] | None,
+        offset: int,
     ) -> bool:
         submit = getattr(get(name), "submit", None)
         if submit is not None:
-            with _named(name, prompts, 0):
+            with _named(name, prompts, offset):
                 scoring.futures[name] = submit(images, prompts, **(metadata or {}))
         return submit is not None
 
-    def _compute(self, name: str, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None) -> Tensor:
+    def _compute(
+        self, name: str, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None, offset: int
+    ) -> Tensor:
         reward = get(name)
-        with _named(name, prompts, 0):
+        with _named(name, prompts, offset):
             try:
                 return _call(reward, images, prompts, metadata)
             finally:

@@ -93,13 +93,15 @@ def load_latest(root: Path) -> Checkpoint | None:
 
 
 def prune(root: Path, keep: int, sound: set[int] | None = None) -> None:
-    """Removes all but the newest `keep` whole checkpoints, and damaged ones older than the newest whole one.
+    """Removes all but the newest `keep` whole checkpoints, damaged ones older than the newest whole one, and leftovers of killed saves.
 
     Args:
         sound: iterations whose checkpoints are known to be whole (just written, or loaded) and are not read again; those
             that prove to be are added.
     """
     known, kept = set() if sound is None else sound, 0
+    if root.is_dir():
+        _clean(root)
     for iteration, path in _numbered(root):
         if kept >= keep:
             _remove_directory(path)

@@ -38,6 +38,7 @@ from etude.rewards import WeightedRewards
 from etude.training import artifacts
 from etude.training.guards import fallen
 from etude.training.processes import failing_together, gather, share
+from etude.training.scoring import Scorer
 
 
 class Evaluation:
@@ -60,7 +61,7 @@ class Evaluation:
         self,
         config: TrainConfig,
         policy: Policy,
-        rewards: WeightedRewards,
+        rewards: WeightedRewards | Scorer,
         accelerator: Accelerator,
         out: Path,
         batches: MicroBatch | None = None,

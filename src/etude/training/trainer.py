@@ -45,13 +45,14 @@ from etude.training.display import Display, SilentDisplay
 from etude.training.evaluation import Evaluation
 from etude.training.guards import BestWeights
 from etude.training.interruption import Interrupted, Interruption
+from etude.training.lock import held
 from etude.training.loss_scale import LossScale
 from etude.training.memory_estimate import fake_mode
-from etude.training.lock import held
 from etude.training.optimizers import check_optimizer, make_optimizer
 from etude.training.plans import TrainingPlans
 from etude.training.processes import SharedFailureError, failing_together, gather, make_accelerator, share
 from etude.training.run_directory import Checkpoints, check_directory, clear_half_written
+from etude.training.scoring import Scorer
 
 
 class Trainer:
@@ -84,6 +85,7 @@ class Trainer:
         self.rewards = WeightedRewards(
             config.rewards, held_out=config.evaluation.held_out_rewards, offload=config.memory.offload
         )
+        self.scorer = Scorer(self.rewards, config.rollout.reward_timeout, on_wait=lambda: self._advance(0))
         self.train_prompts = load_prompts(config.prompts.train)
         self.accelerator = make_accelerator(config, self.out)
         self.policy = policy or policy_of(config, self.accelerator.device)
@@ -99,7 +101,7 @@ class Trainer:
         self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size", adaptive=alone)
         self.replay_batches = MicroBatch(config.objective.batch_size, "objective.batch_size", adaptive=alone)
         self.evaluation = Evaluation(
-            config, self.policy, self.rewards, self.accelerator, self.out, self.rollout_batches, self.train_prompts
+            config, self.policy, self.scorer, self.accelerator, self.out, self.rollout_batches, self.train_prompts
         )
         self._prepare_training()
         self.prompt_statistics = {
@@ -184,6 +186,7 @@ class Trainer:
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
+            self.scorer.cancel()
             evaluating = self.unevaluated is not None and self.iteration > 0  # only the figures are missing then
             done = self.iteration if evaluating else self.iteration - 1
             if (evaluating or not self.touched) and self.durable < done and self.accelerator.is_main_process:
@@ -237,6 +240,12 @@ class Trainer:
         self.seconds, self.touched = {}, False
         self.table = self.plans.table_at(self.iteration)
         prompts, groups, own, samples = self._draw(self.iteration)
+        pending = self.scorer.pending(own, early=self.accelerator.num_processes == 1)
+
+        def score(rows: slice, latents: Tensor) -> None:
+            pending.begin(rows, self.policy.decode(latents))
+
+        ahead = config.rollout.score_ahead and not config.memory.offload
         with self._phase("rollout", len(samples) * self.table.num_evaluations):
             conditioning = self.policy.encode(own.texts)
             trajectory = rollout(
@@ -251,13 +260,15 @@ class Trainer:
                 with_reference=objective.kl_coef > 0,
                 on_step=self._advance,
                 noise_samples=noise_keys(samples, config.rollout),
+                on_rows=score if ahead else None,
                 prompts=own.texts,
                 starts=most_starts(len(prompts), config.rollout, self.accelerator.num_processes),
             )
-            images = self.policy.decode(trajectory.latents)
+            if not ahead:
+                score(slice(0, len(samples)), trajectory.latents)
         with self._phase("rewards"):
             with failing_together(self.accelerator):
-                local_scores = self.rewards(images, own.texts, own.metadata)
+                local_scores = pending.result()
             scores = {name: gather(self.accelerator, values, len(prompts)) for name, values in local_scores.items()}
             self.touched = True
             advantages = self._advantages(scores, prompts.texts, groups)
@@ -306,13 +317,20 @@ class Trainer:
                 if self.accelerator.num_processes > 1:
                     self._end_if_asked()
         row = statistics.row()
-        if not math.isfinite(row["grad_norm"]):  # asked once an iteration: asking waits for the device
+        numbers = {**row, "largest weight": self._largest_weight()}  # once an iteration: asking waits for the device
+        broken = next((name for name, value in numbers.items() if not math.isfinite(value)), None)
+        if broken is not None:
             half = ", or use bfloat16, which has the range of float32," if self.config.dtype == "float16" else ""
             raise EtudeError(
-                f"training diverged in iteration {self.iteration}: the gradient norm is {row['grad_norm']}; "
+                f"training diverged in iteration {self.iteration}: the {broken.replace('_', ' ')} is {numbers[broken]}; "
                 f"lower optimizer.learning_rate or the clip range{half} and start another run."
             )
         return row
+
+    def _largest_weight(self) -> float:
+        """Of the trained weights that this process holds; NaN or infinite if any of them is."""
+        held_here = (getattr(p, "_local_tensor", p).detach() for p in self.parameters.values())
+        return float(torch.stack([p.abs().max().float() for p in held_here if p.numel()]).max())
 
     def _accumulate(
         self,

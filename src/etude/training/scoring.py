@@ -1,0 +1,122 @@
+"""Scores of a run's images, computed beside the main thread: while the next images are sampled, and never waited for forever."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, wait
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etude.errors import EtudeError
+from etude.prompts import PromptSet
+from etude.rewards import WeightedRewards
+from etude.rewards.scoring import WEIGHTED_SUM, Scoring
+
+TICK = 0.2
+"""Seconds between two looks at whether the waiting should end."""
+
+
+class Scorer:
+    """Calls the rewards of a run and waits for them.
+
+    Args:
+        rewards: what is called, on threads or as requests (`WeightedRewards.start`).
+        timeout: seconds without any news of a batch of images that is waited for, after which a reward counts as hung.
+        on_wait: called a few times a second while waiting; what it raises ends the waiting.
+    """
+
+    def __init__(self, rewards: WeightedRewards, timeout: float, on_wait: Callable[[], None] = lambda: None) -> None:
+        self.rewards, self.timeout, self.on_wait = rewards, timeout, on_wait
+        self._pending: PendingScores | None = None
+
+    def evaluate(self, images: Tensor, prompts: list[str], metadata: Any = None) -> dict[str, Tensor]:
+        """As `WeightedRewards.evaluate`."""
+        scoring = self.rewards.start(images, prompts, metadata, held_out=True)
+        try:
+            scores = self.result(scoring)
+        finally:
+            scoring.cancel()
+        if len(self.rewards.weights) > 1:
+            scores[WEIGHTED_SUM] = self.rewards.combine(scores)
+        return scores
+
+    def pending(self, prompts: PromptSet, early: bool = True) -> PendingScores:
+        """The scores of an iteration's images, to which batches are then handed in.
+
+        Args:
+            early: let the failure of one batch be raised when the next one is handed in.
+        """
+        self._pending = PendingScores(self, prompts, early)
+        return self._pending
+
+    def cancel(self) -> None:
+        """Ends the requests that are under way, and what has not begun."""
+        if self._pending is not None:
+            self._pending.cancel()
+
+    def result(self, scoring: Scoring) -> dict[str, Tensor]:
+        """Waits for one batch.
+
+        Raises:
+            EtudeError: a reward failed, or has not finished in time; it is named.
+        """
+        deadline = time.monotonic() + self.timeout
+        while not (scoring.done() or _failed(scoring)):
+            if time.monotonic() > deadline:
+                late = ", ".join(f"'{name}'" for name, future in scoring.futures.items() if not future.done())
+                raise EtudeError(
+                    f"the reward {late} has not finished after {self.timeout:g} s: it hangs, or rollout.reward_timeout is too short."
+                )
+            wait(scoring.futures.values(), min(TICK, self.timeout), FIRST_EXCEPTION)
+            self.on_wait()
+        return scoring.result(timeout=0)
+
+
+class PendingScores:
+    """The scores of an iteration's images; see `Scorer.pending`."""
+
+    def __init__(self, scorer: Scorer, prompts: PromptSet, early: bool) -> None:
+        self._scorer, self._prompts, self._early = scorer, prompts, early
+        self._batches: dict[int, Scoring] = {}
+
+    def begin(self, rows: slice, images: Tensor) -> None:
+        """Begins to score the images of some rows, and returns at once.
+
+        Raises:
+            EtudeError: a reward has failed on an earlier batch.
+        """
+        if self._early:
+            for scoring in filter(_failed, self._batches.values()):
+                scoring.result(timeout=0)
+        some = self._prompts.select(range(rows.start, rows.stop))
+        self._batches[rows.start] = self._scorer.rewards.start(images, some.texts, some.metadata, offset=rows.start)
+
+    def result(self) -> dict[str, Tensor]:
+        """Waits for all rows: float32 `[n]` by the reward's name, in the order of the rows.
+
+        Raises:
+            EtudeError: a reward failed, or has not finished in time; it is named.
+        """
+        parts = [self._scorer.result(self._batches[start]) for start in sorted(self._batches)]
+        return _joined(parts)
+
+    def cancel(self) -> None:
+        """Ends the requests that are under way, and what has not begun."""
+        for scoring in self._batches.values():
+            scoring.cancel()
+
+
+def _joined(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    columns: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for name, values in part.items():
+            columns.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in columns.items()}
+
+
+def _failed(scoring: Scoring) -> bool:
+    finished = [future for future in scoring.futures.values() if future.done() and not future.cancelled()]
+    return any(future.exception() is not None for future in finished)
