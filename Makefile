@@ -10,7 +10,7 @@ PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check --cons
 NEEDS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench check clean
+.PHONY: help demo test lint format docs bench torture check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ docs: $(VENV)/.docs  ## build the documentation into site/, failing on any warni
 
 bench: $(VENV)/.dev  ## run every benchmark (BENCH=overhead for one)
 	$(BIN)/python -m benchmarks $(BENCH)
+
+torture: $(VENV)/.dev  ## kill, starve and damage small runs: every resumed one must end with the same bits (minutes)
+	$(BIN)/python tests/torture.py
 
 check: lint docs test  ## everything that continuous integration runs
 
