@@ -68,13 +68,17 @@ def test_of_etas_that_cannot_be_told_apart_the_smallest_is_chosen() -> None:
     assert behind[0.5].low > 8
 
 
-def test_the_cheapest_sampler_that_is_not_surely_worse_is_suggested() -> None:
-    noise = np.random.default_rng(1).normal(size=(3, 32))
-    scores = {("ddim", 10): noise[0] + 5, ("heun", 10): noise[1] + 5, ("dpmsolver++", 5): noise[2]}
-    rows = rank_samplers(scores, CLUSTERS)
+def test_the_cheapest_sampler_that_surely_keeps_most_of_the_improvement_is_suggested() -> None:
+    noise, reference = np.random.default_rng(1).normal(size=(3, 32)), ("ddim", 10)
+    scores = {reference: noise[0] + 5, ("heun", 10): noise[1] + 5, ("dpmsolver++", 5): noise[2]}
+    rows = rank_samplers(scores, CLUSTERS, reference, 1.0)
     assert [(row["solver"], row["evaluations"]) for row in rows] == [("dpmsolver++", 5), ("ddim", 10), ("heun", 19)]
     assert [row["suggested"] for row in rows] == [False, True, False]
-    assert rank_samplers(dict.fromkeys(scores, noise[0]), CLUSTERS)[0]["suggested"]
+    assert rank_samplers(scores, CLUSTERS, reference, 100.0)[0]["suggested"]
+    unclear = {**scores, ("dpmsolver++", 5): noise[2] + 5}
+    assert not rank_samplers(unclear, CLUSTERS, reference, 0.0)[0]["suggested"]  # not worse, but not surely as good
+    alike = dict.fromkeys(scores, noise[0])
+    assert rank_samplers(alike, CLUSTERS, reference, -1.0)[0]["suggested"]
 
 
 @pytest.mark.parametrize("steps", [2, 3, 10, 25])

@@ -6,7 +6,8 @@
 3. First round: a short run at every eta. Second round: the better half again with another seed, so that a lucky run does not win.
 4. Every pilot is measured under the ODE on the same prompts and the same noise, which its training never saw. The suggested eta is the smallest
    that is not significantly worse than the best: less noise means a smaller gap to the ODE, and nothing speaks for more.
-5. The pilot at that eta is drawn with several solvers and step counts. The suggestion is the cheapest that is not significantly worse.
+5. The pilot at that eta is drawn with several solvers and step counts. The suggestion is the cheapest that surely keeps
+   most of the improvement.
 
 A pilot is an ordinary run of the trainer in a directory of its own. Given the same directory again, advice goes on where it was stopped.
 """
@@ -35,7 +36,7 @@ from etude.choosing import (
     reasons,
     size_pilots,
 )
-from etude.config import TrainConfig, load_config, parse_config, recipe_names
+from etude.config import TrainConfig, difference, load_config, parse_config, recipe_names
 from etude.errors import EtudeError
 from etude.gap import Protocol as Measurement
 from etude.gap import Scores
@@ -53,6 +54,7 @@ from etude.theory import Gaussian, recommended_eta
 from etude.theory.finite_step import ScoreError
 from etude.training.checkpoint import atomic_write_text
 from etude.training.display import Display, SilentDisplay
+from etude.training.run_directory import holds_something
 from etude.training.trainer import Trainer
 
 ETAS = (0.5, 1.0, 1.5, 2.0)
@@ -159,7 +161,8 @@ class Adviser:
         self.rewards.load()  # before anything is written: a reward that cannot be used leaves nothing to clear away
         self._check_directory()
         base = self._kept("base.json", self._measure_base)
-        sizes = Sizes(**self._kept("sizes.json", lambda: self._size(base, started)))
+        sized = self._kept("sizes.json", lambda: self._size(base, started))
+        sizes = Sizes(sized["iterations"], tuple(sized["etas"]))
         etas, seed = [float(eta) for eta in sizes.etas], self.config.seed
         total = pilots(len(etas))
         self.watcher.note(
@@ -175,8 +178,9 @@ class Adviser:
         suggested, behind = choose_smallest(pooled, clusters)
         rows = [self._row(eta, runs, base, behind.get(eta)) for eta in etas]
         left = self.minutes * 60 - (time.monotonic() - started)
-        deployment = self._kept("deployment.json", lambda: self._deployment(suggested, base, left))
-        advice = self._advice(base, sizes, rows, suggested, behind, deployment, (time.monotonic() - started) / 60)
+        deployment = self._kept("deployment.json", lambda: self._deployment(suggested, base, left, rows))
+        spent = sum(part["seconds_spent"] for part in (base, sized, deployment, *runs.values()))
+        advice = self._advice(base, sizes, rows, suggested, behind, deployment, spent / 60)
         atomic_write_text(self.out / "advice.json", json.dumps(advice, indent=2) + "\n")
         return advice
 
@@ -190,16 +194,16 @@ class Adviser:
         file = self.out / "request.json"
         if file.is_file():
             before = json.loads(file.read_text(encoding="utf-8"))
-            if not (
-                self.out / "sizes.json"
-            ).is_file():  # nothing rests on the budget yet, which may have been too small
-                before["minutes"] = self.minutes
-            if before != asked:
+            other = (
+                difference(parse_config(before["config"], f"the configuration in '{file}'"), self.config) is not None
+            )
+            # Nothing rests on the budget before the pilots are sized: one that proved too small may be raised.
+            resized = before["minutes"] != self.minutes and (self.out / "sizes.json").is_file()
+            if other or before["etas"] != asked["etas"] or resized:
                 raise EtudeError(
                     f"--out '{self.out}' holds advice on something else: repeat that command, or give a new directory."
                 )
-            return
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+        elif holds_something(self.out):
             raise EtudeError(f"--out '{self.out}' holds something else: give a new or empty directory.")
         self.out.mkdir(parents=True, exist_ok=True)
         atomic_write_text(file, json.dumps(asked, indent=2) + "\n")
@@ -208,7 +212,10 @@ class Adviser:
         """What a file of the directory holds; made and written first if there is none."""
         file = self.out / name
         if not file.is_file():
-            atomic_write_text(file, json.dumps(make(), indent=2) + "\n")
+            started = time.monotonic()
+            made = make()
+            made["seconds_spent"] = time.monotonic() - started
+            atomic_write_text(file, json.dumps(made, indent=2) + "\n")
         kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return kept
 
@@ -303,7 +310,9 @@ class Adviser:
             "behind_best": behind.to_dict() if behind is not None else None,
         }
 
-    def _deployment(self, eta: float, base: dict[str, Any], seconds: float) -> dict[str, Any]:
+    def _deployment(
+        self, eta: float, base: dict[str, Any], seconds: float, rows: list[dict[str, Any]]
+    ) -> dict[str, Any]:
         """Solvers at several step counts on the pilot at that eta, as many as the time allows, by their cost."""
         policy = self._tuned(self.out / f"eta-{eta:g}-seed-{self.config.seed}")
         texts, clusters = self.measurement.shown().texts, self.measurement.clusters
@@ -327,7 +336,9 @@ class Adviser:
             )
             scores[solver, steps] = self.measurement.scores(images)
             seconds -= time.monotonic() - begun
-        return {"cells": rank_samplers({cell: s[self.reward] for cell, s in scores.items()}, clusters)}
+        improvement = next(row["improvement"]["mean"] for row in rows if row["eta"] == eta)
+        rewards = {cell: found[self.reward] for cell, found in scores.items()}
+        return {"cells": rank_samplers(rewards, clusters, ("ddim", self.steps), improvement)}
 
     def _tuned(self, run: Path) -> Policy:
         """The model as that pilot left it."""

@@ -64,8 +64,8 @@ def advise(
 
     One iteration is timed first, and the pilots are sized to the budget: a short run at every eta, the better half again with another
     seed. They are compared under the ODE on the same held-out prompts and noise. Of etas that cannot be told apart the smaller one
-    is suggested. The tuned pilot is then drawn with several solvers and step counts; of those that cannot be told apart the cheapest is suggested.
-    The table shows every figure with its 95 % interval: where they overlap widely, a larger budget, or more images (`--set
+    is suggested. The tuned pilot is then drawn with several solvers and step counts: the cheapest that surely keeps three quarters of the
+    improvement is suggested. Every figure has its 95 % interval: where they overlap widely, a larger budget, or more images (`--set
     evaluation.num_images=256`), tells more.
 
     Example: `etude advise emoji-sd --reward colorfulness --budget 15 --out runs/advice --json advice.json`
@@ -129,10 +129,17 @@ def _samplers(advice: dict[str, Any]) -> Table:
     from rich.table import Table
 
     caption = f"the pilot at eta = {advice['suggestion']['eta']:g}, deployed"
-    table = Table("sampler", "steps", "network evaluations", "reward", "behind the best", box=None, caption=caption)
+    table = Table(
+        "sampler", "steps", "network evaluations", "reward", "behind DDIM at training steps", box=None, caption=caption
+    )
     for row in advice["deployment"]:
         name = row["solver"] + (" *" if row["suggested"] else "")
-        cells = (str(row["steps"]), str(row["evaluations"]), _text(row["ode"], signed=False), _text(row["behind_best"]))
+        cells = (
+            str(row["steps"]),
+            str(row["evaluations"]),
+            _text(row["ode"], signed=False),
+            _text(row["behind_reference"]),
+        )
         table.add_row(name, *cells)
     return table
 
