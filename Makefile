@@ -10,7 +10,7 @@ PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check --cons
 NEEDS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench torture check clean
+.PHONY: help demo test lint format docs bench torture audit check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,11 @@ bench: $(VENV)/.dev  ## run every benchmark (BENCH=overhead for one)
 
 torture: $(VENV)/.dev  ## kill, starve and damage small runs: every resumed one must end with the same bits (minutes)
 	$(BIN)/python tests/torture.py
+
+audit: | $(BIN)/python  ## ask PyPI's vulnerability service about every pinned version (needs the network)
+	@test -x $(VENV)/audit/bin/pip-audit || { $(BIN)/python -m venv $(VENV)/audit && \
+		$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) 'pip-audit>=2.9,<3'; }
+	$(VENV)/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip --progress-spinner off
 
 check: lint docs test  ## everything that continuous integration runs
 

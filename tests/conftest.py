@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 # Before torch, transformers or huggingface_hub are imported: they read these once. Child processes inherit them.
@@ -27,6 +28,14 @@ torch.set_num_threads(1)
 # Property tests draw the same examples in every run; a deadline would measure the machine.
 settings.register_profile("etude", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("etude")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how many fuzzed cases ran, where any did."""
+    fuzzing = sys.modules.get("fuzzing")
+    if fuzzing is not None and fuzzing.CASES:
+        subjects = ", ".join(f"{count} {subject}" for subject, count in sorted(fuzzing.CASES.items()))
+        terminalreporter.write_line(f"{fuzzing.CASES.total()} fuzzed cases: {subjects}")
 
 
 @pytest.fixture(autouse=True)

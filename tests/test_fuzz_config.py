@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def holds(tree: dict[Any, Any]) -> None:
     assert again.model_dump() == config.model_dump()
 
 
-@fuzz("configurations", 500, changes=st.lists(st.tuples(keys, values), min_size=1, max_size=5))
+@fuzz("configurations", 300, changes=st.lists(st.tuples(keys, values), min_size=1, max_size=5))
 def test_a_tree_is_refused_in_a_sentence_or_reproduces_itself(changes: list[tuple[str, Any]]) -> None:
     tree: dict[str, Any] = {}
     for key, value in changes:
@@ -128,7 +129,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("recipes")
 
 
-@fuzz("configurations", 300, parts=st.lists(st.sampled_from(TOKENS) | st.text(max_size=6), max_size=12))
+@fuzz("configurations", 200, parts=st.lists(st.sampled_from(TOKENS) | st.text(max_size=6), max_size=12))
 def test_a_recipe_file_is_refused_in_a_sentence_or_read(place: Path, parts: list[str]) -> None:
     file = place / "mine.yaml"
     file.write_bytes("".join(parts).encode("utf-8", "surrogatepass"))
@@ -142,7 +143,7 @@ def test_a_binary_recipe_file_is_refused_in_a_sentence(place: Path, data: bytes)
     refused(load_config, str(file))
 
 
-@fuzz("configurations", 150, edits=st.lists(st.tuples(st.integers(0, 10_000), st.sampled_from(TOKENS)), max_size=3))
+@fuzz("configurations", 80, edits=st.lists(st.tuples(st.integers(0, 10_000), st.sampled_from(TOKENS)), max_size=3))
 def test_a_recipe_with_nonsense_in_the_middle_is_refused_in_a_sentence_or_read(
     place: Path, edits: list[tuple[int, str]]
 ) -> None:
@@ -165,7 +166,7 @@ arguments = st.lists(
 )
 
 
-@fuzz("configurations", 200, items=arguments)
+@fuzz("configurations", 150, items=arguments)
 def test_overrides_and_rewards_are_refused_in_a_sentence_or_taken(place: Path, items: list[str]) -> None:
     file = place / "short.yaml"
     file.write_text("evaluation: {held_out_rewards: [alignment]}")
@@ -175,7 +176,7 @@ def test_overrides_and_rewards_are_refused_in_a_sentence_or_taken(place: Path, i
 
 @fuzz(
     "configurations",
-    150,
+    100,
     tree=st.fixed_dictionaries(
         {"name": st.just("s") | values, "base": st.sampled_from(["emoji-ddpo", "absent", {}, {"seed": 1}, 3])},
         optional={
@@ -234,7 +235,7 @@ options = st.lists(
 )
 
 
-@fuzz("command lines", 120, words=options)
+@fuzz("command lines", 80, words=options)
 def test_a_command_line_ends_with_a_sentence_and_writes_nothing(
     place: Path, monkeypatch_module: pytest.MonkeyPatch, words: list[str]
 ) -> None:
@@ -302,3 +303,15 @@ def test_a_number_too_long_to_be_written_is_refused_without_writing_it() -> None
 def test_a_recipe_file_that_is_no_file_is_named() -> None:
     assert "is no file" in (refused(load_config, "/dev/zero") or "")
     assert "unknown recipe" in (refused(load_config, "a" * 300) or "")
+
+
+def test_as_many_cases_are_drawn_as_the_security_page_says() -> None:
+    """Each test fails if it draws fewer than it declares, so that the sum of what they declare is how many run."""
+    here = Path(__file__).parent
+    declared = [
+        int(count)
+        for file in sorted(here.glob("test_fuzz_*.py"))
+        for count in re.findall(r"^@fuzz\(\s*\"[a-z ]+\",\s*(\d+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    ]
+    assert sum(declared) >= 2000
+    assert f"{sum(declared):,} cases" in (here.parent / "SECURITY.md").read_text(encoding="utf-8")

@@ -83,7 +83,7 @@ def spoiled(data: bytes, changes: list[tuple[int, int]], cut: int) -> bytes:
     return bytes(copy[: max(0, len(copy) - cut)])
 
 
-@fuzz("adapters", 200, changes=edits, cut=st.sampled_from([0, 0, 0, 1, 8, 1000, 10**6]))
+@fuzz("adapters", 150, changes=edits, cut=st.sampled_from([0, 0, 0, 1, 8, 1000, 10**6]))
 def test_a_spoiled_adapter_is_refused_in_a_sentence_or_finite(
     adapter: Path, place: Path, changes: list[tuple[int, int]], cut: int
 ) -> None:
@@ -166,7 +166,7 @@ VALUES = anything | st.sampled_from(
 
 @fuzz(
     "adapters",
-    200,
+    150,
     changes=st.dictionaries(st.sampled_from(CONFIGURATION) | st.text(max_size=9), VALUES, min_size=1, max_size=3),
 )
 def test_any_configuration_of_an_adapter_is_refused_in_a_sentence_or_harmless(
@@ -182,7 +182,7 @@ def test_any_configuration_of_an_adapter_is_refused_in_a_sentence_or_harmless(
 
 @fuzz(
     "adapters",
-    25,
+    15,
     changes=st.dictionaries(st.sampled_from(CONFIGURATION), VALUES, max_size=1),
     drop=st.sets(st.integers(0, 40), max_size=2),
     rename=st.sampled_from(["", "", "unet.x.", "transformer.", "text_encoder.", "lora_unet_"]),
@@ -197,7 +197,7 @@ def test_an_adapter_is_refused_in_a_sentence_or_taken_whole(
     save_file(named, place / WEIGHTS, {METADATA: json.dumps({**metadata, **changes})})
     before = contents(place)
     message = refused(load_policy, str(model), place)
-    assert message is not None or (not drop and not rename)
+    assert message is not None or (len(named) == len(header) and not rename)
     assert contents(place) == before
 
 
@@ -345,7 +345,7 @@ JSON_FILES = [
 
 @fuzz(
     "models",
-    60,
+    45,
     name=st.sampled_from(JSON_FILES),
     key=st.integers(0, 60),
     value=VALUES,
@@ -451,7 +451,7 @@ ROWS = [
 rows = st.lists(st.sampled_from(ROWS) | anything.map(json.dumps).map(str.encode) | st.binary(max_size=6), max_size=5)
 
 
-@fuzz("runs", 150, lines=rows, iteration=st.integers(-1, 3))
+@fuzz("runs", 100, lines=rows, iteration=st.integers(-1, 3))
 def test_metrics_are_cut_back_whole_or_left_alone(place: Path, lines: list[bytes], iteration: int) -> None:
     file = place / "metrics.jsonl"
     data = b"\n".join(lines)
@@ -473,7 +473,7 @@ TEXTS = st.one_of(
 )
 
 
-@fuzz("runs", 100, files=st.dictionaries(FILES, TEXTS, max_size=3))
+@fuzz("runs", 60, files=st.dictionaries(FILES, TEXTS, max_size=3))
 def test_a_run_directory_is_refused_in_a_sentence_or_read(place: Path, files: dict[str, bytes]) -> None:
     refused(read_run, directory(place / "read", files))
 
@@ -486,7 +486,7 @@ def directory(run: Path, files: dict[str, bytes]) -> Path:
     return run
 
 
-@fuzz("runs", 10, files=st.dictionaries(FILES, TEXTS, max_size=1))
+@fuzz("runs", 6, files=st.dictionaries(FILES, TEXTS, max_size=1))
 def test_a_report_of_any_directory_is_whole_or_refused_in_a_sentence(place: Path, files: dict[str, bytes]) -> None:
     run = directory(place / "run", files)
     before = contents(run)

@@ -102,7 +102,7 @@ JSON_LINES = [
 
 @fuzz(
     "prompts",
-    200,
+    150,
     rows=st.lists(
         st.dictionaries(st.just("prompt") | st.text(max_size=5), words | anything, max_size=3).map(json.dumps)
         | st.sampled_from(JSON_LINES),
@@ -185,7 +185,7 @@ returned = st.one_of(
 )
 
 
-@fuzz("rewards", 300, value=returned, offset=st.integers(0, 5))
+@fuzz("rewards", 250, value=returned, offset=st.integers(0, 5))
 def test_whatever_a_reward_returns_is_refused_in_a_sentence_or_is_three_finite_scores(value: Any, offset: int) -> None:
     images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
 
@@ -335,7 +335,7 @@ bodies = st.one_of(
 )
 
 
-@fuzz("rewards", 200, body=bodies)
+@fuzz("rewards", 150, body=bodies)
 def test_a_request_gets_scores_or_a_reason_from_the_server(body: bytes) -> None:
     scorer = _Scorer("colorfulness", "", 1 << 20, 1 << 16)
     refusals = []

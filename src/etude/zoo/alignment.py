@@ -150,7 +150,7 @@ def main(
     """Trains the heads of the alignment reward and measures retrieval on names never seen."""
     torch.set_num_threads(threads)
     recipe, data = AlignmentRecipe(), load_emoji(cache)
-    vae = AutoencoderKL.from_pretrained(autoencoder).eval() if autoencoder else None
+    vae = AutoencoderKL.from_pretrained(autoencoder, use_safetensors=True).eval() if autoencoder else None
     network = ImageFeatures()
     pictures = torch.stack(
         [

@@ -60,7 +60,7 @@ def write_card(model: Path, quality: dict[str, Any]) -> dict[str, Any]:
         json.loads((model / "figures" / f"{stage}.json").read_text(encoding="utf-8"))
         for stage in ("autoencoder", "denoiser")
     )
-    pipeline = DiffusionPipeline.from_pretrained(model)
+    pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     card = {

@@ -116,7 +116,7 @@ class FluxNetworks(nn.Module):
     @classmethod
     def load(cls, directory: Path) -> FluxNetworks:
         """From an earlier result."""
-        earlier = FluxPipeline.from_pretrained(directory)
+        earlier = FluxPipeline.from_pretrained(directory, use_safetensors=True)
         return cls(
             earlier.transformer, earlier.text_encoder, earlier.text_encoder_2, earlier.tokenizer, earlier.tokenizer_2
         )

@@ -75,14 +75,14 @@ def _autoencoder(out: Path, data: EmojiSet, source: AutoencoderRecipe | Path) ->
     done = out / "figures" / "autoencoder.json"
     if not done.exists():
         if isinstance(source, Path):
-            vae = AutoencoderKL.from_pretrained(source / "vae").eval()
+            vae = AutoencoderKL.from_pretrained(source / "vae", use_safetensors=True).eval()
             vae.register_to_config(shift_factor=float(encode(vae, data.images).mean()))
             figures = json.loads((source / "figures" / "autoencoder.json").read_text(encoding="utf-8"))
         else:
             vae, figures = train_autoencoder(data.images, data.held_out(source.held_out, source.seed), source)
         vae.save_pretrained(out / "vae")
         _write(done, figures)
-    return AutoencoderKL.from_pretrained(out / "vae").eval()
+    return AutoencoderKL.from_pretrained(out / "vae", use_safetensors=True).eval()
 
 
 def _forget_origin(config: Path) -> None:

@@ -69,7 +69,7 @@ class UNetNetworks(nn.Module):
     @classmethod
     def load(cls, directory: Path) -> UNetNetworks:
         """From an earlier result."""
-        pipeline = StableDiffusionPipeline.from_pretrained(directory, safety_checker=None)
+        pipeline = StableDiffusionPipeline.from_pretrained(directory, use_safetensors=True, safety_checker=None)
         return cls(pipeline.unet, pipeline.text_encoder, pipeline.tokenizer)
 
     def forward(self, x: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
