@@ -35,9 +35,9 @@ def family_label(condition: Row) -> str:
 
 
 def gap_over_training(members: list[Row], reward: str) -> Panel | None:
-    """One curve for each eta."""
+    """One curve for each eta; None where there are not several."""
     curved = [c for c in _by_eta(members) if len(c["curves"][reward]["gap"]["iteration"]) > 1]
-    if not curved:
+    if len(curved) < 2:
         return None
     lines = [
         Line(c["curves"][reward]["gap"]["iteration"], c["curves"][reward]["gap"]["mean"], _colour(i, curved), _name(c))

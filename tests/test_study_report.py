@@ -1,0 +1,127 @@
+"""What a study says about made-up scores whose truth is known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from etude.study.analysis import analyse
+from etude.study.collect import collect, conditions
+from etude.study.page import write_results
+from etude.study.tables import p_value, tables
+from fake_study import made_up, write
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    study, gain = made_up()
+    directory = write(study, gain, tmp_path_factory.mktemp("study"))
+    page = write_results(study, directory)
+    return study, directory, page, json.loads((directory.root / "results.json").read_text())
+
+
+def test_cells_that_differ_in_the_seed_alone_are_one_condition(made):
+    study, directory, _, found = made
+    assert len(conditions(collect(study, directory))) == len(found["conditions"]) == 9
+    assert all(c["seeds"] == [0, 1, 2] for c in found["conditions"])
+
+
+def test_estimates_hold_the_truth(made):
+    for condition in made[3]["conditions"]:
+        estimates = condition["estimates"][str(condition["steps"])][condition["trained"][0]]
+        eta = condition["eta"]
+        truth = {
+            "improvement": 10 * eta - 3 * eta**2,
+            "gap": 20 * eta**2 / condition["steps"],
+            "base_gap": 20 * eta**2 / condition["steps"],
+            "gap_change": 0.0,
+        }
+        for quantity, value in truth.items():
+            width = estimates[quantity]["high"] - estimates[quantity]["low"]
+            assert estimates[quantity]["low"] - width / 2 < value < estimates[quantity]["high"] + width / 2
+
+
+def test_comparisons_are_paired_with_the_baseline_and_corrected(made):
+    rows = made[3]["comparisons"]
+    assert {(row["against"], row["reward"]) for row in rows} == {
+        ("alignment, η = 1, 10 steps", "alignment"),
+        ("colorfulness, η = 1, 10 steps", "colorfulness"),
+    }
+    low = next(row for row in rows if row["label"] == "alignment, η = 0.5, 10 steps")
+    assert low["difference"]["high"] < 0
+    assert abs(low["difference"]["mean"] + 2.75) < 0.5  # 10 * 0.5 - 3 * 0.25 less 10 - 3
+    assert all(row["p_holm"] >= row["difference"]["p"] for row in rows)
+
+
+def test_the_discretisation_is_shown_beside_the_theory(made):
+    rows = made[3]["discretisation"]
+    assert len({(r["kernel"], r["eta"], r["steps"], r["reward"]) for r in rows}) == len(rows) == 9
+    gddim = [r for r in rows if r["kernel"] == "gddim" and r["reward"] == "alignment"]
+    theory = [abs(r["theory"]["total"]) for r in gddim]
+    assert theory == sorted(theory)
+
+
+def test_the_matrix_has_a_row_for_the_base_model_and_each_training_eta(made):
+    table = next(t for t in made[3]["matrix"] if t["reward"] == "alignment")
+    assert table["columns"] == ["ODE", "Heun", "DPM-Solver++ 2M", "SDE η = 0.5", "SDE η = 1", "SDE η = 2"]
+    assert [row["label"] for row in table["rows"]] == ["base model", "η = 0.5", "η = 1", "η = 2"]
+
+
+def test_every_cell_and_every_condition_has_its_rows_in_the_csv(made):
+    rows = list(csv.DictReader((made[1].root / "results.csv").open()))
+    final = [row for row in rows if row["evaluation"] == "final" and row["seeds"] == "1"]
+    assert {row["cell"] for row in final} == {cell.slug for cell in made[0].cells}
+    assert len([row for row in rows if row["seeds"] == "3"]) == 9 * 2
+    for row in final:
+        assert float(row["gap_low"]) <= float(row["gap"]) <= float(row["gap_high"])
+        assert row["seconds"]
+
+
+def test_the_page_refers_to_nothing_outside_and_every_image_has_words(made):
+    html = made[2].read_text()
+
+    class Reader(HTMLParser):
+        outside, silent, images = [], 0, 0
+
+        def handle_starttag(self, tag, attributes):
+            found = dict(attributes)
+            self.outside += [v for k, v in attributes if k in {"src", "href"} and not v.startswith(("data:", "#"))]
+            self.images += tag == "img"
+            self.silent += tag == "img" and not found.get("alt")
+
+    reader = Reader()
+    reader.feed(html)
+    assert (reader.outside, reader.silent) == ([], 0)
+    assert reader.images == 3 * (4 + 5)  # three prompts; the base model, the etas, and for one reward ddim
+    assert html.count("<svg") == html.count('role="img"') > 10
+    assert not re.search(r"url\((?!#)", html)
+
+
+def test_no_digit_is_finer_than_its_interval(made):
+    for table in tables(made[3]):
+        for row in table.rows:
+            for cell in row[1:]:
+                parts = re.findall(r"\d+(?:\.(\d+))?", cell)
+                assert "[" not in cell or len({len(decimals) for decimals in parts}) == 1
+
+
+def test_tables_are_well_formed_markdown(made):
+    text = (made[1].root / "tables.md").read_text()
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count("|") - line.count("\\|") for line in block.splitlines()}) == 1
+
+
+def test_a_study_with_nothing_done_says_so(made, tmp_path):
+    from etude.study.state import StudyDirectory
+
+    study, directory = made[0], StudyDirectory(tmp_path)
+    assert analyse(study, collect(study, directory))["done"] == 0
+    assert "No cell is done yet" in write_results(study, directory).read_text()
+
+
+def test_p_values_are_never_zero():
+    assert [p_value(p) for p in (None, 1e-12, 0.0123, 0.4)] == ["–", "< 0.001", "0.012", "0.40"]
