@@ -206,13 +206,19 @@ def _basis(run: Run) -> str:
     iteration, final = run.evaluations[-1]
     estimate: Interval = next(iter((final.get("ode") or {}).values()), {})
     prompts = estimate.get("clusters")
-    of = f" of {prompts} held-out prompt{'s' if prompts != 1 else ''}" if prompts else " of held-out prompts"
+    kind = _prompts(run)
+    of = f" of {prompts} {kind if prompts != 1 else kind.removesuffix('s')}" if prompts else f" of {kind}"
     by = "images, as there is one prompt only" if estimate.get("clustered") is False else "prompts"
     steps = f", {final['num_steps']} steps" if "num_steps" in final else ""
     return (
         f"Measured after iteration {iteration} on {estimate.get('n', '?')} pairs of images{of} from the same noise{steps}. "
         f"Square brackets are 95 % bootstrap intervals over {by}."
     )
+
+
+def _prompts(run: Run) -> str:
+    """What the prompts of the evaluations may be called: some recipes evaluate on prompts that are trained on."""
+    return "evaluation prompts" if run.evaluations[-1][1].get("prompts_trained_on") else "held-out prompts"
 
 
 def _table(run: Run) -> list[dict[str, Any]]:
@@ -259,10 +265,10 @@ def _curves(run: Run, reward: str) -> list[tuple[str, str, str]]:
     if ode:
         eta = _number(run.evaluations[-1][1].get("eta"))
         lines = [_interval_line(ode, "ode", "ODE")] + ([_interval_line(sde, "sde", f"SDE, η = {eta}")] if sde else [])
-        alt = f"Held-out reward {reward}: ODE {_first_to_last(lines[0].y)}"
+        alt = f"Reward {reward} on {_prompts(run)}: ODE {_first_to_last(lines[0].y)}"
         alt += f", SDE {_first_to_last(lines[1].y)}." if sde else "."
         figures.append(
-            ("On held-out prompts", "Both samplers from the same noise, with 95 % intervals.", line_figure(lines, alt))
+            (f"On {_prompts(run)}", "Both samplers from the same noise, with 95 % intervals.", line_figure(lines, alt))
         )
     for quantity, colour, title, note in (
         ("gap", "gap", "Reward gap", "ODE minus SDE, same weights. Above 0: the ODE scores higher."),
