@@ -46,7 +46,7 @@ def gap_over_training(members: list[Row], reward: str) -> Panel | None:
     said = "; ".join(
         f"{_name(c)} from {_g(line.y[0])} to {_g(line.y[-1])}" for c, line in zip(curved, lines, strict=True)
     )
-    svg = figure(_lines(lines, zero=True), f"Reward gap in {reward} over training: {said}.")
+    svg = figure(_lines(lines, zero=True), f"Reward gap in {reward} over training: {said}.", size=SMALL)
     return "Reward gap over training", "ODE minus SDE at the training η, mean of the seeds.", svg
 
 
@@ -101,7 +101,7 @@ def _against_eta(x: list[float], found: list[Row], quantities: tuple[str, str], 
         axes.axhline(dashed, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)))
 
     said = "; ".join(f"{e:g}: ODE {estimate(f[quantities[0]])}" for e, f in zip(x, found, strict=True))
-    return figure(draw, f"{title} by training eta: {said}.", xlabel="training η", integers=False)
+    return figure(draw, f"{title} by training eta: {said}.", size=SMALL, xlabel="training η", integers=False)
 
 
 def gap_against_steps(found: Row, reward: str) -> Panel | None:
@@ -125,7 +125,7 @@ def gap_against_steps(found: Row, reward: str) -> Panel | None:
                 Line(steps, mean, colour if len(several) == 1 else LEVELS[index % 8], label + suffix, low, high)
             )
     alt = f"Gap in {reward} against steps: " + "; ".join(f"{line.label} {', '.join(map(_g, line.y))}" for line in lines)
-    svg = figure(_lines(lines, zero=True), f"{alt}.", xlabel="denoising steps")
+    svg = figure(_lines(lines, zero=True), f"{alt}.", size=SMALL, xlabel="denoising steps")
     return "Gap against steps", "ODE minus SDE, with 95 % intervals; the base model's gap is the discretisation's.", svg
 
 
@@ -149,7 +149,7 @@ def _lines(lines: list[Line], zero: bool = False, limits: tuple[float, float] | 
             margin = 0.05 * (limits[1] - limits[0])
             axes.set_ylim(limits[0] - margin, limits[1] + margin)
         if any(line.label for line in lines):
-            columns = min(len(lines), 4)
+            columns = min(len(lines), 3)
             axes.legend(
                 loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=columns, borderaxespad=0, handlelength=1.2,
                 columnspacing=1.2,
