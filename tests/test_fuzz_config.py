@@ -300,6 +300,26 @@ def test_a_number_too_long_to_be_written_is_refused_without_writing_it() -> None
     assert "a int too long to show" in message
 
 
+SIZES = [
+    "iterations",
+    "seed",
+    "resolution",
+    "lora.rank",
+    "sampling.num_steps",
+    "rollout.images_per_iteration",
+    "evaluation.num_images",
+    "evaluation.num_steps",
+]
+
+
+@pytest.mark.parametrize("key", [*SIZES, "evaluation.grid_images"])
+def test_a_size_that_no_machine_has_is_refused_before_anything_is_made_of_it(key: str) -> None:
+    tree: dict[str, Any] = {}
+    set_key(tree, key, 2**63, "here")
+    with pytest.raises(EtudeError, match=f"{key} = {2**63}: input should be less than"):
+        parse_config(tree)
+
+
 def test_a_recipe_file_that_is_no_file_is_named() -> None:
     assert "is no file" in (refused(load_config, "/dev/zero") or "")
     assert "unknown recipe" in (refused(load_config, "a" * 300) or "")

@@ -127,7 +127,7 @@ class SamplingConfig(Section):
         description="null: eta stays what it is. A section: eta moves to another value, over the iterations or over the denoising steps.",
     )
     num_steps: int = Field(
-        50, ge=1, description="Denoising steps in training, and in evaluation unless that says otherwise."
+        50, ge=1, le=10_000, description="Denoising steps in training, and in evaluation unless that says otherwise."
     )
     guidance_scale: float = Field(
         5.0,
@@ -203,7 +203,9 @@ class SamplingConfig(Section):
 
 
 class RolloutConfig(Section):
-    images_per_iteration: int = Field(256, ge=1, description="Images sampled in one iteration, over all processes.")
+    images_per_iteration: int = Field(
+        256, ge=1, le=1_000_000, description="Images sampled in one iteration, over all processes."
+    )
     images_per_prompt: int = Field(
         1, ge=1, description="Images of one prompt in one iteration (the group of GRPO; 1 for DDPO)."
     )
@@ -231,7 +233,7 @@ class RolloutConfig(Section):
 
 
 class LoraConfig(Section):
-    rank: int = Field(4, ge=0, description="LoRA rank; 0 trains the whole network.")
+    rank: int = Field(4, ge=0, le=16_384, description="LoRA rank; 0 trains the whole network.")
     alpha: float = Field(4.0, gt=0, description="LoRA alpha: the update is scaled by alpha / rank.")
     targets: list[str] = Field(
         ["to_q", "to_k", "to_v", "to_out.0"],
@@ -328,11 +330,12 @@ class EvaluationConfig(Section):
     num_steps: int | None = Field(
         None,
         ge=1,
+        le=10_000,
         description="Denoising steps of both sides of the gap, ODE and SDE; null is sampling.num_steps. Flow-GRPO evaluates at 40 steps "
         "what it trains at 10.",
     )
     num_images: int = Field(
-        64, ge=2, description="Held-out pairs of images (ODE and SDE from the same noise) per evaluation."
+        64, ge=2, le=1_000_000, description="Held-out pairs of images (ODE and SDE from the same noise) per evaluation."
     )
     held_out_rewards: list[str] = Field(
         [], description="Rewards that are measured and not trained on: the guard against reward hacking."
@@ -342,7 +345,7 @@ class EvaluationConfig(Section):
         description="Reward to how far its held-out ODE mean may fall below the base model's, in its own unit. The run stops, with its weights "
         "exported, once the whole 95 % interval of the change lies below that.",
     )
-    grid_images: int = Field(24, ge=1, description="Images in the before / after grids.")
+    grid_images: int = Field(24, ge=1, le=4096, description="Images in the before / after grids.")
 
 
 class CheckpointConfig(Section):
@@ -392,6 +395,7 @@ class TrainConfig(Section):
     resolution: int | None = Field(
         None,
         ge=8,
+        le=65_536,
         description="Side of the images in pixels; null is the pipeline's own (512 for SD1.5, 1024 for SD3 and FLUX).",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
@@ -400,9 +404,12 @@ class TrainConfig(Section):
         "without bfloat16: its losses are scaled so that gradients do not underflow.",
     )
     seed: int = Field(
-        0, ge=0, description="Seeds everything; noise is a pure function of (seed, stream, iteration, sample, step)."
+        0,
+        ge=0,
+        lt=2**63,
+        description="Seeds everything; noise is a pure function of (seed, stream, iteration, sample, step).",
     )
-    iterations: int = Field(100, ge=1, description="Rollout-and-update iterations.")
+    iterations: int = Field(100, ge=1, le=100_000_000, description="Rollout-and-update iterations.")
     rewards: dict[str, float] = Field(
         {"jpeg_compressibility": 1.0},
         min_length=1,
