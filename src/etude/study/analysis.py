@@ -9,7 +9,7 @@ import numpy as np
 
 from etude.config import leaves
 from etude.errors import EtudeError
-from etude.study.collect import CellResult, Condition, conditions, families, sampler_label
+from etude.study.collect import SAMPLER_KEYS, CellResult, Condition, conditions, families, sampler_label
 from etude.study.inference import Effect, effect, holm
 from etude.study.spec import Study
 from etude.theory.gap import gap_split
@@ -17,7 +17,6 @@ from etude.theory.levels import explicit
 from etude.theory.rewards import QuadraticReward
 from etude.theory.targets import Gaussian
 
-SAMPLER_KEYS = ("sampling.kernel", "sampling.eta")
 _THEORY_KERNELS = ("gddim", "ddim")
 Row = dict[str, Any]
 
@@ -142,7 +141,7 @@ def _curves(condition: Condition, reward: str) -> Row:
 def _comparisons(study: Study, found: list[Condition]) -> list[Row]:
     """Each condition against the baseline that agrees with it in all but the baseline's keys, seed by seed and image by image."""
     baseline, rows = study.settings.baseline, []
-    for family, members in families(found, tuple(baseline)):
+    for family, members in families(found, (*baseline, "sampling.eta_schedule")):
         reference = next((c for c in members if _has(c, baseline)), None)
         for condition in members if reference is not None else []:
             if condition is not reference:

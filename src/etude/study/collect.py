@@ -18,6 +18,8 @@ from etude.study.state import StudyDirectory, read_json
 
 _NOT_A_CONDITION = ("seed", "evaluation.", "checkpoint.", "memory.", "trackers")
 _NAMES = {"sampling.eta": "η", "sampling.num_steps": "steps", "rewards": "reward", "optimizer.learning_rate": "rate"}
+SAMPLER_KEYS = ("sampling.kernel", "sampling.eta", "sampling.eta_schedule")
+"""What conditions of one family, drawn in one figure, may differ in."""
 Values = list[tuple[str, Any]]
 
 
@@ -183,6 +185,8 @@ def _words(key: str, value: Any, config: TrainConfig) -> str:
         return "" if value == "gddim" else str(value)
     if key == "sampling.window":
         return "every step" if value is None else f"{value['strategy']} window of {value['size']}"
+    if key == "objective.timestep_fraction":
+        return "" if value == 1 else f"{100 * value:.0f} % of them trained"
     if key == "sampling.num_steps":
         return f"{value} steps"
     name = _NAMES.get(key, key.rpartition(".")[2])

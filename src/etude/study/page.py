@@ -13,7 +13,7 @@ from etude.errors import EtudeError
 from etude.report.page import duration
 from etude.study import figures
 from etude.study.analysis import analyse
-from etude.study.collect import CellResult, Condition, collect, conditions, families
+from etude.study.collect import SAMPLER_KEYS, CellResult, Condition, collect, conditions, families
 from etude.study.spec import Study
 from etude.study.state import StudyDirectory
 from etude.study.tables import basis, estimate, markdown, tables
@@ -123,7 +123,7 @@ def sentences(found: Row) -> list[str]:
 def pictures(results: list[CellResult], directory: StudyDirectory) -> list[tuple[str, list[str], list[Any]]]:
     """(label, heads, [(prompt, images)]) of each family: the base model and every training eta from the same noise."""
     shown = []
-    for label, members in families(conditions(results), ("sampling.kernel", "sampling.eta")):
+    for label, members in families(conditions(results), SAMPLER_KEYS):
         seed = members[0].seeds[0]
         chosen = [(c, r) for c in members for r in c.results if r.cell.config.seed == seed]
         strips = [directory.cell(r.cell) / "samples" / "study.png" for _, r in chosen]
