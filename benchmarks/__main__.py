@@ -1,4 +1,4 @@
-"""`python -m benchmarks [overhead] [trl] [memory] [mixgrpo]`: prints a table for each, writes results/<name>.json and .md."""
+"""`python -m benchmarks [overhead] [trl] [memory] [mixgrpo] [async_rewards]`: prints a table for each, writes results/<name>.json and .md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import against_trl, memory, mixgrpo, overhead
+from benchmarks import against_trl, async_rewards, memory, mixgrpo, overhead
 from benchmarks.against_trl import Comparison, Work
 from benchmarks.results import RESULTS, Result
 
@@ -46,6 +46,10 @@ def _mixgrpo(options: argparse.Namespace) -> Result:
     return mixgrpo.run(work, options.model, options.repeats or places, options.threads, options.seed)
 
 
+def _async_rewards(options: argparse.Namespace) -> Result:
+    return async_rewards.run(async_rewards.Work(), options.repeats or 5, options.threads)
+
+
 SMALL, LARGER = Work((4, 8)), Work((32, 64))
 """The channels of the pipelines in diffusers' own tests, and of the tiny ones that are on the model hub."""
 OURS = (32, 160)
@@ -63,6 +67,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "trl": _trl,
     "memory": _memory,
     "mixgrpo": _mixgrpo,
+    "async_rewards": _async_rewards,
 }
 
 

@@ -48,7 +48,7 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
         "parameters": sum(p.numel() for p in trainer.parameters.values()),
     }
     handlers: dict[str, Callable[..., dict[str, Any]]] = {
-        "iterate": lambda: {"seconds": _iterate(trainer)},
+        "iterate": lambda: {"seconds": _iterate(trainer), "phases": dict(trainer.seconds)},
         "overhead": lambda: _overhead(trainer),
         "memory": lambda: {"peak_bytes": peak_bytes()},
         "parity": lambda path, prompts: compare(trainer, Path(path), prompts),

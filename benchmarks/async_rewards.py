@@ -1,0 +1,85 @@
+"""Iterations that score all images after the rollout over iterations that score each micro-batch while the next is sampled."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.processes import BUILD, Side
+from benchmarks.results import Headline, Ratio, Result, milliseconds
+
+TARGET = 1.3
+WARM_UP = 1
+AFTER, AHEAD = "scored after the rollout", "scored ahead"
+SECONDS_PER_IMAGE = 0.5
+
+
+def slow(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
+    """Brightness, from a reward that is not in a hurry: as if another machine, or another GPU, worked on it for half a second an image."""
+    time.sleep(SECONDS_PER_IMAGE * len(images))
+    return images.float().mean(dim=(1, 2, 3)) / torch.tensor(255.0)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every iteration does."""
+
+    images: int = 16
+    batch: int = 2
+    num_steps: int = 5
+
+
+def run(work: Work, repeats: int, threads: int | None) -> Result:
+    """Alternates an iteration that scores after the rollout and one that scores ahead: the same images, the same scores.
+
+    Args:
+        repeats: pairs, after one that is thrown away.
+    """
+    BUILD.mkdir(parents=True, exist_ok=True)
+    sides = {
+        name: Side(sys.executable, "benchmarks.etude_side", _settings(work, name), threads) for name in (AFTER, AHEAD)
+    }
+    with sides[AFTER], sides[AHEAD]:
+        rounds = [{name: side.ask("iterate") for name, side in sides.items()} for _ in range(WARM_UP + repeats)][
+            WARM_UP:
+        ]
+        info = sides[AHEAD].info
+    return _result(work, rounds, {"repeats": repeats, "threads": info["threads"]}, info["versions"])
+
+
+def _result(work: Work, rounds: list[dict[str, Any]], settings: dict[str, Any], versions: dict[str, str]) -> Result:
+    def each(name: str, *phases: str) -> list[float]:
+        return [sum(found[name]["phases"][p] for p in phases) if phases else found[name]["seconds"] for found in rounds]
+
+    parts = {
+        "waiting for rewards": (each(AFTER, "rewards"), each(AHEAD, "rewards")),
+        "rollout and rewards": (each(AFTER, "rollout", "rewards"), each(AHEAD, "rollout", "rewards")),
+        "iteration": (each(AFTER), each(AHEAD)),
+    }
+    return Result(
+        "async_rewards",
+        Headline("rollout and rewards, after / ahead", Ratio.of(*parts["rollout and rewards"]), TARGET, at_most=False),
+        ["part of an iteration", f"{AFTER}, median ms", f"{AHEAD}, median ms", "after / ahead"],
+        [[n, milliseconds(a), milliseconds(b), str(Ratio.of(a, b))] for n, (a, b) in parts.items()],
+        settings={**asdict(work), **settings, "reward_seconds": SECONDS_PER_IMAGE * work.images},
+        measurements={"rounds": rounds},
+        versions={"etude": versions},
+    )
+
+
+def _settings(work: Work, name: str) -> dict[str, Any]:
+    overrides = [
+        'rewards={"benchmarks.async_rewards:slow": 1.0}',
+        "evaluation.held_out_rewards=[]",
+        f"rollout.images_per_iteration={work.images}",
+        f"rollout.batch_size={work.batch}",
+        f"sampling.num_steps={work.num_steps}",
+        "objective.timestep_fraction=0.1",  # the update is not what is measured
+        f"rollout.score_ahead={'true' if name == AHEAD else 'false'}",
+    ]
+    return {"recipe": "emoji-ddpo", "overrides": overrides, "work": str(BUILD)}
