@@ -20,6 +20,7 @@ from etude.config import LoraConfig
 from etude.errors import EtudeError
 from etude.paths import Grid
 from etude.paths import Path as NoisePath
+from etude.sharding import part
 
 
 @dataclass(frozen=True)
@@ -188,4 +189,4 @@ def assign(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> No
                 "another model or LoRA rank; start anew in another --out."
             )
     for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+        parameter.copy_(part(values[name], parameter))

@@ -45,6 +45,29 @@ def most_starts(count: int, rollout: RolloutConfig, processes: int) -> int:
     return max(len(set(keys)) for keys in own)
 
 
+def split_samples(count: int, updates: int, generator: np.random.Generator) -> list[Tensor]:
+    """Which samples 0..count - 1 each of the optimiser steps of a pass trains, in random order: int64, one tensor a step.
+
+    Of every `updates` consecutive samples each step takes one. So whatever number of processes divides the samples among itself, each has
+    equally many of every step's, and together they take the steps that one process takes alone.
+    """
+    updates = min(updates, count)
+    step = np.zeros(count, dtype=np.int64)
+    if updates > 1:
+        runs = np.tile(np.arange(updates), (-(-count // updates), 1))
+        step = generator.permuted(runs, axis=1).flatten()[:count]
+    order = generator.permutation(count)
+    return [torch.from_numpy(order[step[order] == k]) for k in range(updates)]
+
+
+def own_pairs(pairs: tuple[Tensor, Tensor], samples: list[int]) -> tuple[Tensor, Tensor]:
+    """Of (sample, trained step) pairs those of a process, whose consecutive `samples` it counts from 0."""
+    rows, columns = pairs
+    first = samples[0]
+    own = (rows >= first) & (rows < first + len(samples))
+    return rows[own] - first, columns[own]
+
+
 def draw_pairs(
     samples: Tensor, num_steps: int, fraction: float, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from etude.errors import EtudeError
+from etude.sharding import part, whole
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _CONTENT = (TENSORS, STATE)
@@ -123,7 +124,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) ->
         EtudeError: the names are not as many as the parameters, or not distinct.
     """
     return {
-        f"{name}.{key}": torch.as_tensor(value).detach().cpu().clone()
+        f"{name}.{key}": whole(torch.as_tensor(value).detach()).cpu().clone()
         for name, parameter in _named(optimizer, names).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -156,7 +157,8 @@ def load_optimizer_tensors(
             continue
         # AdamW keeps `step` on the CPU unless told otherwise; the moments live with the parameter.
         device = parameter.device if value.ndim or _on_device(optimizer) else torch.device("cpu")
-        states[name][key] = value.to(device, copy=True)
+        value = value.to(device, copy=True)
+        states[name][key] = part(value, parameter) if key in _LIKE_THE_PARAMETER else value
     for name, parameter in parameters.items():
         optimizer.state[parameter] = states[name]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from etude.sharding import whole
 from etude.statistics import Estimate, mean_summary, paired_summary
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class BestWeights:
             return
         if self.weights and self._mean(evaluation) <= self._mean(self.evaluation):
             return
-        self.weights = {name: value.detach().to("cpu", copy=True) for name, value in parameters.items()}
+        self.weights = {name: whole(value.detach()).to("cpu", copy=True) for name, value in parameters.items()}
         self.iteration, self.evaluation = iteration, evaluation
 
     def state(self) -> dict[str, Any]:

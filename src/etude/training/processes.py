@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     gather_object,
     get_int_from_env,
@@ -17,7 +21,8 @@ from accelerate.utils import (
     is_trackio_available,
     is_wandb_available,
 )
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief
@@ -53,12 +58,46 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
         )
     if torch.distributed.is_initialized():
         _keep_for_good(torch.distributed.group.WORLD)
-    if config.rollout.images_per_iteration % accelerator.num_processes:
-        raise EtudeError(
-            f"rollout.images_per_iteration = {config.rollout.images_per_iteration} is not a multiple of "
-            f"the {accelerator.num_processes} processes."
-        )
+    _shard_on_cpu(accelerator)
+    _check_division(config, accelerator.num_processes)
     return accelerator
+
+
+def prepare(
+    accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Wraps the network for several processes, or divides it among them; the parameters are others then."""
+    network, prepared = accelerator.prepare(network, optimizer)
+    if isinstance(network, FSDPModule):
+        # By default the outermost layers stay whole after a forward without gradients, and would miss it when weights are swapped.
+        network.set_reshard_after_forward(True)
+    return network, prepared
+
+
+def _check_division(config: TrainConfig, processes: int) -> None:
+    """Every process must have equally many samples of every optimiser step."""
+    images, updates = config.rollout.images_per_iteration, config.objective.updates_per_epoch
+    if images % processes:
+        raise EtudeError(f"rollout.images_per_iteration = {images} is not a multiple of the {processes} processes.")
+    if processes > 1 and images % (processes * updates):
+        raise EtudeError(
+            f"rollout.images_per_iteration = {images} is not a multiple of {processes} processes times objective.updates_per_epoch = "
+            f"{updates}, so that the processes would have unequal shares of an optimiser step: change one of the three."
+        )
+
+
+def _shard_on_cpu(accelerator: Accelerator) -> None:
+    """Lets FSDP run on the CPU too, where Accelerate, which has it for accelerators only, would leave every process the whole model."""
+    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if not wanted or accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return
+    state = accelerator.state
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if state.fsdp_plugin.fsdp_version != 2:
+        raise EtudeError("FSDP's first version is not supported: set fsdp_version: 2 in Accelerate's configuration.")
+    # The plugin looks at the type where it is used, and at nothing that a CPU lacks.
+    state.distributed_type = DistributedType.FSDP
+    PartialState().distributed_type = DistributedType.FSDP
 
 
 def _keep_for_good(group: object) -> None:
@@ -94,6 +133,49 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
     first = next(((i, words) for i, words in enumerate(said) if words is not None), None)
     if first is not None:
         raise SharedFailureError(f"process {first[0]}: {first[1]}") from failure
+
+
+def is_of_a_lost_process(error: BaseException) -> bool:
+    """Whether an exchange failed because another process is gone: as NCCL and the store say it, or as gloo does."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def check_same_directory(accelerator: Accelerator, out: Path, iteration: int) -> None:
+    """All processes must have found the same checkpoint; they have all looked when this returns.
+
+    Args:
+        iteration: that this process found; -1 for none.
+
+    Raises:
+        EtudeError: they did not, since `out` is not one directory that all of them share.
+    """
+    if accelerator.num_processes == 1:
+        return
+    found = gather(accelerator, torch.tensor([iteration]), accelerator.num_processes).tolist()
+    if len(set(found)) > 1:
+        raise EtudeError(
+            f"the processes do not find the same checkpoint in '{out}' (iterations {found}, -1 for none): give an --out that all "
+            "machines share."
+        )
+
+
+def tell_of_other_processes(before: int | None, now: int) -> None:
+    """Says what becomes of a run that goes on with another number of processes."""
+    if before is not None and before != now:
+        warnings.warn(
+            f"the run goes on with {now} process{'es' if now > 1 else ''} instead of {before}: prompts, noise and optimiser steps stay "
+            "the same, and the results to rounding, not to the bit",
+            stacklevel=2,
+        )
+
+
+def end_training(accelerator: Accelerator, dissolve: bool) -> None:
+    """Closes the trackers and, if asked to, dissolves the group of processes."""
+    if dissolve:
+        accelerator.end_training()
+        return
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def check_trackers(names: Iterable[str]) -> None:

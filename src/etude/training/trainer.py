@@ -32,8 +32,9 @@ from etude.policies.loading import policy_of
 from etude.prompts import PromptSet, load_prompts
 from etude.rewards import WeightedRewards
 from etude.rollout import Trajectory, replay, rollout
+from etude.sharding import assembled, part, sharded, whole
 from etude.training import artifacts, guards
-from etude.training.batches import draw_pairs, draw_prompts, most_starts, noise_keys
+from etude.training.batches import draw_pairs, draw_prompts, most_starts, noise_keys, own_pairs, split_samples
 from etude.training.checkpoint import (
     append_line,
     atomic_write_text,
@@ -50,7 +51,18 @@ from etude.training.loss_scale import LossScale
 from etude.training.memory_estimate import fake_mode
 from etude.training.optimizers import check_optimizer, make_optimizer
 from etude.training.plans import TrainingPlans
-from etude.training.processes import SharedFailureError, failing_together, gather, make_accelerator, share
+from etude.training.processes import (
+    SharedFailureError,
+    check_same_directory,
+    end_training,
+    failing_together,
+    gather,
+    is_of_a_lost_process,
+    make_accelerator,
+    prepare,
+    share,
+    tell_of_other_processes,
+)
 from etude.training.run_directory import Checkpoints, check_directory, clear_half_written
 from etude.training.scoring import Scorer
 
@@ -87,6 +99,7 @@ class Trainer:
         )
         self.scorer = Scorer(self.rewards, config.rollout.reward_timeout, on_wait=lambda: self._advance(0))
         self.train_prompts = load_prompts(config.prompts.train)
+        self.formed = not torch.distributed.is_initialized()  # then the group of processes is this run's to dissolve
         self.accelerator = make_accelerator(config, self.out)
         self.policy = policy or policy_of(config, self.accelerator.device)
         self.plans = TrainingPlans(
@@ -130,7 +143,8 @@ class Trainer:
         if fake_mode(self.policy) is not None:  # an outline, for a dry run: there is nothing to place or to wrap
             self.prepared = self.optimizer
         else:
-            self.policy.network, self.prepared = self.accelerator.prepare(self.policy.network, self.optimizer)
+            self.policy.network, self.prepared = prepare(self.accelerator, self.policy.network, self.optimizer)
+            self.parameters = self.policy.trainable()  # others than before where they are held in parts
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema.decay else None
         averaged = self.policy.dimensions if config.objective.logprob_reduction == "mean" else 1
         self.loss_scale = LossScale(config.dtype == "float16", averaged, self._all)
@@ -153,7 +167,8 @@ class Trainer:
         """Runs to the end and returns the summary that is also written to `summary.json`."""
         started = time.time()
         self.rewards.load()  # before anything is written: a reward that cannot be used leaves no run to clear away
-        self.out.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            self.out.mkdir(parents=True, exist_ok=True)
         with held(self.out) if self.accelerator.is_main_process else nullcontext():
             return self._train(started)
 
@@ -177,7 +192,7 @@ class Trainer:
                 self._finish_iteration(self._iterate())
             summary = self._finish(started)
         self.display.summary_table(summary)
-        self.accelerator.end_training()
+        end_training(self.accelerator, self.formed)
         return summary
 
     @contextmanager
@@ -189,12 +204,18 @@ class Trainer:
             self.scorer.cancel()
             evaluating = self.unevaluated is not None and self.iteration > 0  # only the figures are missing then
             done = self.iteration if evaluating else self.iteration - 1
-            if (evaluating or not self.touched) and self.durable < done and self.accelerator.is_main_process:
+            # Parts are brought together by all processes or not at all.
+            reachable = not sharded(self.parameters) or isinstance(error, Interrupted | SharedFailureError)
+            if (evaluating or not self.touched) and self.durable < done and reachable:
                 self._save(done)
             if isinstance(error, SharedFailureError):
                 self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
             if isinstance(error, Interrupted):
                 raise Interrupted(f"{error}: {self.checkpoints.advice()}.", error.signum) from None
+            if self.accelerator.num_processes > 1 and is_of_a_lost_process(error):
+                raise EtudeError(
+                    f"another process of the run has ended, and its own message or the launcher's says why ({self.checkpoints.remaining()})."
+                ) from error
             if not isinstance(error, EtudeError):
                 raise
             raise EtudeError(f"{str(error).rstrip('.')} ({self.checkpoints.remaining()}).") from error
@@ -273,7 +294,7 @@ class Trainer:
             self.touched = True
             advantages = self._advantages(scores, prompts.texts, groups)
         with self._phase("update", len(samples) * len(trajectory.steps) * objective.num_inner_epochs):
-            statistics = self._update(trajectory, conditioning, advantages[samples])
+            statistics = self._update(trajectory, conditioning, advantages[samples], samples)
         alone, window = config.rollout.images_per_prompt == 1, self.plans.window_at(self.iteration)
         return {
             "iteration": self.iteration,
@@ -297,20 +318,23 @@ class Trainer:
             }
         return combine(normalised, self.config.rewards).float()
 
-    def _update(self, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor) -> dict[str, float]:
-        """The optimiser steps of one iteration; returns what is logged about them."""
+    def _update(
+        self, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor, samples: list[int]
+    ) -> dict[str, float]:
+        """The optimiser steps of one iteration on this process's samples; returns what is logged about them."""
         objective, statistics = self.config.objective, UpdateStatistics()
         advantages = advantages.to(self.policy.device)
         generator = keyed_generator(self.config.seed, "update", self.iteration)
         self.loss_scale.begin_iteration()
         for _ in range(objective.num_inner_epochs):
-            order = torch.from_numpy(generator.permutation(len(advantages)))
-            for chunk in order.tensor_split(min(objective.updates_per_epoch, len(order))):
+            for chunk in split_samples(
+                self.config.rollout.images_per_iteration, objective.updates_per_epoch, generator
+            ):
                 pairs = draw_pairs(chunk, len(trajectory.steps), objective.timestep_fraction, generator)
-                rows, columns = (indices.to(self.policy.device) for indices in pairs)
+                rows, columns = (indices.to(self.policy.device) for indices in own_pairs(pairs, samples))
                 self._accumulate(trajectory, conditioning, advantages, rows, columns, statistics)
                 norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
-                statistics.grad_norm.append(torch.as_tensor(norm).detach())
+                statistics.grad_norm.append(whole(torch.as_tensor(norm)).detach())
                 self.prepared.step()
                 self.prepared.zero_grad()
                 self._update_ema()
@@ -369,7 +393,8 @@ class Trainer:
         starts = range(0, len(rows), size)
         for start in starts:
             row, column = rows[start : start + size], columns[start : start + size]
-            # Processes exchange gradients only after the last micro-batch of an optimiser step.
+            # Processes exchange gradients only after the last micro-batch of an optimiser step, when DeepSpeed takes the step, too.
+            self.accelerator.sync_gradients = start == starts[-1]
             with nullcontext() if start == starts[-1] else self.accelerator.no_sync(self.policy.network):
                 result, kl = self._loss(trajectory, conditioning, advantages, row, column)
                 loss = result.loss if kl is None else result.loss + self.config.objective.kl_coef * kl.mean()
@@ -421,9 +446,8 @@ class Trainer:
         durable = last or self.iteration % config.checkpoint.every == 0 or self._asked_to_end()
         if self.accelerator.is_main_process:
             append_line(self.out / "metrics.jsonl", json.dumps(row))
-            if durable:
-                self._save(self.iteration)
         if durable:
+            self._save(self.iteration)
             self.durable = self.iteration
         if config.trackers:
             self.accelerator.log(artifacts.flatten(row), step=self.iteration)
@@ -438,11 +462,14 @@ class Trainer:
         self.seconds[name] = time.perf_counter() - start
 
     def _save(self, iteration: int) -> None:
-        tensors = {f"weights/{name}": p.detach() for name, p in self.parameters.items()}
+        """Writes a checkpoint, in the first process; all must call it where the weights are held in parts."""
+        if not (self.accelerator.is_main_process or sharded(self.parameters)):
+            return
+        tensors = {f"weights/{name}": whole(p.detach()) for name, p in self.parameters.items()}
         tensors |= {
             f"optimizer/{name}": t for name, t in optimizer_tensors(self.optimizer, list(self.parameters)).items()
         }
-        tensors |= {f"ema/{name}": t for name, t in (self.ema or {}).items()}
+        tensors |= {f"ema/{name}": whole(t) for name, t in (self.ema or {}).items()}
         tensors |= {f"best/{name}": t for name, t in self.best.weights.items()}
         state = {
             "base_scores": self.evaluation.base_scores,
@@ -450,18 +477,24 @@ class Trainer:
             "best": self.best.state(),
             "prompt_statistics": {name: s.state() for name, s in self.prompt_statistics.items()},
             "unevaluated": self.unevaluated,
+            "processes": self.accelerator.num_processes,
         }
-        self.checkpoints.save(iteration, tensors, state)
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(iteration, tensors, state)
 
     def _restore(self) -> None:
         """Takes up the newest sound checkpoint, and drops metrics of iterations that it does not hold."""
         checkpoint = self.checkpoints.load() if self.resume else None
+        found = -1 if checkpoint is None else checkpoint.iteration
+        check_same_directory(self.accelerator, self.out, found)  # and nobody writes before everybody has read
         if checkpoint is not None:
+            if self.accelerator.is_main_process:
+                tell_of_other_processes(checkpoint.state.get("processes"), self.accelerator.num_processes)
             assign(self.parameters, _under("weights/", checkpoint.tensors))
             load_optimizer_tensors(self.optimizer, list(self.parameters), _under("optimizer/", checkpoint.tensors))
             if self.ema is not None:
                 for name, average in _under("ema/", checkpoint.tensors).items():
-                    self.ema[name].copy_(average)
+                    self.ema[name].copy_(part(average, self.ema[name]))
             self.iteration = self.durable = checkpoint.iteration
             self.evaluation.base_scores = checkpoint.state["base_scores"]
             self.evaluation.last = checkpoint.state["last_evaluation"]
@@ -470,7 +503,6 @@ class Trainer:
                 self.best.load_state(_under("best/", checkpoint.tensors), checkpoint.state["best"])
             for name, statistics in self.prompt_statistics.items():
                 statistics.load_state(checkpoint.state["prompt_statistics"][name])
-        self.accelerator.wait_for_everyone()  # nobody writes before everybody has read
         if self.accelerator.is_main_process:
             written = -1 if checkpoint is None else self.iteration - (self.unevaluated is not None)
             truncate_metrics(self.out / "metrics.jsonl", written)
@@ -479,16 +511,20 @@ class Trainer:
     def _finish(self, started: float) -> dict[str, Any]:
         """Writes what the user came for: the adapter, its card, the summary and the report."""
         confirmation = self._confirm_best()
+        self._export(self.ema)
+        if self.best.weights:
+            self._export(self.best.weights, artifacts.BEST)
         if not self.accelerator.is_main_process:
             return {}
-        with swapped(self.parameters, self.ema):
-            artifacts.export(self.policy, self.out)
-        if self.best.weights:
-            with swapped(self.parameters, self.best.weights):
-                artifacts.export(self.policy, self.out, artifacts.BEST)
         return artifacts.finish(
             self.out, self.config, self.policy, self.evaluation.last, started, self.iteration, self.best, confirmation
         )
+
+    def _export(self, weights: dict[str, Tensor] | None, suffix: str = "") -> None:
+        """Writes weights, by default the present ones, from the first process."""
+        with swapped(self.parameters, weights), assembled(self.policy.network):
+            if self.accelerator.is_main_process:
+                artifacts.export(self.policy, self.out, suffix)
 
     def _confirm_best(self) -> dict[str, Any]:
         """What the best weights are worth from fresh noise, beside the last ones and the base model; empty if none were kept."""

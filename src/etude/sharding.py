@@ -1,0 +1,56 @@
+"""Tensors that the processes of a run hold in parts (FSDP2's `DTensor`), and their whole.
+
+Everything here is collective where tensors are in parts: all processes must call it, in the same order. Whole tensors pass as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def sharded(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether any of them is held in parts."""
+    return any(isinstance(tensor, DTensor) for tensor in tensors.values())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, in every process."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    full: Tensor = tensor.full_tensor()
+    return full
+
+
+def part(value: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, laid out as `like` is, which may be whole. No process hears of the others."""
+    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@contextmanager
+def assembled(network: nn.Module) -> Iterator[None]:
+    """Inside, the trained parameters that were in parts are whole, on the CPU: for `state_dict`, not for use."""
+    parts: dict[tuple[nn.Module, str], nn.Parameter] = {}
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, DTensor) and parameter.requires_grad:
+                parts[module, name] = parameter
+    # One after the other: the device never holds more than one of them beside its parts.
+    wholes = {place: nn.Parameter(whole(parameter.detach()).cpu()) for place, parameter in parts.items()}
+    _place(wholes)
+    try:
+        yield
+    finally:
+        _place(parts)
+
+
+def _place(parameters: Mapping[tuple[nn.Module, str], nn.Parameter]) -> None:
+    with torch.no_grad():
+        for (module, name), parameter in parameters.items():
+            module._parameters[name] = parameter
