@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.processes import BUILD, Side
 from benchmarks.results import Headline, Ratio, Result, milliseconds
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TARGET = 1.3
 WARM_UP = 1
@@ -22,7 +22,7 @@ SECONDS_PER_IMAGE = 0.5
 def slow(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
     """Brightness, from a reward that is not in a hurry: as if another machine, or another GPU, worked on it for half a second an image."""
     time.sleep(SECONDS_PER_IMAGE * len(images))
-    return images.float().mean(dim=(1, 2, 3)) / torch.tensor(255.0)
+    return images.float().mean(dim=(1, 2, 3)) / 255
 
 
 @dataclass(frozen=True)
