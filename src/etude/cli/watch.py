@@ -16,7 +16,7 @@ from etude.cli.options import expanded
 from etude.errors import EtudeError
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
     from rich.table import Table
 
     from etude.report.run import Run
@@ -151,7 +151,11 @@ def view(state: State) -> Group:
         ProgressBar(total=total, completed=max(0, state.iteration), width=40),
         left,
     )
-    parts = [Text(f"{state.directory}: {_essence(state.run)}", style="bold"), line, Text(state.words, style="dim")]
+    parts: list[RenderableType] = [
+        Text(f"{state.directory}: {_essence(state.run)}", style="bold"),
+        line,
+        Text(state.words, style="dim"),
+    ]
     if state.run.rows:
         parts += [Text(), _rewards(state.run), Text(), _health(state.run), Text(), Text(_seconds(state.run))]
     return Group(*parts)
