@@ -157,7 +157,12 @@ def test_a_raising_reward_names_itself_and_keeps_the_original_error() -> None:
         (torch.zeros(2), r"shape \[2\]"),
         (torch.zeros(()), r"shape \[\]"),
         (torch.zeros(3, dtype=torch.int64), "int64"),
-        ([0.0, 0.0, 0.0], "returned list"),
+        (["0", "1", "2"], "returned list"),
+        ([0.0, None, 0.0], "returned list"),
+        ([[0.0], [0.0, 1.0], 0.0], "returned list"),
+        (np.array([1j] * 3), "returned ndarray"),
+        ([0.0, 0.0], r"shape \[2\]"),
+        ([[0.0]] * 3, r"shape \[3, 1\]"),
         (None, "returned NoneType"),
     ],
 )
@@ -165,6 +170,38 @@ def test_a_wrong_shape_or_type_is_refused(returned: object, message: str) -> Non
     with pytest.raises(EtudeError, match=message) as caught:
         score("odd", lambda images, prompts, **m: returned, IMAGES, PROMPTS)
     assert "'odd'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [0, 0.5, 1],
+        (0.0, 0.5, 1.0),
+        np.array([0, 0.5, 1], dtype=np.float16),
+        np.linspace(1, 0, 3)[::-1],
+        [torch.tensor(0), torch.tensor(0.5, requires_grad=True), np.float32(1)],
+    ],
+)
+def test_numbers_are_scores_whatever_holds_them(returned: object) -> None:
+    scores = score("numbers", lambda images, prompts: returned, IMAGES, PROMPTS)
+    assert torch.equal(scores, torch.tensor([0.0, 0.5, 1.0]))
+
+
+def test_a_reward_gets_the_metadata_that_it_has_a_keyword_for() -> None:
+    class Network(torch.nn.Module):
+        def forward(self, images, prompts):
+            return torch.ones(len(images))
+
+    def asks(images, prompts, *, tag):
+        return [float(t) for t in tag]
+
+    metadata = {"tag": [1, 2, 3], "size": ["a", "b", "c"]}
+    for plain in (lambda images, prompts: [1.0] * len(images), Network()):
+        assert score("plain", plain, IMAGES, PROMPTS, metadata).tolist() == [1.0] * 3
+    assert score("asks", asks, IMAGES, PROMPTS, metadata).tolist() == [1.0, 2.0, 3.0]
+    assert score("all", lambda images, prompts, **m: [len(m)] * 3, IMAGES, PROMPTS, metadata).tolist() == [2.0] * 3
+    with pytest.raises(EtudeError, match=r"reward 'asks' failed .*'tag'"):
+        score("asks", asks, IMAGES, PROMPTS)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])

@@ -30,7 +30,7 @@ class Reward(Protocol):
             images: uint8 `[n, 3, h, w]`, values 0..255, RGB.
             prompts: n texts, the i-th belongs to the i-th image.
             metadata: what else the prompt set says (`etude.prompts`): by name, a list with an entry for each image. A reward
-                ignores what it does not use.
+                without `**metadata` gets those that it has a keyword for.
         """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
@@ -34,12 +35,13 @@ def score(
         name: what the reward is called in errors.
         images: uint8 [n, 3, h, w].
         prompts: n texts.
-        metadata: by name, a list of n entries; passed on as keyword arguments.
+        metadata: by name, a list of n entries; passed on as keyword arguments, of which the reward gets those that it takes.
         offset: index of the first image in the whole batch, so that errors count in the batch and not in a slice of it.
 
     Raises:
         EtudeError: if images and prompts do not match; if the reward raises (its message repeated, its error
-            chained); if it returns anything but a floating tensor [n]; or if a score is NaN or infinite in float32 (the
+            chained); if it returns anything but n numbers (a floating
+            tensor [n], or a list, tuple or array of n numbers); or if a score is NaN or infinite in float32 (the
             sample and its prompt are named).
     """
     _check_images(images, prompts)
@@ -229,7 +231,7 @@ class WeightedRewards:
         submit = getattr(get(name), "submit", None)
         if submit is not None:
             with _named(name, prompts, offset):
-                scoring.futures[name] = submit(images, prompts, **(metadata or {}))
+                scoring.futures[name] = submit(images, prompts, **_taken(submit, metadata))
         return submit is not None
 
     def _compute(
@@ -256,7 +258,20 @@ def _call(reward: Reward, images: Tensor, prompts: list[str], metadata: Mapping[
     import torch
 
     with torch.no_grad():
-        return reward(images, prompts, **(metadata or {}))
+        called = reward.forward if isinstance(reward, torch.nn.Module) else reward
+        return reward(images, prompts, **_taken(called, metadata))
+
+
+def _taken(function: Callable[..., Any], metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Of the metadata, what the function has keywords for: all if it takes `**metadata` or does not say."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # of a built-in function
+        return metadata or {}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return metadata or {}
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {name: values for name, values in (metadata or {}).items() if name in named}
 
 
 def _done(work: Callable[[], Any]) -> Future[Any]:
@@ -287,11 +302,13 @@ def _checked(name: str, scores: Any, prompts: list[str], offset: int) -> Tensor:
     """What a reward returned, as float32 [n] on the CPU."""
     import torch
 
-    if not isinstance(scores, torch.Tensor) or scores.is_nested:
+    found = scores if isinstance(scores, torch.Tensor) else _numbers(scores)
+    if found is None or found.is_nested:
         raise EtudeError(
             f"reward '{name}' returned {'a nested tensor' if hasattr(scores, 'is_nested') else type(scores).__name__}; "
-            f"it must return a float32 tensor of shape [{len(prompts)}]."
+            f"it must return a float32 tensor of shape [{len(prompts)}], or as many numbers."
         )
+    scores = found
     if scores.shape != (len(prompts),) or not scores.is_floating_point():
         raise EtudeError(
             f"reward '{name}' returned a tensor of shape {list(scores.shape)} and {scores.dtype} "
@@ -311,6 +328,20 @@ def _checked(name: str, scores: Any, prompts: list[str], offset: int) -> Tensor:
             f"prompt {prompts[bad[0]]!r}{more}; every score must be a finite number."
         )
     return scores
+
+
+def _numbers(scores: Any) -> Tensor | None:
+    """A list, tuple or array of numbers as a float64 tensor; None for anything else."""
+    import numpy as np
+    import torch
+
+    if not isinstance(scores, list | tuple | np.ndarray):
+        return None
+    try:
+        array = np.asarray([v.item() if isinstance(v, torch.Tensor) else v for v in scores])
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # ragged, or a tensor of several numbers
+        return None
+    return torch.from_numpy(array.astype(np.float64)) if array.dtype.kind in "fiub" else None
 
 
 def _check_images(images: Tensor, prompts: list[str]) -> None:
