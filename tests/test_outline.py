@@ -75,6 +75,18 @@ def test_an_outline_reads_no_weights_and_a_directory_without_them_is_named(tmp_p
         load_policy(place, outline=True)
 
 
+@pytest.mark.parametrize("outline", [True, False])
+def test_parts_that_read_pictures_are_not_looked_for(tmp_path: Path, outline: bool) -> None:
+    place = save_stable_diffusion(tmp_path / "model")
+    index = json.loads((place / "model_index.json").read_text())
+    index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]  # which transformers 5 no longer has
+    index["image_encoder"] = ["transformers", "CLIPVisionModelWithProjection"]
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (place / "model_index.json").write_text(json.dumps(index))
+    policy = load_policy(place, device="cpu", outline=outline)
+    assert policy.pipeline.feature_extractor is policy.pipeline.image_encoder is policy.pipeline.safety_checker is None
+
+
 def test_code_of_a_pipelines_own_is_refused(tmp_path: Path) -> None:
     place = save_stable_diffusion(tmp_path / "model")
     index = json.loads((place / "model_index.json").read_text())

@@ -112,6 +112,13 @@ def test_the_ode_plan_makes_the_pipelines_own_latents_and_images(family, guided)
     assert (policy.decode(found).long() - grey_levels(pictures)).abs().max() <= 1  # where 1e-5 rounds the other way
 
 
+def test_an_sdxl_whose_autoencoder_has_latent_statistics_makes_its_pipelines_images():
+    pipeline = stable_diffusion_xl()
+    pipeline.vae.register_to_config(latents_mean=[0.5, -0.3, 0.1, 1.0], latents_std=[1.5, 0.7, 2.0, 1.0])
+    policy = StableDiffusionXLPolicy(pipeline)
+    assert (policy.decoded(latents(policy, 5.0)) - plain_images(pipeline, policy, 5.0)).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("resolution", [12, 16])
 @pytest.mark.parametrize(
     "scheduler",

@@ -60,8 +60,8 @@ class PipelinePolicy(Policy):
     """The pipeline's component that is trained."""
     classifier_free: ClassVar[bool] = True
     """Guidance by a second evaluation with the empty prompt; otherwise the network itself is told the scale."""
-    load_arguments: ClassVar[dict[str, Any]] = {}
-    """What `from_pretrained` is told beside the dtype."""
+    load_arguments: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
+    """What `from_pretrained` is told beside the dtype: no picture is ever read, so what reads pictures is left out."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Components that a pipeline may have been saved without, and that `from_pretrained` must then be told are None."""
 
@@ -256,10 +256,14 @@ class PipelinePolicy(Policy):
     def decoded(self, latents: Tensor) -> Tensor:
         """The same images in float32, `[0, 1]`."""
         vae = self.pipeline.vae
-        scaled = self._unpack(latents) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-        decoded = vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float()
+        decoded = vae.decode(self._unscaled(self._unpack(latents)).to(vae.dtype), return_dict=False)[0].float()
         in_range: Tensor = (decoded / 2 + 0.5).clamp(0, 1)
         return in_range
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """What the autoencoder decodes: `latents / scaling_factor + shift_factor`."""
+        config = self.pipeline.vae.config
+        return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
     def _unpack(self, latents: Tensor) -> Tensor:
         """The denoiser's latents as the autoencoder's, `[n, c, h, w]`."""

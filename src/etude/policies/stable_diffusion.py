@@ -21,7 +21,11 @@ class StableDiffusionPolicy(PipelinePolicy):
 
     path_class = VPPath
     denoiser = "unet"
-    load_arguments: ClassVar[dict[str, Any]] = {"safety_checker": None, "requires_safety_checker": False}
+    load_arguments: ClassVar[dict[str, Any]] = {
+        **PipelinePolicy.load_arguments,
+        "safety_checker": None,
+        "requires_safety_checker": False,
+    }
 
     @property
     def _side_multiple(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from etude.errors import EtudeError, brief
+from etude.policies.pipeline import PipelinePolicy
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 
 
@@ -19,13 +20,14 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
     SDXL does, and from the empty prompt otherwise. Beside the two encoders' states and the pooled embedding the network is told
     the size (arXiv 2307.01952): original and target size are those of the images, and nothing is cropped.
 
+    Latents are `(latents - latents_mean) / latents_std * scaling_factor` of the autoencoder's, where its config has such statistics.
     In float16, which the published autoencoder overflows (its config says `force_upcast`), the autoencoder stays in float32.
 
     Raises:
         EtudeError: also for a UNet whose added embedding does not fit the text encoder.
     """
 
-    load_arguments: ClassVar[dict[str, Any]] = {}
+    load_arguments: ClassVar[dict[str, Any]] = PipelinePolicy.load_arguments
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,6 +45,14 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
         except ValueError as error:
             raise EtudeError(f"this SDXL model contradicts itself: {brief(error)}") from error
         return ids.to(self.device)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        config = self.pipeline.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return latents / config.scaling_factor
+        mean, std = (torch.tensor(values, dtype=latents.dtype, device=latents.device) for values in (mean, std))
+        return latents * std.view(1, -1, 1, 1) / config.scaling_factor + mean.view(1, -1, 1, 1)
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         embedding, _, pooled, _ = self.pipeline.encode_prompt(
