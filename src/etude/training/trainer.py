@@ -294,7 +294,7 @@ class Trainer:
             self.touched = True
             advantages = self._advantages(scores, prompts.texts, groups)
         with self._phase("update", len(samples) * len(trajectory.steps) * objective.num_inner_epochs):
-            statistics = self._update(trajectory, conditioning, advantages[samples], samples)
+            statistics = self._update(trajectory, conditioning, advantages[samples])
         alone, window = config.rollout.images_per_prompt == 1, self.plans.window_at(self.iteration)
         return {
             "iteration": self.iteration,
@@ -318,18 +318,16 @@ class Trainer:
             }
         return combine(normalised, self.config.rewards).float()
 
-    def _update(
-        self, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor, samples: list[int]
-    ) -> dict[str, float]:
+    def _update(self, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor) -> dict[str, float]:
         """The optimiser steps of one iteration on this process's samples; returns what is logged about them."""
         objective, statistics = self.config.objective, UpdateStatistics()
+        count = self.config.rollout.images_per_iteration
+        samples = share(count, self.accelerator.num_processes, self.accelerator.process_index)
         advantages = advantages.to(self.policy.device)
         generator = keyed_generator(self.config.seed, "update", self.iteration)
         self.loss_scale.begin_iteration()
         for _ in range(objective.num_inner_epochs):
-            for chunk in split_samples(
-                self.config.rollout.images_per_iteration, objective.updates_per_epoch, generator
-            ):
+            for chunk in split_samples(count, objective.updates_per_epoch, generator):
                 pairs = draw_pairs(chunk, len(trajectory.steps), objective.timestep_fraction, generator)
                 rows, columns = (indices.to(self.policy.device) for indices in own_pairs(pairs, samples))
                 self._accumulate(trajectory, conditioning, advantages, rows, columns, statistics)
