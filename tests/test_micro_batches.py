@@ -94,6 +94,22 @@ def test_what_cannot_be_made_smaller_is_one_clear_error(size, adaptive, says):
         MicroBatch(size, "rollout.batch_size", adaptive).run(8, work)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_a_library_that_gets_no_memory_is_out_of_memory(error):
+    def work():
+        raise error
+
+    with pytest.warns(UserWarning, match="does not fit"):
+        assert not MicroBatch(8, "size").fits(work, 8)
+
+
 def test_other_errors_are_not_mistaken_for_a_lack_of_memory():
     def work(rows, report):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

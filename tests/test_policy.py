@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -17,6 +18,7 @@ from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_3 import StableDiffusion3Policy
 from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 from etude.rollout import NoiseSource, rollout
+from etude.training.deployment import deployment_snippet
 from tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl, text_encoder
 
 PROMPTS = ["red heart", "pizza", "tiger"]
@@ -183,6 +185,68 @@ def test_the_pipelines_class_chooses_the_adapter_and_a_resolution_its_latents(tm
 def test_pickled_weights_are_refused(tmp_path):
     flux().save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(EtudeError, match="safetensors"):
+        load_policy(tmp_path, device="cpu")
+
+
+COMMITS = {"main": "a" * 40, "v1": "b" * 40}
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the repository `owner/tiny`, whose `main` has fp16 variants alone and whose `v1` is a model of another seed."""
+    repository = tmp_path / "models--owner--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for seed, (revision, commit) in enumerate(COMMITS.items()):
+        (repository / "refs" / revision).write_text(commit)
+        variant = "fp16" if revision == "main" else None
+        stable_diffusion(seed).save_pretrained(repository / "snapshots" / commit, variant=variant)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    return repository / "snapshots"
+
+
+@pytest.mark.parametrize("outline", [True, False])
+def test_a_hub_id_names_its_revision_and_the_commit_is_known(hub, outline):
+    policy = load_policy("owner/tiny@v1", device="cpu", outline=outline)
+    assert policy.revision == COMMITS["v1"]
+    if not outline:
+        expected = load_policy(hub / COMMITS["v1"], device="cpu")
+        assert expected.revision is None
+        assert torch.equal(policy.network.conv_in.weight, expected.network.conv_in.weight)
+
+
+def test_a_variant_of_the_weights_is_read_where_it_is_asked_for(hub):
+    policy = load_policy("owner/tiny", device="cpu", variant="fp16")
+    assert policy.revision == COMMITS["main"]
+    assert torch.equal(policy.network.conv_in.weight, stable_diffusion(0).unet.conv_in.weight)
+    with pytest.raises(EtudeError, match="cannot be loaded"):
+        load_policy(hub / COMMITS["main"], device="cpu")
+
+
+def test_what_is_neither_on_disk_nor_a_revision_of_the_hub_is_one_clear_error(hub):
+    with pytest.raises(EtudeError, match="no such directory, so a hub id with its revision"):
+        load_policy("owner/tiny@v2", device="cpu")
+    with pytest.raises(EtudeError, match="there is no such directory"):
+        load_policy("./owner/tiny@v1", device="cpu")
+    for name in ("tiny@v1", "owner/tiny@"):
+        with pytest.raises(EtudeError, match="unknown model"):
+            load_policy(name, device="cpu")
+
+
+def test_the_snippet_of_an_adapter_loads_that_revision_and_variant(policy):
+    policy.add_lora(LoraConfig(rank=2), seed=0)
+    snippet = deployment_snippet(policy, "owner/tiny@v1", 4, 5.0, variant="fp16")
+    assert "from_pretrained('owner/tiny', revision='v1', variant='fp16')" in snippet
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("tried to allocate 24 GiB"), MemoryError()])
+def test_a_model_too_large_for_the_memory_is_no_broken_one(tmp_path, monkeypatch, error):
+    stable_diffusion().save_pretrained(tmp_path)
+
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.from_pretrained", full)
+    with pytest.raises(EtudeError, match="does not fit into memory"):
         load_policy(tmp_path, device="cpu")
 
 

@@ -156,6 +156,7 @@ def reward_gap(
     offload: bool = False,
     pipeline_config: str | Path | None = None,
     shift: float | None = None,
+    variant: str | None = None,
     on_start: Callable[[int], None] = _silent,
     on_step: Progress = _silent,
 ) -> GapReport:
@@ -173,7 +174,7 @@ def reward_gap(
         kernel: of the stochastic samplers; `etas` are in its own unit.
         resolution: side of the images in pixels; default: the pipeline's own. Not for a policy already loaded, which has one.
         first_step: "ode", or "sde" to let a flow model's step out of pure noise redraw all of the noise, or "capped" for flow_sde.
-        dtype, offload, pipeline_config, shift: of a model that is yet to be loaded, as `load_policy` takes them.
+        dtype, offload, pipeline_config, shift, variant: of a model that is yet to be loaded, as `load_policy` takes them.
         on_start: told the number of image-steps to come; `on_step` is then told as they are done.
 
     Raises:
@@ -198,6 +199,7 @@ def reward_gap(
             pipeline_config=pipeline_config,
             offload=offload,
             shift=shift,
+            variant=variant,
         )
     )
     score = WeightedRewards(dict.fromkeys(rewards, 1.0))

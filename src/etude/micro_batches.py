@@ -9,11 +9,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
+import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from etude.errors import EtudeError
 
 Progress = Callable[[int], None]
+_LIBRARIES_SAY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of torch, a device's library or Python, says that memory is used up."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    told = isinstance(error, RuntimeError) and any(status in str(error) for status in _LIBRARIES_SAY)
+    return told or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 def _silent(done: int) -> None:
@@ -73,7 +83,7 @@ class MicroBatch:
             work()
             return True
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not is_out_of_memory(error):
                 raise
             self._halve(largest, error)
         # After the handler: while it runs, the traceback holds the tensors of the failed attempt.

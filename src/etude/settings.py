@@ -385,12 +385,18 @@ class TrainConfig(Section):
     """Everything that determines a run."""
 
     model: str = Field(
-        "emoji-sd", description="Embedded name, local diffusers directory, single safetensors file or hub id."
+        "emoji-sd",
+        description="Embedded name, local diffusers directory, single safetensors file or hub id; owner/name@revision for a branch, tag or commit.",
     )
     pipeline_config: str | None = Field(
         None,
         description="Of a single-file model: the diffusers directory or hub id that its configuration, tokenizers and missing parts come from; "
         "null: what diffusers infers from the weights, from the hub.",
+    )
+    variant: str | None = Field(
+        None,
+        pattern=r"^[\w-]+$",
+        description="Of the weights' files of a directory or hub id: fp16 reads diffusion_pytorch_model.fp16.safetensors; null: those without.",
     )
     resolution: int | None = Field(
         None,

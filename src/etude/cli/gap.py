@@ -47,6 +47,7 @@ def gap(
     batch_size: options.BatchSize = 32,
     offload: options.Offload = False,
     pipeline_config: options.PipelineConfig = None,
+    variant: options.Variant = None,
     json: Annotated[
         Path | None,
         typer.Option(callback=options.expanded, help="Also write the numbers and the settings to this file."),
@@ -72,6 +73,7 @@ def gap(
         resolution=resolution,
         dtype=dtype,
         shift=shift,
+        variant=variant,
         without_run=[1.2],
     )
     with heavy_imports():

@@ -44,6 +44,12 @@ PipelineConfig = Annotated[
         help="Of a model in one file: the diffusers directory or hub id of its configuration. Default: inferred, from the hub."
     ),
 ]
+Variant = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the weights' files of a directory or hub id, for example fp16. Default: the run's, else none."
+    ),
+]
 Lora = Annotated[
     Path | None,
     typer.Option(

@@ -49,6 +49,7 @@ def sample(
     batch_size: options.BatchSize = 32,
     offload: options.Offload = False,
     pipeline_config: options.PipelineConfig = None,
+    variant: options.Variant = None,
     images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
     out: Annotated[Path, typer.Option(callback=options.expanded, help="PNG file to write.")] = Path("sample.png"),
     debug: Debug = False,
@@ -74,6 +75,7 @@ def sample(
         resolution=resolution,
         dtype=dtype,
         shift=shift,
+        variant=variant,
         without_run=[0.0],
         etas_of_run=False,
     )
@@ -93,6 +95,7 @@ def sample(
         pipeline_config=pipeline_config,
         offload=offload,
         shift=sampler.shift,
+        variant=sampler.variant,
     )
     captions = [text for text in prompt for _ in range(images)]
     drawings = _drawings(policy, solver, sampler)

@@ -27,6 +27,7 @@ class Sampler:
     resolution: int | None
     dtype: str
     shift: float | None = None
+    variant: str | None = None
 
 
 def choose_sampler(
@@ -41,6 +42,7 @@ def choose_sampler(
     resolution: int | None,
     dtype: str | None,
     shift: float | None,
+    variant: str | None = None,
     without_run: list[float],
     etas_of_run: bool = True,
 ) -> Sampler:
@@ -62,6 +64,7 @@ def choose_sampler(
             resolution,
             dtype or "float32",
             shift,
+            variant,
         )
     sampling = config.sampling
     trained = without_run
@@ -81,6 +84,7 @@ def choose_sampler(
         resolution or config.resolution,
         dtype or config.dtype,
         shift or sampling.shift,
+        variant or (None if lora is None else config.variant),  # what a run exports has none
     )
     typer.echo(f"as in the run of {lora or model} where no option says otherwise: {_said(chosen)}", err=True)
     return chosen

@@ -50,6 +50,7 @@ class Policy(ABC):
         latent_shape: of one sample: `[c, h, w]`, or `[tokens, c]` where the network takes packed latents.
         device: where the networks live.
         shift: of a flow model's levels, where it is not the published pipeline's own; already part of `path`.
+        revision: the commit of the hub repository that the model was read from; None for what was on disk.
     """
 
     network: nn.Module
@@ -58,6 +59,7 @@ class Policy(ABC):
     latent_shape: tuple[int, ...]
     device: torch.device
     shift: float | None = None
+    revision: str | None = None
 
     @property
     @abstractmethod

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 
 from etude import zoo
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief, brief_value, unknown
+from etude.micro_batches import is_out_of_memory
 from etude.paths import is_flow_config
 from etude.policies.base import Policy
 from etude.policies.outline import LIBRARIES, outline_pipeline
@@ -41,11 +43,13 @@ def load_policy(
     prompt_cache_mb: int | None = None,
     outline: bool = False,
     shift: float | None = None,
+    variant: str | None = None,
 ) -> Policy:
     """Loads a model for sampling, and an exported adapter on top of it.
 
     Args:
-        model: embedded name, local diffusers directory, single safetensors file or hub id; a leading `~` is the home, as in every path.
+        model: embedded name, local diffusers directory, single safetensors file or hub id, of which `owner/name@revision` names a branch,
+            tag or commit; a leading `~` is the home, as in every path.
         lora: directory that a run exported its adapter to.
         dtype: `float32`, `bfloat16` or `float16`.
         device: default: a GPU where there is one.
@@ -58,6 +62,7 @@ def load_policy(
         outline: read configurations only: an outline of the model on the CPU, shapes without numbers, which takes no memory and no
             weights to download.
         shift: of a flow model's levels, at any resolution; default: the pipeline's own, which may depend on it.
+        variant: of the weights' files, `fp16` for `diffusion_pytorch_model.fp16.safetensors`; default: those without.
 
     Raises:
         EtudeError: the model does not exist, is of a class without an adapter, its files cannot be read, it cannot make images of
@@ -70,9 +75,16 @@ def load_policy(
     single = is_single_file(name)
     if pipeline_config is not None and not single:
         raise EtudeError(f"pipeline_config is for a single safetensors file, and model '{name}' is none: leave it out.")
+    if variant is not None and single:
+        raise EtudeError(
+            f"variant is for a diffusers directory or hub id, and model '{name}' is a single file: leave it out."
+        )
     with _explained(model):
-        location = configuration(name, pipeline_config) if single else _locate(name)
-        index = diffusers.DiffusionPipeline.load_config(location)
+        location, revision = (configuration(name, pipeline_config), None) if single else _locate(name)
+        index = diffusers.DiffusionPipeline.load_config(location, revision=revision)
+        commit = None if single else _commit(location, revision)
+        pinned = commit or revision
+        at = {"revision": pinned} if pinned else {}  # all parts of one commit
         family = str(index.get("_class_name"))
         if family not in FAMILIES:
             raise EtudeError(f"model '{model}' is a {family}; the supported pipelines are {', '.join(FAMILIES)}.")
@@ -80,18 +92,18 @@ def load_policy(
         parts = adapter.load_arguments | {part: None for part in adapter.optional if index.get(part, [None])[0] is None}
         _check_libraries(model, index, parts)
         if outline:
-            pipeline = outline_pipeline(location, index, DTYPES[dtype], parts, single)
+            pipeline = outline_pipeline(location, index, DTYPES[dtype], parts, single, at)
         elif single:
             pipeline = load_single_file(name, location, family, adapter.denoiser, parts, DTYPES[dtype])
         else:
             pipeline = getattr(diffusers, family).from_pretrained(
-                location, dtype=DTYPES[dtype], use_safetensors=True, **parts
+                location, dtype=DTYPES[dtype], use_safetensors=True, variant=variant, **at, **parts
             )
         if shift is not None:
             _shift(pipeline, shift, model)
         limits = {} if prompt_cache_mb is None else {"prompt_cache_mb": prompt_cache_mb}
         policy: Policy = adapter(pipeline, DTYPES[dtype], target, resolution, decode_batch_size, offload, **limits)
-    policy.shift = shift
+    policy.shift, policy.revision = shift, commit
     if lora is not None:
         _load_lora(policy, Path(expanduser(lora)))
     return policy
@@ -110,6 +122,7 @@ def policy_of(config: TrainConfig, device: torch.device | str | None = None, out
         prompt_cache_mb=config.memory.prompt_cache_mb,
         outline=outline,
         shift=config.sampling.shift,
+        variant=config.variant,
     )
 
 
@@ -132,19 +145,37 @@ def _adapter(family: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _locate(model: str) -> str:
+def split_revision(model: str) -> tuple[str, str | None]:
+    """Name and revision of a hub id, `owner/name@revision`; what is on disk has none."""
+    name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
+    return name, revision or None
+
+
+def _locate(model: str) -> tuple[str, str | None]:
+    """Directory or hub id, and the revision that was asked for."""
     if model in zoo.names():
-        return str(zoo.path(model))
+        return str(zoo.path(model)), None
     directory = Path(model)
     if directory.exists():
         if not (directory / "model_index.json").is_file():
             raise EtudeError(f"model '{model}' is not a diffusers pipeline directory: it has no model_index.json.")
-        return model
+        return model, None
     if model.startswith((".", "/", "~")):
         raise EtudeError(f"model '{model}': there is no such directory.")
-    if model.count("/") != 1:
+    name, revision = split_revision(model)
+    if name.count("/") != 1 or model.endswith("@"):
         raise unknown("model (neither an embedded model, a directory nor a hub id)", model, zoo.names())
-    return model
+    return name, revision
+
+
+def _commit(location: str, revision: str | None) -> str | None:
+    """The commit of a hub id whose model_index.json was just read; None for what is on disk."""
+    if Path(location).exists():
+        return None
+    found = try_to_load_from_cache(location, "model_index.json", revision=revision)
+    return (
+        Path(found).parent.name if isinstance(found, str) else None
+    )  # the cache keeps each in a directory of its name
 
 
 @contextmanager
@@ -155,8 +186,13 @@ def _explained(model: str | Path) -> Iterator[None]:
     except EtudeError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise EtudeError(
+                f"model '{model}' does not fit into memory ({brief(error)}): use bfloat16, switch on memory.offload, or free some memory."
+            ) from error
+        hub = " (no such directory, so a hub id with its revision)" if split_revision(str(model))[1] else ""
         raise EtudeError(
-            f"model '{model}' cannot be loaded as a diffusers pipeline with safetensors weights: {type(error).__name__}: {brief(error)}"
+            f"model '{model}'{hub} cannot be loaded as a diffusers pipeline with safetensors weights: {type(error).__name__}: {brief(error)}"
         ) from error
 
 

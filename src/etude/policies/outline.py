@@ -22,7 +22,12 @@ LIBRARIES = ("diffusers", "transformers")
 
 
 def outline_pipeline(
-    location: str, index: Mapping[str, Any], dtype: torch.dtype, left_out: Mapping[str, Any], single: bool = False
+    location: str,
+    index: Mapping[str, Any],
+    dtype: torch.dtype,
+    left_out: Mapping[str, Any],
+    single: bool = False,
+    at: Mapping[str, str] | None = None,
 ) -> Any:
     """The pipeline of a directory or hub id whose networks hold fake tensors of one mode, on the CPU.
 
@@ -32,6 +37,7 @@ def outline_pipeline(
         dtype: of the networks.
         left_out: arguments for the pipeline's class; components among them are not made.
         single: the weights are in a file of their own, so those of a local directory are not looked for.
+        at: the revision of a hub id, as a keyword.
 
     Raises:
         EtudeError: a component of neither diffusers nor transformers, or without weights in a local directory.
@@ -47,13 +53,15 @@ def outline_pipeline(
         if not (isinstance(value, list | tuple) and len(value) == 2):
             parts[name] = value
         else:
-            parts[name] = None if value[1] is None else _component(location, name, str(value[0]), str(value[1]), single)
+            parts[name] = (
+                None if value[1] is None else _component(location, name, str(value[0]), str(value[1]), single, at or {})
+            )
             if isinstance(parts[name], nn.Module):
                 _fill(parts[name], dtype, mode)
     return getattr(diffusers, str(index["_class_name"]))(**parts)
 
 
-def _component(location: str, name: str, library: str, kind: str, single: bool) -> Any:
+def _component(location: str, name: str, library: str, kind: str, single: bool, at: Mapping[str, str]) -> Any:
     if library not in LIBRARIES:
         raise EtudeError(
             f"'{location}' takes its {name} from '{library}', where code of its own would run: only parts from "
@@ -62,14 +70,14 @@ def _component(location: str, name: str, library: str, kind: str, single: bool) 
     made: Any = getattr(importlib.import_module(library), kind)
     is_network = isinstance(made, type) and issubclass(made, nn.Module)
     if not is_network:
-        return made.from_pretrained(location, subfolder=name)
+        return made.from_pretrained(location, subfolder=name, **at)
     folder = Path(location, name)
     if folder.is_dir() and not single and not any(folder.glob("*.safetensors")):
         raise EtudeError(f"'{location}' has no safetensors weights of its {name}: '{folder}' holds none.")
     with torch.device("meta"):
         if library == "diffusers":
-            return made.from_config(made.load_config(location, subfolder=name))
-        return made(made.config_class.from_pretrained(location, subfolder=name))
+            return made.from_config(made.load_config(location, subfolder=name, **at))
+        return made(made.config_class.from_pretrained(location, subfolder=name, **at))
 
 
 def _fill(network: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:

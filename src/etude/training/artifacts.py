@@ -23,6 +23,7 @@ from etude.config import TrainConfig
 from etude.errors import EtudeError, brief
 from etude.etas import eta_text
 from etude.policies import Policy
+from etude.policies.loading import split_revision
 from etude.report import write_report
 from etude.report.grids import image_grid
 from etude.rewards import revisions
@@ -115,6 +116,7 @@ def finish(
             seconds[phase] = seconds.get(phase, 0.0) + value
     summary = {
         "model": config.model,
+        "model_revision": policy.revision,
         "seed": config.seed,
         "eta": config.sampling.eta,
         "eta_schedule": schedule.model_dump() if (schedule := config.sampling.eta_schedule) else None,
@@ -213,10 +215,11 @@ def model_card(summary: dict[str, Any], config: TrainConfig, policy: Policy, suf
         config.dtype,
         suffix,
         config.pipeline_config,
+        config.variant,
     )
     how = "PPO's clipped ratio" if config.objective.kind == "ppo" else "REINFORCE"
     return f"""---
-base_model: {json.dumps(config.model)}
+base_model: {json.dumps(split_revision(config.model)[0])}
 library_name: diffusers
 tags: [text-to-image, reinforcement-learning, etude]
 ---

@@ -8,6 +8,7 @@ from typing import Any
 from etude import zoo
 from etude.paths import VPPath
 from etude.policies import Policy
+from etude.policies.loading import split_revision
 from etude.policies.single_file import configuration, holds_pipeline, is_single_file
 
 
@@ -19,6 +20,7 @@ def deployment_snippet(
     dtype: str = "float32",
     suffix: str = "",
     pipeline_config: str | None = None,
+    variant: str | None = None,
 ) -> str:
     """Python that loads what `policy` exports and draws one picture with the ODE at the levels that etude visits.
 
@@ -33,12 +35,16 @@ def deployment_snippet(
         dtype: of the frozen weights in training.
         suffix: what the directory is called beyond `export_name`.
         pipeline_config: where the configuration of a single-file model came from, if that was said.
+        variant: of the base model's files.
     """
     model, pipeline_config = expanduser(model), pipeline_config and expanduser(pipeline_config)
     adapter, tuned = policy.export_name == "lora", f"{policy.export_name}{suffix}"
     loading: dict[str, Any] = {} if dtype == "float32" else {"torch_dtype": f"torch.{dtype}"}
     loading |= {name: repr(value) for name, value in policy.loading_arguments().items()}
     embedded = adapter and model in zoo.names()
+    model, revision = split_revision(model)
+    published = {"revision": revision, "variant": variant} if adapter else {}
+    loading |= {name: repr(value) for name, value in published.items() if value is not None}
     if adapter and is_single_file(model):
         classes, load = _single_file(policy, model, pipeline_config, loading)
     else:
