@@ -8,7 +8,9 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import yaml
 
+from etude.cli.app import app
 from etude.study.analysis import analyse
 from etude.study.collect import collect, conditions
 from etude.study.page import write_results
@@ -28,6 +30,16 @@ def test_cells_that_differ_in_the_seed_alone_are_one_condition(made):
     study, directory, _, found = made
     assert len(conditions(collect(study, directory))) == len(found["conditions"]) == 9
     assert all(c["seeds"] == [0, 1, 2] for c in found["conditions"])
+
+
+def test_the_report_command_builds_a_studys_page_anew(made, capsys):
+    study, directory, page, _ = made
+    before = page.read_text()
+    page.unlink()
+    (directory.root / "study.yaml").write_text(yaml.safe_dump(study.settings.model_dump(mode="json")))
+    app(["report", str(directory.root)], standalone_mode=False)
+    assert capsys.readouterr().out.strip() == str(page)
+    assert len(page.read_text()) > len(before) // 2
 
 
 def test_estimates_hold_the_truth(made):

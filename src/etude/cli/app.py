@@ -18,7 +18,7 @@ from etude.cli.gap import gap
 from etude.cli.runs import prepare_run
 from etude.cli.sample import sample
 from etude.cli.serving import serve_reward
-from etude.cli.study import study
+from etude.cli.study import STUDY_FILE, rebuild, study
 from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.cli.watch import watch
 from etude.errors import EtudeError
@@ -169,14 +169,20 @@ app.command()(sample)
 @app.command()
 def report(
     directory: Annotated[
-        Path, typer.Argument(callback=options.expanded, help="Run directory, finished or not.", show_default=False)
+        Path,
+        typer.Argument(
+            callback=options.expanded, help="Directory of a run or of a study, finished or not.", show_default=False
+        ),
     ],
     debug: Debug = False,
 ) -> None:
-    """Rebuild report.html of a run from what its directory holds.
+    """Rebuild report.html of a run, or of a study, from what its directory holds.
 
     Example: `etude report runs/first`
     """
+    if (directory / STUDY_FILE).is_file() and not (directory / "metrics.jsonl").is_file():
+        typer.echo(str(rebuild(directory)))
+        return
     with heavy_imports():
         from etude.report import write_report
     typer.echo(str(write_report(directory)))

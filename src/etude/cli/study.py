@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from etude.study.state import StudyDirectory
 
 
+STUDY_FILE = "study.yaml"
+"""The study's file, as its directory keeps it."""
+
+
 def study(
     file: Annotated[Path, typer.Argument(help="YAML file of the study.", show_default=False)],
     out: Annotated[
@@ -71,6 +75,17 @@ def study(
             f"{len(failures)} of {len(cells)} cells failed ({names}): '{directory.root / 'failures'}' says why, and the same "
             "command tries them again."
         )
+
+
+def rebuild(directory: Path) -> Path:
+    """Writes tables, figures and the page of a study from its directory alone; returns the page's path."""
+    from etude.study.spec import load_study
+
+    loaded = load_study(directory / STUDY_FILE)
+    with heavy_imports():
+        from etude.study.page import write_results
+        from etude.study.state import StudyDirectory
+    return write_results(loaded, StudyDirectory(directory))
 
 
 def _print_cells(cells: list[Cell], directory: StudyDirectory) -> None:
