@@ -10,6 +10,7 @@ import torch
 from etude.config import parse_config
 from etude.errors import EtudeError
 from etude.rewards import register
+from etude.training.checkpoint import save_checkpoint
 from etude.training.trainer import Trainer
 from small_runs import metrics, redness, same, weights
 from tiny import save_stable_diffusion
@@ -246,6 +247,17 @@ def test_a_checkpoint_continues_only_the_run_that_wrote_it(settings, tmp_path):
     with pytest.raises(EtudeError, match="seed = 0, but 5 was given"):
         train(settings, tmp_path / "run", iterations=1, resume=True, seed=5)
     assert "seed: 0" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("missing", ["base_scores", "last_evaluation", "prompt_statistics"])
+def test_a_checkpoint_without_its_state_is_one_clear_error(settings, tmp_path, missing):
+    trainer = Trainer(parse_config({**settings, "advantage": {"kind": "per_prompt"}}), tmp_path / "run", resume=True)
+    trainer._save(0)
+    found = trainer.checkpoints.load()
+    state = {name: value for name, value in found.state.items() if name != missing}
+    save_checkpoint(found.path.parent, 0, found.tensors, state)
+    with pytest.raises(EtudeError, match=f"does not hold the state that this version .*KeyError: '{missing}'"):
+        trainer._restore()
 
 
 def test_averaged_weights_are_restored_in_place(settings, tmp_path):

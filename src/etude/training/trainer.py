@@ -22,7 +22,7 @@ from torch import Tensor
 
 from etude.advantages import PromptStatistics, combine, group_advantages, zero_std_ratio
 from etude.config import TrainConfig
-from etude.errors import EtudeError
+from etude.errors import EtudeError, brief
 from etude.micro_batches import MicroBatch
 from etude.noise import NoiseSource, keyed_generator
 from etude.objectives import PolicyLoss, UpdateStatistics, gaussian_kl, ppo_loss, reinforce_loss
@@ -36,6 +36,7 @@ from etude.sharding import assembled, part, sharded, whole
 from etude.training import artifacts, guards
 from etude.training.batches import draw_pairs, draw_prompts, most_starts, noise_keys, own_pairs, split_samples
 from etude.training.checkpoint import (
+    Checkpoint,
     append_line,
     atomic_write_text,
     load_optimizer_tensors,
@@ -488,23 +489,32 @@ class Trainer:
         if checkpoint is not None:
             if self.accelerator.is_main_process:
                 tell_of_other_processes(checkpoint.state.get("processes"), self.accelerator.num_processes)
-            assign(self.parameters, _under("weights/", checkpoint.tensors))
-            load_optimizer_tensors(self.optimizer, list(self.parameters), _under("optimizer/", checkpoint.tensors))
-            if self.ema is not None:
-                for name, average in _under("ema/", checkpoint.tensors).items():
-                    self.ema[name].copy_(part(average, self.ema[name]))
-            self.iteration = self.durable = checkpoint.iteration
-            self.evaluation.base_scores = checkpoint.state["base_scores"]
-            self.evaluation.last = checkpoint.state["last_evaluation"]
-            self.unevaluated = checkpoint.state.get("unevaluated")
-            if self.best.reward is not None:
-                self.best.load_state(_under("best/", checkpoint.tensors), checkpoint.state["best"])
-            for name, statistics in self.prompt_statistics.items():
-                statistics.load_state(checkpoint.state["prompt_statistics"][name])
+            try:
+                self._take_up(checkpoint)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                raise EtudeError(
+                    f"checkpoint '{checkpoint.path}' does not hold the state that this version of etude goes on from "
+                    f"({type(error).__name__}: {brief(error)}): continue with the version that wrote it, or start another run."
+                ) from error
         if self.accelerator.is_main_process:
             written = -1 if checkpoint is None else self.iteration - (self.unevaluated is not None)
             truncate_metrics(self.out / "metrics.jsonl", written)
             self.checkpoints.prune()
+
+    def _take_up(self, checkpoint: Checkpoint) -> None:
+        assign(self.parameters, _under("weights/", checkpoint.tensors))
+        load_optimizer_tensors(self.optimizer, list(self.parameters), _under("optimizer/", checkpoint.tensors))
+        if self.ema is not None:
+            for name, average in _under("ema/", checkpoint.tensors).items():
+                self.ema[name].copy_(part(average, self.ema[name]))
+        self.iteration = self.durable = checkpoint.iteration
+        self.evaluation.base_scores = checkpoint.state["base_scores"]
+        self.evaluation.last = checkpoint.state["last_evaluation"]
+        self.unevaluated = checkpoint.state.get("unevaluated")
+        if self.best.reward is not None:
+            self.best.load_state(_under("best/", checkpoint.tensors), checkpoint.state["best"])
+        for name, statistics in self.prompt_statistics.items():
+            statistics.load_state(checkpoint.state["prompt_statistics"][name])
 
     def _finish(self, started: float) -> dict[str, Any]:
         """Writes what the user came for: the adapter, its card, the summary and the report."""
