@@ -9,7 +9,15 @@ import pytest
 import yaml
 
 from etude.config import TrainConfig, load_config, parse_config
-from etude.training.dry_run import ImageSteps, evaluated, evaluations, gap_evaluations, resolved, run_evaluations
+from etude.training.dry_run import (
+    ImageSteps,
+    _models_of_rewards,
+    evaluated,
+    evaluations,
+    gap_evaluations,
+    resolved,
+    run_evaluations,
+)
 from tiny import save_flux
 
 
@@ -112,6 +120,14 @@ def test_the_network_is_called_as_often_as_was_counted(
     trainer.train()
     assert sum(asked) == sum(total for _, _, total in counted.values())
     assert all(total > 0 for _, _, total in counted.values())
+
+
+def test_models_of_rewards_are_named_with_what_they_add() -> None:
+    said = _models_of_rewards(["pickscore:/my/weights", "colorfulness", "my_module:mine", "hpsv2", "hpsv2"])
+    assert said == [
+        "models of rewards come on top, in float32: pickscore:/my/weights 3.9 GB, my_module:mine of unknown size, hpsv2 3.9 GB"
+    ]
+    assert _models_of_rewards(["colorfulness", "jpeg_compressibility"]) == []
 
 
 def test_what_is_printed_is_a_recipe_of_the_same_run_with_its_cost(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -62,6 +62,10 @@ _factories: dict[str, Callable[[], Reward]] = {
     "pickscore": _WithOptions("etude.rewards.clip:PickScore"),
 }
 _loaded: dict[str, Reward] = {}
+WEIGHTS_GB = {"aesthetic": 1.2, "clip_score": 0.6, "hpsv2": 3.9, "imagereward": 1.9, "pickscore": 3.9}
+"""GB that the published weights of the preference models take in float32, as they are used."""
+CLOSED_FORMS = ("colorfulness", "jpeg_compressibility", "jpeg_incompressibility")
+"""Rewards without weights."""
 
 
 def register(name: str) -> Callable[[RewardT], RewardT]:

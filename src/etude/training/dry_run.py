@@ -95,6 +95,7 @@ def resolved(trainer: Trainer) -> str:
         f"trained parameters: {trained:,} of the network's {whole:,}",
         *_table(counts, len(evaluated(config)), config.iterations),
         *_memory(memory_estimate(trainer)),
+        *_models_of_rewards([*config.rewards, *config.evaluation.held_out_rewards]),
     ]
     return config.to_yaml() + "".join(f"# {line}\n" for line in lines)
 
@@ -112,6 +113,16 @@ def _table(counts: Mapping[str, tuple[int, int, int]], evaluated: int, iteration
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
+
+
+def _models_of_rewards(names: list[str]) -> list[str]:
+    """One line on what the rewards add to the memory, as far as it is known; none if they have no weights."""
+    from etude.rewards.registry import CLOSED_FORMS, WEIGHTS_GB
+
+    weighty = [name for name in dict.fromkeys(names) if name not in CLOSED_FORMS]
+    sizes = {name: WEIGHTS_GB.get(name.partition(":")[0]) for name in weighty}
+    said = ", ".join(f"{name} {f'{size:g} GB' if size else 'of unknown size'}" for name, size in sizes.items())
+    return [f"models of rewards come on top, in float32: {said}"] if said else []
 
 
 def _memory(parts: Mapping[str, int]) -> list[str]:
