@@ -375,6 +375,7 @@ class Trainer:
             fits = self.replay_batches.fits(backward, min(self.replay_batches.size, len(rows)))
             if fits and self.loss_scale.take_back(self.parameters.values()):
                 return statistics.extend(seen)
+            self.accelerator.sync_gradients = True  # or the wrapped optimiser keeps what a failed attempt has left
             self.prepared.zero_grad()
             self.display.advance(-sum(len(part.ratio) for part in seen.policy))
 
