@@ -89,7 +89,7 @@ def _readme(card: dict[str, Any]) -> str:
     )
     legs = denoiser.get("legs", [denoiser])
     distilled = sum(leg.get("stages", {}).get("guidance distillation", {}).get("steps", 0) for leg in legs)
-    stages = f", the last {distilled} of them distilling the guidance" if distilled else ""
+    stages = f", {distilled} of them distilling the guidance" if distilled else ""
     sizes = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in card["parameters"].items())
     return f"""---
 license: apache-2.0
