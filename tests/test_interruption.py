@@ -36,6 +36,14 @@ def settings(tmp_path_factory):
     }
 
 
+@pytest.fixture(autouse=True)
+def _signals_are_on():
+    """A shell that starts tests in the background switches SIGINT off for them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class SignalAt(SilentDisplay):
     """Sends a signal to this process when a phase begins for the k-th time."""
 
