@@ -145,7 +145,7 @@ def test_swapped_weights_come_back_bit_for_bit(policy):
         ("emoji-ds", "did you mean"),
         ("./nowhere/at/all", "there is no such directory"),
         ("nowhere/at/all", "neither an embedded model, a directory nor a hub id"),
-        ("someone/some-model", "cannot be loaded"),
+        ("someone/some-model", "cannot be loaded.* `hf download` while connected, or give a directory"),
     ],
 )
 def test_a_model_that_does_not_exist_is_one_clear_error(model, says):
