@@ -192,7 +192,9 @@ def _explained(model: str | Path) -> Iterator[None]:
             ) from error
         hub = " (no such directory, so a hub id with its revision)" if split_revision(str(model))[1] else ""
         away = isinstance(error, OSError) and not Path(expanduser(str(model))).exists()
-        remedy = " If the hub cannot be reached: run `hf download` while connected, or give a directory." if away else ""
+        remedy = (
+            " If the hub cannot be reached: run `hf download` while connected, or give a directory." if away else ""
+        )
         raise EtudeError(
             f"model '{model}'{hub} cannot be loaded as a diffusers pipeline with safetensors weights: {type(error).__name__}: {brief(error)}{remedy}"
         ) from error
