@@ -152,13 +152,8 @@ class Base:
         self._policy: Policy | None = None
         summed = dict(sorted(config.rewards.items())) if len(config.rewards) > 1 else None
         self._key = {
-            "model": [
-                config.model,
-                config.pipeline_config,
-                config.resolution,
-                config.dtype,
-                *([config.variant] if config.variant else []),
-            ],
+            "model": [config.model, config.pipeline_config, config.resolution, config.dtype, config.variant],
+            "shift": config.sampling.shift,
             "guidance_scale": config.sampling.guidance_scale,
             "first_step": config.sampling.first_step,
             "prompts": cell.measurement.prompts or config.prompts.evaluation,
