@@ -26,6 +26,14 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
+def held_here(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its part, or the whole. No process hears of the others."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local: Tensor = tensor.to_local()
+    return local
+
+
 def part(value: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, laid out as `like` is, which may be whole. No process hears of the others."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):

@@ -190,10 +190,7 @@ class WeightedRewards:
         self, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None = None
     ) -> dict[str, Tensor]:
         """Scores of trained and held-out rewards, float32 [n]; with several trained ones also their `weighted_sum`."""
-        scores = self._begin((*self.weights, *self.held_out), images, prompts, metadata, here=True).result()
-        if len(self.weights) > 1:
-            scores[WEIGHTED_SUM] = self.combine(scores)
-        return scores
+        return self.summed(self._begin((*self.weights, *self.held_out), images, prompts, metadata, here=True).result())
 
     def _begin(
         self,
@@ -244,6 +241,10 @@ class WeightedRewards:
             finally:
                 if self.offload and hasattr(reward, "offload"):
                     reward.offload()
+
+    def summed(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores, and with several trained rewards also their `weighted_sum`."""
+        return scores if len(self.weights) == 1 else {**scores, WEIGHTED_SUM: self.combine(scores)}
 
     def combine(self, values: Mapping[str, Tensor]) -> Tensor:
         """sum_k weight_k values_k over the trained rewards: raw scores or normalised advantages, any shape."""

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from etude.config import TrainConfig, difference, load_config
 from etude.errors import EtudeError
 from etude.study.spec import Cell
+from etude.training.lock import taken
 
 State = Literal["waiting", "part", "trained", "done", "failed", "running"]
 
@@ -95,17 +96,10 @@ class StudyDirectory:
     @contextmanager
     def claim(self, cell: Cell) -> Iterator[bool]:
         """Whether this process may work on the cell; the claim ends with the process, however that ends."""
-        import fcntl
-
         path = self.root / ".claims" / cell.slug
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
+            yield taken(file.fileno())
 
     def _claimed(self, cell: Cell) -> bool:
         if not (self.root / ".claims" / cell.slug).is_file():

@@ -50,16 +50,20 @@ def is_held(out: Path) -> bool | None:
         os.close(descriptor)
 
 
+def taken(descriptor: int) -> bool:
+    """Takes the lock of an open file or directory, for as long as it is open; False if another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
 def _take(descriptor: int, out: Path) -> None:
-    for attempt in range(1, PATIENCE + 1):
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if attempt == PATIENCE:
-                raise EtudeError(
-                    f"another process is writing the run in '{out}': wait for it, end it, or give another --out."
-                ) from None
-        except OSError:
-            return None
+    for _ in range(PATIENCE):
+        if taken(descriptor):
+            return
         time.sleep(0.5 / PATIENCE)
-    return None
+    raise EtudeError(f"another process is writing the run in '{out}': wait for it, end it, or give another --out.")

@@ -45,10 +45,9 @@ class TrainingPlans:
     ) -> None:
         self.sampling, self.grid, self.device = sampling, grid, device
         self.etas = Etas.of(sampling, iterations)
-        everywhere = self._check(iterations)
+        everywhere = self._check()
         self.schedule = self._schedule(everywhere, seed)
-        self._key: tuple[SamplingPlan, ...] = ()
-        self._table = everywhere
+        self._last: tuple[SamplingPlan, StepTable] | None = None
 
     def eta_at(self, iteration: int) -> float | list[float]:
         """The eta of an iteration's stochastic steps: a number, or a list by step where they differ."""
@@ -63,9 +62,9 @@ class TrainingPlans:
     def table_at(self, iteration: int) -> StepTable:
         """The coefficients of the iteration's plan on the device."""
         plan = self._plan(iteration)
-        if self._key != (plan,):
-            self._key, self._table = (plan,), plan.tabulate(self.grid).to(self.device)
-        return self._table
+        if self._last is None or self._last[0] != plan:
+            self._last = plan, plan.tabulate(self.grid).to(self.device)
+        return self._last[1]
 
     def _plan(self, iteration: int) -> SamplingPlan:
         """The steps of the window with the kernels that all steps would have without one, the ODE around them."""
@@ -87,7 +86,7 @@ class TrainingPlans:
         etas, sampling = self.etas.at(iteration, self.sampling.num_steps), self.sampling
         return SamplingPlan.from_etas(etas, partial(make_kernel, sampling.kernel), first_step=sampling.first_step)
 
-    def _check(self, iterations: int) -> StepTable:
+    def _check(self) -> StepTable:
         """The table of the first iteration without a window, once every iteration is known to have one that trains the same steps.
 
         Two iterations stand for all: the etas of the others lie between theirs, every kernel allows the etas from 0 to its largest,

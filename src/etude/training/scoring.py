@@ -13,7 +13,7 @@ from torch import Tensor
 from etude.errors import EtudeError
 from etude.prompts import PromptSet
 from etude.rewards import WeightedRewards
-from etude.rewards.scoring import WEIGHTED_SUM, Scoring
+from etude.rewards.scoring import Scoring
 
 TICK = 0.2
 """Seconds between two looks at whether the waiting should end."""
@@ -36,12 +36,9 @@ class Scorer:
         """As `WeightedRewards.evaluate`."""
         scoring = self.rewards.start(images, prompts, metadata, held_out=True)
         try:
-            scores = self.result(scoring)
+            return self.rewards.summed(self.result(scoring))
         finally:
             scoring.cancel()
-        if len(self.rewards.weights) > 1:
-            scores[WEIGHTED_SUM] = self.rewards.combine(scores)
-        return scores
 
     def pending(self, prompts: PromptSet, early: bool = True) -> PendingScores:
         """The scores of an iteration's images, to which batches are then handed in.

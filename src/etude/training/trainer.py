@@ -32,7 +32,7 @@ from etude.policies.loading import policy_of
 from etude.prompts import PromptSet, load_prompts
 from etude.rewards import WeightedRewards
 from etude.rollout import Trajectory, replay, rollout
-from etude.sharding import assembled, part, sharded, whole
+from etude.sharding import assembled, held_here, part, sharded, whole
 from etude.training import artifacts, guards
 from etude.training.batches import draw_pairs, draw_prompts, most_starts, noise_keys, own_pairs, split_samples
 from etude.training.checkpoint import (
@@ -111,7 +111,9 @@ class Trainer:
             config.iterations,
         )
         self.table = self.plans.table_at(1)
-        alone = self.accelerator.num_processes == 1
+        images, processes = config.rollout.images_per_iteration, self.accelerator.num_processes
+        self.samples = share(images, processes, self.accelerator.process_index)  # this process's own of an iteration
+        alone = processes == 1
         self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size", adaptive=alone)
         self.replay_batches = MicroBatch(config.objective.batch_size, "objective.batch_size", adaptive=alone)
         self.evaluation = Evaluation(
@@ -253,8 +255,7 @@ class Trainer:
     def _draw(self, iteration: int) -> tuple[PromptSet, Tensor, PromptSet, list[int]]:
         """The prompts and groups of an iteration's samples, and which of them are this process's own."""
         prompts, groups = draw_prompts(self.train_prompts, self.config.rollout, self.config.seed, iteration)
-        samples = share(len(prompts), self.accelerator.num_processes, self.accelerator.process_index)
-        return prompts, groups, prompts.select(samples), samples
+        return prompts, groups, prompts.select(self.samples), self.samples
 
     def _iterate(self) -> dict[str, Any]:
         """One rollout and its updates; returns the row of metrics."""
@@ -323,14 +324,13 @@ class Trainer:
         """The optimiser steps of one iteration on this process's samples; returns what is logged about them."""
         objective, statistics = self.config.objective, UpdateStatistics()
         count = self.config.rollout.images_per_iteration
-        samples = share(count, self.accelerator.num_processes, self.accelerator.process_index)
         advantages = advantages.to(self.policy.device)
         generator = keyed_generator(self.config.seed, "update", self.iteration)
         self.loss_scale.begin_iteration()
         for _ in range(objective.num_inner_epochs):
             for chunk in split_samples(count, objective.updates_per_epoch, generator):
                 pairs = draw_pairs(chunk, len(trajectory.steps), objective.timestep_fraction, generator)
-                rows, columns = (indices.to(self.policy.device) for indices in own_pairs(pairs, samples))
+                rows, columns = (indices.to(self.policy.device) for indices in own_pairs(pairs, self.samples))
                 self._accumulate(trajectory, conditioning, advantages, rows, columns, statistics)
                 norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
                 statistics.grad_norm.append(whole(torch.as_tensor(norm)).detach())
@@ -352,8 +352,8 @@ class Trainer:
 
     def _largest_weight(self) -> float:
         """Of the trained weights that this process holds; NaN or infinite if any of them is."""
-        held_here = (getattr(p, "_local_tensor", p).detach() for p in self.parameters.values())
-        return float(torch.stack([p.abs().max().float() for p in held_here if p.numel()]).max())
+        local = (held_here(p).detach() for p in self.parameters.values())
+        return float(torch.stack([p.abs().max().float() for p in local if p.numel()]).max())
 
     def _accumulate(
         self,
