@@ -44,12 +44,22 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _own_rewards() -> Iterator[None]:
-    """Rewards that a test registers are gone after it."""
+def _rewards_put_back() -> Iterator[None]:
     factories, loaded = registry._factories.copy(), registry._loaded.copy()
     yield
     registry._factories.clear()
     registry._factories.update(factories)
     registry._loaded.clear()
     registry._loaded.update(loaded)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _rewards_of_the_module() -> Iterator[None]:
+    """Rewards that a module's fixtures register are gone after it."""
+    yield from _rewards_put_back()
+
+
+@pytest.fixture(autouse=True)
+def _own_rewards(_rewards_of_the_module: None) -> Iterator[None]:
+    """Rewards that a test registers are gone after it."""
+    yield from _rewards_put_back()

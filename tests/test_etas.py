@@ -27,7 +27,7 @@ from etude.training.artifacts import flatten
 from etude.training.plans import TrainingPlans
 from etude.training.trainer import Trainer
 from gaussian_policy import GaussianPolicy, read, sd_path
-from small_runs import metrics, weights
+from small_runs import metrics, train_until, weights
 from small_runs import same as same_weights
 
 STEPS, ITERATIONS = 10, 9
@@ -234,16 +234,7 @@ def test_a_resumed_run_under_a_schedule_ends_with_the_bits_of_one_never_stopped(
     whole = trainer(tree, tmp_path / "whole", **values)
     whole.train()
     halted = trainer(tree, tmp_path / "halted", **values)
-    iterate = halted._iterate
-
-    def interrupted() -> dict[str, Any]:
-        if halted.iteration == 2:
-            raise KeyboardInterrupt
-        return iterate()
-
-    halted._iterate = interrupted  # type: ignore[method-assign]
-    with pytest.raises((KeyboardInterrupt, EtudeError)):
-        halted.train()
+    train_until(halted, 2)
     resumed = trainer(tree, tmp_path / "halted", resume=True, **values)
     resumed.train()
     assert same_weights(weights(whole), weights(resumed))

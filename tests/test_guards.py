@@ -17,7 +17,7 @@ from etude.rewards import register
 from etude.statistics import mean_summary, paired_summary
 from etude.training.guards import BestWeights, confirmation, explain_stop, fallen
 from etude.training.trainer import Trainer
-from small_runs import redness
+from small_runs import redness, train_until
 from tiny import save_stable_diffusion
 
 
@@ -219,16 +219,7 @@ def test_a_resumed_run_keeps_the_best_weights_of_before_bit_for_bit(settings, tm
     whole = Trainer(best, tmp_path / "whole").train()
     register("watched")(Scripted(*levels))
     halted = Trainer(best, tmp_path / "halted")
-    iterate = halted._iterate
-
-    def interrupted() -> dict[str, Any]:
-        if halted.iteration == 4:
-            raise KeyboardInterrupt
-        return iterate()
-
-    halted._iterate = interrupted  # type: ignore[method-assign]
-    with pytest.raises((KeyboardInterrupt, EtudeError)):
-        halted.train()
+    train_until(halted, 4)
     register("watched")(Scripted(*levels[3:]))
     resumed = Trainer(best, tmp_path / "halted", resume=True).train()
     assert whole["best"] == resumed["best"]

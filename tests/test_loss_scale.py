@@ -13,8 +13,8 @@ from etude.policies.stable_diffusion_3 import StableDiffusion3Policy
 from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 from etude.training.loss_scale import LossScale
 from etude.training.trainer import Trainer
-from small_runs import outcome, same, weights
-from tiny import flux, save_stable_diffusion, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from small_runs import brief_settings, outcome, same, weights
+from tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 FAMILIES = {
     "stable-diffusion": (StableDiffusionPolicy, stable_diffusion),
@@ -102,19 +102,7 @@ def test_without_need_nothing_is_scaled_or_asked():
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    root = tmp_path_factory.mktemp("model")
-    (root / "prompts.txt").write_text("red heart\npizza\ntiger\nsun\n")
-    return {
-        "model": str(save_stable_diffusion(root / "sd")),
-        "iterations": 2,
-        "rewards": {"colorfulness": 1.0},
-        "prompts": {"train": str(root / "prompts.txt"), "evaluation": str(root / "prompts.txt")},
-        "sampling": {"eta": 1.2, "num_steps": 3, "guidance_scale": 2.0},
-        "rollout": {"images_per_iteration": 4, "images_per_prompt": 2},
-        "objective": {"clip_range": None, "clip_nats": 1.6},
-        "advantage": {"kind": "group"},
-        "evaluation": {"every": 2, "num_images": 4, "grid_images": 2},
-    }
+    return brief_settings(tmp_path_factory.mktemp("model"))
 
 
 def test_a_scaled_run_in_float32_is_the_unscaled_one_bit_for_bit(settings, tmp_path):

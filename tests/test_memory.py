@@ -18,8 +18,8 @@ from etude.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 from etude.training.optimizers import make_optimizer
 from etude.training.trainer import Trainer
 from gaussian_policy import GaussianPolicy, flow_path
-from small_runs import metrics
-from tiny import flux, save_stable_diffusion, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from small_runs import brief_settings, metrics
+from tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 FAMILIES = {
     "stable-diffusion": (StableDiffusionPolicy, stable_diffusion),
@@ -125,19 +125,7 @@ def test_loading_offloaded_sends_only_the_denoiser_to_the_device(family, monkeyp
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    root = tmp_path_factory.mktemp("model")
-    (root / "prompts.txt").write_text("red heart\npizza\ntiger\nsun\n")
-    return {
-        "model": str(save_stable_diffusion(root / "sd")),
-        "iterations": 2,
-        "rewards": {"colorfulness": 1.0},
-        "prompts": {"train": str(root / "prompts.txt"), "evaluation": str(root / "prompts.txt")},
-        "sampling": {"eta": 1.2, "num_steps": 3, "guidance_scale": 2.0},
-        "rollout": {"images_per_iteration": 4, "images_per_prompt": 2},
-        "objective": {"clip_range": None, "clip_nats": 1.6},
-        "advantage": {"kind": "group"},
-        "evaluation": {"every": 2, "num_images": 4, "grid_images": 2},
-    }
+    return brief_settings(tmp_path_factory.mktemp("model"))
 
 
 def run(settings, out, **sections):

@@ -15,8 +15,8 @@ from etude.plans import SamplingPlan
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.rollout import NoiseSource, rollout
 from etude.training.trainer import Trainer
-from small_runs import metrics
-from tiny import save_stable_diffusion, stable_diffusion
+from small_runs import brief_settings, metrics
+from tiny import stable_diffusion
 
 PROMPTS = [f"prompt {i}" for i in range(7)]
 
@@ -172,19 +172,11 @@ def test_decoding_that_runs_out_of_memory_makes_the_same_pictures():
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    root = tmp_path_factory.mktemp("model")
-    (root / "prompts.txt").write_text("red heart\npizza\ntiger\nsun\n")
     return {
-        "model": str(save_stable_diffusion(root / "sd")),
-        "iterations": 2,
-        "rewards": {"colorfulness": 1.0},
-        "prompts": {"train": str(root / "prompts.txt"), "evaluation": str(root / "prompts.txt")},
-        "sampling": {"eta": 1.2, "num_steps": 3, "guidance_scale": 2.0},
+        **brief_settings(tmp_path_factory.mktemp("model")),
         "rollout": {"images_per_iteration": 8, "images_per_prompt": 4, "batch_size": 8},
         "objective": {"clip_range": None, "clip_nats": 1.6, "kl_coef": 0.1, "batch_size": 8, "updates_per_epoch": 2},
         "optimizer": {"learning_rate": 3e-3},
-        "advantage": {"kind": "group"},
-        "evaluation": {"every": 2, "num_images": 4, "grid_images": 2},
     }
 
 
