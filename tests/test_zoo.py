@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, StableDiffusionPipeline
+from torch.utils.data import DataLoader
 
 from etude import zoo
 from etude.zoo.autoencoder import build_autoencoder
@@ -16,7 +17,7 @@ from etude.zoo.emoji_data import EmojiSet
 from etude.zoo.flux import FluxNetworks, FluxRecipe, pack, train_flux
 from etude.zoo.pretrain import pretrain, with_history
 from etude.zoo.text import MAX_TOKENS_T5, CaptionSampler
-from etude.zoo.training import TrainingRecipe, sampling_weights
+from etude.zoo.training import Batches, TrainingRecipe, sampling_weights
 from etude.zoo.unet import UNetNetworks, train_unet
 
 NAMES = ["red heart", "tiger face", "man walking", "flag: chad", "soccer ball", "pizza"]
@@ -70,7 +71,7 @@ def test_the_velocity_that_is_trained_is_the_one_that_flux_pipeline_follows(data
     )
     sigmas = pipeline.scheduler.sigmas
     with torch.no_grad():
-        velocity = networks(x, sigmas[:1].expand(2), NAMES[:2], torch.full((2,), 2.5))
+        velocity = networks(x, sigmas[:1].expand(2), *networks.tokens(NAMES[:2]), torch.full((2,), 2.5))
     torch.testing.assert_close(seen[0], x + (sigmas[1] - sigmas[0]) * velocity, rtol=0, atol=1e-5)
 
 
@@ -82,7 +83,7 @@ def test_the_noise_that_is_trained_is_the_one_that_stable_diffusion_pipeline_pre
     x, t = torch.randn(2, 8, 8, 8), torch.tensor([10, 900])
     with torch.no_grad():
         expected = networks.unet(x, t, embeddings).sample
-        assert torch.equal(networks(x, t, NAMES[:2]), expected)
+        assert torch.equal(networks(x, t, *networks.tokens(NAMES[:2])), expected)
 
 
 def test_packing_is_undone_by_the_pipelines_unpacking():
@@ -120,8 +121,20 @@ def test_flags_are_never_drawn_and_people_less_often(data):
     assert weights[4] == pytest.approx(0.35 * weights[0])
 
 
+def test_a_batch_is_a_function_of_seed_and_step_alone(data):
+    def batches(seed):
+        recipe = TrainingRecipe(steps=3, batch_size=4, seed=seed)
+        return Batches(torch.arange(12.0)[:, None], data, recipe, UNetNetworks.build(data).tokens)
+
+    first, again, other = batches(0), list(DataLoader(batches(0), batch_size=None)), batches(1)
+    assert len(again) == 3
+    assert all(torch.equal(a, b) for step in (2, 0) for a, b in zip(first[step], again[step], strict=True))
+    assert not torch.equal(first[0][1], first[1][1])
+    assert not torch.equal(first[0][1], other[0][1])
+
+
 def test_captions_are_dropped_at_the_stated_rate(data):
-    captions = CaptionSampler(data, seed=0)(np.zeros(4000, dtype=np.int64))
+    captions = CaptionSampler(data)(np.zeros(4000, dtype=np.int64), np.random.default_rng(0))
     assert captions.count("") / 4000 == pytest.approx(0.1, abs=4 * (0.1 * 0.9 / 4000) ** 0.5)
     assert all(caption.startswith("red heart") for caption in captions if caption)
 

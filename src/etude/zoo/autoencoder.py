@@ -57,17 +57,19 @@ def to_model_range(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(images).float().div_(127.5).sub_(1.0)
 
 
-def train_autoencoder(images: np.ndarray, held_out: np.ndarray, recipe: AutoencoderRecipe) -> tuple[Any, dict]:
+def train_autoencoder(
+    images: np.ndarray, held_out: np.ndarray, recipe: AutoencoderRecipe, device: str = "cpu"
+) -> tuple[Any, dict]:
     """Trains on `images[~held_out]`; returns the model and its figures."""
     torch.manual_seed(recipe.seed)
-    model = build_autoencoder()
+    model = build_autoencoder().to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(recipe.steps))
     train = torch.as_tensor(images[~held_out])
     generator = torch.Generator().manual_seed(recipe.seed)
     losses, start = [], time.monotonic()
     for step in track(range(recipe.steps), "autoencoder"):
-        x = to_model_range(train[torch.randint(len(train), (recipe.batch_size,), generator=generator)])
+        x = to_model_range(train[torch.randint(len(train), (recipe.batch_size,), generator=generator)]).to(device)
         mirrored = torch.rand(len(x), generator=generator) < 0.5
         x[mirrored] = x[mirrored].flip(-1)
         posterior = model.encode(x).latent_dist
@@ -102,9 +104,9 @@ def train_autoencoder(images: np.ndarray, held_out: np.ndarray, recipe: Autoenco
 
 @torch.no_grad()
 def encode(model: AutoencoderKL, images: np.ndarray, batch_size: int = 64) -> torch.Tensor:
-    """Posterior means, fp32 `[n, 8, 8, 8]`, not yet scaled."""
+    """Posterior means, fp32 `[n, 8, 8, 8]` on the CPU, not yet scaled."""
     batches = torch.as_tensor(images).split(batch_size)
-    return torch.cat([model.encode(to_model_range(b)).latent_dist.mean for b in batches])
+    return torch.cat([model.encode(to_model_range(b).to(model.device)).latent_dist.mean.cpu() for b in batches])
 
 
 @torch.no_grad()
@@ -112,7 +114,7 @@ def reconstruction_psnr(model: AutoencoderKL, images: np.ndarray, batch_size: in
     """Mean over pictures of 10 log10(4 / mse), pixels in [-1, 1], reconstructed from the posterior mean."""
     psnr = []
     for batch in torch.as_tensor(images).split(batch_size):
-        x = to_model_range(batch)
+        x = to_model_range(batch).to(model.device)
         y = model.decode(model.encode(x).latent_dist.mean).sample.clamp(-1, 1)
         psnr.append(10 * torch.log10(4 / (y - x).square().mean((1, 2, 3))))
     return float(torch.cat(psnr).mean())

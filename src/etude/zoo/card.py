@@ -90,6 +90,8 @@ def _readme(card: dict[str, Any]) -> str:
     legs = denoiser.get("legs", [denoiser])
     distilled = sum(leg.get("stages", {}).get("guidance distillation", {}).get("steps", 0) for leg in legs)
     stages = f", {distilled} of them distilling the guidance" if distilled else ""
+    batch_sizes = {stage.get("batch_size", 64) for leg in legs for stage in leg.get("stages", {"": leg}).values()}
+    devices = {stage.get("device", "CPU") for leg in legs for stage in leg.get("stages", {"": leg}).values()}
     sizes = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in card["parameters"].items())
     return f"""---
 license: apache-2.0
@@ -110,8 +112,8 @@ A {card["class"]} that draws {card["images"]}. Small enough for a laptop, traine
 <!-- --8<-- [start:figures] -->
 Autoencoder: {autoencoder["steps"]} steps, {autoencoder["seconds"]} s, final loss {autoencoder["final_loss"]:.4f};
 {autoencoder["psnr_held_out_db"]:.2f} dB PSNR on {autoencoder["held_out_pictures"]} pictures of emoji not seen in training.
-Denoiser: {denoiser["steps"]} steps of 64 pictures{stages}, {denoiser["seconds"]} s on {denoiser["pictures"]} pictures,
-final loss {denoiser["final_loss"]:.4f}.
+Denoiser: {denoiser["steps"]} steps of {" or ".join(map(str, sorted(batch_sizes)))} pictures{stages}, {denoiser["seconds"]} s
+({" and ".join(sorted(devices))}) on {denoiser["pictures"]} pictures, final loss {denoiser["final_loss"]:.4f}.
 
 Alignment (the embedded reward) of {quality["prompts"]} common prompts, {quality["images_per_prompt"]} images each, {card["sampler"]},
 with 95 % intervals; `chance` pairs the generated images with other prompts:

@@ -11,7 +11,6 @@ Two stages, as FLUX.1-dev came about (its own guidance distillation follows Meng
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,11 @@ from etude.zoo.text import (
     MAX_TOKENS_T5,
     build_t5_encoder,
     build_text_encoder,
+    padded,
     train_t5_tokenizer,
     train_tokenizer,
 )
-from etude.zoo.training import Batches, OnCheckpoint, TrainingRecipe, fit, in_half_precision
+from etude.zoo.training import Batches, Loss, OnCheckpoint, TrainingRecipe, fit, in_half_precision
 
 LATENT_SIZE = 8
 TEXT_WIDTH = 128
@@ -133,20 +133,18 @@ class FluxNetworks(nn.Module):
             scheduler=flux_scheduler(),
         )
 
-    def forward(self, x: Tensor, sigma: Tensor, captions: list[str], guidance: Tensor) -> Tensor:
-        """Velocity `[n, 16, 32]` at packed latents `x`, levels `sigma` `[n]` and guidance `[n]`."""
-        clip = self.tokenizer(
-            captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        )
-        t5 = self.tokenizer_2(
-            captions, padding="max_length", max_length=MAX_TOKENS_T5, truncation=True, return_tensors="pt"
-        )
+    def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """CLIP's int64 `[n, 24]` and T5's `[n, 16]`, as FluxPipeline prepares them."""
+        return padded(self.tokenizer, captions, MAX_TOKENS), padded(self.tokenizer_2, captions, MAX_TOKENS_T5)
+
+    def forward(self, x: Tensor, sigma: Tensor, clip: Tensor, t5: Tensor, guidance: Tensor) -> Tensor:
+        """Velocity `[n, 16, 32]` at packed latents `x`, levels `sigma` `[n]`, the captions' tokens and guidance `[n]`."""
         output: Tensor = self.transformer(
             hidden_states=x,
             timestep=sigma,
             guidance=guidance,
-            pooled_projections=self.text_encoder(clip.input_ids).pooler_output,
-            encoder_hidden_states=self.text_encoder_2(t5.input_ids)[0],
+            pooled_projections=self.text_encoder(clip).pooler_output,
+            encoder_hidden_states=self.text_encoder_2(t5)[0],
             txt_ids=self.text_ids,
             img_ids=self.image_ids,
             return_dict=False,
@@ -168,46 +166,44 @@ def train_flux(
     packed = pack(latents)
     stages: dict[str, dict[str, Any]] = {}
     if recipe.matching.steps:
-        draw = Batches(packed, data, recipe.matching)
-        loss = _matching_loss(networks, draw)
-        networks, stages["flow matching"] = fit(networks, loss, recipe.matching, on_checkpoint)
+        batches = Batches(packed, data, recipe.matching, networks.tokens)
+        networks, stages["flow matching"] = fit(networks, batches, _matching_loss(networks), on_checkpoint)
     if recipe.distillation.steps:
-        draw = Batches(packed, data, recipe.distillation)
-        loss = _distillation_loss(networks, draw, recipe.largest_guidance)
-        networks, stages["guidance distillation"] = fit(networks, loss, recipe.distillation, on_checkpoint)
+        batches = Batches(packed, data, recipe.distillation, networks.tokens)
+        loss = _distillation_loss(networks, recipe.largest_guidance)
+        networks, stages["guidance distillation"] = fit(networks, batches, loss, on_checkpoint)
     totals = {key: sum(stage[key] for stage in stages.values()) for key in ("steps", "seconds")}
     final = next(iter(stages.values()))["final_loss"]
-    return networks, {**totals, "final_loss": final, "pictures": draw.pictures, "stages": stages}
+    return networks, {**totals, "final_loss": final, "pictures": batches.pictures, "stages": stages}
 
 
-def _matching_loss(networks: FluxNetworks, draw: Batches) -> Callable[[], Tensor]:
-    def loss() -> Tensor:
-        x0, captions = draw()
-        sigma, noise, x = _noised(x0, draw.generator)
-        velocity = networks(x, sigma, captions, torch.ones_like(sigma))
+def _matching_loss(networks: FluxNetworks) -> Loss:
+    def loss(x0: Tensor, noise: Tensor, uniform: Tensor, clip: Tensor, t5: Tensor) -> Tensor:
+        sigma, x = _noised(x0, noise, uniform[0])
+        velocity = networks(x, sigma, clip, t5, torch.ones_like(sigma))
         return (velocity - (noise - x0)).square().mean()
 
     return loss
 
 
-def _distillation_loss(student: FluxNetworks, draw: Batches, largest_guidance: float) -> Callable[[], Tensor]:
+def _distillation_loss(student: FluxNetworks, largest_guidance: float) -> Loss:
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    device = next(student.parameters()).device
+    empty = [tokens.to(device) for tokens in student.tokens([""])]
 
-    def loss() -> Tensor:
-        x0, captions = draw()
-        sigma, _, x = _noised(x0, draw.generator)
-        guidance = 1 + (largest_guidance - 1) * torch.rand(len(x0), generator=draw.generator)
+    def loss(x0: Tensor, noise: Tensor, uniform: Tensor, clip: Tensor, t5: Tensor) -> Tensor:
+        sigma, x = _noised(x0, noise, uniform[0])
+        guidance = 1 + (largest_guidance - 1) * uniform[1]
         one = torch.ones_like(sigma)
         with torch.no_grad():
-            empty, prompted = teacher(x, sigma, [""] * len(x), one), teacher(x, sigma, captions, one)
-        target = empty + guidance[:, None, None] * (prompted - empty)
-        return (student(x, sigma, captions, guidance) - target).square().mean()
+            unprompted = teacher(x, sigma, *(tokens.expand(len(x), -1) for tokens in empty), one)
+            target = unprompted + guidance[:, None, None] * (teacher(x, sigma, clip, t5, one) - unprompted)
+        return (student(x, sigma, clip, t5, guidance) - target).square().mean()
 
     return loss
 
 
-def _noised(x0: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels sigma `[n]`, noise, and x = (1 - sigma) x0 + sigma noise."""
-    sigma = torch.randn(len(x0), generator=generator).sigmoid()
-    noise = torch.randn(x0.shape, generator=generator)
-    return sigma, noise, x0.lerp(noise, sigma[:, None, None])
+def _noised(x0: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels sigma `[n]`, and x = (1 - sigma) x0 + sigma noise; the normal quantile makes N(0, 1) of uniform numbers."""
+    sigma = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).sigmoid()
+    return sigma, x0.lerp(noise, sigma[:, None, None])

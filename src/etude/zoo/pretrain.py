@@ -6,6 +6,7 @@ over from another model), the latents cached, the denoiser trained, the pipeline
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,6 +37,7 @@ def pretrain(
     autoencoder: AutoencoderRecipe | Path,
     initial: Path | None = None,
     seed: int = 0,
+    device: str = "cpu",
 ) -> None:
     """Writes a pipeline directory into `out`, and the figures of each stage into `out/figures`.
 
@@ -44,19 +46,21 @@ def pretrain(
         train: trains it on scaled latents, and returns the averaged networks and the figures.
         autoencoder: how to train it, or the directory of a model whose autoencoder is taken over.
         initial: an earlier result to go on from: its networks and tokenizers.
+        device: what computes.
     """
     data = load_emoji(cache)
-    vae = _autoencoder(out, data, autoencoder)
-    latents = (encode(vae, data.images) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    vae = _autoencoder(out, data, autoencoder, device)
+    latents = (encode(vae.to(device), data.images) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    vae.cpu()
     torch.manual_seed(seed)
     start: Any = networks_class.build(data) if initial is None else networks_class.load(initial)
 
     def save(networks: Any) -> None:
-        networks.pipeline(vae).save_pretrained(out)
+        copy.deepcopy(networks).cpu().pipeline(vae).save_pretrained(out)
         for config in out.glob("*/config.json"):
             _forget_origin(config)
 
-    networks, figures = train(latents, data, start, save)
+    networks, figures = train(latents, data, start.to(device), save)
     save(networks)
     _write(out / "figures" / "denoiser.json", with_history(figures, initial))
 
@@ -71,7 +75,7 @@ def with_history(figures: dict[str, Any], initial: Path | None) -> dict[str, Any
     return {**figures, **totals, "legs": legs}
 
 
-def _autoencoder(out: Path, data: EmojiSet, source: AutoencoderRecipe | Path) -> AutoencoderKL:
+def _autoencoder(out: Path, data: EmojiSet, source: AutoencoderRecipe | Path, device: str) -> AutoencoderKL:
     done = out / "figures" / "autoencoder.json"
     if not done.exists():
         if isinstance(source, Path):
@@ -79,7 +83,7 @@ def _autoencoder(out: Path, data: EmojiSet, source: AutoencoderRecipe | Path) ->
             vae.register_to_config(shift_factor=float(encode(vae, data.images).mean()))
             figures = json.loads((source / "figures" / "autoencoder.json").read_text(encoding="utf-8"))
         else:
-            vae, figures = train_autoencoder(data.images, data.held_out(source.held_out, source.seed), source)
+            vae, figures = train_autoencoder(data.images, data.held_out(source.held_out, source.seed), source, device)
         vae.save_pretrained(out / "vae")
         _write(done, figures)
     return AutoencoderKL.from_pretrained(out / "vae", use_safetensors=True).eval()
@@ -105,6 +109,8 @@ Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
 Steps = Annotated[int, typer.Option(help="Optimiser steps of the denoiser.", min=0)]
 Rate = Annotated[float, typer.Option(help="Peak learning rate of the denoiser.")]
 Initial = Annotated[Path | None, typer.Option(help="Go on from the denoiser of this earlier result.")]
+BatchSize = Annotated[int, typer.Option(help="Pictures per optimiser step of the denoiser.", min=1)]
+Device = Annotated[str, typer.Option(help="What computes: cpu, cuda.")]
 Seed = Annotated[int, typer.Option(help="Seed of the denoiser's training.", min=0)]
 CACHE = Path("build/emoji-data")
 
@@ -113,6 +119,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 
 def _prepare(threads: int) -> None:
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU that has it; nothing on a CPU
     np.seterr(all="raise", under="ignore")
 
 
@@ -123,15 +130,17 @@ def emoji_sd(
     threads: Threads = 2,
     steps: Steps = TrainingRecipe.steps,
     learning_rate: Rate = TrainingRecipe.learning_rate,
+    batch_size: BatchSize = TrainingRecipe.batch_size,
     autoencoder_steps: Annotated[
         int, typer.Option(help="Optimiser steps of the autoencoder.", min=1)
     ] = AutoencoderRecipe.steps,
     initial: Initial = None,
     seed: Seed = 0,
+    device: Device = "cpu",
 ) -> None:
     """A StableDiffusionPipeline: fetches the emoji, trains the autoencoder, the text encoder and the UNet."""
     _prepare(threads)
-    recipe = TrainingRecipe(steps=steps, learning_rate=learning_rate, seed=seed)
+    recipe = TrainingRecipe(steps, batch_size, learning_rate, seed=seed)
     pretrain(
         UNetNetworks,
         partial(train_unet, recipe=recipe),
@@ -140,6 +149,7 @@ def emoji_sd(
         AutoencoderRecipe(steps=autoencoder_steps),
         initial,
         seed,
+        device,
     )
 
 
@@ -153,17 +163,21 @@ def emoji_flux(
     threads: Threads = 2,
     steps: Steps = MATCHING.steps,
     learning_rate: Rate = MATCHING.learning_rate,
+    batch_size: BatchSize = MATCHING.batch_size,
     distillation_steps: Annotated[
         int, typer.Option(help="Optimiser steps of the guidance distillation.", min=0)
     ] = DISTILLATION.steps,
     initial: Initial = None,
     seed: Seed = 0,
+    device: Device = "cpu",
 ) -> None:
     """A FluxPipeline: fetches the emoji, trains both text encoders and the transformer, then distils the guidance."""
     _prepare(threads)
-    matching = replace(MATCHING, steps=steps, learning_rate=learning_rate, seed=seed)
-    recipe = FluxRecipe(matching, replace(DISTILLATION, steps=distillation_steps, seed=seed))
-    pretrain(FluxNetworks, partial(train_flux, recipe=recipe), out, cache, autoencoder, initial, seed)
+    recipe = FluxRecipe(
+        replace(MATCHING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
+        replace(DISTILLATION, steps=distillation_steps, batch_size=batch_size, seed=seed),
+    )
+    pretrain(FluxNetworks, partial(train_flux, recipe=recipe), out, cache, autoencoder, initial, seed, device)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 from etude.zoo.emoji_data import EmojiSet
@@ -22,24 +23,22 @@ class CaptionSampler:
     Dropping the caption trains the unconditional branch of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
     """
 
-    def __init__(
-        self, data: EmojiSet, seed: int, drop: float = 0.1, style: float = 0.3, keywords: float = 0.15
-    ) -> None:
-        self.data, self.rng = data, np.random.default_rng(seed)
+    def __init__(self, data: EmojiSet, drop: float = 0.1, style: float = 0.3, keywords: float = 0.15) -> None:
+        self.data = data
         self.drop, self.style, self.keywords = drop, style, keywords
 
-    def __call__(self, pictures: np.ndarray) -> list[str]:
-        return [self._caption(i) for i in pictures]
+    def __call__(self, pictures: np.ndarray, rng: np.random.Generator) -> list[str]:
+        return [self._caption(i, rng) for i in pictures]
 
-    def _caption(self, picture: int) -> str:
-        drop, style, keywords = self.rng.random(3)
+    def _caption(self, picture: int, rng: np.random.Generator) -> str:
+        drop, style, keywords = rng.random(3)
         if drop < self.drop:
             return ""
         emoji = self.data.emoji[picture]
         words = [self.data.names[emoji]]
         tags = self.data.tags[emoji]
         if keywords < self.keywords and tags:
-            words += list(self.rng.choice(tags, size=min(2, len(tags)), replace=False))
+            words += list(rng.choice(tags, size=min(2, len(tags)), replace=False))
         if style < self.style:
             words.append(self.data.styles[picture])
         return ", ".join(words)
@@ -88,6 +87,14 @@ def _corpus(data: EmojiSet) -> list[str]:
 def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     merges: Any = json.loads(tokenizer.to_str())["model"]["merges"]
     return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
+
+
+def padded(tokenizer: Any, captions: list[str], length: int) -> Tensor:
+    """int64 `[n, length]`, as diffusers' pipelines prepare them: padded to the full length, or cut to it."""
+    tokens: Tensor = tokenizer(
+        captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return tokens
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer, hidden: int = 128, layers: int = 2) -> CLIPTextModel:

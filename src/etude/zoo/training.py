@@ -1,11 +1,16 @@
-"""The training loop of the embedded models: AdamW, warm-up and cosine, averaged weights."""
+"""The training loop of the embedded models: AdamW, warm-up and cosine, averaged weights.
+
+A network this small leaves a GPU waiting for the next kernel to be launched: there a whole step, from the forward to the
+optimiser, is recorded once as a CUDA graph and replayed, and batches are drawn by processes beside it.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,6 +18,7 @@ import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from etude.zoo.emoji_data import EmojiSet
 from etude.zoo.text import CaptionSampler
@@ -20,6 +26,9 @@ from etude.zoo.text import CaptionSampler
 Networks = TypeVar("Networks", bound=nn.Module)
 OnCheckpoint = Callable[[Any], None]
 """Is given the averaged networks."""
+Loss = Callable[..., Tensor]
+"""Of the tensors of a batch."""
+LOG_EVERY = 500
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,6 @@ class TrainingRecipe:
         learning_rate: peak of a warm-up and cosine schedule that ends at 0.
         ema_decay: of the weights that are kept.
         seed: of the weights, the batches and the noise.
-        checkpoint_every: steps between calls of `on_checkpoint`.
     """
 
     steps: int = 13500
@@ -40,7 +48,11 @@ class TrainingRecipe:
     learning_rate: float = 1e-3
     ema_decay: float = 0.998
     seed: int = 0
-    checkpoint_every: int = 500
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between calls of `on_checkpoint`: a twentieth of the training, and no fewer than take a minute on a laptop."""
+        return max(LOG_EVERY, self.steps // 20)
 
 
 def sampling_weights(data: EmojiSet, people_weight: float = 0.35) -> np.ndarray:
@@ -52,66 +64,134 @@ def sampling_weights(data: EmojiSet, people_weight: float = 0.35) -> np.ndarray:
     return weights / weights.sum()
 
 
-class Batches:
-    """Draws latents with their captions, and holds the generator for the noise that goes with them.
+class Batches(Dataset[tuple[Tensor, ...]]):
+    """Batch k of a training: latents, noise of their shape, two uniform numbers a picture `[2, n]`, and the captions' tokens.
+
+    A function of the seed and k alone, so that any number of processes may draw them.
 
     Args:
-        latents: `[n, ...]`, row by row the pictures of `data`.
-        recipe: its batch size and seed.
+        latents: `[n, ...]` on the CPU, row by row the pictures of `data`.
+        recipe: its steps, batch size and seed.
+        tokens: of a list of captions.
 
     Attributes:
-        generator: of levels and noise.
         pictures: how many can be drawn.
     """
 
-    def __init__(self, latents: Tensor, data: EmojiSet, recipe: TrainingRecipe) -> None:
-        self.latents, self.size, self.weights = latents, recipe.batch_size, sampling_weights(data)
-        self.generator = torch.Generator().manual_seed(recipe.seed)
-        self.rng, self.captions = np.random.default_rng(recipe.seed), CaptionSampler(data, recipe.seed)
+    def __init__(
+        self,
+        latents: Tensor,
+        data: EmojiSet,
+        recipe: TrainingRecipe,
+        tokens: Callable[[list[str]], tuple[Tensor, ...]],
+    ) -> None:
+        self.latents, self.recipe, self.tokens = latents, recipe, tokens
+        self.weights, self.captions = sampling_weights(data), CaptionSampler(data)
         self.pictures = int((self.weights > 0).sum())
 
-    def __call__(self) -> tuple[Tensor, list[str]]:
-        rows = self.rng.choice(len(self.latents), size=self.size, p=self.weights)
-        return self.latents[rows], self.captions(rows)
+    def __len__(self) -> int:
+        return self.recipe.steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+        rng = np.random.default_rng((self.recipe.seed, step))
+        rows = rng.choice(len(self.latents), size=self.recipe.batch_size, p=self.weights)
+        x0 = self.latents[rows]
+        noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
+        uniform = torch.from_numpy(rng.random((2, len(rows)), dtype=np.float32))
+        return x0, noise, uniform, *self.tokens(self.captions(rows, rng))
 
 
 def fit(
     networks: Networks,
-    loss: Callable[[], Tensor],
-    recipe: TrainingRecipe,
+    batches: Batches,
+    loss: Loss,
     on_checkpoint: OnCheckpoint = lambda networks: None,
 ) -> tuple[Networks, dict[str, Any]]:
-    """Minimises `loss()`, which draws its own batch; returns the averaged networks and the figures of the training."""
+    """Minimises `loss` of the batches, on the networks' device; returns the averaged networks and the figures of the training."""
+    recipe, device = batches.recipe, next(networks.parameters()).device
     average = copy.deepcopy(networks).requires_grad_(False)
     networks.requires_grad_(True).train()
-    optimizer = torch.optim.AdamW(networks.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, warmup_cosine(recipe.steps, warmup=min(300, recipe.steps // 10))
-    )
-    losses: list[float] = []
+    step = _Step(networks, loss, recipe, device)
+    losses: list[Tensor] = []
     start = time.monotonic()
-    for step in track(range(recipe.steps), "denoiser"):
-        value = loss()
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        decay = min(recipe.ema_decay, (1 + step) / (10 + step))
+    for number, batch in enumerate(track(_loaded(batches, device), "denoiser", total=recipe.steps), start=1):
+        losses.append(step(batch))
+        decay = min(recipe.ema_decay, number / (9 + number))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(networks.parameters()), 1 - decay)
-        losses.append(value.item())
-        if (step + 1) % recipe.checkpoint_every == 0:
-            mean, seconds = np.mean(losses[-recipe.checkpoint_every :]), time.monotonic() - start
-            print(f"step {step + 1}  loss {mean:.4f}  {seconds:.0f} s", flush=True)
+        if number % LOG_EVERY == 0:
+            mean, seconds = torch.stack(losses[-LOG_EVERY:]).mean(), time.monotonic() - start
+            print(f"step {number}  loss {mean:.4f}  {seconds:.0f} s", flush=True)
+        if number % recipe.checkpoint_every == 0:
             on_checkpoint(average)
+    curve = torch.stack(losses).cpu()
     figures = {
         "steps": recipe.steps,
+        "batch_size": recipe.batch_size,
         "seconds": round(time.monotonic() - start),
-        "final_loss": float(np.mean(losses[-500:])),
-        "loss_every_500_steps": [round(float(np.mean(losses[i : i + 500])), 4) for i in range(0, len(losses), 500)],
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "final_loss": float(curve[-LOG_EVERY:].mean()),
+        "loss_in_twenty_parts": [round(float(part.mean()), 4) for part in curve.tensor_split(20) if len(part)],
     }
     return average.eval(), figures
+
+
+def _loaded(batches: Batches, device: torch.device) -> DataLoader[tuple[Tensor, ...]]:
+    """The batches in their order; beside a GPU they are drawn ahead by processes of their own."""
+    cuda = device.type == "cuda"
+    workers = min(12, max(1, (os.cpu_count() or 1) - 2)) if cuda else 0
+    return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=cuda)
+
+
+class _Step:
+    """An optimiser step of AdamW on one batch; returns the loss. Batches must agree in shape."""
+
+    WARM_UP = 3
+    """Ordinary steps before the graph is recorded: they let the libraries choose their kernels, and make the optimiser's state."""
+
+    def __init__(self, networks: nn.Module, loss: Loss, recipe: TrainingRecipe, device: torch.device) -> None:
+        self.parameters, self.loss = list(networks.parameters()), loss
+        self.cuda = device.type == "cuda"
+        rate: Any = torch.tensor(recipe.learning_rate, device=device) if self.cuda else recipe.learning_rate
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, capturable=self.cuda
+        )
+        factor = warmup_cosine(recipe.steps, warmup=min(300, recipe.steps // 10))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.device, self.calls = device, 0
+
+    def __call__(self, batch: Sequence[Tensor]) -> Tensor:
+        value = self._launch(batch) if self.cuda else self._update(*batch)
+        self.schedule.step()
+        return value
+
+    def _update(self, *batch: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        value = self.loss(*batch)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return value.detach()
+
+    def _launch(self, batch: Sequence[Tensor]) -> Tensor:
+        """The same, recorded as a graph after the warm-up."""
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                value = self._update(*(tensor.to(self.device) for tensor in batch))
+            torch.cuda.current_stream().wait_stream(side)
+            return value
+        if self.calls == self.WARM_UP + 1:
+            self.inputs = [tensor.to(self.device) for tensor in batch]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.value = self._update(*self.inputs)
+        for room, tensor in zip(self.inputs, batch, strict=True):
+            room.copy_(tensor, non_blocking=True)
+        self.graph.replay()
+        return self.value.clone()
 
 
 def warmup_cosine(steps: int, warmup: int = 100) -> Callable[[int], float]:

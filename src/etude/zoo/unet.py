@@ -9,14 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from etude.zoo.autoencoder import LATENT_CHANNELS
 from etude.zoo.emoji_data import EmojiSet
-from etude.zoo.text import MAX_TOKENS, build_text_encoder, train_tokenizer
+from etude.zoo.text import MAX_TOKENS, build_text_encoder, padded, train_tokenizer
 from etude.zoo.training import Batches, OnCheckpoint, TrainingRecipe, fit, in_half_precision
 
 SNR_GAMMA = 5.0
@@ -72,12 +71,13 @@ class UNetNetworks(nn.Module):
         pipeline = StableDiffusionPipeline.from_pretrained(directory, use_safetensors=True, safety_checker=None)
         return cls(pipeline.unet, pipeline.text_encoder, pipeline.tokenizer)
 
-    def forward(self, x: Tensor, timesteps: Tensor, captions: list[str]) -> Tensor:
+    def tokens(self, captions: list[str]) -> tuple[Tensor]:
+        """int64 `[n, 24]`, as StableDiffusionPipeline prepares them."""
+        return (padded(self.tokenizer, captions, MAX_TOKENS),)
+
+    def forward(self, x: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         """Predicted noise `[n, 8, 8, 8]`, the captions encoded as StableDiffusionPipeline does."""
-        tokens = self.tokenizer(
-            captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        )
-        prediction: Tensor = self.unet(x, timesteps, self.text_encoder(tokens.input_ids).last_hidden_state).sample
+        prediction: Tensor = self.unet(x, timesteps, self.text_encoder(tokens).last_hidden_state).sample
         return prediction
 
     def pipeline(self, vae: AutoencoderKL) -> StableDiffusionPipeline:
@@ -98,17 +98,15 @@ def train_unet(
     latents: Tensor, data: EmojiSet, networks: UNetNetworks, on_checkpoint: OnCheckpoint, recipe: TrainingRecipe
 ) -> tuple[UNetNetworks, dict[str, Any]]:
     """Trains on scaled `latents` `[n, 8, 8, 8]`, row by row the pictures of `data`; returns the averaged weights and figures."""
-    alphas = stable_diffusion_scheduler().alphas_cumprod
+    alphas = stable_diffusion_scheduler().alphas_cumprod.to(next(networks.parameters()).device)
     snr = alphas / (1 - alphas)
-    draw = Batches(latents, data, recipe)
+    batches = Batches(latents, data, recipe, networks.tokens)
 
-    def loss() -> Tensor:
-        x0, captions = draw()
-        t = torch.randint(len(alphas), (len(x0),), generator=draw.generator)
-        noise = torch.randn(x0.shape, generator=draw.generator)
+    def loss(x0: Tensor, noise: Tensor, uniform: Tensor, tokens: Tensor) -> Tensor:
+        t = (uniform[0] * len(alphas)).long()
         a, s = (v[t].sqrt()[:, None, None, None] for v in (alphas, 1 - alphas))
-        error = (networks(a * x0 + s * noise, t, captions) - noise).square().mean((1, 2, 3))
+        error = (networks(a * x0 + s * noise, t, tokens) - noise).square().mean((1, 2, 3))
         return (error * (snr[t].clamp(max=SNR_GAMMA) / snr[t])).mean()
 
-    networks, figures = fit(networks, loss, recipe, on_checkpoint)
-    return networks, {**figures, "pictures": draw.pictures}
+    networks, figures = fit(networks, batches, loss, on_checkpoint)
+    return networks, {**figures, "pictures": batches.pictures}
