@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief
+from etude.training import zero
 
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
 """Whether the package of a tracker, which has its name, is there."""
@@ -37,11 +38,11 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     """The accelerator of a run.
 
     Raises:
-        EtudeError: a tracker's package is missing, the launched processes do not form one group, or the images of an iteration
-            do not divide among them.
+        EtudeError: a tracker's package or DeepSpeed is missing, the launched processes do not form one group, the images of an
+            iteration do not divide among them, or DeepSpeed cannot do what is asked for.
     """
     check_trackers(config.trackers)
-    launched = get_int_from_env(LAUNCHED, 1)
+    launched, by_deepspeed = get_int_from_env(LAUNCHED, 1), zero.wanted()
     # Explicit, so that no environment variable of a launcher scales the loss or changes the precision.
     accelerator = Accelerator(
         # Without it processes that torchrun started where there is no GPU would form no group: each would be a run of its own.
@@ -58,7 +59,13 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
         )
     if torch.distributed.is_initialized():
         _keep_for_good(torch.distributed.group.WORLD)
-    _shard_on_cpu(accelerator)
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        if by_deepspeed:
+            zero.use_on_cpu(accelerator)
+        else:
+            _shard_on_cpu(accelerator)
+    if zero.in_use(accelerator):
+        zero.configure(accelerator, config)
     _check_division(config, accelerator.num_processes)
     return accelerator
 
@@ -88,8 +95,7 @@ def _check_division(config: TrainConfig, processes: int) -> None:
 
 def _shard_on_cpu(accelerator: Accelerator) -> None:
     """Lets FSDP run on the CPU too, where Accelerate, which has it for accelerators only, would leave every process the whole model."""
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if not wanted or accelerator.distributed_type != DistributedType.MULTI_CPU:
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return
     state = accelerator.state
     state.fsdp_plugin = FullyShardedDataParallelPlugin()

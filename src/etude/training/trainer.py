@@ -33,7 +33,7 @@ from etude.prompts import PromptSet, load_prompts
 from etude.rewards import WeightedRewards
 from etude.rollout import Trajectory, replay, rollout
 from etude.sharding import assembled, held_here, part, sharded, whole
-from etude.training import artifacts, guards
+from etude.training import artifacts, guards, zero
 from etude.training.batches import draw_pairs, draw_prompts, most_starts, noise_keys, own_pairs, split_samples
 from etude.training.checkpoint import (
     Checkpoint,
@@ -113,7 +113,7 @@ class Trainer:
         self.table = self.plans.table_at(1)
         images, processes = config.rollout.images_per_iteration, self.accelerator.num_processes
         self.samples = share(images, processes, self.accelerator.process_index)  # this process's own of an iteration
-        alone = processes == 1
+        alone = processes == 1 and not zero.in_use(self.accelerator)
         self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size", adaptive=alone)
         self.replay_batches = MicroBatch(config.objective.batch_size, "objective.batch_size", adaptive=alone)
         self.evaluation = Evaluation(
@@ -148,6 +148,7 @@ class Trainer:
         else:
             self.policy.network, self.prepared = prepare(self.accelerator, self.policy.network, self.optimizer)
             self.parameters = self.policy.trainable()  # others than before where they are held in parts
+        self.in_parts = sharded(self.parameters) or zero.in_use(self.accelerator)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema.decay else None
         averaged = self.policy.dimensions if config.objective.logprob_reduction == "mean" else 1
         self.loss_scale = LossScale(config.dtype == "float16", averaged, self._all)
@@ -208,7 +209,7 @@ class Trainer:
             evaluating = self.unevaluated is not None and self.iteration > 0  # only the figures are missing then
             done = self.iteration if evaluating else self.iteration - 1
             # Parts are brought together by all processes or not at all.
-            reachable = not sharded(self.parameters) or isinstance(error, Interrupted | SharedFailureError)
+            reachable = not self.in_parts or isinstance(error, Interrupted | SharedFailureError)
             if (evaluating or not self.touched) and self.durable < done and reachable:
                 self._save(done)
             if isinstance(error, SharedFailureError):
@@ -333,7 +334,7 @@ class Trainer:
                 rows, columns = (indices.to(self.policy.device) for indices in own_pairs(pairs, self.samples))
                 self._accumulate(trajectory, conditioning, advantages, rows, columns, statistics)
                 norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
-                statistics.grad_norm.append(whole(torch.as_tensor(norm)).detach())
+                statistics.grad_norm.append(whole(torch.as_tensor(norm)).detach().to(self.policy.device))
                 self.prepared.step()
                 self.prepared.zero_grad()
                 self._update_ema()
@@ -462,13 +463,11 @@ class Trainer:
         self.seconds[name] = time.perf_counter() - start
 
     def _save(self, iteration: int) -> None:
-        """Writes a checkpoint, in the first process; all must call it where the weights are held in parts."""
-        if not (self.accelerator.is_main_process or sharded(self.parameters)):
+        """Writes a checkpoint, in the first process; all must call it where the state is held in parts."""
+        if not (self.accelerator.is_main_process or self.in_parts):
             return
         tensors = {f"weights/{name}": whole(p.detach()) for name, p in self.parameters.items()}
-        tensors |= {
-            f"optimizer/{name}": t for name, t in optimizer_tensors(self.optimizer, list(self.parameters)).items()
-        }
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in self._moments().items()}
         tensors |= {f"ema/{name}": whole(t) for name, t in (self.ema or {}).items()}
         tensors |= {f"best/{name}": t for name, t in self.best.weights.items()}
         state = {
@@ -481,6 +480,12 @@ class Trainer:
         }
         if self.accelerator.is_main_process:
             self.checkpoints.save(iteration, tensors, state)
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimiser's state, whole."""
+        if zero.in_use(self.accelerator):
+            return zero.optimizer_tensors(self.accelerator, self.optimizer, self.parameters)
+        return optimizer_tensors(self.optimizer, list(self.parameters))
 
     def _restore(self) -> None:
         """Takes up the newest sound checkpoint, and drops metrics of iterations that it does not hold."""
@@ -504,7 +509,11 @@ class Trainer:
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         assign(self.parameters, _under("weights/", checkpoint.tensors))
-        load_optimizer_tensors(self.optimizer, list(self.parameters), _under("optimizer/", checkpoint.tensors))
+        moments = _under("optimizer/", checkpoint.tensors)
+        if zero.in_use(self.accelerator):
+            zero.take_up(self.optimizer, self.parameters, moments)
+        else:
+            load_optimizer_tensors(self.optimizer, list(self.parameters), moments)
         if self.ema is not None:
             for name, average in _under("ema/", checkpoint.tensors).items():
                 self.ema[name].copy_(part(average, self.ema[name]))

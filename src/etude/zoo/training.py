@@ -88,6 +88,7 @@ class Batches(Dataset[tuple[Tensor, ...]]):
         self.latents, self.recipe, self.tokens = latents, recipe, tokens
         self.weights, self.captions = sampling_weights(data), CaptionSampler(data)
         self.pictures = int((self.weights > 0).sum())
+        self._tokens_of: dict[str, tuple[Tensor, ...]] = {}  # most captions come again and again
 
     def __len__(self) -> int:
         return self.recipe.steps
@@ -98,7 +99,13 @@ class Batches(Dataset[tuple[Tensor, ...]]):
         x0 = self.latents[rows]
         noise = torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32))
         uniform = torch.from_numpy(rng.random((2, len(rows)), dtype=np.float32))
-        return x0, noise, uniform, *self.tokens(self.captions(rows, rng))
+        return x0, noise, uniform, *self._tokens(self.captions(rows, rng))
+
+    def _tokens(self, captions: list[str]) -> tuple[Tensor, ...]:
+        if new := [caption for caption in dict.fromkeys(captions) if caption not in self._tokens_of]:
+            self._tokens_of.update(zip(new, zip(*self.tokens(new), strict=True), strict=True))
+        kinds = zip(*(self._tokens_of[caption] for caption in captions), strict=True)
+        return tuple(torch.stack(rows) for rows in kinds)
 
 
 def fit(
@@ -139,7 +146,7 @@ def fit(
 def _loaded(batches: Batches, device: torch.device) -> DataLoader[tuple[Tensor, ...]]:
     """The batches in their order; beside a GPU they are drawn ahead by processes of their own."""
     cuda = device.type == "cuda"
-    workers = min(12, max(1, (os.cpu_count() or 1) - 2)) if cuda else 0
+    workers = min(4, max(1, (os.cpu_count() or 1) - 1)) if cuda else 0
     return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=cuda)
 
 
@@ -154,7 +161,7 @@ class _Step:
         self.cuda = device.type == "cuda"
         rate: Any = torch.tensor(recipe.learning_rate, device=device) if self.cuda else recipe.learning_rate
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, capturable=self.cuda
+            self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=1e-2, capturable=self.cuda, fused=self.cuda
         )
         factor = warmup_cosine(recipe.steps, warmup=min(300, recipe.steps // 10))
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
@@ -186,7 +193,7 @@ class _Step:
         if self.calls == self.WARM_UP + 1:
             self.inputs = [tensor.to(self.device) for tensor in batch]
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # another thread pins batches
                 self.value = self._update(*self.inputs)
         for room, tensor in zip(self.inputs, batch, strict=True):
             room.copy_(tensor, non_blocking=True)
