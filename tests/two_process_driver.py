@@ -1,7 +1,7 @@
 """Trains several small runs one after another, alone or as one of several processes, and keeps what each process saw.
 
-`torchrun ... two_process_driver.py DIRECTORY NAME...` trains the runs of those names in DIRECTORY, `NAME=OTHER` under another name. With
-DIE_AT=n the second process of a run kills itself when it is to score its n-th batch of images.
+`torchrun ... two_process_driver.py DIRECTORY NAME...` trains the runs of those names in DIRECTORY, `NAME=OTHER` under another name, or
+goes on with those that are there. With DIE_AT=n the second process of a run kills itself when it is to score its n-th batch of images.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "mixgrpo-full": {"lora": {"rank": 0}},
     "fsdp-lora": {"lora": {"rank": 4}, "iterations": 2, "ema": {"decay": 0.5}, "checkpoint": {"best": "bright"}},
     "fsdp-full": {"lora": {"rank": 0}, "iterations": 2, "objective": {"kl_coef": 0.1}},
+    "zero-lora": {"lora": {"rank": 4}, "iterations": 2},
+    "zero-full": {"lora": {"rank": 0}, "iterations": 2, "objective": {"batch_size": 3}, "ema": {"decay": 0.5}},
 }
-"""A prefix names the algorithm; `fsdp` is DDPO, with the network in parts where there are several processes."""
+"""A prefix names the algorithm; `fsdp` and `zero` are DDPO, with the network or its moments in parts where there are several processes."""
 DDPO = {
     "model": "sd",
     "rollout": {"images_per_iteration": 8, "batch_size": 4},
@@ -104,22 +106,15 @@ def main(root: Path, names: list[str]) -> None:
     torch.distributed.init_process_group("gloo")
     for place in names:
         name, _, other = place.partition("=")
-        if name.startswith("fsdp"):
-            os.environ |= {
-                "ACCELERATE_USE_FSDP": "true",
-                "FSDP_VERSION": "2",
-                "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-            }
-            os.environ |= {
-                "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-                "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock,ResnetBlock2D",
-            }
+        # The launcher's configuration asks for FSDP, and says how.
+        os.environ["ACCELERATE_USE_FSDP"] = str(name.startswith("fsdp")).lower()
+        out = root / "two" / (other or name)
         try:
-            weights = train(root, name, root / "two" / (other or name))
+            weights = train(root, name, out, resume=out.is_dir())
         except EtudeError as error:
             sys.exit(f"error: {error}")
         if os.environ["RANK"] == "0" and not name.startswith("fsdp"):
-            save_file(weights, root / "two" / f"{name}.safetensors")
+            save_file(weights, out.with_suffix(".safetensors"))
     torch.distributed.destroy_process_group()
 
 
