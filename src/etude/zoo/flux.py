@@ -34,8 +34,8 @@ from etude.zoo.training import Batches, Loss, OnCheckpoint, TrainingRecipe, fit,
 
 LATENT_SIZE = 8
 TEXT_WIDTH = 128
-MATCHING = TrainingRecipe(steps=12000, learning_rate=2e-3)
-DISTILLATION = TrainingRecipe(steps=2000, learning_rate=5e-4)
+MATCHING = TrainingRecipe(steps=14000, batch_size=256, learning_rate=2e-3)
+DISTILLATION = TrainingRecipe(steps=2000, batch_size=256, learning_rate=5e-4)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,8 @@ def padded(tokenizer: Any, captions: list[str], length: int) -> Tensor:
     tokens: Tensor = tokenizer(
         captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
+    tokenizer.backend_tokenizer.no_padding()  # a call leaves its options behind, and they would be saved
+    tokenizer.backend_tokenizer.no_truncation()
     return tokens
 
 
