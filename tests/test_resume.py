@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,9 +42,16 @@ def recipe(tmp_path_factory) -> Path:
     return root / "recipe.yaml"
 
 
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory) -> Path:
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    subprocess.run(command(recipe, "--out", out), check=True, capture_output=True, timeout=300)
+    return out
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_killed(recipe, tmp_path):
-    subprocess.run(command(recipe, "--out", tmp_path / "whole"), check=True, capture_output=True, timeout=300)
+def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_killed(recipe, whole, tmp_path):
     moments, killed = random.Random(0), 0
     for attempt in range(20):
         resume = ["--resume"] if attempt else []
@@ -71,13 +79,12 @@ def test_a_run_killed_at_random_moments_ends_with_the_bits_of_one_never_killed(r
             break
         assert process.returncode == -signal.SIGKILL, tail
     assert killed >= 3
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "killed") == outcome(whole)
 
 
 @pytest.mark.slow
-def test_a_corrupted_checkpoint_is_reported_and_the_one_before_is_used(recipe, tmp_path):
-    subprocess.run(command(recipe, "--out", tmp_path / "run"), check=True, capture_output=True, timeout=300)
-    expected = outcome(tmp_path / "run")
+def test_a_corrupted_checkpoint_is_reported_and_the_one_before_is_used(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
     newest = max((tmp_path / "run" / "checkpoints").glob("iteration-*"))
     tensors = newest / "tensors.safetensors"
     content = bytearray(tensors.read_bytes())
@@ -87,4 +94,4 @@ def test_a_corrupted_checkpoint_is_reported_and_the_one_before_is_used(recipe, t
         command("--out", tmp_path / "run", "--resume"), capture_output=True, text=True, timeout=300, check=True
     )
     assert "tensors.safetensors" in resumed.stderr
-    assert outcome(tmp_path / "run") == expected
+    assert outcome(tmp_path / "run") == outcome(whole)
