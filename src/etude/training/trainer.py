@@ -67,6 +67,9 @@ from etude.training.processes import (
 from etude.training.run_directory import Checkpoints, check_directory, clear_half_written
 from etude.training.scoring import Scorer
 
+LARGEST_WEIGHT = "largest weight"
+"""Watched beside the numbers that are logged."""
+
 
 class Trainer:
     """Fine-tunes a policy with a stochastic sampler, and measures what the deterministic one makes of it.
@@ -340,8 +343,8 @@ class Trainer:
                 self._update_ema()
                 if self.accelerator.num_processes > 1:
                     self._end_if_asked()
-        row = statistics.row()
-        numbers = {**row, "largest weight": self._largest_weight()}  # once an iteration: asking waits for the device
+        # Once an iteration: asking waits for the device.
+        numbers = self._of_all({**statistics.row(), LARGEST_WEIGHT: self._largest_weight()})
         broken = next((name for name, value in numbers.items() if not math.isfinite(value)), None)
         if broken is not None:
             half = ", or use bfloat16, which has the range of float32," if self.config.dtype == "float16" else ""
@@ -349,7 +352,18 @@ class Trainer:
                 f"training diverged in iteration {self.iteration}: the {broken.replace('_', ' ')} is {numbers[broken]}; "
                 f"lower optimizer.learning_rate or the clip range{half} and start another run."
             )
-        return row
+        return {name: value for name, value in numbers.items() if name != LARGEST_WEIGHT}
+
+    def _of_all(self, numbers: dict[str, float]) -> dict[str, float]:
+        """The means over all processes, which have equal shares of every optimiser step; of what is a maximum, the largest."""
+        processes = self.accelerator.num_processes
+        if processes == 1:
+            return numbers
+        columns = gather(self.accelerator, torch.tensor([list(numbers.values())]), processes).unbind(1)
+        return {
+            name: float(values.max() if "max" in name or name == LARGEST_WEIGHT else values.mean())
+            for name, values in zip(numbers, columns, strict=True)
+        }
 
     def _largest_weight(self) -> float:
         """Of the trained weights that this process holds; NaN or infinite if any of them is."""
