@@ -102,12 +102,14 @@ class UpdateStatistics:
         loss: one scalar per optimiser step.
         policy: the policy loss of each micro-batch.
         reference_kl: `[m]` per micro-batch, where there is a KL.
+        rollout_ratio: `[m]` per micro-batch, before the first optimiser step: what the rollout's precision and batches make of the ratio.
         grad_norm: one scalar per optimiser step, before clipping.
     """
 
     loss: list[Tensor] = field(default_factory=list)
     policy: list[PolicyLoss] = field(default_factory=list)
     reference_kl: list[Tensor] = field(default_factory=list)
+    rollout_ratio: list[Tensor] = field(default_factory=list)
     grad_norm: list[Tensor] = field(default_factory=list)
 
     def extend(self, more: UpdateStatistics) -> None:
@@ -130,6 +132,9 @@ class UpdateStatistics:
             "approx_kl": (approx_kl * pairs).sum() / pairs.sum(),
             "grad_norm": torch.stack(self.grad_norm).mean(),
         }
+        if self.rollout_ratio:
+            deviation = (torch.cat(self.rollout_ratio) - 1).abs()
+            values |= {"rollout_ratio_deviation": deviation.mean(), "rollout_ratio_max_deviation": deviation.max()}
         if self.reference_kl:
             values["reference_kl"] = torch.cat(self.reference_kl).mean()
         return dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))

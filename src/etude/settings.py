@@ -19,6 +19,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Fall = Annotated[float, Field(ge=0)]
 _ETA: TypeAdapter[float] = TypeAdapter(Annotated[float, Field(ge=0, allow_inf_nan=False)])
 KernelName = Literal["gddim", "ddim", "cps", "flow_sde", "dance_sde"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
@@ -214,6 +215,11 @@ class RolloutConfig(Section):
         ge=1,
         description="Images per network call while sampling. Changes memory and speed, never the noise; halved where it does not fit.",
     )
+    dtype: Precision | None = Field(
+        None,
+        description="Of what the network computes while it samples the training images; null: as in the rest of the run. bfloat16 or float16 "
+        "samples a float32 run in half precision; objective.old_log_prob says what the ratios are then held against.",
+    )
     shared_noise: bool = Field(
         False,
         description="The images of one prompt start from the same noise (DanceGRPO, MixGRPO) and differ by the stochastic steps alone; "
@@ -268,6 +274,12 @@ class ObjectiveConfig(Section):
         description="The clip range in nats of the whole image's log-probability: clip_range = clip_nats / D for D latent dimensions under the mean "
         "(1e-4 is 1.6 nats for SD1.5 at 512 px, but 0.05 nats at D = 512).",
     )
+    old_log_prob: Literal["rollout", "replay"] = Field(
+        "rollout",
+        description="Whose log-probabilities the ratios are held against. rollout: those of the network that drew the images, in its precision and "
+        "batches: the exact importance ratio. replay: computed again before the first update in the replay's precision and batches: every ratio "
+        "starts at exactly 1, one more evaluation of each trained step.",
+    )
     logprob_reduction: Literal["mean", "sum"] = Field(
         "mean", description="mean over latent dimensions (as the peers) or the true density."
     )
@@ -299,6 +311,8 @@ class ObjectiveConfig(Section):
             raise ValueError("give exactly one of clip_range and clip_nats, and set the other to null")
         if self.kind == "reinforce" and (self.num_inner_epochs, self.updates_per_epoch) != (1, 1):
             raise ValueError("reinforce is on-policy: num_inner_epochs and updates_per_epoch must be 1")
+        if self.kind == "reinforce" and self.old_log_prob == "replay":
+            raise ValueError("reinforce has no ratio: old_log_prob = replay is for ppo")
         return self
 
 
@@ -404,7 +418,7 @@ class TrainConfig(Section):
         le=65_536,
         description="Side of the images in pixels; null is the pipeline's own (512 for SD1.5, 1024 for SD3 and FLUX).",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    dtype: Precision = Field(
         "float32",
         description="Of the frozen weights and of what the network computes; adapters, latents and rewards stay float32. float16 is for GPUs "
         "without bfloat16: its losses are scaled so that gradients do not underflow.",
@@ -453,6 +467,11 @@ class TrainConfig(Section):
             raise ValueError(f"advantage.kind = {self.advantage.kind} needs rollout.images_per_prompt of at least 2")
         if rollout.shared_noise and rollout.images_per_prompt < 2:
             raise ValueError("rollout.shared_noise needs rollout.images_per_prompt of at least 2")
+        if self.dtype != "float32" and rollout.dtype not in (None, self.dtype):
+            raise ValueError(
+                f"rollout.dtype = {rollout.dtype} needs weights in float32, and dtype = {self.dtype} keeps them in that; "
+                "set dtype to float32, or rollout.dtype to null"
+            )
         self._check_etas()
         if any(not math.isfinite(w) or w == 0 for w in self.rewards.values()):
             raise ValueError(

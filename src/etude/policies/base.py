@@ -118,6 +118,17 @@ class Policy(ABC):
                 guidance, or, for models with a guidance embedding (FLUX), what the embedding is told.
         """
 
+    @contextmanager
+    def precision(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Inside, the network computes in `dtype`, from weights that stay what they are; None: as it was loaded to.
+
+        Raises:
+            EtudeError: this policy's network has one precision only.
+        """
+        if dtype is not None:
+            raise EtudeError(f"{type(self).__name__} computes in one precision: leave rollout.dtype null.")
+        yield
+
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """uint8 images `[n, 3, H, W]` on the CPU."""

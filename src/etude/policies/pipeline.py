@@ -84,6 +84,7 @@ class PipelinePolicy(Policy):
         self.pipeline = pipeline
         self.network: nn.Module = self._trained_network
         self.dtype, self.device, self.offload = dtype, torch.device(device), offload
+        self._computing = dtype
         # A scheduler made in code does not have its class in its config, one that was loaded does.
         scheduler = pipeline.scheduler
         self.scheduler_config: Mapping[str, Any] = {**scheduler.config, "_class_name": type(scheduler).__name__}
@@ -232,11 +233,19 @@ class PipelinePolicy(Policy):
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
+    @contextmanager
+    def precision(self, dtype: torch.dtype | None) -> Iterator[None]:
+        before, self._computing = self._computing, dtype or self.dtype
+        try:
+            yield
+        finally:
+            self._computing = before
+
     def _autocast(self) -> Any:
-        """Adapters are fp32 while the frozen weights may be half precision."""
-        if self.dtype == torch.float32:
+        """Adapters are fp32 while the frozen weights, or what is computed from them, may be half precision."""
+        if self._computing == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self._computing)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -106,8 +106,9 @@ def activations(trainer: Trainer) -> dict[str, int]:
 
     phases = {
         f"replay of {replay}": peak_bytes(lambda: torch.autograd.grad(predict(replay).square().mean(), trained), mode),
-        f"rollout of {sampled}": peak_bytes(torch.no_grad()(lambda: predict(sampled)), mode),
     }
+    with policy.precision(trainer.rollout_dtype):
+        phases[f"rollout of {sampled}"] = peak_bytes(torch.no_grad()(lambda: predict(sampled)), mode)
     if isinstance(policy, PipelinePolicy):
         count, vae = min(policy.decode_batch.size, images), policy.pipeline.vae
         waiting = _waiting(policy)

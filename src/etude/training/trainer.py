@@ -28,10 +28,10 @@ from etude.noise import NoiseSource, keyed_generator
 from etude.objectives import PolicyLoss, UpdateStatistics, gaussian_kl, ppo_loss, reinforce_loss
 from etude.policies import Conditioning, Policy
 from etude.policies.base import assign, swapped
-from etude.policies.loading import policy_of
+from etude.policies.loading import DTYPES, policy_of
 from etude.prompts import PromptSet, load_prompts
 from etude.rewards import WeightedRewards
-from etude.rollout import Trajectory, replay, rollout
+from etude.rollout import Trajectory, replay, rollout, score_again
 from etude.sharding import assembled, held_here, part, sharded, whole
 from etude.training import artifacts, guards, zero
 from etude.training.batches import draw_pairs, draw_prompts, most_starts, noise_keys, own_pairs, split_samples
@@ -117,6 +117,7 @@ class Trainer:
         images, processes = config.rollout.images_per_iteration, self.accelerator.num_processes
         self.samples = share(images, processes, self.accelerator.process_index)  # this process's own of an iteration
         alone = processes == 1 and not zero.in_use(self.accelerator)
+        self.rollout_dtype = DTYPES[config.rollout.dtype] if config.rollout.dtype else None
         self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size", adaptive=alone)
         self.replay_batches = MicroBatch(config.objective.batch_size, "objective.batch_size", adaptive=alone)
         self.evaluation = Evaluation(
@@ -275,22 +276,23 @@ class Trainer:
         ahead = config.rollout.score_ahead and not config.memory.offload
         with self._phase("rollout", len(samples) * self.table.num_evaluations):
             conditioning = self.policy.encode(own.texts)
-            trajectory = rollout(
-                self.policy,
-                self.table,
-                conditioning,
-                NoiseSource(config.seed, "training", self.iteration),
-                samples,
-                config.sampling.guidance_scale,
-                self.rollout_batches,
-                objective.logprob_reduction,
-                with_reference=objective.kl_coef > 0,
-                on_step=self._advance,
-                noise_samples=noise_keys(samples, config.rollout),
-                on_rows=score if ahead else None,
-                prompts=own.texts,
-                starts=most_starts(len(prompts), config.rollout, self.accelerator.num_processes),
-            )
+            with self.policy.precision(self.rollout_dtype):
+                trajectory = rollout(
+                    self.policy,
+                    self.table,
+                    conditioning,
+                    NoiseSource(config.seed, "training", self.iteration),
+                    samples,
+                    config.sampling.guidance_scale,
+                    self.rollout_batches,
+                    objective.logprob_reduction,
+                    with_reference=objective.kl_coef > 0,
+                    on_step=self._advance,
+                    noise_samples=noise_keys(samples, config.rollout),
+                    on_rows=score if ahead else None,
+                    prompts=own.texts,
+                    starts=most_starts(len(prompts), config.rollout, self.accelerator.num_processes),
+                )
             if not ahead:
                 score(slice(0, len(samples)), trajectory.latents)
         with self._phase("rewards"):
@@ -327,22 +329,22 @@ class Trainer:
     def _update(self, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor) -> dict[str, float]:
         """The optimiser steps of one iteration on this process's samples; returns what is logged about them."""
         objective, statistics = self.config.objective, UpdateStatistics()
-        count = self.config.rollout.images_per_iteration
         advantages = advantages.to(self.policy.device)
-        generator = keyed_generator(self.config.seed, "update", self.iteration)
         self.loss_scale.begin_iteration()
-        for _ in range(objective.num_inner_epochs):
-            for chunk in split_samples(count, objective.updates_per_epoch, generator):
-                pairs = draw_pairs(chunk, len(trajectory.steps), objective.timestep_fraction, generator)
-                rows, columns = (indices.to(self.policy.device) for indices in own_pairs(pairs, self.samples))
-                self._accumulate(trajectory, conditioning, advantages, rows, columns, statistics)
-                norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
-                statistics.grad_norm.append(whole(torch.as_tensor(norm)).detach().to(self.policy.device))
-                self.prepared.step()
-                self.prepared.zero_grad()
-                self._update_ema()
-                if self.accelerator.num_processes > 1:
-                    self._end_if_asked()
+        pairs = self._pairs_of_updates(len(trajectory.steps))
+        if objective.old_log_prob == "replay":
+            statistics.rollout_ratio = self._score_again(trajectory, conditioning, pairs)
+        for rows, columns in pairs:
+            self._accumulate(trajectory, conditioning, advantages, rows, columns, statistics)
+            if objective.kind == "ppo" and not statistics.rollout_ratio:  # no weight has moved yet
+                statistics.rollout_ratio = [part.ratio for part in statistics.policy]
+            norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
+            statistics.grad_norm.append(whole(torch.as_tensor(norm)).detach().to(self.policy.device))
+            self.prepared.step()
+            self.prepared.zero_grad()
+            self._update_ema()
+            if self.accelerator.num_processes > 1:
+                self._end_if_asked()
         # Once an iteration: asking waits for the device.
         numbers = self._of_all({**statistics.row(), LARGEST_WEIGHT: self._largest_weight()})
         broken = next((name for name, value in numbers.items() if not math.isfinite(value)), None)
@@ -364,6 +366,36 @@ class Trainer:
             name: float(values.max() if "max" in name or name == LARGEST_WEIGHT else values.mean())
             for name, values in zip(numbers, columns, strict=True)
         }
+
+    def _pairs_of_updates(self, num_steps: int) -> list[tuple[Tensor, Tensor]]:
+        """This process's (sample, trained step) pairs of each optimiser step of the iteration: int64 `[m]` each, on the device."""
+        objective, images = self.config.objective, self.config.rollout.images_per_iteration
+        generator, pairs = keyed_generator(self.config.seed, "update", self.iteration), []
+        for _ in range(objective.num_inner_epochs):
+            for chunk in split_samples(images, objective.updates_per_epoch, generator):
+                drawn = draw_pairs(chunk, num_steps, objective.timestep_fraction, generator)
+                rows, columns = own_pairs(drawn, self.samples)
+                pairs.append((rows.to(self.policy.device), columns.to(self.policy.device)))
+        return pairs
+
+    def _score_again(
+        self, trajectory: Trajectory, conditioning: Conditioning, pairs: list[tuple[Tensor, Tensor]]
+    ) -> list[Tensor]:
+        """Holds the updates' ratios against the replay's own log-probabilities; returns by what ratios these differ from the rollout's."""
+        objective = self.config.objective
+        if objective.timestep_fraction == 1:  # then all passes train the same pairs
+            pairs = pairs[: len(pairs) // objective.num_inner_epochs]
+        return score_again(
+            self.policy,
+            self.table,
+            trajectory,
+            pairs,
+            conditioning,
+            self.config.sampling.guidance_scale,
+            self.replay_batches,
+            objective.logprob_reduction,
+            on_step=lambda scored: self._advance(0),
+        )
 
     def _largest_weight(self) -> float:
         """Of the trained weights that this process holds; NaN or infinite if any of them is."""
