@@ -30,6 +30,11 @@ class Call:
     keywords: dict[str, Any]
     adapted: Any
 
+    @property
+    def rows(self) -> int:
+        """The samples in it, with guidance's."""
+        return len(self.keywords["hidden_states"] if "hidden_states" in self.keywords else self.arguments[0])
+
     def __call__(self) -> None:
         """Runs it again: the forward, and for `forward_backward` the backward of a gradient of ones."""
         if self.adapted is not None:
@@ -69,15 +74,30 @@ def record(policy: PipelinePolicy) -> Iterator[list[Call]]:
             hook.remove()
 
 
-def run_bare(calls: list[Call], now: Callable[[], float]) -> dict[str, float]:
-    """Seconds of the calls alone, by kind."""
-    seconds = dict.fromkeys(KINDS, 0.0)
-    for kind, group in groupby(calls, key=lambda call: call.kind):
-        started = now()
-        for call in group:
+@dataclass(frozen=True)
+class Timed:
+    """Consecutive calls of one kind and size, run again: how many, of how many rows each, and the seconds of all of them."""
+
+    kind: str
+    rows: int
+    calls: int
+    seconds: float
+
+
+def run_bare(calls: list[Call], now: Callable[[], float]) -> list[Timed]:
+    """Runs the calls again, in order and with nothing around them."""
+    timed = []
+    for (kind, rows), group in groupby(calls, key=lambda call: (call.kind, call.rows)):
+        alike, started = list(group), now()
+        for call in alike:
             call()
-        seconds[kind] += now() - started
-    return seconds
+        timed.append(Timed(kind, rows, len(alike), now() - started))
+    return timed
+
+
+def by_kind(timed: list[Timed]) -> dict[str, float]:
+    """Seconds of each kind of call."""
+    return {kind: sum(one.seconds for one in timed if one.kind == kind) for kind in KINDS}
 
 
 def _adapters_off(module: nn.Module) -> bool:

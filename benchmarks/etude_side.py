@@ -6,6 +6,7 @@ import atexit
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 import etude.training.trainer
-from benchmarks.bare import record, run_bare
+from benchmarks.bare import by_kind, record, run_bare
 from benchmarks.parity import compare
 from benchmarks.protocol import forget_peak, peak_bytes, serve
 from etude.config import load_config
@@ -66,13 +67,14 @@ def _iterate(trainer: Trainer) -> float:
 
 
 def _overhead(trainer: Trainer) -> dict[str, Any]:
-    """One iteration, then its network calls alone, on the same tensors in the same batches. Seconds."""
+    """One iteration, then its network calls alone, on the same tensors in the same batches. Seconds: by kind, and of each run of like calls."""
     assert isinstance(trainer.policy, PipelinePolicy)
     with record(trainer.policy) as calls:
         total = _iterate(trainer)
-    bare = run_bare(calls, _now)
+    timed = run_bare(calls, _now)
     trainer.prepared.zero_grad()
-    return {"seconds": total, "phases": dict(trainer.seconds), "bare": bare, "calls": len(calls)}
+    bare = {"bare": by_kind(timed), "timed": [asdict(one) for one in timed]}
+    return {"seconds": total, "phases": dict(trainer.seconds), "calls": len(calls), **bare}
 
 
 def _now() -> float:
