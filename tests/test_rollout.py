@@ -12,7 +12,7 @@ from etude.errors import EtudeError
 from etude.kernels import GDDIM
 from etude.noise import NoiseSource
 from etude.objectives import ppo_loss
-from etude.paths import VPPath
+from etude.paths import FlowPath, VPPath
 from etude.plans import SamplingPlan
 from etude.policies.base import Conditioning
 from etude.policies.flux import FluxPolicy
@@ -201,3 +201,17 @@ def test_a_replay_reads_nothing_back_from_the_device():
     conditioning = Conditioning({"prompt": torch.empty(6, 7, device="meta")}, {})
     transition, target = replay(policy, table, trajectory, rows, rows, conditioning, 5.0)
     assert transition.log_prob(target).shape == (5,)
+
+
+@pytest.mark.parametrize("path", [VPPath.from_config({}), FlowPath.from_config({"shift": 3.0})], ids=["vp", "flow"])
+def test_a_rollout_with_a_shared_prefix_and_a_solvers_tail_reads_nothing_back_from_the_device(path):
+    policy = SimpleNamespace(
+        predict=lambda x, *_: 0.5 * x, prediction_type=path.prediction_type, path=path, latent_shape=(4, 8, 8)
+    )
+    policy.device = torch.device("meta")
+    table = FLASH.tabulate(path.grid(8)).to("meta")
+    conditioning = Conditioning({"prompt": torch.empty(12, 7, device="meta")}, {})
+    told = {"noise_samples": GROUPS, "prompts": GROUPS}
+    found = rollout(policy, table, conditioning, NoiseSource(0, "training", 1), list(range(12)), 2.0, 5, **told)
+    assert found.states.shape == (12, 3, 4, 8, 8)
+    assert found.latents.device.type == "meta"
