@@ -129,11 +129,6 @@ def rollout(
                 target = transition.sample(to_device(drawn, policy.device))
             if table.trained[step]:
                 trajectory.store(rows, step, x, target, transition.log_prob(target, reduction))
-                if trajectory.reference_mean is not None:
-                    # In the precision of the replay that it is compared with, or weights that did not move would have a KL.
-                    with policy.reference(), policy.precision(None):
-                        reference = denoise(policy, table, step, x, told, guidance_scale)
-                    trajectory.reference_mean[rows, trajectory.steps.index(step)] = reference.mean
             x = target
             report(len(x))
         if table.tail is not None:
@@ -141,9 +136,33 @@ def rollout(
         trajectory.latents[rows] = x
         if on_rows is not None:
             on_rows(rows, x)
+        if trajectory.reference_mean is not None:
+            _refer(policy, table, trajectory, rows, told, guidance_scale, report)
 
     batches.run(len(samples), walk, on_step)
     return trajectory
+
+
+def _refer(
+    policy: Policy,
+    table: StepTable,
+    trajectory: Trajectory,
+    rows: slice,
+    told: Conditioning,
+    guidance_scale: float,
+    report: Progress,
+) -> None:
+    """Keeps the reference model's means along the stored states of some rows.
+
+    They are computed in the precision of the replay that they are compared with, or weights that did not move would have a KL; and all
+    in one go, since to switch an adapter off and on takes as long as an evaluation of a small network.
+    """
+    assert trajectory.reference_mean is not None
+    with policy.reference(), policy.precision(None):
+        for column, step in enumerate(trajectory.steps):
+            x = trajectory.states[rows, trajectory.levels.index(step)].contiguous()
+            trajectory.reference_mean[rows, column] = denoise(policy, table, step, x, told, guidance_scale).mean
+            report(0)
 
 
 def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -> Trajectory:
