@@ -7,10 +7,13 @@ import re
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from etude.config import parse_config
+from etude.training import interruption
 from etude.training.display import SilentDisplay
 from etude.training.interruption import Interrupted, Interruption
 from etude.training.trainer import Trainer
@@ -126,6 +129,31 @@ def test_the_second_signal_ends_the_process_at_once(signum):
             os.kill(os.getpid(), signum)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signum
+
+
+def test_a_signal_amid_an_exchange_is_told_to_all_in_the_next_one(monkeypatch):
+    """One process alone must not end, and must not forget either."""
+    coming = [True, False]
+
+    def exchange(accelerator, own, count):
+        if coming.pop(0):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own
+
+    monkeypatch.setattr(interruption, "gather", exchange)
+    with Interruption() as asked:
+        assert not asked.share(SimpleNamespace(num_processes=2))
+        assert asked.share(SimpleNamespace(num_processes=2))
+        assert asked.signum == signal.SIGTERM
+
+
+def test_hearing_of_a_signal_and_then_getting_it_is_not_two(monkeypatch):
+    told = torch.tensor([0, signal.SIGTERM])
+    monkeypatch.setattr(interruption, "gather", lambda accelerator, own, count: told)
+    with Interruption() as asked:
+        assert asked.share(SimpleNamespace(num_processes=2))
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.signum == signal.SIGTERM
 
 
 def test_a_signal_that_was_switched_off_stays_off():

@@ -61,6 +61,17 @@ def test_what_remains_is_the_newest_that_was_written_or_loaded(tmp_path: Path) -
     assert "iteration 3" in resumed.remaining()
 
 
+def test_a_process_that_writes_nothing_knows_what_remains_from_the_disk(tmp_path: Path) -> None:
+    writing, beside = (Checkpoints(tmp_path, TrainConfig()) for _ in range(2))
+    assert "starts over" in beside.advice()
+    for iteration in (1, 2):
+        writing.save(iteration, {"w": torch.zeros(1)}, {})
+    assert "iteration 2" in beside.remaining()
+    (tmp_path / "checkpoints" / "iteration-000002" / "state.json").write_text("{}")
+    assert "iteration 1" in beside.remaining()
+    assert "iteration 1" in beside.advice()
+
+
 def test_a_checkpoint_known_to_be_whole_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digested: list[str] = []
     digest = checkpoint._digest

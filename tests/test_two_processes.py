@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from small_runs import metrics
 from two_process_driver import RUNS, config, make_models, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-HERE = [name for name in RUNS if not name.startswith("zero")]
+SIGNALLED = "ddpo-signalled"
+HERE = [name for name in RUNS if not name.startswith("zero") and name != SIGNALLED]
 WHOLE = [name for name in HERE if not name.startswith("fsdp")]
 DRIVER = str(Path(__file__).parent / "two_process_driver.py")
 
@@ -44,7 +46,7 @@ def alone(root: Path) -> dict[str, dict[str, Tensor]]:
 def together(root: Path) -> Path:
     """All of them in two processes, in one launch, by the example for FSDP, which those that do not use it switch off."""
     layers = ("--fsdp_transformer_layer_cls_to_wrap", "BasicTransformerBlock,ResnetBlock2D")
-    code, output = launch(2, [DRIVER, str(root), *HERE], timeout=400, config="fsdp2", options=layers)
+    code, output = launch(2, [DRIVER, str(root), SIGNALLED, *HERE], timeout=400, config="fsdp2", options=layers)
     assert code == 0, output[-3000:]
     return root / "two"
 
@@ -145,10 +147,23 @@ def test_a_checkpoint_of_weights_in_parts_is_that_of_one_process(
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_process_ends_both_where_nothing_is_lost_and_resumed_they_end_with_the_same_bits(
+    together: Path,
+) -> None:
+    told, other = (Path(f"{together / SIGNALLED}-told-{rank}.txt").read_text() for rank in (0, 1))
+    assert told == other
+    # The third iteration, in which the signal comes, is finished if its update has begun.
+    assert re.search("interrupted by SIGTERM .* continues from the checkpoint of iteration [23]", told)
+    weights, resumed = (load_file(together / f"{name}.safetensors") for name in ("ddpo-lora", SIGNALLED))
+    assert torch.equal(flat(resumed, "after/"), flat(weights, "after/"))
+    assert metrics(together / SIGNALLED) == metrics(together / "ddpo-lora")
+
+
+@pytest.mark.slow
 def test_a_run_whose_process_died_goes_on_alone_to_the_same_end(
     root: Path, alone: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """The second process is killed while it scores iteration 3; the run goes on in this process."""
+    """The first process, which writes, is killed while it scores iteration 3; the run goes on in this process."""
     name = "ddpo-lora"
     died = root / "two" / "died"
     code, output = launch(2, [DRIVER, str(root), f"{name}=died"], config="ddp", DIE_AT="5")

@@ -1,7 +1,8 @@
 """Trains several small runs one after another, alone or as one of several processes, and keeps what each process saw.
 
 `torchrun ... two_process_driver.py DIRECTORY NAME...` trains the runs of those names in DIRECTORY, `NAME=OTHER` under another name, or
-goes on with those that are there. With DIE_AT=n the second process of a run kills itself when it is to score its n-th batch of images.
+goes on with those that are there. With DIE_AT=n the first process of a run kills itself when it is to score its n-th batch of images. In
+the run `ddpo-signalled` the second one gets SIGTERM, whereupon the run is resumed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from etude.config import TrainConfig
 from etude.errors import EtudeError
+from etude.training.interruption import Interrupted
 from etude.training.trainer import Trainer
 from tiny import save_flux, save_stable_diffusion
 
@@ -29,6 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "ddpo-full": {"lora": {"rank": 0}, "ema": {"decay": 0.5}},
     "mixgrpo-lora": {"lora": {"rank": 4}},
     "mixgrpo-full": {"lora": {"rank": 0}},
+    "ddpo-signalled": {"lora": {"rank": 4}, "checkpoint": {"every": 5}},
     "fsdp-lora": {"lora": {"rank": 4}, "iterations": 2, "ema": {"decay": 0.5}, "checkpoint": {"best": "bright"}},
     "fsdp-full": {"lora": {"rank": 0}, "iterations": 2, "objective": {"kl_coef": 0.1}},
     "zero-lora": {"lora": {"rank": 4}, "iterations": 2},
@@ -54,8 +57,9 @@ MIXGRPO = {
 def bright(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
     """The share of the numbers in each picture above the middle: one last bit seldom matters to it."""
     BATCHES.append((list(prompts), images.clone()))
-    if len(BATCHES) == int(os.environ.get("DIE_AT", "0")) and os.environ.get("RANK") == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
+    for variable, rank, number in (("DIE_AT", "0", signal.SIGKILL), ("SIGNAL_AT", "1", signal.SIGTERM)):
+        if len(BATCHES) == int(os.environ.get(variable, "0")) and os.environ.get("RANK") == rank:
+            os.kill(os.getpid(), number)
     return (images >= 128).float().mean((1, 2, 3))
 
 
@@ -101,6 +105,16 @@ def train(root: Path, name: str, out: Path, resume: bool = False) -> dict[str, T
     return before | {f"after/{n}": p.detach().clone() for n, p in trainer.parameters.items()}
 
 
+def _interrupted(root: Path, name: str, out: Path) -> None:
+    """Begins a run, which the signal ends in its third iteration, and keeps what this process was told."""
+    os.environ["SIGNAL_AT"] = "5"
+    try:
+        train(root, name, out)
+    except Interrupted as end:
+        Path(f"{out}-told-{os.environ['RANK']}.txt").write_text(str(end))
+    del os.environ["SIGNAL_AT"]
+
+
 def main(root: Path, names: list[str]) -> None:
     """The runs of those names in one group of processes, which outlives each of them."""
     torch.distributed.init_process_group("gloo")
@@ -110,6 +124,8 @@ def main(root: Path, names: list[str]) -> None:
         os.environ["ACCELERATE_USE_FSDP"] = str(name.startswith("fsdp")).lower()
         out = root / "two" / (other or name)
         try:
+            if name == "ddpo-signalled":
+                _interrupted(root, name, out)
             weights = train(root, name, out, resume=out.is_dir())
         except EtudeError as error:
             sys.exit(f"error: {error}")

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,13 @@ def prune(root: Path, keep: int, sound: set[int] | None = None) -> None:
             kept += 1
         elif kept:
             _remove_directory(path)
+
+
+def newest_whole(root: Path, sound: Container[int] = ()) -> int | None:
+    """The iteration of the newest whole checkpoint under `root`, or None; those in `sound` are known to be whole and not read."""
+    return next(
+        (iteration for iteration, path in _numbered(root) if iteration in sound or _is_whole(iteration, path)), None
+    )
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:

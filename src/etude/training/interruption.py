@@ -36,11 +36,12 @@ class Interruption:
     cannot take signals, nothing changes.
 
     Attributes:
-        signum: the signal that came, or None.
+        signum: the signal that came, to this process or another one of the run, or None.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._received = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -63,16 +64,20 @@ class Interruption:
         assert self.signum is not None
         return signal.Signals(self.signum).name
 
-    def share(self, accelerator: Accelerator) -> None:
-        """Lets every process know of a signal that any of them received; all of them must call it."""
+    def share(self, accelerator: Accelerator) -> bool:
+        """Whether any process had received a signal when it called this, as all of them must, and all get the same answer."""
         own = torch.tensor([self.signum or 0])
-        self.signum = int(gather(accelerator, own, accelerator.num_processes).max()) or None
+        anywhere = int(gather(accelerator, own, accelerator.num_processes).max())
+        # One that came during the exchange is known here alone, and is kept for the next.
+        self.signum = anywhere or self.signum
+        return anywhere > 0
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self.signum is not None:
+        if self._received:
             _say("ended at once; what is on the disk is intact, and --resume continues from it.\n")
             os._exit(128 + signum)
-        self.signum = signum
+        # Having heard of another process's is not enough: a launcher that passes a signal on gets round to them one by one.
+        self._received, self.signum = True, signum
         if sys.stderr is not None and sys.stderr.isatty():
             _say("stopping where nothing is lost; once more ends at once.\n")
 

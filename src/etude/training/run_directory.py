@@ -12,7 +12,7 @@ from torch import Tensor
 
 from etude.config import TrainConfig, difference, parse_config
 from etude.errors import EtudeError
-from etude.training.checkpoint import Checkpoint, load_latest, prune, save_checkpoint
+from etude.training.checkpoint import Checkpoint, load_latest, newest_whole, prune, save_checkpoint
 
 
 def check_directory(out: Path, resume: bool) -> None:
@@ -95,16 +95,22 @@ class Checkpoints:
 
     def remaining(self) -> str:
         """What a failed run can be continued from, in words."""
-        if not self.sound:
+        newest = self._newest()
+        if newest is None:
             return "no checkpoint was written yet"
-        return f"intact checkpoint: iteration {max(self.sound)} in '{self.root}', --resume continues from it"
+        return f"intact checkpoint: iteration {newest} in '{self.root}', --resume continues from it"
 
     def advice(self) -> str:
         """How an interrupted run is continued, in words."""
         command = f"`etude train --resume --out {shlex.quote(str(self.out))}`"
-        if not self.sound:
+        newest = self._newest()
+        if newest is None:
             return f"there is no checkpoint yet, and {command} starts over"
-        return f"{command} continues from the checkpoint of iteration {max(self.sound)}"
+        return f"{command} continues from the checkpoint of iteration {newest}"
+
+    def _newest(self) -> int | None:
+        """As it is on the disk: of several processes those that do not write have to look, the more so when the one that does is gone."""
+        return newest_whole(self.root, self.sound)
 
     def _check_same_run(self, stored: dict[str, Any]) -> None:
         """A checkpoint continues only the run that wrote it; settings that are newer than it had their defaults."""

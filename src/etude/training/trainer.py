@@ -216,7 +216,7 @@ class Trainer:
             reachable = not self.in_parts or isinstance(error, Interrupted | SharedFailureError)
             if (evaluating or not self.touched) and self.durable < done and reachable:
                 self._save(done)
-            if isinstance(error, SharedFailureError):
+            if isinstance(error, Interrupted | SharedFailureError):
                 self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
             if isinstance(error, Interrupted):
                 raise Interrupted(f"{error}: {self.checkpoints.advice()}.", error.signum) from None
@@ -237,7 +237,7 @@ class Trainer:
     def _asked_to_end(self) -> bool:
         """Whether a signal came, to whichever process."""
         if self.accelerator.num_processes > 1:
-            self.interruption.share(self.accelerator)
+            return self.interruption.share(self.accelerator)
         return self.interruption.signum is not None
 
     def _end_if_asked(self) -> None:
