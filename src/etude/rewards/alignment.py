@@ -73,7 +73,7 @@ class ImageFeatures(nn.Module):
 
 
 class Alignment:
-    """The reward: images uint8 `[n, 3, h, w]` and prompts to float32 `[n]`."""
+    """The reward: images uint8 `[n, 3, h, w]` and prompts to float32 `[n]`; the networks run where the images are."""
 
     def __init__(self, directory: Path = WEIGHTS, batch_size: int = 64) -> None:
         if not (directory / "alignment.safetensors").is_file():
@@ -91,15 +91,15 @@ class Alignment:
     def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
         self._embed_new([p for p in dict.fromkeys(prompts) if p not in self.embeddings])
         text = torch.stack([self.embeddings[p] for p in prompts])
-        image = torch.cat(
-            [self.heads.embed_image(self.features(batch)) for batch in images.cpu().split(self.batch_size)]
-        )
-        return 100 * (image * text).sum(-1)
+        features, heads = self.features.to(images.device), self.heads.to(images.device)
+        image = torch.cat([heads.embed_image(features(batch)) for batch in images.split(self.batch_size)])
+        return 100 * (image.cpu() * text).sum(-1)
 
     def _embed_new(self, prompts: list[str]) -> None:
         if prompts:
             rows = text_features(prompts).split(1)  # a row's bits must not depend on how many are multiplied at once
-            self.embeddings.update({p: self.heads.embed_text(row)[0] for p, row in zip(prompts, rows, strict=True)})
+            heads = self.heads.cpu()
+            self.embeddings.update({p: heads.embed_text(row)[0] for p, row in zip(prompts, rows, strict=True)})
 
 
 def text_features(prompts: list[str]) -> Tensor:
