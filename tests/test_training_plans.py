@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,3 +216,30 @@ def test_each_sample_trains_its_share_of_distinct_steps(fraction: float, kept: i
     assert len(set(pairs)) == len(pairs) == 3 * kept
     assert sorted(rows.tolist()) == sorted([4, 2, 9] * kept)
     assert all(0 <= column < 5 for column in columns.tolist())
+
+
+def counted(moving: TrainingPlans, iterations: range, group: int = 12) -> tuple[int, int, float]:
+    """Evaluations of the network for one group with shared noise: without gradients, and with; and the mean of one image alone."""
+    tables = [moving.table_at(iteration) for iteration in iterations]
+    forwards = sum(t.prefix_steps + group * (t.num_evaluations - t.prefix_steps) for t in tables)
+    steps = sum(t.num_evaluations for t in tables) / len(tables)
+    return forwards, sum(group * len(t.trained_steps) for t in tables), steps
+
+
+def test_the_cost_of_flash_that_its_page_gives_is_that_of_the_plans() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "concepts" / "mixgrpo.md").read_text()
+    window = {"size": 4, "iters_per_shift": 1}
+    for compression, expected in ((None, 3690), (0.4, 2190)):
+        moving = plans(flow_grid(25), num_steps=25, window={**window, "compression": compression})
+        assert counted(moving, range(1, 21))[:2] == (expected, 960)
+    assert "(2190 + 960 c) / (3690 + 960 c)" in page
+    config = load_config("flux-mixgrpo-flash")
+    assert config.rollout.images_per_prompt == 12
+    assert config.memory.gradient_checkpointing  # c = 3
+    dwell = config.sampling.window.iters_per_shift
+    visits = range(1, config.iterations + 1, dwell)
+    flash = counted(TrainingPlans(config.sampling, flow_grid(25), seed=0), visits)
+    mixed = counted(TrainingPlans(load_config("flux-mixgrpo").sampling, flow_grid(25), seed=0), visits)
+    assert (flash[:2], mixed[:2], round(flash[2], 1)) == ((1530, 576), (2874, 576), 15.7)
+    assert "(1530 + 576 c) / (2874 + 576 c)`, 0.71 at" in page
+    assert round((1530 + 576 * 3) / (2874 + 576 * 3), 2) == 0.71
