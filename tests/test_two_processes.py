@@ -190,6 +190,13 @@ def test_every_process_has_an_equal_share_of_every_step(count: int, updates: int
         assert sorted(torch.cat(parts).tolist()) == sorted(step.tolist())
 
 
+def test_processes_wait_longer_for_each_other_than_for_a_reward(root: Path, tmp_path: Path) -> None:
+    settings = config(root, "ddpo-lora")
+    handler = make_accelerator(settings, tmp_path).init_handler
+    assert handler is not None
+    assert handler.timeout.total_seconds() > settings.rollout.reward_timeout + 600
+
+
 def test_processes_of_their_own_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where the group has fewer processes than the launcher started, each would train alone and write over the others."""
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from accelerate.utils import (
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     gather_object,
     get_int_from_env,
     is_tensorboard_available,
@@ -32,6 +34,8 @@ TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available
 """Whether the package of a tracker, which has its name, is there."""
 LAUNCHED = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 """Where launchers (torchrun, `accelerate launch`, MPI) say how many processes they started."""
+SKEW = timedelta(minutes=30)
+"""How far apart processes may be for other reasons than a reward: gloo's usual time-out."""
 
 
 def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
@@ -51,6 +55,8 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
         project_dir=out,
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        # By default the others would give up first, and take a process whose reward is slow or hangs for one that is gone.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.rollout.reward_timeout) + SKEW)],
     )
     if accelerator.num_processes != launched:
         raise EtudeError(
