@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -111,6 +112,17 @@ def test_the_page_refers_to_nothing_outside_and_every_image_has_words(made):
     assert reader.images == 3 * (4 + 5)  # three prompts; the base model, the etas, and for one reward ddim
     assert html.count("<svg") == html.count('role="img"') > 10
     assert not re.search(r"url\((?!#)", html)
+
+
+def test_every_figure_of_the_page_is_a_file_that_stands_alone(made):
+    files = {path.name: path.read_text() for path in (made[1].root / "figures").iterdir()}
+    page = (made[1].root / "report.html").read_text()
+    assert len(files) == page.count("<svg ")
+    for text in files.values():
+        root = ElementTree.fromstring(text)  # noqa: S314 - our own file
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        used, defined = set(re.findall(r"var\((--[a-z-]+)\)", text)), set(re.findall(r"(--[a-z-]+):", text))
+        assert used <= defined
 
 
 def test_no_digit_is_finer_than_its_interval(made):

@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -199,3 +200,13 @@ def _inline(figure: Figure, alt: str) -> str:
     head, _, body = svg.partition(">")
     box = head.partition('viewBox="')[2].partition('"')[0]
     return f'<svg viewBox="{box}" role="img" aria-label="{escape(alt)}">{body}'
+
+
+def standalone(svg: str) -> str:
+    """An inline figure as a file of its own, with the page's colours, light and dark."""
+    css = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+    colours = css[: css.index("* {")]
+    style = f"{colours}svg {{ background: var(--card); font-family: system-ui, sans-serif; }}"
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    head, _, body = svg.partition(">")
+    return f"{head.replace('<svg', f'<svg {spaces}', 1)}><style>{style}</style>{body}\n"

@@ -1,4 +1,4 @@
-"""What a study leaves for its reader: report.html, tables.md, results.csv and results.json."""
+"""What a study leaves for its reader: report.html, tables.md, results.csv, results.json and figures/."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ Row = dict[str, Any]
 
 
 def write_results(study: Study, directory: StudyDirectory) -> Path:
-    """Writes all four files from the cells that are done, and returns the page's path.
+    """Writes all of them from the cells that are done, and returns the page's path.
 
     Raises:
         EtudeError: there is no such directory, or a cell's files cannot be understood.
@@ -37,9 +38,27 @@ def write_results(study: Study, directory: StudyDirectory) -> Path:
     atomic_write_text(directory.root / "results.json", json.dumps({**found, "rows": rows}, ensure_ascii=False) + "\n")
     atomic_write_text(directory.root / "results.csv", comma_separated([*rows, *pooled_rows(found)]))
     atomic_write_text(directory.root / "tables.md", markdown(found))
+    (directory.root / "figures").mkdir(exist_ok=True)
+    for name, svg in figure_files(found).items():
+        atomic_write_text(directory.root / "figures" / name, svg)
     target = directory.root / "report.html"
     atomic_write_text(target, render(found, pictures(results, directory), study.text))
     return target
+
+
+def figure_files(found: Row) -> dict[str, str]:
+    """The figures of the page as SVG files, by name: what was trained on, what is shown."""
+    made: dict[str, str] = {}
+    for label, large, small in _curves(found):
+        made |= {f"{label} {title}": svg for title, _, svg in large}
+        made |= {f"{label} ODE and SDE over training {title}": svg for title, _, svg in small}
+    made |= {f"{reward} {title}": svg for reward, (title, _, svg) in _steps(found).items()}
+    return {f"{file_name(name)}.svg": figures.standalone(svg) for name, svg in made.items()}
+
+
+def file_name(text: str) -> str:
+    """`colorfulness-reward-gap-over-training`: lower case, without what file systems mind."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.replace("η", "eta").lower()).strip("-.")
 
 
 def pooled_rows(found: Row) -> list[Row]:
@@ -97,7 +116,7 @@ def render(found: Row, shown: list[Any], text: str) -> str:
         results=results,
         more=[table for table in made if table not in results and table not in matrices],
         curves=_curves(found),
-        steps=[p for r in _rewards(found) if (p := figures.gap_against_steps(found, r)) is not None],
+        steps=list(_steps(found).values()),
         matrix=[(table, figures.shade(each)) for table, each in zip(matrices, found["matrix"], strict=True)],
         pictures=shown,
         text=text,
@@ -178,6 +197,11 @@ def _curves(found: Row) -> list[tuple[str, list[figures.Panel], list[figures.Pan
         large = [figures.gap_over_training(members, reward), *figures.reward_against_eta(members, reward)]
         made.append((label, [p for p in large if p is not None], figures.reward_over_training(members, reward)))
     return [each for each in made if each[1] or each[2]]
+
+
+def _steps(found: Row) -> dict[str, figures.Panel]:
+    """The gap against steps, by reward."""
+    return {r: p for r in _rewards(found) if (p := figures.gap_against_steps(found, r)) is not None}
 
 
 def _rewards(found: Row) -> list[str]:

@@ -55,14 +55,23 @@ def basis(found: Row) -> str:
     done = f"{found['done']} of {found['cells']} cells" if found["done"] < found["cells"] else f"{found['cells']} cells"
     if not found["conditions"]:
         return f"{done} are done."
-    sizes = sorted(
-        {(len(c["seeds"]), _any(c)["n"] // len(c["seeds"]), _any(c)["clusters"]) for c in found["conditions"]}
+    counts = [len(c["seeds"]) for c in found["conditions"]]
+    fewest, most = min(counts), max(counts)
+    seeds = (
+        f"{most} seed{'s' if most > 1 else ''} of each condition"
+        if fewest == most
+        else f"{fewest} to {most} seeds of a condition"
     )
-    seeds, images, prompts = sizes[-1]
+    images, prompts = max((_any(c)["n"] // len(c["seeds"]), _any(c)["clusters"]) for c in found["conditions"])
+    luck = (
+        " Where there is one seed they are over prompts alone, and leave out training's own luck."
+        if fewest == 1
+        else ""
+    )
     return (
-        f"{done}, {seeds} seed{'s' if seeds > 1 else ''} of each condition; every model is measured after training on {images} images of "
+        f"{done}, {seeds}; every model is measured after training on {images} images of "
         f"{prompts} held-out prompts, the same prompts and noise for all conditions of a seed. Square brackets are 95 % intervals over "
-        "seeds and prompts."
+        f"seeds and prompts.{luck}"
     )
 
 
