@@ -94,6 +94,18 @@ def test_what_cannot_be_made_smaller_is_one_clear_error(size, adaptive, says):
         MicroBatch(size, "rollout.batch_size", adaptive).run(8, work)
 
 
+def test_a_settled_size_is_not_made_smaller():
+    batches = MicroBatch(8, "objective.batch_size")
+
+    def work():
+        with batches.settled():
+            raise out_of_memory()
+
+    with pytest.raises(EtudeError, match=r"objective\.batch_size = 8 does not fit"):
+        batches.fits(work, 8)
+    assert batches.size == 8
+
+
 @pytest.mark.parametrize(
     "error",
     [

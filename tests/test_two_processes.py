@@ -147,6 +147,13 @@ def test_a_checkpoint_of_weights_in_parts_is_that_of_one_process(
 
 
 @pytest.mark.slow
+def test_the_process_that_has_too_little_memory_halves_its_batches_alone(together: Path, alone: Any) -> None:
+    """That it takes the steps of the other all the same, another test says."""
+    sizes = [json.loads(Path(f"{together / 'ddpo-memory'}-sizes-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sizes == [[4, 8], [2, 2]]
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_process_ends_both_where_nothing_is_lost_and_resumed_they_end_with_the_same_bits(
     together: Path,
 ) -> None:

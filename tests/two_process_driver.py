@@ -2,7 +2,7 @@
 
 `torchrun ... two_process_driver.py DIRECTORY NAME...` trains the runs of those names in DIRECTORY, `NAME=OTHER` under another name, or
 goes on with those that are there. With DIE_AT=n the first process of a run kills itself when it is to score its n-th batch of images. In
-the run `ddpo-signalled` the second one gets SIGTERM, whereupon the run is resumed.
+the run `ddpo-signalled` the second one gets SIGTERM, whereupon the run is resumed; in `ddpo-memory` it has little memory.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from etude.config import TrainConfig
 from etude.errors import EtudeError
+from etude.policies import Policy
 from etude.training.interruption import Interrupted
 from etude.training.trainer import Trainer
 from tiny import save_flux, save_stable_diffusion
@@ -31,6 +32,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "ddpo-full": {"lora": {"rank": 0}, "ema": {"decay": 0.5}},
     "mixgrpo-lora": {"lora": {"rank": 4}},
     "mixgrpo-full": {"lora": {"rank": 0}},
+    "ddpo-memory": {"lora": {"rank": 4}, "iterations": 2},
     "ddpo-signalled": {"lora": {"rank": 4}, "checkpoint": {"every": 5}},
     "fsdp-lora": {"lora": {"rank": 4}, "iterations": 2, "ema": {"decay": 0.5}, "checkpoint": {"best": "bright"}},
     "fsdp-full": {"lora": {"rank": 0}, "iterations": 2, "objective": {"kl_coef": 0.1}},
@@ -97,12 +99,28 @@ def train(root: Path, name: str, out: Path, resume: bool = False) -> dict[str, T
     """One run, and what this process saw of it beside it; returns the trained weights before and after, for a run in one piece."""
     BATCHES.clear()
     trainer = Trainer(config(root, name), out, resume=resume)
+    if name == "ddpo-memory" and os.environ.get("RANK") == "1":
+        _take_memory(trainer.policy)
     before = {f"before/{n}": p.detach().clone() for n, p in trainer.parameters.items()}
     trainer.train()
     rank = trainer.accelerator.process_index
+    sizes = [trainer.rollout_batches.size, trainer.replay_batches.size]
+    Path(f"{out}-sizes-{rank}.json").write_text(json.dumps(sizes))
     save_file({"images": torch.cat([images for _, images in BATCHES]).contiguous()}, f"{out}-images-{rank}.safetensors")
     Path(f"{out}-prompts-{rank}.json").write_text(json.dumps([prompt for prompts, _ in BATCHES for prompt in prompts]))
     return before | {f"after/{n}": p.detach().clone() for n, p in trainer.parameters.items()}
+
+
+def _take_memory(policy: Policy) -> None:
+    """Leaves memory for two samples at a time."""
+    predict = policy.predict
+
+    def cramped(x: Tensor, *told: Any) -> Tensor:
+        if len(x) > 2:
+            raise torch.OutOfMemoryError(f"no room for {len(x)}")
+        return predict(x, *told)
+
+    policy.predict = cramped  # type: ignore[method-assign]
 
 
 def _interrupted(root: Path, name: str, out: Path) -> None:

@@ -7,7 +7,8 @@ the last bits, since kernels of another shape round otherwise).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -36,8 +37,8 @@ class MicroBatch:
     Args:
         size: the most samples at once.
         setting: where the user sets it, for messages.
-        adaptive: whether to halve at all. With several processes it must be False where the network's calls are collective, since
-            every process must make as many.
+        adaptive: whether to halve at all. It must be False where the network's calls are collective, since every process must make
+            as many.
 
     Raises:
         EtudeError: from `run` and `fits`, when one sample alone does not fit, or when it does not and may not adapt.
@@ -90,12 +91,25 @@ class MicroBatch:
         clear_device_cache(garbage_collection=True)
         return False
 
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Inside, the size is not halved: what does not fit is an error."""
+        try:
+            yield
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise self._too_large(self.size) from error
+            raise
+
+    def _too_large(self, failed: int) -> EtudeError:
+        return EtudeError(
+            f"{self.setting} = {failed} does not fit into memory, and is not lowered where several processes depend on one another: "
+            f"set {self.setting} to less."
+        )
+
     def _halve(self, failed: int, error: RuntimeError) -> None:
         if not self.adaptive:
-            raise EtudeError(
-                f"{self.setting} = {failed} does not fit into memory, and with several processes it is not lowered on the way: "
-                f"set {self.setting} to less."
-            ) from error
+            raise self._too_large(failed) from error
         if failed == 1:
             raise EtudeError(
                 f"a single sample does not fit into memory ({self.setting} is down to 1): lower the resolution, use bfloat16, "

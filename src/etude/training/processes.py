@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
+    DistributedDataParallelKwargs,
     DistributedType,
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
@@ -55,8 +56,12 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
         project_dir=out,
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        # By default the others would give up first, and take a process whose reward is slow or hangs for one that is gone.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=config.rollout.reward_timeout) + SKEW)],
+        kwargs_handlers=[
+            # By default the others would give up first, and take a process whose reward is slow or hangs for one that is gone.
+            InitProcessGroupKwargs(timeout=timedelta(seconds=config.rollout.reward_timeout) + SKEW),
+            # Nothing changes a buffer. So only the gradients are exchanged, and each process calls its network as often as it likes.
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+        ],
     )
     if accelerator.num_processes != launched:
         raise EtudeError(

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -116,10 +116,9 @@ class Trainer:
         self.table = self.plans.table_at(1)
         images, processes = config.rollout.images_per_iteration, self.accelerator.num_processes
         self.samples = share(images, processes, self.accelerator.process_index)  # this process's own of an iteration
-        alone = processes == 1 and not zero.in_use(self.accelerator)
         self.rollout_dtype = DTYPES[config.rollout.dtype] if config.rollout.dtype else None
-        self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size", adaptive=alone)
-        self.replay_batches = MicroBatch(config.objective.batch_size, "objective.batch_size", adaptive=alone)
+        self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size")
+        self.replay_batches = MicroBatch(config.objective.batch_size, "objective.batch_size")
         self.evaluation = Evaluation(
             config, self.policy, self.scorer, self.accelerator, self.out, self.rollout_batches, self.train_prompts
         )
@@ -153,6 +152,9 @@ class Trainer:
             self.policy.network, self.prepared = prepare(self.accelerator, self.policy.network, self.optimizer)
             self.parameters = self.policy.trainable()  # others than before where they are held in parts
         self.in_parts = sharded(self.parameters) or zero.in_use(self.accelerator)
+        self.rollout_batches.adaptive = self.replay_batches.adaptive = not self.in_parts
+        copies = self.accelerator.num_processes > 1 and not self.in_parts
+        self.rehearsals = 2 if copies else 0  # of a step's exchange: before AdamW has made its moments, and after
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema.decay else None
         averaged = self.policy.dimensions if config.objective.logprob_reduction == "mean" else 1
         self.loss_scale = LossScale(config.dtype == "float16", averaged, self._all)
@@ -422,8 +424,7 @@ class Trainer:
             fits = self.replay_batches.fits(backward, min(self.replay_batches.size, len(rows)))
             if fits and self.loss_scale.take_back(self.parameters.values()):
                 return statistics.extend(seen)
-            self.accelerator.sync_gradients = True  # or the wrapped optimiser keeps what a failed attempt has left
-            self.prepared.zero_grad()
+            self._forget_gradients()
             self.display.advance(-sum(len(part.ratio) for part in seen.policy))
 
     def _backward(
@@ -435,24 +436,58 @@ class Trainer:
         columns: Tensor,
         statistics: UpdateStatistics,
     ) -> None:
-        """Adds the gradients micro-batch by micro-batch."""
+        """Adds the gradients micro-batch by micro-batch.
+
+        Processes exchange them once an optimiser step, in its last micro-batch, when DeepSpeed takes the step, too. There they wait for one
+        that had to halve, and none can go back: a micro-batch that is the last and the first is rehearsed.
+        """
         size, total = self.replay_batches.size, torch.zeros((), device=self.policy.device)
         starts = range(0, len(rows), size)
+        if self.rehearsals and len(starts) == 1:
+            with self._exchange(False):
+                self._differentiate(trajectory, conditioning, advantages, rows, columns, 1.0)
+            self._forget_gradients()
+            self.rehearsals -= 1
         for start in starts:
             row, column = rows[start : start + size], columns[start : start + size]
-            # Processes exchange gradients only after the last micro-batch of an optimiser step, when DeepSpeed takes the step, too.
-            self.accelerator.sync_gradients = start == starts[-1]
-            with nullcontext() if start == starts[-1] else self.accelerator.no_sync(self.policy.network):
-                result, kl = self._loss(trajectory, conditioning, advantages, row, column)
-                loss = result.loss if kl is None else result.loss + self.config.objective.kl_coef * kl.mean()
-                weighted = loss * (len(row) / len(rows))
-                self.accelerator.backward(weighted * self.loss_scale.value)
-            total += weighted.detach()
-            statistics.policy.append(replace(result, loss=result.loss.detach()))
+            with self._exchange(start == starts[-1]):
+                result, kl, weighted = self._differentiate(
+                    trajectory, conditioning, advantages, row, column, len(row) / len(rows)
+                )
+            total += weighted
+            statistics.policy.append(result)
             if kl is not None:
                 statistics.reference_kl.append(kl.detach())
             self._advance(len(row))
         statistics.loss.append(total)
+
+    def _exchange(self, now: bool) -> AbstractContextManager[Any]:
+        """Inside, several processes bring their gradients together, where a size that does not fit is an error; or each keeps its own."""
+        self.accelerator.sync_gradients = now
+        if not now:
+            apart: AbstractContextManager[Any] = self.accelerator.no_sync(self.policy.network)
+            return apart
+        return self.replay_batches.settled() if self.accelerator.num_processes > 1 else nullcontext()
+
+    def _forget_gradients(self) -> None:
+        self.accelerator.sync_gradients = True  # or the wrapped optimiser keeps them
+        self.prepared.zero_grad()
+
+    def _differentiate(
+        self,
+        trajectory: Trajectory,
+        conditioning: Conditioning,
+        advantages: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        share_of_step: float,
+    ) -> tuple[PolicyLoss, Tensor | None, Tensor]:
+        """Adds the gradients of one micro-batch; returns its policy loss, its KL to the reference, and its part of the step's loss."""
+        result, kl = self._loss(trajectory, conditioning, advantages, rows, columns)
+        loss = result.loss if kl is None else result.loss + self.config.objective.kl_coef * kl.mean()
+        weighted = loss * share_of_step
+        self.accelerator.backward(weighted * self.loss_scale.value)
+        return replace(result, loss=result.loss.detach()), kl, weighted.detach()
 
     def _loss(
         self, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor, rows: Tensor, columns: Tensor
