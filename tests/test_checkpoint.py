@@ -71,6 +71,16 @@ def listing(root: Path) -> list[str]:
     return sorted(entry.name for entry in root.iterdir())
 
 
+def test_only_what_shares_memory_or_has_gaps_is_copied_to_be_saved() -> None:
+    given = tensors(0)
+    own = module._apart(given)
+    kept = {name for name, tensor in given.items() if own[name].data_ptr() == tensor.data_ptr() and tensor.numel()}
+    assert kept == {"plain", "half", "count", "ids", "odd", "mask"}
+    places = [tensor.untyped_storage().data_ptr() for tensor in own.values() if tensor.numel()]
+    assert len(set(places)) == len(places)
+    assert all(tensor.is_contiguous() for tensor in own.values())
+
+
 def test_a_round_trip_is_bit_identical(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "deep" / "checkpoints", 12, tensors(12), state(12))
     assert path.name == "iteration-000012"

@@ -57,8 +57,7 @@ def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], stat
         EtudeError: the state is not JSON (NaN included), or the disk cannot take the checkpoint: the message says where,
             how much was needed, and that the checkpoints that were there still are.
     """
-    # A copy each: safetensors refuses tensors that share memory or have gaps.
-    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    own = _apart(tensors)
     text = _json(state, iteration)
     path = root / f"iteration-{iteration:06d}"
     temporary = root / f"{_TEMPORARY}{path.name}"
@@ -81,6 +80,18 @@ def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], stat
             f"({_reason(error)}): make room there and continue with --resume, the previous checkpoint is intact."
         ) from error
     return path
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, without gaps and each in memory of its own, as safetensors wants them; only what is not gets copied."""
+    own: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        packed = tensor.detach().cpu().contiguous()
+        place = packed.untyped_storage().data_ptr()
+        own[name] = packed.clone() if place in taken else packed
+        taken.add(place)
+    return own
 
 
 def load_latest(root: Path) -> Checkpoint | None:
@@ -121,7 +132,9 @@ def newest_whole(root: Path, sound: Container[int] = ()) -> int | None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
-    """AdamW's state as `{"<name>.exp_avg": ..., "<name>.exp_avg_sq": ..., "<name>.step": ...}`, copied to the CPU.
+    """AdamW's state as `{"<name>.exp_avg": ..., "<name>.exp_avg_sq": ..., "<name>.step": ...}` on the CPU.
+
+    What is there already is not copied, and changes with the optimiser's next step.
 
     Args:
         optimizer: AdamW, or any optimiser whose state holds only tensors and numbers.
@@ -131,7 +144,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) ->
         EtudeError: the names are not as many as the parameters, or not distinct.
     """
     return {
-        f"{name}.{key}": whole(torch.as_tensor(value).detach()).cpu().clone()
+        f"{name}.{key}": whole(torch.as_tensor(value).detach()).cpu()
         for name, parameter in _named(optimizer, names).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
