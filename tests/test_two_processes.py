@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +39,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(root: Path) -> dict[str, dict[str, Tensor]]:
-    """Each run in this process alone: its weights before and after."""
+def launched(root: Path) -> Iterator[Future[tuple[int, str]]]:
+    """All runs in two processes, in one launch, by the example for FSDP, which those that do not use it switch off."""
+    layers = ("--fsdp_transformer_layer_cls_to_wrap", "BasicTransformerBlock,ResnetBlock2D")
+    names = [DRIVER, str(root), SIGNALLED, *HERE]
+    with ThreadPoolExecutor() as beside:
+        yield beside.submit(launch, 2, names, timeout=400, config="fsdp2", options=layers)
+
+
+@pytest.fixture(scope="module")
+def alone(root: Path, launched: Any) -> dict[str, dict[str, Tensor]]:
+    """Each run in this process alone, beside the others: its weights before and after."""
     return {name: train(root, name, root / "one" / name) for name in HERE}
 
 
 @pytest.fixture(scope="module")
-def together(root: Path) -> Path:
-    """All of them in two processes, in one launch, by the example for FSDP, which those that do not use it switch off."""
-    layers = ("--fsdp_transformer_layer_cls_to_wrap", "BasicTransformerBlock,ResnetBlock2D")
-    code, output = launch(2, [DRIVER, str(root), SIGNALLED, *HERE], timeout=400, config="fsdp2", options=layers)
+def together(root: Path, launched: Future[tuple[int, str]]) -> Path:
+    """Where the runs of two processes are."""
+    code, output = launched.result()
     assert code == 0, output[-3000:]
     return root / "two"
 
