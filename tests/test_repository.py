@@ -199,6 +199,13 @@ def test_the_wheel_holds_every_data_file_and_no_stray_ones(tmp_path: Path) -> No
     assert not [name for name in packed if name.endswith((".pyc", ".pt", ".pth", ".bin", ".ckpt", ".pkl"))]
 
 
+def test_the_studies_figures_in_the_documents_are_those_of_the_studies() -> None:
+    made = {path.read_bytes() for path in ROOT.glob("studies/*/results/figures/*.svg")}
+    shown = sorted((ROOT / "docs" / "images" / "study").glob("*.svg"))
+    assert shown
+    assert all(path.read_bytes() in made for path in shown)
+
+
 def test_the_embedded_models_fit_their_size() -> None:
     """Together below 40 MB; the heads and embeddings of the `alignment` reward come on top."""
     models = [path for path in (SOURCE / "zoo" / "checkpoints").iterdir() if (path / "model_index.json").is_file()]

@@ -6,7 +6,6 @@ import base64
 import csv
 import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from etude.study.analysis import analyse
 from etude.study.collect import SAMPLER_KEYS, CellResult, Condition, collect, conditions, families
 from etude.study.spec import Study
 from etude.study.state import StudyDirectory
-from etude.study.tables import basis, estimate, markdown, tables
+from etude.study.tables import basis, estimate, file_name, markdown, tables
 from etude.training.checkpoint import atomic_write_text
 
 QUANTITIES = ("base", "ode", "sde", "improvement", "gap")
@@ -54,11 +53,6 @@ def figure_files(found: Row) -> dict[str, str]:
         made |= {f"{label} ODE and SDE over training {title}": svg for title, _, svg in small}
     made |= {f"{reward} {title}": svg for reward, (title, _, svg) in _steps(found).items()}
     return {f"{file_name(name)}.svg": figures.standalone(svg) for name, svg in made.items()}
-
-
-def file_name(text: str) -> str:
-    """`colorfulness-reward-gap-over-training`: lower case, without what file systems mind."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.replace("η", "eta").lower()).strip("-.")
 
 
 def pooled_rows(found: Row) -> list[Row]:

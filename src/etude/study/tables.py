@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,11 @@ class Table:
     best: list[int | None] | None = None
 
     def markdown(self) -> str:
-        """GitHub's dialect."""
+        """Note and cells in GitHub's dialect."""
         align = ["---"] + ["---:"] * (len(self.columns) - 1)
         lines = [self.columns, align, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return f"## {self.title}\n\n{self.note}\n\n{body}\n"
+        return f"{self.note}\n\n{body}\n"
 
 
 def tables(found: Row) -> list[Table]:
@@ -46,8 +47,21 @@ def tables(found: Row) -> list[Table]:
 
 
 def markdown(found: Row) -> str:
-    """`tables.md`."""
-    return f"# {found['name']}: tables\n\n{basis(found)}\n\n" + "\n".join(t.markdown() for t in tables(found))
+    """`tables.md`; what it rests on and the tables without their headings are sections that a page can include (PyMdown's snippets)."""
+    parts = [f"# {found['name']}: tables\n", section("basis", basis(found))]
+    for table in tables(found):
+        parts += [f"## {table.title}\n", section(file_name(table.title), table.markdown())]
+    return "\n".join(parts)
+
+
+def section(name: str, text: str) -> str:
+    """The text between marks that are invisible in Markdown."""
+    return f"<!-- --8<-- [start:{name}] -->\n{text.strip()}\n<!-- --8<-- [end:{name}] -->\n"
+
+
+def file_name(text: str) -> str:
+    """`colorfulness-reward-gap-over-training`: lower case, without what file systems mind."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.replace("η", "eta").lower()).strip("-.")
 
 
 def basis(found: Row) -> str:
