@@ -23,8 +23,8 @@ from small_runs import metrics
 from two_process_driver import RUNS, config, make_models, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-SIGNALLED = "ddpo-signalled"
-HERE = [name for name in RUNS if not name.startswith("zero") and name != SIGNALLED]
+SIGNALLED, LOCKED = "ddpo-signalled", "ddpo-locked"
+HERE = [name for name in RUNS if not name.startswith("zero") and name not in (SIGNALLED, LOCKED)]
 WHOLE = [name for name in HERE if not name.startswith("fsdp")]
 DRIVER = str(Path(__file__).parent / "two_process_driver.py")
 
@@ -42,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launched(root: Path) -> Iterator[Future[tuple[int, str]]]:
     """All runs in two processes, in one launch, by the example for FSDP, which those that do not use it switch off."""
     layers = ("--fsdp_transformer_layer_cls_to_wrap", "BasicTransformerBlock,ResnetBlock2D")
-    names = [DRIVER, str(root), SIGNALLED, *HERE]
+    names = [DRIVER, str(root), LOCKED, SIGNALLED, *HERE]
     with ThreadPoolExecutor() as beside:
         yield beside.submit(launch, 2, names, timeout=400, config="fsdp2", options=layers)
 
@@ -154,6 +154,13 @@ def test_a_checkpoint_of_weights_in_parts_is_that_of_one_process(
     for kind in ("weights/", "optimizer/", "ema/", "best/"):
         if any(n.startswith(kind) for n in one):
             assert (flat(two, kind) - flat(one, kind)).norm() < 1e-4 * flat(one, kind).norm()
+
+
+@pytest.mark.slow
+def test_what_the_first_process_alone_cannot_begin_is_told_by_all_and_by_its_name(together: Path) -> None:
+    told = [Path(f"{together / LOCKED}-told-{rank}.txt").read_text() for rank in (0, 1)]
+    assert told[0] == told[1]
+    assert re.search("process 0: another process is writing the run", told[0])
 
 
 @pytest.mark.slow

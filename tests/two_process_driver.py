@@ -2,7 +2,8 @@
 
 `torchrun ... two_process_driver.py DIRECTORY NAME...` trains the runs of those names in DIRECTORY, `NAME=OTHER` under another name, or
 goes on with those that are there. With DIE_AT=n the first process of a run kills itself when it is to score its n-th batch of images. In
-the run `ddpo-signalled` the second one gets SIGTERM, whereupon the run is resumed; in `ddpo-memory` it has little memory.
+the run `ddpo-signalled` the second one gets SIGTERM, whereupon the run is resumed; in `ddpo-memory` it has
+little memory; and somebody else writes `ddpo-locked`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from etude.config import TrainConfig
 from etude.errors import EtudeError
 from etude.policies import Policy
 from etude.training.interruption import Interrupted
+from etude.training.lock import held
 from etude.training.trainer import Trainer
 from tiny import save_flux, save_stable_diffusion
 
@@ -33,6 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "mixgrpo-lora": {"lora": {"rank": 4}},
     "mixgrpo-full": {"lora": {"rank": 0}},
     "ddpo-memory": {"lora": {"rank": 4}, "iterations": 2},
+    "ddpo-locked": {"lora": {"rank": 4}},
     "ddpo-signalled": {"lora": {"rank": 4}, "checkpoint": {"every": 5}},
     "fsdp-lora": {"lora": {"rank": 4}, "iterations": 2, "ema": {"decay": 0.5}, "checkpoint": {"best": "bright"}},
     "fsdp-full": {"lora": {"rank": 0}, "iterations": 2, "objective": {"kl_coef": 0.1}},
@@ -123,6 +127,16 @@ def _take_memory(policy: Policy) -> None:
     policy.predict = cramped  # type: ignore[method-assign]
 
 
+def _refused(root: Path, name: str, out: Path) -> None:
+    """What this process is told of a run that somebody else writes."""
+    out.mkdir(exist_ok=True)
+    with held(out) if os.environ["RANK"] == "0" else nullcontext():
+        try:
+            train(root, name, out)
+        except EtudeError as error:
+            Path(f"{out}-told-{os.environ['RANK']}.txt").write_text(str(error))
+
+
 def _interrupted(root: Path, name: str, out: Path) -> None:
     """Begins a run, which the signal ends in its third iteration, and keeps what this process was told."""
     os.environ["SIGNAL_AT"] = "5"
@@ -141,6 +155,9 @@ def main(root: Path, names: list[str]) -> None:
         # The launcher's configuration asks for FSDP, and says how.
         os.environ["ACCELERATE_USE_FSDP"] = str(name.startswith("fsdp")).lower()
         out = root / "two" / (other or name)
+        if name == "ddpo-locked":
+            _refused(root, name, out)
+            continue
         try:
             if name == "ddpo-signalled":
                 _interrupted(root, name, out)

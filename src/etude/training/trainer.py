@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -176,17 +176,19 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Runs to the end and returns the summary that is also written to `summary.json`."""
         started = time.time()
-        self.rewards.load()  # before anything is written: a reward that cannot be used leaves no run to clear away
-        if self.accelerator.is_main_process:
-            self.out.mkdir(parents=True, exist_ok=True)
-        with held(self.out) if self.accelerator.is_main_process else nullcontext():
+        with ExitStack() as lock:
+            with failing_together(self.accelerator):
+                self.rewards.load()  # before anything is written: a reward that cannot be used leaves no run to clear away
+                if self.accelerator.is_main_process:
+                    self.out.mkdir(parents=True, exist_ok=True)
+                    lock.enter_context(held(self.out))
             return self._train(started)
 
     def _train(self, started: float) -> dict[str, Any]:
         self._restore()
-        if self.accelerator.is_main_process:
-            clear_half_written(self.out)
-            atomic_write_text(self.out / "config.yaml", self.config.to_yaml())
+        with failing_together(self.accelerator):
+            if self.accelerator.is_main_process:
+                self._begin_writing()
         if self.config.trackers:
             self.accelerator.init_trackers("etude", config={"config": self.config.to_yaml()})
         with self.display, self.interruption, self._failures_explained():
@@ -569,7 +571,7 @@ class Trainer:
         return optimizer_tensors(self.optimizer, list(self.parameters))
 
     def _restore(self) -> None:
-        """Takes up the newest sound checkpoint, and drops metrics of iterations that it does not hold."""
+        """Takes up the newest sound checkpoint, if there is one."""
         checkpoint = self.checkpoints.load() if self.resume else None
         found = -1 if checkpoint is None else checkpoint.iteration
         check_same_directory(self.accelerator, self.out, found)  # and nobody writes before everybody has read
@@ -583,10 +585,14 @@ class Trainer:
                     f"checkpoint '{checkpoint.path}' does not hold the state that this version of etude goes on from "
                     f"({type(error).__name__}: {brief(error)}): continue with the version that wrote it, or start another run."
                 ) from error
-        if self.accelerator.is_main_process:
-            written = -1 if checkpoint is None else self.iteration - (self.unevaluated is not None)
-            truncate_metrics(self.out / "metrics.jsonl", written)
-            self.checkpoints.prune()
+
+    def _begin_writing(self) -> None:
+        """Leaves nothing in the run directory that goes beyond the state of now, and writes the configuration."""
+        written = -1 if self.durable < 0 else self.iteration - (self.unevaluated is not None)
+        truncate_metrics(self.out / "metrics.jsonl", written)
+        self.checkpoints.prune()
+        clear_half_written(self.out)
+        atomic_write_text(self.out / "config.yaml", self.config.to_yaml())
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         assign(self.parameters, _under("weights/", checkpoint.tensors))
