@@ -1,33 +1,71 @@
-"""`python -m benchmarks [overhead] [trl] [memory] [mixgrpo] [async_rewards]`: prints a table for each, writes results/<name>.json and .md."""
+"""`python -m benchmarks [NAME ...]`: prints a table for each and one of all their ratios, writes results/<name>.json and .md."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import against_trl, async_rewards, memory, mixgrpo, overhead
+from benchmarks import (
+    against_trl,
+    async_rewards,
+    cost,
+    memory,
+    micro_batch,
+    mixgrpo,
+    overhead,
+    precision,
+    scaling,
+    summary,
+    where,
+)
 from benchmarks.against_trl import Comparison, Work
-from benchmarks.results import RESULTS, Result
+from benchmarks.results import RESULTS, Headline, Result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the named benchmarks, all by default. 1 if a target is missed and `--strict` was given."""
+    """Runs the named benchmarks, all by default, and sums up what was measured so far. 1 if a target is missed and `--strict` was given."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if unknown := [name for name in options.benchmarks if name not in BENCHMARKS]:
-        parser.error(f"there is no benchmark '{unknown[0]}'; there are {', '.join(BENCHMARKS)}")
+    if unknown := [name for name in options.benchmarks if name not in (*BENCHMARKS, SUMMARY)]:
+        parser.error(f"there is no benchmark '{unknown[0]}'; there are {', '.join(BENCHMARKS)} and {SUMMARY}")
     met = True
     for name in dict.fromkeys(options.benchmarks or BENCHMARKS):
-        result = BENCHMARKS[name](options)
-        _show(result)
-        print(f"written to {result.write(options.out)}\n")
-        met = met and result.headline.met
+        if name != SUMMARY:
+            result = BENCHMARKS[name](options)
+            _show(result.benchmark, result.columns, result.rows, result.headlines)
+            print(f"written to {result.write(options.out)}\n")
+            met = met and result.met
+    lines = summary.collect(options.out, BENCHMARKS)
+    _show(SUMMARY, summary.COLUMNS, [line.cells for line in lines])
+    print(f"written to {summary.write(options.out, lines)}")
     return int(options.strict and not met)
 
 
 def _overhead(options: argparse.Namespace) -> Result:
-    return overhead.run(options.recipe, options.set, options.repeats or 10, options.threads)
+    return overhead.run(options.recipe or RECIPES, options.set, options.repeats or 10, options.threads)
+
+
+def _profile(options: argparse.Namespace) -> Result:
+    return where.run(options.recipe or RECIPES, options.set, options.repeats or 3, options.threads)
+
+
+def _micro_batch(options: argparse.Namespace) -> Result:
+    return micro_batch.run(options.recipe or RECIPES, options.set, options.repeats or 4, options.threads)
+
+
+def _precision(options: argparse.Namespace) -> Result:
+    recipes = options.recipe or (FULL_SIZE_RECIPES if options.full_size else RECIPES)
+    return precision.run(recipes, options.set, options.repeats or 3, options.threads, options.full_size)
+
+
+def _scaling(options: argparse.Namespace) -> Result:
+    return scaling.run(options.recipe or RECIPES, options.set, scaling.Work(), options.repeats or 5)
+
+
+def _cost(options: argparse.Namespace) -> Result:
+    recipe = (options.recipe or RECIPES)[0]
+    return cost.run(recipe, options.set, options.repeats or 4, options.threads)
 
 
 def _trl(options: argparse.Namespace) -> Result:
@@ -35,9 +73,7 @@ def _trl(options: argparse.Namespace) -> Result:
 
 
 def _memory(options: argparse.Namespace) -> Result:
-    return memory.run(
-        [5, 10, 20, 40], images=32, latent_size=64, iterations=2, threads=options.threads, seed=options.seed
-    )
+    return memory.run([5, 10, 20, 40], [16, 32, 64], [64, 128, 192], 64, options.threads, options.seed)
 
 
 def _mixgrpo(options: argparse.Namespace) -> Result:
@@ -50,6 +86,9 @@ def _async_rewards(options: argparse.Namespace) -> Result:
     return async_rewards.run(async_rewards.Work(), options.repeats or 5, options.threads)
 
 
+RECIPES, FULL_SIZE_RECIPES = ["emoji-ddpo", "emoji-mixgrpo"], ["sd15-ddpo", "sd15-mixgrpo"]
+SUMMARY = "summary"
+"""What is printed last, or alone: one table of what was measured, now or before."""
 SMALL, LARGER = Work((4, 8)), Work((32, 64))
 """The channels of the pipelines in diffusers' own tests, and of the tiny ones that are on the model hub."""
 OURS = (32, 160)
@@ -64,9 +103,14 @@ AGAINST_TRL = [
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "overhead": _overhead,
+    "profile": _profile,
     "trl": _trl,
-    "memory": _memory,
     "mixgrpo": _mixgrpo,
+    "precision": _precision,
+    "micro_batch": _micro_batch,
+    "cost": _cost,
+    "scaling": _scaling,
+    "memory": _memory,
     "async_rewards": _async_rewards,
 }
 
@@ -75,12 +119,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help=f"{', '.join(BENCHMARKS)}; all by default")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
-    parser.add_argument("--repeats", type=int, help="interleaved pairs of timings (default 10; mixgrpo: 20)")
+    parser.add_argument("--repeats", type=int, help="interleaved rounds of timings (default: each benchmark's own)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--recipe", default="emoji-ddpo", help="overhead: the recipe, a name or a YAML file")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="overhead: overrides of the recipe"
+        "--recipe",
+        action="append",
+        help=f"overhead, profile, precision, micro_batch, cost, scaling: a recipe, by name or YAML file (default: {', '.join(RECIPES)})",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="overrides of what --recipe names"
+    )
+    parser.add_argument(
+        "--full-size",
+        action="store_true",
+        help=f"precision: random weights of Stable Diffusion 1.5's architecture, for a GPU (default recipes: {', '.join(FULL_SIZE_RECIPES)})",
     )
     parser.add_argument(
         "--trl-venv", type=Path, help="trl: an environment that has it already (default: one is made under build/)"
@@ -90,16 +143,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _show(result: Result) -> None:
+def _show(title: str, columns: list[str], rows: list[list[str]], headlines: Sequence[Headline] = ()) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*result.columns, title=result.benchmark)
-    for row in result.rows:
+    table = Table(*columns, title=title)
+    for row in rows:
         table.add_row(*row)
     console = Console()
     console.print(table)
-    console.print(str(result.headline), style="green" if result.headline.met else "red", highlight=False)
+    for one in headlines:
+        console.print(str(one), style="green" if one.met else "red", highlight=False)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,10 +17,12 @@ import torch
 import etude.training.trainer
 from benchmarks.bare import by_kind, record, run_bare
 from benchmarks.parity import compare
+from benchmarks.profiled import profile
 from benchmarks.protocol import forget_peak, peak_bytes, serve
 from etude.config import load_config
 from etude.policies.pipeline import PipelinePolicy
 from etude.rollout import Trajectory, rollout
+from etude.training.memory_estimate import trajectory_floats
 from etude.training.trainer import Trainer
 
 
@@ -46,12 +49,17 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")},
         "trained_steps": len(trainer.table.trained_steps),
         "dimensions": trainer.policy.dimensions,
+        "clip_range": trainer.clip_range,
+        "images": len(trainer.samples),
+        "bytes_per_image": _bytes_per_image(trainer),
         "parameters": sum(p.numel() for p in trainer.parameters.values()),
     }
     handlers: dict[str, Callable[..., dict[str, Any]]] = {
         "iterate": lambda: {"seconds": _iterate(trainer), "phases": dict(trainer.seconds)},
         "overhead": lambda: _overhead(trainer),
         "memory": lambda: {"peak_bytes": peak_bytes()},
+        "metrics": lambda: dict(json.loads((trainer.out / "metrics.jsonl").read_text().splitlines()[-1])),
+        "profile": lambda: profile(trainer, lambda: _iterate(trainer), _now),
         "parity": lambda path, prompts: compare(trainer, Path(path), prompts),
     }
     forget_peak()
@@ -75,6 +83,16 @@ def _overhead(trainer: Trainer) -> dict[str, Any]:
     trainer.prepared.zero_grad()
     bare = {"bare": by_kind(timed), "timed": [asdict(one) for one in timed]}
     return {"seconds": total, "phases": dict(trainer.seconds), "calls": len(calls), **bare}
+
+
+def _bytes_per_image(trainer: Trainer) -> int:
+    """What a rollout keeps of an image: its trajectory, what the network is told about its prompt, and the picture."""
+    policy, config = trainer.policy, trainer.config
+    assert isinstance(policy, PipelinePolicy)
+    told = policy.encode(trainer.train_prompts.texts[:1]).prompt
+    height, width = policy.image_size
+    floats = trajectory_floats(trainer.table, policy.dimensions, config.objective.kl_coef > 0)
+    return 4 * floats + sum(rows.nbytes for rows in told.values()) + 3 * height * width
 
 
 def _now() -> float:

@@ -1,98 +1,151 @@
-"""Peak memory of training against the number of steps: it should grow by the trained latents and by nothing else."""
+"""Peak memory of training against steps, images and parameters: it should grow by what must be kept of them and by nothing else."""
 
 from __future__ import annotations
 
 import json
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks.fit import line
 from benchmarks.processes import BUILD, Side
 from benchmarks.results import Headline, Ratio, Result
 
 TARGET = 1.15
 FLOAT_BYTES = 4
-CHANNELS = [4, 8, 8]
+ADAM_FLOATS = 4
+"""A trained parameter, its gradient and two moments."""
+CHANNELS = (4, 8, 8)
 BATCH_SIZE = 4
 """Small, as are the channels: the network's own memory should not hide that of the latents."""
+ONE_ROW = {"rank": 0, "images": 2, "batch": 1, "guidance": 1.0, "latent_size": 8}
+"""Full fine-tuning with calls of one row, without guidance: activations, which grow with the channels too, should not hide the parameters."""
+ITERATIONS = 2
 
 
-def run(steps: list[int], images: int, latent_size: int, iterations: int, threads: int | None, seed: int = 0) -> Result:
-    """One process for each number of steps; the slope of its peak resident memory, by least squares.
+@dataclass(frozen=True)
+class Sweep:
+    """One number that is varied, all else equal.
+
+    Attributes:
+        name: what is counted.
+        points: the settings of each process.
+        count: how many of it a process has, from what it says of itself.
+        expected: bytes that one more of it must take.
+    """
+
+    name: str
+    points: list[dict[str, Any]]
+    count: Callable[[dict[str, Any]], float]
+    expected: Callable[[dict[str, Any]], float]
+
+
+def run(
+    steps: list[int], images: list[int], channels: list[int], latent_size: int, threads: int | None, seed: int = 0
+) -> Result:
+    """One process for each point of three sweeps; the slopes of their peak resident memories, by least squares.
 
     Args:
         steps: numbers of steps, at least two.
-        images: per iteration.
+        images: per iteration, the numbers of them at 10 steps; the steps are varied with the second one.
+        channels: of a UNet that is trained as a whole, on few images: its parameters grow with their square.
         latent_size: height and width of the 4-channel latents: large, so that they show beside torch's own memory.
-        iterations: taken by each process before its peak is read.
     """
-    if len(set(steps)) < 2:
-        raise ValueError(f"a slope needs two different numbers of steps at least, not {steps}.")
-    settings = {"steps": steps, "images": images, "latent_size": latent_size, "iterations": iterations, "seed": seed}
+    sweeps = [
+        Sweep(
+            "trained step",
+            [{"steps": n, "images": images[1]} for n in steps],
+            lambda info: info["trained_steps"],
+            lambda info: info["images"] * FLOAT_BYTES * (info["dimensions"] + 1),
+        ),
+        Sweep(
+            "image", [{"images": n} for n in images], lambda info: info["images"], lambda info: info["bytes_per_image"]
+        ),
+        Sweep(
+            "trained parameter",
+            [{"channels": (width, 2 * width), **ONE_ROW} for width in channels],
+            lambda info: info["parameters"],
+            lambda info: ADAM_FLOATS * FLOAT_BYTES,
+        ),
+    ]
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD, prefix="memory-") as folder:
-        recipe = _recipe(Path(folder), images, latent_size, seed)
-        peaks, trained, info = [], [], {}
-        for num_steps in steps:
-            overrides = [f"sampling.num_steps={num_steps}"]
-            with Side(
-                sys.executable,
-                "benchmarks.etude_side",
-                {"recipe": recipe, "overrides": overrides, "work": folder},
-                threads,
-            ) as side:
-                info = side.info
-                trained.append(info["trained_steps"])
-                for _ in range(iterations):
-                    side.ask("iterate")
-                peaks.append(side.ask("memory")["peak_bytes"])
-    latents = images * info["dimensions"] * FLOAT_BYTES
-    expected = latents + images * FLOAT_BYTES
-    growth = slope([float(n) for n in trained], [float(p) for p in peaks])
+        found = {
+            sweep.name: [
+                _peak(Path(folder), {"latent_size": latent_size, **point}, threads, seed) for point in sweep.points
+            ]
+            for sweep in sweeps
+        }
+    return _result(sweeps, found, {"latent_size": latent_size, "iterations": ITERATIONS, "seed": seed})
+
+
+def _peak(folder: Path, point: dict[str, Any], threads: int | None, seed: int) -> dict[str, Any]:
+    """What a process says of itself after its iterations, its peak included."""
+    settings = {"recipe": _recipe(folder, point, seed), "overrides": [], "work": str(folder)}
+    with Side(sys.executable, "benchmarks.etude_side", settings, threads) as side:
+        for _ in range(ITERATIONS):
+            side.ask("iterate")
+        return {**side.info, **side.ask("memory")}
+
+
+def _result(sweeps: list[Sweep], found: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) -> Result:
+    heads, rows = [], []
+    for sweep in sweeps:
+        infos = found[sweep.name]
+        counts, peaks = [float(sweep.count(info)) for info in infos], [float(info["peak_bytes"]) for info in infos]
+        expected, grown = sweep.expected(infos[0]), line(counts, peaks)
+        heads.append(
+            Headline(
+                f"growth of peak memory per {sweep.name} / the bytes it must take",
+                Ratio.of([grown.slope], [expected]),
+                TARGET,
+            )
+        )
+        rows += [
+            [f"{sweep.name}s: {count:,.0f}", f"{peak / 1e6:.1f}", f"{count * expected / 1e6:.1f}"]
+            for count, peak in zip(counts, peaks, strict=True)
+        ]
+        rows.append([f"growth per {sweep.name}, bytes", f"{grown.slope:,.1f}", f"{expected:,.1f}"])
     return Result(
         "memory",
-        Headline(
-            "growth of peak memory / bytes of the trained latents", Ratio.of([growth], [expected]), TARGET, at_most=True
-        ),
-        ["steps", "trained steps", "peak memory, MB", "latents and log-probabilities, MB"],
-        [
-            *(
-                [str(s), str(t), f"{p / 1e6:.1f}", f"{t * expected / 1e6:.1f}"]
-                for s, t, p in zip(steps, trained, peaks, strict=True)
-            ),
-            ["growth per trained step", "", f"{growth / 1e6:.3f}", f"{expected / 1e6:.3f}"],
-        ],
+        heads[0],
+        ["sweep", "peak memory, MB", "of which it must take, MB"],
+        rows,
         settings=settings,
-        measurements={
-            "peak_bytes": peaks,
-            "trained_steps": trained,
-            "bytes_per_step": growth,
-            "latent_bytes_per_step": latents,
-        },
-        versions={"etude": info["versions"]},
+        measurements={"sweeps": found},
+        versions={"etude": found[sweeps[0].name][0]["versions"]},
+        further=heads[1:],
     )
 
 
-def slope(x: list[float], y: list[float]) -> float:
-    """Least squares: sum (x - mean x)(y - mean y) / sum (x - mean x)^2."""
-    centre_x, centre_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - centre_x) * (b - centre_y) for a, b in zip(x, y, strict=True)) / sum((a - centre_x) ** 2 for a in x)
-
-
-def _recipe(folder: Path, images: int, latent_size: int, seed: int) -> str:
-    """Saves a pipeline and a recipe; batches stay the same whatever the number of steps."""
-    pipeline = folder / "pipeline"
-    build = {"directory": str(pipeline), "channels": CHANNELS, "latent_size": latent_size, "seed": seed}
-    with Side(sys.executable, "benchmarks.pipeline_side", build):
-        pass
+def _recipe(folder: Path, point: dict[str, Any], seed: int) -> str:
+    """Saves a pipeline and a recipe; batches stay the same whatever the number of steps and images."""
+    channels, size, images = point.get("channels", CHANNELS), point["latent_size"], point["images"]
+    batch = point.get("batch", BATCH_SIZE)
+    pipeline = folder / f"pipeline-{'-'.join(map(str, channels))}-{size}"
+    if not pipeline.is_dir():
+        # Only what is trained grows with the channels.
+        same = {"vae_channels": CHANNELS[:2], "latent_size": size, "seed": seed}
+        build = {"directory": str(pipeline), "channels": list(channels), **same}
+        with Side(sys.executable, "benchmarks.pipeline_side", build):
+            pass
     tree = {
         "model": str(pipeline),
         "seed": seed,
         "rewards": {"benchmarks.workload:brightness": 1.0},
         "prompts": {"train": "animals", "evaluation": "animals"},
-        "sampling": {"kernel": "gddim", "eta": 1.2, "guidance_scale": 5.0},
-        "rollout": {"images_per_iteration": images, "images_per_prompt": 1, "batch_size": min(BATCH_SIZE, images)},
-        "objective": {"updates_per_epoch": 1, "batch_size": min(BATCH_SIZE, images)},
+        "sampling": {
+            "kernel": "gddim",
+            "eta": 1.2,
+            "guidance_scale": point.get("guidance", 5.0),
+            "num_steps": point.get("steps", 10),
+        },
+        "rollout": {"images_per_iteration": images, "images_per_prompt": 1, "batch_size": batch},
+        "lora": {"rank": point.get("rank", 4)},
+        "objective": {"updates_per_epoch": 1, "batch_size": batch},
         "evaluation": {"num_images": 2},
     }
     path = folder / "recipe.yaml"

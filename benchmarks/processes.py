@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,13 +27,22 @@ class Side:
         settings: passed to it.
         threads: threads of torch in it; None leaves torch's default.
         cpu: hide any GPU from it.
+        environment: further variables.
+        wait: for its `info`; otherwise `receive` gets that.
 
     Raises:
         RuntimeError: if the process ends before it replies; with the end of its log.
     """
 
     def __init__(
-        self, python: Path | str, module: str, settings: dict[str, Any], threads: int | None = None, cpu: bool = True
+        self,
+        python: Path | str,
+        module: str,
+        settings: dict[str, Any],
+        threads: int | None = None,
+        cpu: bool = True,
+        environment: Mapping[str, str] | None = None,
+        wait: bool = True,
     ) -> None:
         BUILD.mkdir(parents=True, exist_ok=True)
         self.log = BUILD / f"{module.rpartition('.')[2]}-{os.getpid()}-{id(self):x}.log"
@@ -42,21 +55,26 @@ class Side:
                 stderr=log,
                 text=True,
                 cwd=ROOT,
-                env=_environment(threads, cpu),
+                env=_environment(threads, cpu) | dict(environment or {}),
             )
-        self.info = self._receive()
+        self.info = self.receive() if wait else {}
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         """Has the process do something, and waits for its reply."""
+        self.send(do, **arguments)
+        return self.receive()
+
+    def send(self, do: str, **arguments: Any) -> None:
+        """Has the process do something."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # the process is gone: the missing reply says so, with its log
-        return self._receive()
 
-    def _receive(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
+        """Waits for its next reply."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -81,6 +99,61 @@ class Side:
         self._process.stdout.close()
         if kind is None:
             self.log.unlink()
+
+
+class Group:
+    """The processes of one run, on this machine: all are asked for the same at once.
+
+    Args:
+        module: as of `Side`, run by this interpreter.
+        settings: passed to each of them.
+        count: of processes.
+        threads: of torch in each.
+    """
+
+    def __init__(self, module: str, settings: dict[str, Any], count: int, threads: int | None) -> None:
+        shared = {
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+        }
+        each = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in range(count)]
+        with ExitStack() as started:
+            self._sides = [
+                started.enter_context(
+                    Side(
+                        sys.executable,
+                        module,
+                        settings,
+                        threads,
+                        environment={name: str(value) for name, value in own.items()},
+                        wait=False,
+                    )
+                )
+                for own in each
+            ]
+            replies = [side.receive() for side in self._sides]
+            self.info = replies[0]
+            self._open = started.pop_all()
+
+    def ask(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
+        """Has all processes do something, and waits for their replies."""
+        for side in self._sides:
+            side.send(do, **arguments)
+        return [side.receive() for side in self._sides]
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
 
 
 def _environment(threads: int | None, cpu: bool) -> dict[str, str]:

@@ -43,20 +43,38 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Headline:
-    """The one number of a benchmark, and what it should be."""
+    """A number that a benchmark is for, and what it should be; without a target it is only stated."""
 
     name: str
     ratio: Ratio
-    target: float
-    at_most: bool
+    target: float | None = None
+    at_most: bool = True
 
     @property
     def met(self) -> bool:
+        """Whether the target is met; a number without one misses nothing."""
+        if self.target is None:
+            return True
         return self.ratio.median <= self.target if self.at_most else self.ratio.median >= self.target
 
+    @property
+    def bound(self) -> str:
+        """The target in words, empty if there is none."""
+        return "" if self.target is None else f"at {'most' if self.at_most else 'least'} {self.target:g}"
+
+    @property
+    def verdict(self) -> str:
+        return "" if self.target is None else "met" if self.met else "missed"
+
     def __str__(self) -> str:
-        bound = "at most" if self.at_most else "at least"
-        return f"{self.name}: {self.ratio}, target {bound} {self.target:g}: {'met' if self.met else 'missed'}"
+        return f"{self.name}: {self.ratio}" + (f", target {self.bound}: {self.verdict}" if self.bound else "")
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "met": self.met}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Headline:
+        return cls(tree["name"], Ratio(**tree["ratio"]), tree["target"], tree["at_most"])
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,7 @@ class Result:
         settings: everything that was chosen, the seed included.
         measurements: every single timing, so that another summary can be made of them.
         versions: of the libraries on each side.
+        further: other numbers of it that have a place in the summary.
     """
 
     benchmark: str
@@ -78,12 +97,23 @@ class Result:
     settings: dict[str, Any]
     measurements: dict[str, Any]
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    further: list[Headline] = field(default_factory=list)
+
+    @property
+    def headlines(self) -> list[Headline]:
+        return [self.headline, *self.further]
+
+    @property
+    def met(self) -> bool:
+        """Whether every target is."""
+        return all(one.met for one in self.headlines)
 
     def as_json(self) -> dict[str, Any]:
         """A plain tree: the fields, plus date, machine and etude's own version."""
         return {
             **asdict(self),
-            "headline": {**asdict(self.headline), "met": self.headline.met},
+            "headline": self.headline.as_json(),
+            "further": [one.as_json() for one in self.further],
             "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
             "machine": machine(),
             "etude": version("etude"),
@@ -91,13 +121,12 @@ class Result:
 
     def as_markdown(self) -> str:
         """The table and where it comes from, for the documentation."""
-        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
         found = self.as_json()
         where = found["machine"]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         load = " or ".join(dict.fromkeys(f"{one:.1f}" for one in where["load"]))
         origin = f"{found['date']}, etude {found['etude']}, {where['processor']}, {where['cores']} cores, Python {where['python']}, load {load}"
-        return f"**{self.headline}.**\n\n{table}\n\n{origin}.\n"
+        stated = "\n\n".join(f"**{one}.**" for one in self.headlines)
+        return f"{stated}\n\n{markdown_table(self.columns, self.rows)}\n\n{origin}.\n"
 
     def write(self, directory: Path = RESULTS) -> Path:
         """`<benchmark>.json` and `<benchmark>.md` in the directory; returns the path of the first."""
@@ -106,6 +135,11 @@ class Result:
         path.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
         path.with_suffix(".md").write_text(self.as_markdown(), encoding="utf-8")
         return path
+
+
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    """Rows of text under their columns."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows))
 
 
 def machine() -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_a_written_result_holds_what_is_needed_to_judge_it(tmp_path: Path) -> No
     path = _result([3.0, 2.0], [1.0, 1.0]).write(tmp_path)
     found = json.loads(path.read_text())
     assert set(found) == {
-        *("benchmark", "headline", "columns", "rows", "settings", "measurements", "versions"),
+        *("benchmark", "headline", "further", "columns", "rows", "settings", "measurements", "versions"),
         *("date", "machine", "etude"),
     }
     assert found["headline"] == {
@@ -78,14 +78,6 @@ def test_a_written_result_holds_what_is_needed_to_judge_it(tmp_path: Path) -> No
     assert set(found["machine"]) == {"processor", "cores", "system", "python", "load"}
     table = path.with_suffix(".md").read_text().splitlines()
     assert table[2:5] == ["| work | ms |", "| --- | --- |", "| one | 1.0 |"]
-
-
-def test_the_slope_of_a_line_is_its_slope() -> None:
-    from benchmarks.memory import slope
-
-    assert slope([5.0, 10.0, 20.0, 40.0], [7.0 + 3.0 * x for x in (5.0, 10.0, 20.0, 40.0)]) == pytest.approx(
-        3.0, rel=1e-12
-    )
 
 
 def test_the_measuring_process_loads_no_network_library() -> None:
@@ -168,6 +160,9 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     assert code == 0
     assert found["headline"]["ratio"]["median"] > 1
     assert found["settings"]["threads"] == 1
+    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
+    assert [line["benchmark"] for line in summary] == ["overhead"]
+    assert summary[0]["ratio"] == found["headline"]["ratio"]
     assert [row[0] for row in found["rows"]][:2] == ["iteration", "bare network"]
 
 
