@@ -55,8 +55,7 @@ def _micro_batch(options: argparse.Namespace) -> Result:
 
 
 def _precision(options: argparse.Namespace) -> Result:
-    recipes = options.recipe or (FULL_SIZE_RECIPES if options.full_size else RECIPES)
-    return precision.run(recipes, options.set, options.repeats or 3, options.threads, options.full_size)
+    return precision.run(options.recipe or RECIPES, options.set, options.repeats or 3, options.threads)
 
 
 def _scaling(options: argparse.Namespace) -> Result:
@@ -86,7 +85,7 @@ def _async_rewards(options: argparse.Namespace) -> Result:
     return async_rewards.run(async_rewards.Work(), options.repeats or 5, options.threads)
 
 
-RECIPES, FULL_SIZE_RECIPES = ["emoji-ddpo", "emoji-mixgrpo"], ["sd15-ddpo", "sd15-mixgrpo"]
+RECIPES = ["emoji-ddpo", "emoji-mixgrpo"]
 SUMMARY = "summary"
 """What is printed last, or alone: one table of what was measured, now or before."""
 SMALL, LARGER = Work((4, 8)), Work((32, 64))
@@ -129,11 +128,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="A.B=VALUE", help="overrides of what --recipe names"
-    )
-    parser.add_argument(
-        "--full-size",
-        action="store_true",
-        help=f"precision: random weights of Stable Diffusion 1.5's architecture, for a GPU (default recipes: {', '.join(FULL_SIZE_RECIPES)})",
     )
     parser.add_argument(
         "--trl-venv", type=Path, help="trl: an environment that has it already (default: one is made under build/)"

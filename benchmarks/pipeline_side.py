@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.protocol import serve
-from benchmarks.workload import save_flux, save_full_size, save_pipeline
+from benchmarks.workload import save_flux, save_pipeline
 
 
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
-    """Settings: the arguments of `save_pipeline`, or, with `heads` in place of `channels`, those of `save_flux`, or `full_size`."""
+    """Settings: the arguments of `save_pipeline`, or, with `heads` in place of `channels`, those of `save_flux`."""
     directory, size, seed = Path(settings["directory"]), settings.get("latent_size", 8), settings.get("seed", 0)
-    if settings.get("full_size"):
-        save_full_size(directory, seed)
-    elif "heads" in settings:
+    if "heads" in settings:
         save_flux(directory, settings["heads"], size, seed)
     else:
         save_pipeline(directory, tuple(settings["channels"]), size, seed, tuple(settings.get("vae_channels", ())))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from benchmarks.processes import BUILD, Side
@@ -20,57 +18,38 @@ SIDES = {
     "float16": ["rollout.dtype=float16"],
 }
 SMALL = ["rollout.images_per_iteration=4", "rollout.images_per_prompt=2", "objective.updates_per_epoch=2"]
-"""A CPU that has no arithmetic in half precision takes ten times as long for it."""
-FULL_SIZE = [
-    "rewards={'benchmarks.workload:brightness': 1.0}",
-    "evaluation.held_out_rewards=[]",
-    "rollout.images_per_iteration=8",
-    "rollout.images_per_prompt=4",
-    "rollout.batch_size=8",
-    "objective.updates_per_epoch=2",
-    "objective.batch_size=8",
-    "sampling.num_steps=10",
-]
+"""A CPU without arithmetic in half precision takes many times as long for it."""
 
 
-def run(recipes: list[str], overrides: list[str], repeats: int, threads: int | None, full_size: bool = False) -> Result:
+def run(recipes: list[str], overrides: list[str], repeats: int, threads: int | None) -> Result:
     """Takes turns for each recipe, one iteration in each precision.
 
     Args:
         recipes: what is trained.
         overrides: `a.b=value`, as for `etude train --set`, after those that make the iteration small.
         repeats: rounds, after one that is thrown away.
-        full_size: the recipes train random weights of Stable Diffusion 1.5's architecture, on a GPU where there is one.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
     found, info = {}, {}
-    with tempfile.TemporaryDirectory(dir=BUILD, prefix="precision-") as folder:
-        sizes = [*FULL_SIZE, f"model={_full_size(folder)}"] if full_size else SMALL
-        for recipe in recipes:
-            with ExitStack() as stack:
-                sides = {
-                    name: stack.enter_context(_side(recipe, [*sizes, *own, *overrides], folder, threads))
-                    for name, own in SIDES.items()
-                }
-                rounds = [
-                    {name: {**side.ask("iterate"), "metrics": side.ask("metrics")} for name, side in sides.items()}
-                    for _ in range(WARM_UP + repeats)
-                ]
-                info = sides[FULL].info
-            found[recipe] = {"rounds": rounds[WARM_UP:], "clip_range": info["clip_range"]}
-    settings = {"sizes": sizes, "overrides": overrides, "repeats": repeats, "full_size": full_size}
+    for recipe in recipes:
+        with ExitStack() as stack:
+            sides = {
+                name: stack.enter_context(_side(recipe, [*SMALL, *own, *overrides], threads))
+                for name, own in SIDES.items()
+            }
+            rounds = [
+                {name: {**side.ask("iterate"), "metrics": side.ask("metrics")} for name, side in sides.items()}
+                for _ in range(WARM_UP + repeats)
+            ]
+            info = sides[FULL].info
+        found[recipe] = {"rounds": rounds[WARM_UP:], "clip_range": info["clip_range"]}
+    settings = {"overrides": [*SMALL, *overrides], "repeats": repeats}
     return _result(found, {**settings, **{key: info[key] for key in ("threads", "device")}}, info["versions"])
 
 
-def _side(recipe: str, overrides: list[str], folder: str, threads: int | None) -> Side:
-    settings = {"recipe": recipe, "overrides": overrides, "work": folder}
+def _side(recipe: str, overrides: list[str], threads: int | None) -> Side:
+    settings = {"recipe": recipe, "overrides": overrides, "work": str(BUILD)}
     return Side(sys.executable, "benchmarks.etude_side", settings, threads, cpu=False)
-
-
-def _full_size(folder: str) -> Path:
-    path = Path(folder) / "sd15"
-    with Side(sys.executable, "benchmarks.pipeline_side", {"directory": str(path), "full_size": True}):
-        return path
 
 
 def _result(found: dict[str, Any], settings: dict[str, Any], versions: dict[str, str]) -> Result:
@@ -102,7 +81,7 @@ def _result(found: dict[str, Any], settings: dict[str, Any], versions: dict[str,
                     )
                 )
     return Result(
-        "precision" if settings["device"] == "cpu" else "precision_gpu",
+        "precision",
         heads[0],
         [
             "recipe",

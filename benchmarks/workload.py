@@ -31,7 +31,7 @@ def save_pipeline(
         latent_size: height and width of the latents, which have 4 channels; images are twice that.
         vae_channels: of the autoencoder's two levels; default: the UNet's first two.
     """
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     torch.manual_seed(seed)
     groups, plain, vae_channels = channels[0] // 2, len(channels) - 1, vae_channels or channels[:2]
@@ -54,38 +54,20 @@ def save_pipeline(
             norm_num_groups=groups,
         ),
         **_text(),
-        scheduler=_scheduler(),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(directory)
     _let_transformers_4_read(directory, pipeline.tokenizer.get_vocab())
-    return directory
-
-
-def save_full_size(directory: Path, seed: int = 0) -> Path:
-    """Random weights of Stable Diffusion 1.5's architecture, as safetensors; its text encoder reads letters."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-
-    torch.manual_seed(seed)
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=512,
-        ),
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        **_text(width=768, layers=12, heads=12),
-        scheduler=_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(directory)
     return directory
 
 
@@ -130,20 +112,6 @@ def save_flux(directory: Path, heads: int, latent_size: int, seed: int = 0) -> P
     return directory
 
 
-def _scheduler() -> Any:
-    """Stable Diffusion 1.5's."""
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
 def _second_text() -> dict[str, Any]:
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -172,7 +140,7 @@ def _let_transformers_4_read(directory: Path, vocabulary: dict[str, int]) -> Non
     save_file(named, weights, metadata={"format": "pt"})
 
 
-def _text(width: int = WIDTH, layers: int = 3, heads: int = 4) -> dict[str, Any]:
+def _text() -> dict[str, Any]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -181,10 +149,10 @@ def _text(width: int = WIDTH, layers: int = 3, heads: int = 4) -> dict[str, Any]
     encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokens),
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
             max_position_embeddings=TOKENS,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
