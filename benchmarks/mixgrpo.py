@@ -178,6 +178,7 @@ def _result(work: Work, rounds: list[dict[str, Any]], info: dict[str, Any], sett
         },
         measurements={"rounds": rounds},
         versions={"etude": info[FULL]["versions"]},
+        further=[flash, network],
     )
 
 
