@@ -83,7 +83,7 @@ def test_a_window_is_named_and_its_sampler_is_not_called_the_sde() -> None:
     display = TrainingDisplay(config(window={}), 20, Console(file=file, width=140))
     display.iteration({**ROWS[1], "window": {"start": 3, "size": 4}})
     line = file.getvalue()
-    assert line.startswith("iteration 1/20 | window 3..6 | alignment: training ODE/SDE 0.1875")
+    assert line.startswith("iteration 1/20 | window 3..6 | alignment: training SDE in the window 0.1875")
 
 
 def test_time_left_is_at_the_pace_of_the_iterations_seen_after_a_resume() -> None:

@@ -229,8 +229,8 @@ _PARTS = (("ode", "held-out ODE"), ("sde", "SDE"), ("gap", "gap"), ("improvement
 
 
 def _sampler(config: TrainConfig) -> str:
-    """What the training sampler is: the SDE, or with a window a mixture of which the SDE is only a part."""
-    return "SDE" if config.sampling.window is None else "ODE/SDE"
+    """What the training sampler is: the SDE, or with a window the ODE of which a few steps are stochastic."""
+    return "SDE" if config.sampling.window is None else "SDE in the window"
 
 
 def _name(reward: str, config: TrainConfig) -> str:

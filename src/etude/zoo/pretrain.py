@@ -20,6 +20,7 @@ import typer
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from etude import zoo
 from etude.zoo.autoencoder import AutoencoderRecipe, encode, train_autoencoder
 from etude.zoo.emoji_data import EmojiSet, load_emoji
 from etude.zoo.flux import DISTILLATION, MATCHING, FluxNetworks, FluxRecipe, train_flux
@@ -157,8 +158,9 @@ def emoji_sd(
 def emoji_flux(
     out: Out,
     autoencoder: Annotated[
-        Path, typer.Option(help="A model whose autoencoder is taken over: `emoji-sd`, trained first.")
-    ],
+        Path | None,
+        typer.Option(help="Directory of a model whose autoencoder is taken over. Default: the embedded `emoji-sd`."),
+    ] = None,
     cache: Cache = CACHE,
     threads: Threads = 2,
     steps: Steps = MATCHING.steps,
@@ -177,7 +179,16 @@ def emoji_flux(
         replace(MATCHING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed),
         replace(DISTILLATION, steps=distillation_steps, batch_size=batch_size, seed=seed),
     )
-    pretrain(FluxNetworks, partial(train_flux, recipe=recipe), out, cache, autoencoder, initial, seed, device)
+    pretrain(
+        FluxNetworks,
+        partial(train_flux, recipe=recipe),
+        out,
+        cache,
+        autoencoder or zoo.path("emoji-sd"),
+        initial,
+        seed,
+        device,
+    )
 
 
 if __name__ == "__main__":
