@@ -147,7 +147,8 @@ def _result(work: Work, rounds: list[dict[str, Any]], info: dict[str, Any], sett
 
     mixed = round_over(f"{MIXED} / {FULL}", seconds[MIXED], seconds[FULL], 0.45)
     flash = round_over(f"{FLASH} / {MIXED}", seconds[FLASH], seconds[MIXED], 0.75)
-    network = round_over(f"{MIXED} / its network calls alone", recorded, bare, 1.10)
+    network = round_over(f"{MIXED} / its network calls alone", recorded, bare, 1.05)
+    shared = Headline(f"{UNSHARED} / {MIXED}", _whole_rounds(work, seconds[UNSHARED], seconds[MIXED]))
 
     def row(
         name: str, variant: str, own: list[float], others: list[float], over: str, aim: Headline | None
@@ -178,7 +179,7 @@ def _result(work: Work, rounds: list[dict[str, Any]], info: dict[str, Any], sett
         },
         measurements={"rounds": rounds},
         versions={"etude": info[FULL]["versions"]},
-        further=[flash, network],
+        further=[flash, network, shared],
     )
 
 
