@@ -184,13 +184,18 @@ def _words(key: str, value: Any, config: TrainConfig) -> str:
     if key == "sampling.kernel":
         return "" if value == "gddim" else str(value)
     if key == "sampling.window":
-        return "every step" if value is None else f"{value['strategy']} window of {value['size']}"
+        return "every step" if value is None else _window_label(value)
     if key == "objective.timestep_fraction":
         return "" if value == 1 else f"{100 * value:.0f} % of them trained"
     if key == "sampling.num_steps":
         return f"{value} steps"
     name = _NAMES.get(key, key.rpartition(".")[2])
     return f"{name} {value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else f"{name} {value}"
+
+
+def _window_label(window: dict[str, Any]) -> str:
+    tail = "" if window["compression"] is None else f", Flash {window['compression']:g}"
+    return f"{window['strategy']} window of {window['size']}{tail}"
 
 
 def sampler_label(row: dict[str, Any]) -> str:
