@@ -6,7 +6,6 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from etude.report.figures import COLOURS, LEVELS, Line, draw_line, figure
-from etude.report.figures import standalone as standalone
 from etude.study.tables import estimate
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from etude.errors import EtudeError
+from etude.report.figures import standalone
 from etude.report.page import duration
 from etude.study import figures
 from etude.study.analysis import analyse
@@ -21,6 +22,7 @@ from etude.training.checkpoint import atomic_write_text
 
 QUANTITIES = ("base", "ode", "sde", "improvement", "gap")
 Row = dict[str, Any]
+Curves = tuple[str, list[figures.Panel], list[figures.Panel]]
 
 
 def write_results(study: Study, directory: StudyDirectory) -> Path:
@@ -38,21 +40,22 @@ def write_results(study: Study, directory: StudyDirectory) -> Path:
     atomic_write_text(directory.root / "results.csv", comma_separated([*rows, *pooled_rows(found)]))
     atomic_write_text(directory.root / "tables.md", markdown(found))
     (directory.root / "figures").mkdir(exist_ok=True)
-    for name, svg in figure_files(found).items():
+    curves, steps = _curves(found), _steps(found)
+    for name, svg in figure_files(curves, steps).items():
         atomic_write_text(directory.root / "figures" / name, svg)
     target = directory.root / "report.html"
-    atomic_write_text(target, render(found, pictures(results, directory), study.text))
+    atomic_write_text(target, render(found, curves, steps, pictures(results, directory), study.text))
     return target
 
 
-def figure_files(found: Row) -> dict[str, str]:
+def figure_files(curves: list[Curves], steps: dict[str, figures.Panel]) -> dict[str, str]:
     """The figures of the page as SVG files, by name: what was trained on, what is shown."""
     made: dict[str, str] = {}
-    for label, large, small in _curves(found):
+    for label, large, small in curves:
         made |= {f"{label} {title}": svg for title, _, svg in large}
         made |= {f"{label} ODE and SDE over training {title}": svg for title, _, svg in small}
-    made |= {f"{reward} {title}": svg for reward, (title, _, svg) in _steps(found).items()}
-    return {f"{file_name(name)}.svg": figures.standalone(svg) for name, svg in made.items()}
+    made |= {f"{reward} {title}": svg for reward, (title, _, svg) in steps.items()}
+    return {f"{file_name(name)}.svg": standalone(svg) for name, svg in made.items()}
 
 
 def pooled_rows(found: Row) -> list[Row]:
@@ -88,7 +91,7 @@ def _short(value: Any) -> Any:
     return f"{value:.7g}" if isinstance(value, float) else value
 
 
-def render(found: Row, shown: list[Any], text: str) -> str:
+def render(found: Row, curves: list[Curves], steps: dict[str, figures.Panel], shown: list[Any], text: str) -> str:
     """The page."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
@@ -109,8 +112,8 @@ def render(found: Row, shown: list[Any], text: str) -> str:
         sentences=sentences(found),
         results=results,
         more=[table for table in made if table not in results and table not in matrices],
-        curves=_curves(found),
-        steps=list(_steps(found).values()),
+        curves=curves,
+        steps=list(steps.values()),
         matrix=[(table, figures.shade(each)) for table, each in zip(matrices, found["matrix"], strict=True)],
         pictures=shown,
         text=text,
@@ -184,7 +187,7 @@ def _facts(found: Row) -> list[tuple[str, str]]:
     ]
 
 
-def _curves(found: Row) -> list[tuple[str, list[figures.Panel], list[figures.Panel]]]:
+def _curves(found: Row) -> list[Curves]:
     """(heading, figures, small figures) of each family."""
     made = []
     for label, reward, members in figures.families(found):
