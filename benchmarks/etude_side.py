@@ -49,7 +49,7 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")},
         "trained_steps": len(trainer.table.trained_steps),
         "dimensions": trainer.policy.dimensions,
-        "clip_range": trainer.clip_range,
+        "clip_range": trainer.update.clip_range,
         "images": len(trainer.samples),
         "bytes_per_image": _bytes_per_image(trainer),
         "parameters": sum(p.numel() for p in trainer.parameters.values()),

@@ -43,7 +43,7 @@ def compare(trainer: Trainer, path: Path, prompts: list[str]) -> dict[str, float
         log_prob = transition.log_prob(peer["next_latents"][:, column], config.objective.logprob_reduction)
         differences.append((log_prob - peer["log_prob"][:, column]).abs().max().item())
         old = peer["old_log_prob"][:, column]
-        result = ppo_loss(log_prob, old, advantages, trainer.clip_range, config.objective.adv_clip_max)
+        result = ppo_loss(log_prob, old, advantages, trainer.update.clip_range, config.objective.adv_clip_max)
         (result.loss / peer["timesteps"].shape[1]).backward()
         losses.append(result.loss.item())
         clipped.append(result.clipped.float().mean().item())

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import etude.training.trainer
+import etude.training.update
 from etude.advantages import group_advantages
 from etude.config import parse_config
 from etude.errors import EtudeError
@@ -58,7 +59,7 @@ def train(settings, out, resume=False, **sections):
 def watched(monkeypatch):
     """The arguments of every rollout, its trajectory, and the steps of every replayed pair."""
     seen = {"rollouts": [], "steps": [], "advantages": []}
-    rollout, replay, update = etude.training.trainer.rollout, etude.training.trainer.replay, Trainer._update
+    rollout, replay, update = etude.training.trainer.rollout, etude.training.update.replay, Trainer._update
 
     def watch_rollout(policy, table, conditioning, noise, samples, *args, **kwargs):
         trajectory = rollout(policy, table, conditioning, noise, samples, *args, **kwargs)
@@ -75,7 +76,7 @@ def watched(monkeypatch):
         return update(self, trajectory, conditioning, advantages)
 
     monkeypatch.setattr(etude.training.trainer, "rollout", watch_rollout)
-    monkeypatch.setattr(etude.training.trainer, "replay", watch_replay)
+    monkeypatch.setattr(etude.training.update, "replay", watch_replay)
     monkeypatch.setattr(Trainer, "_update", watch_update)
     return seen
 

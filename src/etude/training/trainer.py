@@ -11,9 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +22,16 @@ from etude.advantages import PromptStatistics, combine, group_advantages, zero_s
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief
 from etude.micro_batches import MicroBatch
-from etude.noise import NoiseSource, keyed_generator
-from etude.objectives import PolicyLoss, UpdateStatistics, gaussian_kl, ppo_loss, reinforce_loss
+from etude.noise import NoiseSource
 from etude.policies import Conditioning, Policy
 from etude.policies.base import assign, swapped
 from etude.policies.loading import DTYPES, policy_of
 from etude.prompts import PromptSet, load_prompts
 from etude.rewards import WeightedRewards
-from etude.rollout import Trajectory, replay, rollout, score_again
+from etude.rollout import Trajectory, rollout
 from etude.sharding import assembled, held_here, part, sharded, whole
 from etude.training import artifacts, guards, zero
-from etude.training.batches import draw_pairs, draw_prompts, most_starts, noise_keys, own_pairs, split_samples
+from etude.training.batches import draw_prompts, most_starts, noise_keys
 from etude.training.checkpoint import (
     Checkpoint,
     append_line,
@@ -66,6 +63,7 @@ from etude.training.processes import (
 )
 from etude.training.run_directory import Checkpoints, check_directory, clear_half_written
 from etude.training.scoring import Scorer
+from etude.training.update import Experience, PolicyUpdate
 
 LARGEST_WEIGHT = "largest weight"
 """Watched beside the numbers that are logged."""
@@ -154,24 +152,25 @@ class Trainer:
         self.in_parts = sharded(self.parameters) or zero.in_use(self.accelerator)
         self.rollout_batches.adaptive = self.replay_batches.adaptive = not self.in_parts
         copies = self.accelerator.num_processes > 1 and not self.in_parts
-        self.rehearsals = 2 if copies else 0  # of a step's exchange: before AdamW has made its moments, and after
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema.decay else None
         averaged = self.policy.dimensions if config.objective.logprob_reduction == "mean" else 1
-        self.loss_scale = LossScale(config.dtype == "float16", averaged, self._all)
+        self.update = PolicyUpdate(
+            config,
+            self.policy,
+            self.accelerator,
+            self.parameters.values(),
+            self.prepared,
+            LossScale(config.dtype == "float16", averaged, self._all),
+            self.replay_batches,
+            self.samples,
+            rehearsals=2 if copies else 0,  # of a step's exchange: before AdamW has made its moments, and after
+            on_step=self._advance,
+        )
 
     def _all(self, answer: Tensor) -> Tensor:
         """Whether the answer is yes in every process."""
         processes = self.accelerator.num_processes
         return answer if processes == 1 else gather(self.accelerator, answer.reshape(1).float(), processes).bool().all()
-
-    @property
-    def clip_range(self) -> float:
-        """The PPO clip range on the ratio, from `clip_range` or from `clip_nats`."""
-        objective = self.config.objective
-        if objective.clip_range is not None:
-            return objective.clip_range
-        assert objective.clip_nats is not None
-        return objective.clip_nats / (self.policy.dimensions if objective.logprob_reduction == "mean" else 1)
 
     def train(self) -> dict[str, Any]:
         """Runs to the end and returns the summary that is also written to `summary.json`."""
@@ -332,23 +331,8 @@ class Trainer:
 
     def _update(self, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor) -> dict[str, float]:
         """The optimiser steps of one iteration on this process's samples; returns what is logged about them."""
-        objective, statistics = self.config.objective, UpdateStatistics()
-        advantages = advantages.to(self.policy.device)
-        self.loss_scale.begin_iteration()
-        pairs = self._pairs_of_updates(len(trajectory.steps))
-        if objective.old_log_prob == "replay":
-            statistics.rollout_ratio = self._score_again(trajectory, conditioning, pairs)
-        for rows, columns in pairs:
-            self._accumulate(trajectory, conditioning, advantages, rows, columns, statistics)
-            if objective.kind == "ppo" and not statistics.rollout_ratio:  # no weight has moved yet
-                statistics.rollout_ratio = [part.ratio for part in statistics.policy]
-            norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
-            statistics.grad_norm.append(whole(torch.as_tensor(norm)).detach().to(self.policy.device))
-            self.prepared.step()
-            self.prepared.zero_grad()
-            self._update_ema()
-            if self.accelerator.num_processes > 1:
-                self._end_if_asked()
+        experience = Experience(self.table, trajectory, conditioning, advantages.to(self.policy.device))
+        statistics = self.update.run(experience, self.iteration, self._after_step)
         # Once an iteration: asking waits for the device.
         numbers = self._of_all({**statistics.row(), LARGEST_WEIGHT: self._largest_weight()})
         broken = next((name for name, value in numbers.items() if not math.isfinite(value)), None)
@@ -359,6 +343,12 @@ class Trainer:
                 f"lower optimizer.learning_rate or the clip range{half} and start another run."
             )
         return {name: value for name, value in numbers.items() if name != LARGEST_WEIGHT}
+
+    def _after_step(self) -> None:
+        """What follows each optimiser step."""
+        self._update_ema()
+        if self.accelerator.num_processes > 1:
+            self._end_if_asked()
 
     def _of_all(self, numbers: dict[str, float]) -> dict[str, float]:
         """The means over all processes, which have equal shares of every optimiser step; of what is a maximum, the largest."""
@@ -371,142 +361,10 @@ class Trainer:
             for name, values in zip(numbers, columns, strict=True)
         }
 
-    def _pairs_of_updates(self, num_steps: int) -> list[tuple[Tensor, Tensor]]:
-        """This process's (sample, trained step) pairs of each optimiser step of the iteration: int64 `[m]` each, on the device."""
-        objective, images = self.config.objective, self.config.rollout.images_per_iteration
-        generator, pairs = keyed_generator(self.config.seed, "update", self.iteration), []
-        for _ in range(objective.num_inner_epochs):
-            for chunk in split_samples(images, objective.updates_per_epoch, generator):
-                drawn = draw_pairs(chunk, num_steps, objective.timestep_fraction, generator)
-                rows, columns = own_pairs(drawn, self.samples)
-                pairs.append((rows.to(self.policy.device), columns.to(self.policy.device)))
-        return pairs
-
-    def _score_again(
-        self, trajectory: Trajectory, conditioning: Conditioning, pairs: list[tuple[Tensor, Tensor]]
-    ) -> list[Tensor]:
-        """Holds the updates' ratios against the replay's own log-probabilities; returns by what ratios these differ from the rollout's."""
-        objective = self.config.objective
-        if objective.timestep_fraction == 1:  # then all passes train the same pairs
-            pairs = pairs[: len(pairs) // objective.num_inner_epochs]
-        return score_again(
-            self.policy,
-            self.table,
-            trajectory,
-            pairs,
-            conditioning,
-            self.config.sampling.guidance_scale,
-            self.replay_batches,
-            objective.logprob_reduction,
-            on_step=lambda scored: self._advance(0),
-        )
-
     def _largest_weight(self) -> float:
         """Of the trained weights that this process holds; NaN or infinite if any of them is."""
         local = (held_here(p).detach() for p in self.parameters.values())
         return float(torch.stack([p.abs().max().float() for p in local if p.numel()]).max())
-
-    def _accumulate(
-        self,
-        trajectory: Trajectory,
-        conditioning: Conditioning,
-        advantages: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        statistics: UpdateStatistics,
-    ) -> None:
-        """Gradients of the mean loss over the pairs; all over again in smaller micro-batches if one does not fit into memory.
-
-        All over again too under a smaller loss scale where float16 overflowed.
-        """
-        while True:
-            self.loss_scale.begin_step(len(rows))
-            seen = UpdateStatistics()
-            backward = partial(self._backward, trajectory, conditioning, advantages, rows, columns, seen)
-            fits = self.replay_batches.fits(backward, min(self.replay_batches.size, len(rows)))
-            if fits and self.loss_scale.take_back(self.parameters.values()):
-                return statistics.extend(seen)
-            self._forget_gradients()
-            self.display.advance(-sum(len(part.ratio) for part in seen.policy))
-
-    def _backward(
-        self,
-        trajectory: Trajectory,
-        conditioning: Conditioning,
-        advantages: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        statistics: UpdateStatistics,
-    ) -> None:
-        """Adds the gradients micro-batch by micro-batch.
-
-        Processes exchange them once an optimiser step, in its last micro-batch, when DeepSpeed takes the step, too. There they wait for one
-        that had to halve, and none can go back: a micro-batch that is the last and the first is rehearsed.
-        """
-        size, total = self.replay_batches.size, torch.zeros((), device=self.policy.device)
-        starts = range(0, len(rows), size)
-        if self.rehearsals and len(starts) == 1:
-            with self._exchange(False):
-                self._differentiate(trajectory, conditioning, advantages, rows, columns, 1.0)
-            self._forget_gradients()
-            self.rehearsals -= 1
-        for start in starts:
-            row, column = rows[start : start + size], columns[start : start + size]
-            with self._exchange(start == starts[-1]):
-                result, kl, weighted = self._differentiate(
-                    trajectory, conditioning, advantages, row, column, len(row) / len(rows)
-                )
-            total += weighted
-            statistics.policy.append(result)
-            if kl is not None:
-                statistics.reference_kl.append(kl.detach())
-            self._advance(len(row))
-        statistics.loss.append(total)
-
-    def _exchange(self, now: bool) -> AbstractContextManager[Any]:
-        """Inside, several processes bring their gradients together, where a size that does not fit is an error; or each keeps its own."""
-        self.accelerator.sync_gradients = now
-        if not now:
-            apart: AbstractContextManager[Any] = self.accelerator.no_sync(self.policy.network)
-            return apart
-        return self.replay_batches.settled() if self.accelerator.num_processes > 1 else nullcontext()
-
-    def _forget_gradients(self) -> None:
-        self.accelerator.sync_gradients = True  # or the wrapped optimiser keeps them
-        self.prepared.zero_grad()
-
-    def _differentiate(
-        self,
-        trajectory: Trajectory,
-        conditioning: Conditioning,
-        advantages: Tensor,
-        rows: Tensor,
-        columns: Tensor,
-        share_of_step: float,
-    ) -> tuple[PolicyLoss, Tensor | None, Tensor]:
-        """Adds the gradients of one micro-batch; returns its policy loss, its KL to the reference, and its part of the step's loss."""
-        result, kl = self._loss(trajectory, conditioning, advantages, rows, columns)
-        loss = result.loss if kl is None else result.loss + self.config.objective.kl_coef * kl.mean()
-        weighted = loss * share_of_step
-        self.accelerator.backward(weighted * self.loss_scale.value)
-        return replace(result, loss=result.loss.detach()), kl, weighted.detach()
-
-    def _loss(
-        self, trajectory: Trajectory, conditioning: Conditioning, advantages: Tensor, rows: Tensor, columns: Tensor
-    ) -> tuple[PolicyLoss, Tensor | None]:
-        objective = self.config.objective
-        transition, target = replay(
-            self.policy, self.table, trajectory, rows, columns, conditioning, self.config.sampling.guidance_scale
-        )
-        log_prob, reduction = transition.log_prob(target, objective.logprob_reduction), objective.logprob_reduction
-        if objective.kind == "reinforce":
-            result = reinforce_loss(log_prob, advantages[rows], objective.adv_clip_max)
-        else:
-            old = trajectory.log_prob[rows, columns]
-            result = ppo_loss(log_prob, old, advantages[rows], self.clip_range, objective.adv_clip_max)
-        if trajectory.reference_mean is None:
-            return result, None
-        return result, gaussian_kl(transition.mean, trajectory.reference_mean[rows, columns], transition.std, reduction)
 
     def _update_ema(self) -> None:
         if self.ema is not None:
