@@ -12,7 +12,7 @@ levels (MixGRPO-Flash, arXiv 2507.21802).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -83,7 +83,7 @@ class SamplingPlan:
     def window(
         cls,
         num_steps: int,
-        kernel: Kernel,
+        kernel: Kernel | Sequence[Kernel],
         start: int,
         size: int,
         first_step: str = "ode",
@@ -92,6 +92,7 @@ class SamplingPlan:
         """The kernel, trained, at steps start..start + size - 1 and the ODE elsewhere (MixGRPO, arXiv 2507.21802).
 
         Args:
+            kernel: of all steps of the window, or one for each of them.
             compression: in (0, 1]: MixGRPO-Flash. The K ODE steps after the window become max(1, round(K compression)) of
                 DPM-Solver++(2M); there are none where the window ends with the last step.
 
@@ -104,12 +105,15 @@ class SamplingPlan:
                 f"a window of {size} steps from step {start} does not fit in {count} steps: it needs a size of at "
                 f"least 1, and to start and end within 0..{count - 1}."
             )
-        inside, rest = range(start, start + size), count - start - size
-        if compression is None or rest == 0:
-            _compressed(rest, compression)
-            return cls(tuple(Step(kernel, True) if i in inside else Step(ODE) for i in range(count)), first_step)
-        steps = (Step(ODE),) * start + (Step(kernel, True),) * size
-        return cls(steps, first_step, _compressed(rest, compression), count)
+        kernels = [kernel] * size if isinstance(kernel, Kernel) else kernel
+        if len(kernels) != size:
+            raise EtudeError(f"{len(kernels)} kernels for a window of {size} steps: give one, or one for each step.")
+        before, inside = (Step(ODE),) * start, tuple(Step(one, True) for one in kernels)
+        rest = count - start - size
+        tail = _compressed(rest, compression)
+        if tail == 0:
+            return cls(before + inside + (Step(ODE),) * rest, first_step)
+        return cls(before + inside, first_step, tail, count)
 
     @classmethod
     def from_etas(
@@ -270,12 +274,12 @@ def _count(num_steps: int) -> int:
 
 
 def _compressed(steps: int, compression: float | None) -> int:
-    """max(1, round(steps * compression)), the length of a tail in place of so many steps."""
+    """max(1, round(steps * compression)), the length of a tail in place of so many steps; 0 in place of none."""
     if compression is not None and not 0 < compression <= 1:
         raise EtudeError(
             f"compression = {compression}: the share of the steps after the window that are kept is above 0 and at most 1."
         )
-    return 0 if compression is None else max(1, round(steps * compression))
+    return 0 if compression is None or steps == 0 else max(1, round(steps * compression))
 
 
 def _tail(grid: Grid, start: int, count: int) -> Grid:

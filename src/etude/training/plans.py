@@ -6,7 +6,6 @@ from it the etas of the steps it holds.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -15,7 +14,7 @@ from etude.config import SamplingConfig
 from etude.errors import EtudeError
 from etude.etas import Etas, compact
 from etude.paths import Grid
-from etude.plans import ODE, SamplingPlan, Step, StepTable
+from etude.plans import SamplingPlan, StepTable
 from etude.sampling import make_kernel
 from etude.windows import WindowSchedule, trainable_range
 
@@ -72,15 +71,14 @@ class TrainingPlans:
         everywhere = self._everywhere(iteration)
         if window is None or sampling.window is None:
             return everywhere
-        shape = SamplingPlan.window(
+        kernels = [step.kernel for step in everywhere.steps[window["start"] :][: window["size"]]]
+        return SamplingPlan.window(
             sampling.num_steps,
-            everywhere.steps[window["start"]].kernel,
+            kernels,
             **window,
             first_step=sampling.first_step,
             compression=sampling.window.compression,
         )
-        steps = (own if step.trained else Step(ODE) for own, step in zip(everywhere.steps, shape.steps, strict=False))
-        return replace(shape, steps=tuple(steps))
 
     def _everywhere(self, iteration: int) -> SamplingPlan:
         etas, sampling = self.etas.at(iteration, self.sampling.num_steps), self.sampling
