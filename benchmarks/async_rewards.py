@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -16,12 +17,13 @@ if TYPE_CHECKING:
 TARGET = 1.3
 WARM_UP = 1
 AFTER, AHEAD = "scored after the rollout", "scored ahead"
-SECONDS_PER_IMAGE = 0.5
+DURATION = "ETUDE_BENCHMARK_REWARD_SECONDS"
+"""The environment variable that says how long the slow reward takes for an image."""
 
 
 def slow(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
-    """Brightness, from a reward that is not in a hurry: as if another machine, or another GPU, worked on it for half a second an image."""
-    time.sleep(SECONDS_PER_IMAGE * len(images))
+    """Brightness, from a reward that is not in a hurry: as if another machine, or another GPU, worked on it."""
+    time.sleep(float(os.environ[DURATION]) * len(images))
     return images.float().mean(dim=(1, 2, 3)) / 255
 
 
@@ -37,19 +39,32 @@ class Work:
 def run(work: Work, repeats: int, threads: int | None) -> Result:
     """Alternates an iteration that scores after the rollout and one that scores ahead: the same images, the same scores.
 
+    The reward takes as long for all images as the rollout, whatever the machine: the most that can overlap.
+
     Args:
         repeats: pairs, after one that is thrown away.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
-    sides = {
-        name: Side(sys.executable, "benchmarks.etude_side", _settings(work, name), threads) for name in (AFTER, AHEAD)
-    }
-    with sides[AFTER], sides[AHEAD]:
-        rounds = [{name: side.ask("iterate") for name, side in sides.items()} for _ in range(WARM_UP + repeats)][
-            WARM_UP:
-        ]
-        info = sides[AHEAD].info
-    return _result(work, rounds, {"repeats": repeats, "threads": info["threads"]}, info["versions"])
+    duration = _rollout_seconds(work, threads) / work.images
+    with _side(work, AFTER, threads, duration) as after, _side(work, AHEAD, threads, duration) as ahead:
+        rounds = [
+            {name: side.ask("iterate") for name, side in ((AFTER, after), (AHEAD, ahead))}
+            for _ in range(WARM_UP + repeats)
+        ][WARM_UP:]
+        info = ahead.info
+    settings = {"repeats": repeats, "threads": info["threads"], "reward_seconds": duration * work.images}
+    return _result(work, rounds, settings, info["versions"])
+
+
+def _rollout_seconds(work: Work, threads: int | None) -> float:
+    """What the rollout takes on this machine, with a reward that takes no time."""
+    with _side(work, AFTER, threads, 0.0) as side:
+        return float([side.ask("iterate")["phases"]["rollout"] for _ in range(WARM_UP + 1)][-1])
+
+
+def _side(work: Work, name: str, threads: int | None, duration: float) -> Side:
+    environment = {DURATION: str(duration)}
+    return Side(sys.executable, "benchmarks.etude_side", _settings(work, name), threads, environment=environment)
 
 
 def _result(work: Work, rounds: list[dict[str, Any]], settings: dict[str, Any], versions: dict[str, str]) -> Result:
@@ -66,7 +81,7 @@ def _result(work: Work, rounds: list[dict[str, Any]], settings: dict[str, Any], 
         Headline("rollout and rewards, after / ahead", Ratio.of(*parts["rollout and rewards"]), TARGET, at_most=False),
         ["part of an iteration", f"{AFTER}, median ms", f"{AHEAD}, median ms", "after / ahead"],
         [[n, milliseconds(a), milliseconds(b), str(Ratio.of(a, b))] for n, (a, b) in parts.items()],
-        settings={**asdict(work), **settings, "reward_seconds": SECONDS_PER_IMAGE * work.images},
+        settings={**asdict(work), **settings},
         measurements={"rounds": rounds},
         versions={"etude": versions},
     )
