@@ -158,6 +158,33 @@ def test_killed_at_any_step_of_a_save_the_old_or_the_new_checkpoint_is_whole(tmp
     assert call > 8
 
 
+def test_killed_at_any_step_of_saving_an_iteration_again_the_old_or_the_new_one_is_whole(tmp_path: Path) -> None:
+    finished, found = False, []
+    for call in range(1, 50):
+        root = tmp_path / str(call)
+        save_checkpoint(root, 2, tensors(2), {"seed": "old"})
+        try:
+            with killed_at(call):
+                save_checkpoint(root, 2, tensors(2), {"seed": "new"})
+            finished = True
+        except KilledError:
+            pass
+        checkpoint = load_latest(root)
+        assert checkpoint is not None
+        assert module.newest_whole(root) == 2
+        found.append(checkpoint.state["seed"])
+        prune(root, 1)
+        assert listing(root) == ["iteration-000002"]
+        again = load_latest(root)
+        assert again is not None
+        assert again.state == checkpoint.state
+        if finished:
+            break
+    assert finished
+    assert found == sorted(found, reverse=True)  # "old" up to some step, then "new"
+    assert set(found) == {"old", "new"}
+
+
 def test_killed_at_any_step_of_a_prune_nothing_torn_is_left(tmp_path: Path) -> None:
     for call in range(1, 9):
         root = tmp_path / str(call)

@@ -406,3 +406,20 @@ def test_the_gap_of_a_flow_model_is_measured_at_the_resolution_asked_for(flow_mo
     settings = json.loads(target.read_text())["settings"]
     assert (settings["kernel"], settings["resolution"]) == ("flow_sde", 16)
     assert "at most 1" in sentence(run(*arguments, "--kernel", "cps", "--eta", 2), 1)
+
+
+@pytest.mark.parametrize(("rank", "shared", "told"), [("0", True, True), ("1", True, False), ("1", False, True)])
+def test_a_failure_of_all_processes_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: str, shared: bool, told: bool
+) -> None:
+    from etude.errors import EtudeError
+    from etude.training.processes import SharedFailureError
+
+    def fail(directory: Path) -> None:
+        raise (SharedFailureError if shared else EtudeError)("process 1: no.")
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("etude.report.write_report", fail)
+    result = run("report", tmp_path)
+    assert result.exit_code == 1
+    assert ("process 1: no." in result.stderr) is told

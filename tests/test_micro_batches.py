@@ -112,6 +112,7 @@ def test_a_settled_size_is_not_made_smaller():
         torch.OutOfMemoryError("tried to allocate 2 GiB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        MemoryError(),
     ],
 )
 def test_a_library_that_gets_no_memory_is_out_of_memory(error):

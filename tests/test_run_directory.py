@@ -50,6 +50,15 @@ def test_a_checkpoint_from_before_a_setting_existed_has_its_default(tmp_path: Pa
         Checkpoints(tmp_path, other).load()
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew_over_its_metrics(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n')
+    assert Checkpoints(tmp_path, TrainConfig()).load() is None  # killed before its first checkpoint
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"iteration": 1}\n{"iteration": 2}\n{"itera')
+    with pytest.raises(EtudeError, match=r"has done 2 iterations, but its checkpoints are gone"):
+        Checkpoints(tmp_path, TrainConfig()).load()
+
+
 def test_what_remains_is_the_newest_that_was_written_or_loaded(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, TrainConfig())
     assert checkpoints.remaining() == "no checkpoint was written yet"

@@ -83,6 +83,18 @@ def test_a_failure_names_the_reward_and_the_sample_in_the_whole_batch_and_comes_
         early.begin(slice(2, 4), images(2))
 
 
+def test_a_process_names_samples_as_all_processes_count_them():
+    @register("fussy")
+    def fussy(images, prompts, **metadata):
+        raise RuntimeError("no")
+
+    scorer = Scorer(WeightedRewards({"fussy": 1.0}), timeout=60)
+    pending = scorer.pending(PROMPTS, first=6)
+    pending.begin(slice(2, 4), images(2))
+    with pytest.raises(EtudeError, match="failed on samples 8 to 9"):
+        pending.result()
+
+
 @pytest.fixture
 def hanging():
     """A reward that does not return before the test ends."""

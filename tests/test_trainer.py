@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+import etude.training.trainer
 from etude.config import parse_config
 from etude.errors import EtudeError
 from etude.rewards import register
@@ -174,6 +175,13 @@ def test_diverging_weights_stop_the_run_and_name_the_last_good_checkpoint(settin
     diverged, intact = (int(text) for text in re.findall(r"iteration (\d)", str(caught.value)))
     assert intact == diverged - 1
     assert (tmp_path / "run" / "checkpoints" / f"iteration-{intact:06d}").is_dir()
+
+
+def test_a_policy_that_no_longer_resembles_the_last_one_has_diverged_too(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(etude.training.trainer.LIMITS, "approx_kl", 1e-15)
+    with pytest.raises(EtudeError, match=r"diverged in iteration 1: the approx kl is \d"):
+        train(settings, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-000000"]
 
 
 def test_weights_that_overflow_in_the_last_step_are_not_saved(settings, tmp_path):

@@ -131,6 +131,37 @@ def test_a_run_that_is_broken_off_ends_the_watch_with_the_way_to_continue(tmp_pa
     assert "--resume" in broken.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ({"iteration": 1, "reward": {"a": 3}}, r"'reward\.a': input should be a valid dictionary"),
+        ({"iteration": 1, "seconds": 5}, "'seconds': input should be a valid dictionary"),
+        ({"iteration": 1, "seconds": {"total": "5"}}, r"'seconds\.total': input should be a valid number"),
+        ({"iteration": 1, "evaluation": {"ode": {"a": {"mean": 1}}}}, r"'evaluation\.ode\.a\.low': field required"),
+        ({"iteration": 1, "eta": "much"}, "'eta"),
+        ({"iteration": 1.5}, "'iteration': input should be a valid integer"),
+    ],
+)
+def test_a_row_that_is_not_what_training_writes_is_refused_with_its_place(tmp_path, line, problem):
+    begin(tmp_path / "run")
+    add(tmp_path / "run", 0)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(EtudeError, match=rf"metrics\.jsonl' line 2 is not a row of metrics: {problem}"):
+        shown(tmp_path / "run")
+
+
+@pytest.mark.parametrize("value", ["many", None, [1], 10**400, True])
+def test_a_number_that_is_none_is_shown_as_missing(tmp_path, value):
+    begin(tmp_path / "run")
+    for line in (row(0), row(1) | {"clipfrac": value}, {"iteration": 2, "seconds": None, "reward": None}):
+        with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    assert "iteration 2/4" in shown(tmp_path / "run")
+    result = CliRunner().invoke(app, ["watch", str(tmp_path / "run"), "--once"])
+    assert result.exit_code == 0, result.output
+
+
 def test_a_run_is_written_by_one_process_at_a_time(tmp_path):
     assert is_held(tmp_path) is False
     with held(tmp_path):

@@ -7,7 +7,13 @@ from collections.abc import Iterable
 
 
 class EtudeError(ValueError):
-    """Something the user can mend. Its text is one complete sentence; the command line prints it without a traceback."""
+    """Something the user can mend. Its text is one complete sentence; the command line prints it without a traceback.
+
+    Attributes:
+        shared: every process of the run raises the same one, so that the first alone need tell it.
+    """
+
+    shared = False
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> EtudeError:

@@ -83,7 +83,7 @@ class MicroBatch:
         try:
             work()
             return True
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             self._halve(largest, error)
@@ -96,7 +96,7 @@ class MicroBatch:
         """Inside, the size is not halved: what does not fit is an error."""
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise self._too_large(self.size) from error
             raise
@@ -107,7 +107,7 @@ class MicroBatch:
             f"set {self.setting} to less."
         )
 
-    def _halve(self, failed: int, error: RuntimeError) -> None:
+    def _halve(self, failed: int, error: Exception) -> None:
         if not self.adaptive:
             raise self._too_large(failed) from error
         if failed == 1:

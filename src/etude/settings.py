@@ -233,6 +233,7 @@ class RolloutConfig(Section):
     reward_timeout: float = Field(
         3600.0,
         gt=0,
+        le=30 * 24 * 3600,
         description="Seconds of waiting for the scores of one batch of images after which a reward counts as hung and ends the run; finished "
         "iterations stay.",
     )

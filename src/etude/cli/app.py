@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from json import dumps
 from pathlib import Path
@@ -27,7 +28,16 @@ from etude.errors import EtudeError
 def main() -> None:
     """The `etude` program."""
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
-    app(prog_name="etude")
+    try:
+        app(prog_name="etude")
+    except SystemExit as end:
+        if (
+            "etude.rewards.background" not in sys.modules
+        ):  # so that a command without rewards does not wait for its imports
+            raise
+        from etude.rewards.background import leave
+
+        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 app = typer.Typer(

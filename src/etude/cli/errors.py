@@ -41,13 +41,15 @@ class CommandGroup(TyperGroup):
         except (typer.Exit, typer.Abort, _ClickException, BrokenPipeError):
             raise
         except KeyboardInterrupt as error:
-            if os.environ.get("RANK", "0") == "0":
+            if _is_first_process():
                 complain(
                     str(error)
                     or "interrupted; what was saved stays, and `etude train --resume --out DIR` continues a run."
                 )
             raise typer.Exit(128 + getattr(error, "signum", signal.SIGINT)) from None
         except EtudeError as error:
+            if error.shared and not _is_first_process():
+                raise typer.Exit(1) from None
             _fail(ctx, str(error))
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
@@ -68,6 +70,10 @@ def complain(message: str) -> None:
     """One sentence on stderr."""
     typer.secho("error: ", fg="red", err=True, nl=False)
     typer.echo(message, err=True)
+
+
+def _is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _fail(ctx: Any, message: str) -> NoReturn:

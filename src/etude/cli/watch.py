@@ -186,7 +186,7 @@ def _lines(directory: Path, every: float, console: Any) -> State:
         for row in state.run.rows:
             if row["iteration"] > seen:
                 seen = row["iteration"]
-                clock[0] += row["seconds"]["total"]
+                clock[0] += (row.get("seconds") or {}).get("total", 0.0)
                 display.iteration(row)
     console.print(state.words, soft_wrap=True, highlight=False, markup=False)
     return state
@@ -258,7 +258,7 @@ def _pace(run: Run) -> float:
 
 
 def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"
 
 
 def _continues(directory: Path) -> str:

@@ -3,15 +3,45 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
 
 from etude.errors import EtudeError, brief
 from etude.yaml_text import parse_yaml, read_yaml_text
 
 Interval = dict[str, Any]  # mean, low, high, and what else `Estimate.to_dict` gives
 GRIDS = ("before_ode", "after_ode", "before_sde", "after_sde")
+
+
+class _Estimate(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+    mean: float
+    low: float
+    high: float
+
+
+class _Evaluation(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+    ode: dict[str, _Estimate] | None = None
+    sde: dict[str, _Estimate] | None = None
+    gap: dict[str, _Estimate] | None = None
+    improvement: dict[str, _Estimate] | None = None
+
+
+class _Row(BaseModel):
+    """What a row of metrics.jsonl must have where it has it; the rest are numbers to show."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    iteration: StrictInt
+    eta: float | list[float] | None = None
+    window: dict[Literal["start", "size"], StrictInt] | None = None
+    reward: dict[str, dict[str, float]] | None = None
+    seconds: dict[str, float] | None = None
+    evaluation: _Evaluation | None = None
 
 
 @dataclass(frozen=True)
@@ -113,15 +143,28 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], bool]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_int=_number)
         except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python reads
             raise EtudeError(
                 f"'{path}' line {number} is not valid JSON ({brief(error, 120)}): repair or delete that line."
             ) from None
-        if not isinstance(row, dict) or not isinstance(row.get("iteration"), int):
-            raise EtudeError(f"'{path}' line {number} is not a row of metrics: it has no whole number 'iteration'.")
+        try:
+            _Row.model_validate(row)
+        except ValidationError as error:
+            raise EtudeError(f"'{path}' line {number} is not a row of metrics: {_problem(error)}.") from None
         rows.append(row)
     return rows, torn
+
+
+def _number(digits: str) -> int | float:
+    """A whole number that floats can take, or one of them."""
+    return int(digits) if len(digits) < 300 else float(digits)
+
+
+def _problem(error: ValidationError) -> str:
+    first: Mapping[str, Any] = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place and repr(place) + ': '}{first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
 def _read_json(path: Path, default: Any) -> Any:

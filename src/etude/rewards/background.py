@@ -1,17 +1,22 @@
 """Scores that are computed while something else goes on: an event loop for requests, and threads for code of this process.
 
-All threads are daemons. A reward that never returns cannot be stopped from outside, and must not keep the process from ending.
+All threads are daemons. A reward that never returns cannot be stopped from outside, and must not keep the process from ending. One that is
+inside torch then would make Python abort on its way out (its thread is unwound through C++), so a program leaves by `leave`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+
+_LOCAL = "local-rewards"
 
 _starting = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -46,10 +51,19 @@ class InTurn:
         """The result of `work()`, once it is there; whatever it raises is raised by `Future.result`."""
         future: Future[T] = Future()
         self._last = threading.Thread(
-            target=_work, args=(future, work, self._last, _cuda_device()), name="local-rewards", daemon=True
+            target=_work, args=(future, work, self._last, _cuda_device()), name=_LOCAL, daemon=True
         )
         self._last.start()
         return future
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the program with an exit code, whatever a reward is still doing."""
+    if any(thread.name == _LOCAL for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _work(future: Future[T], work: Callable[[], T], before: threading.Thread | None, cuda_device: int | None) -> None:

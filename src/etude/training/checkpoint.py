@@ -2,8 +2,8 @@
 
 A checkpoint is a directory `root/iteration-000012/` with `tensors.safetensors`, `state.json` and `manifest.json` (size
 and SHA-256 of the other two). It is written under a temporary name next to its place, flushed to the disk, and renamed:
-it is there as a whole or not at all. What a rename cannot protect from (a damaged disk, an edited file) the manifest
-detects. Nothing is pickled.
+it is there as a whole or not at all, and one that it replaces is set aside until then. What a rename cannot protect from
+(a damaged disk, an edited file) the manifest detects. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from etude.sharding import part, whole
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _CONTENT = (TENSORS, STATE)
 _NAME = re.compile(r"iteration-(\d{6,})")
-_TEMPORARY = ".writing-"
+_TEMPORARY, _SET_ASIDE = ".writing-", ".replaced-"
 _LIKE_THE_PARAMETER = {"exp_avg", "exp_avg_sq", "state1", "state2"}
 """Entries of an optimiser's state that have the parameter's shape, in torch and in bitsandbytes."""
 _ANOTHER = "the checkpoint belongs to another model or LoRA rank, start anew in another --out"
@@ -260,6 +260,12 @@ def truncate_metrics(path: Path, iteration: int) -> None:
         atomic_write_bytes(path, b"".join(kept))
 
 
+def last_iteration(path: Path) -> int:
+    """The largest `"iteration"` of a JSON-lines file; -1 if it has none."""
+    rows = [_row(line) for line in path.read_bytes().split(b"\n")] if path.exists() else []
+    return max((row for row in rows if row is not None), default=-1)
+
+
 def _row(line: bytes) -> int | None:
     try:
         value = json.loads(line)["iteration"]
@@ -312,11 +318,15 @@ def _is_whole(iteration: int, path: Path) -> bool:
 
 
 def _numbered(root: Path) -> list[tuple[int, Path]]:
-    """Checkpoints by iteration, newest first."""
+    """Checkpoints by iteration, newest first; one that was set aside counts until the one that replaces it is there."""
     if not root.is_dir():
         return []
-    found = ((_NAME.fullmatch(entry.name), entry) for entry in root.iterdir())
-    return sorted(((int(match[1]), entry) for match, entry in found if match), reverse=True)
+    found: dict[int, Path] = {}
+    for entry in sorted(root.iterdir(), reverse=True):  # ".replaced-..." after "iteration-..."
+        match = _NAME.fullmatch(entry.name.removeprefix(_SET_ASIDE))
+        if match:
+            found.setdefault(int(match[1]), entry)
+    return sorted(found.items(), reverse=True)
 
 
 def _listing(path: Path) -> dict[str, dict[str, Any]]:
@@ -357,14 +367,18 @@ def _reason(error: Exception) -> str:
 
 
 def _clean(root: Path) -> None:
-    for entry in root.iterdir():
-        if entry.name.startswith(_TEMPORARY):
+    """Removes what a killed save left, and puts back what it had set aside."""
+    for entry in list(root.iterdir()):
+        place = entry.with_name(entry.name.removeprefix(_SET_ASIDE))
+        if place != entry and not os.path.lexists(place):
+            os.rename(entry, place)
+        elif place != entry or entry.name.startswith(_TEMPORARY):
             _delete(entry)
 
 
 def _replace_directory(source: Path, target: Path) -> None:
-    """Moves `source` to `target`. An old `target` goes to a temporary name first, since a rename cannot replace it."""
-    old = source.with_name(f"{source.name}-old")
+    """Moves `source` to `target`. An old `target` is set aside first, since a rename cannot replace it."""
+    old = target.with_name(f"{_SET_ASIDE}{target.name}")
     if target.exists():
         os.rename(target, old)
     os.rename(source, target)

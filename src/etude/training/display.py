@@ -160,10 +160,10 @@ class TrainingDisplay:
             yield f"window {window['start']}..{window['start'] + window['size'] - 1}"
         if self.config.sampling.eta_schedule is not None and "eta" in row:
             yield f"eta {eta_text(row['eta'])}"
-        for reward, value in row.get("reward", {}).items():
+        for reward, value in (row.get("reward") or {}).items():
             yield f"{reward}: training {_sampler(self.config)} {value['mean']:.4g}"
-        evaluation = row.get("evaluation", {})
-        for reward in evaluation.get("ode", {}):
+        evaluation = row.get("evaluation") or {}
+        for reward in evaluation.get("ode") or {}:
             yield f"{reward}: {_readable(evaluation, reward)}"
         if "seconds" in row:
             yield f"{row['seconds'].get('total', sum(row['seconds'].values())):.1f} s"

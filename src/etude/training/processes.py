@@ -129,6 +129,8 @@ def _keep_for_good(group: object) -> None:
 class SharedFailureError(EtudeError):
     """A failure of one process that every process knows of."""
 
+    shared = True
+
 
 @contextmanager
 def failing_together(accelerator: Accelerator) -> Iterator[None]:

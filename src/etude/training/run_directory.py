@@ -12,7 +12,14 @@ from torch import Tensor
 
 from etude.config import TrainConfig, difference, parse_config
 from etude.errors import EtudeError
-from etude.training.checkpoint import Checkpoint, load_latest, newest_whole, prune, save_checkpoint
+from etude.training.checkpoint import (
+    Checkpoint,
+    last_iteration,
+    load_latest,
+    newest_whole,
+    prune,
+    save_checkpoint,
+)
 
 
 def check_directory(out: Path, resume: bool) -> None:
@@ -75,13 +82,19 @@ class Checkpoints:
         """The newest sound one; None if none was ever written.
 
         Raises:
-            EtudeError: all are damaged, or the newest is of a run with another configuration.
+            EtudeError: all are damaged or gone, or the newest is of a run with another configuration.
         """
         checkpoint = load_latest(self.root)
         if checkpoint is None:
             if self.root.is_dir() and any(self.root.glob("iteration-*")):
                 raise EtudeError(
                     f"no checkpoint in '{self.root}' is sound, so the run cannot be resumed: start it again in another directory."
+                )
+            done = last_iteration(self.out / "metrics.jsonl")
+            if done > 0:  # the first checkpoint is that of iteration 0
+                raise EtudeError(
+                    f"the run in '{self.out}' has done {done} iterations, but its checkpoints are gone from '{self.root}': put them "
+                    "back, or start another run in another directory."
                 )
             return None
         stored = checkpoint.state.get("config") if isinstance(checkpoint.state, dict) else None

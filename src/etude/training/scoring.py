@@ -40,13 +40,14 @@ class Scorer:
         finally:
             scoring.cancel()
 
-    def pending(self, prompts: PromptSet, early: bool = True) -> PendingScores:
+    def pending(self, prompts: PromptSet, early: bool = True, first: int = 0) -> PendingScores:
         """The scores of an iteration's images, to which batches are then handed in.
 
         Args:
+            first: number of the first of them among those of all processes, for messages.
             early: let the failure of one batch be raised when the next one is handed in.
         """
-        self._pending = PendingScores(self, prompts, early)
+        self._pending = PendingScores(self, prompts, early, first)
         return self._pending
 
     def cancel(self) -> None:
@@ -75,8 +76,8 @@ class Scorer:
 class PendingScores:
     """The scores of an iteration's images; see `Scorer.pending`."""
 
-    def __init__(self, scorer: Scorer, prompts: PromptSet, early: bool) -> None:
-        self._scorer, self._prompts, self._early = scorer, prompts, early
+    def __init__(self, scorer: Scorer, prompts: PromptSet, early: bool, first: int) -> None:
+        self._scorer, self._prompts, self._early, self._first = scorer, prompts, early, first
         self._batches: dict[int, Scoring] = {}
 
     def begin(self, rows: slice, images: Tensor) -> None:
@@ -89,7 +90,9 @@ class PendingScores:
             for scoring in filter(_failed, self._batches.values()):
                 scoring.result(timeout=0)
         some = self._prompts.select(range(rows.start, rows.stop))
-        self._batches[rows.start] = self._scorer.rewards.start(images, some.texts, some.metadata, offset=rows.start)
+        self._batches[rows.start] = self._scorer.rewards.start(
+            images, some.texts, some.metadata, offset=self._first + rows.start
+        )
 
     def result(self) -> dict[str, Tensor]:
         """Waits for all rows: float32 `[n]` by the reward's name, in the order of the rows.

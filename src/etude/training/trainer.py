@@ -8,7 +8,7 @@ of one that never stopped.
 from __future__ import annotations
 
 import json
-import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -67,6 +67,8 @@ from etude.training.update import Experience, PolicyUpdate
 
 LARGEST_WEIGHT = "largest weight"
 """Watched beside the numbers that are logged."""
+LARGEST, LIMITS = sys.float_info.max, {"approx_kl": 1e3}
+"""Beyond which training has diverged: what is finite, and a KL (nats) that no step of a policy that still resembles the last one has."""
 
 
 class Trainer:
@@ -229,7 +231,8 @@ class Trainer:
                 ) from error
             if not isinstance(error, EtudeError):
                 raise
-            raise EtudeError(f"{str(error).rstrip('.')} ({self.checkpoints.remaining()}).") from error
+            told = SharedFailureError if isinstance(error, SharedFailureError) else EtudeError
+            raise told(f"{str(error).rstrip('.')} ({self.checkpoints.remaining()}).") from error
 
     def _advance(self, done: int) -> None:
         """Tells of progress, and ends the run here if a signal asked for it."""
@@ -271,7 +274,7 @@ class Trainer:
         self.seconds, self.touched = {}, False
         self.table = self.plans.table_at(self.iteration)
         prompts, groups, own, samples = self._draw(self.iteration)
-        pending = self.scorer.pending(own, early=self.accelerator.num_processes == 1)
+        pending = self.scorer.pending(own, self.accelerator.num_processes == 1, samples[0])
 
         def score(rows: slice, latents: Tensor) -> None:
             pending.begin(rows, self.policy.decode(latents))
@@ -335,7 +338,7 @@ class Trainer:
         statistics = self.update.run(experience, self.iteration, self._after_step)
         # Once an iteration: asking waits for the device.
         numbers = self._of_all({**statistics.row(), LARGEST_WEIGHT: self._largest_weight()})
-        broken = next((name for name, value in numbers.items() if not math.isfinite(value)), None)
+        broken = next((name for name, value in numbers.items() if not abs(value) <= LIMITS.get(name, LARGEST)), None)
         if broken is not None:
             half = ", or use bfloat16, which has the range of float32," if self.config.dtype == "float16" else ""
             raise EtudeError(
