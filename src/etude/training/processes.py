@@ -85,7 +85,10 @@ def prepare(
     accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Wraps the network for several processes, or divides it among them; the parameters are others then."""
-    network, prepared = accelerator.prepare(network, optimizer)
+    with warnings.catch_warnings():
+        # Accelerate has no other argument that leaves the buffers alone.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        network, prepared = accelerator.prepare(network, optimizer)
     if isinstance(network, FSDPModule):
         # By default the outermost layers stay whole after a forward without gradients, and would miss it when weights are swapped.
         network.set_reshard_after_forward(True)
