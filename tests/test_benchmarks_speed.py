@@ -199,6 +199,15 @@ def test_the_summary_lists_every_number_of_the_results_that_are_there(tmp_path: 
     assert path.with_suffix(".md").read_text().startswith("**1 of 2 targets met.**")
 
 
+def test_the_table_of_all_ratios_is_that_of_the_results_beside_it(tmp_path: Path) -> None:
+    from benchmarks.__main__ import BENCHMARKS, RESULTS
+    from benchmarks.summary import collect, write
+
+    path = write(tmp_path, collect(RESULTS, BENCHMARKS))
+    for name in ("summary.json", "summary.md"):
+        assert path.with_name(name).read_text() == (RESULTS / name).read_text()
+
+
 @pytest.mark.slow
 def test_a_group_of_processes_takes_the_iteration_of_one(tmp_path: Path) -> None:
     """Both have the same metrics, but for what rounding makes of them."""

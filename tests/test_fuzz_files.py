@@ -8,14 +8,17 @@ import pickle
 import shutil
 import struct
 import warnings
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import save_file
 
+from etude.cli.watch import look, view
 from etude.config import LoraConfig, TrainConfig, parse_config
 from etude.errors import EtudeError
 from etude.policies.adapter_file import METADATA, WEIGHTS, read_adapter
@@ -476,6 +479,12 @@ TEXTS = st.one_of(
 @fuzz("runs", 60, files=st.dictionaries(FILES, TEXTS, max_size=3))
 def test_a_run_directory_is_refused_in_a_sentence_or_read(place: Path, files: dict[str, bytes]) -> None:
     refused(read_run, directory(place / "read", files))
+
+
+@fuzz("runs", 200, files=st.dictionaries(FILES, TEXTS, max_size=2))
+def test_any_run_directory_is_refused_in_a_sentence_or_watched(place: Path, files: dict[str, bytes]) -> None:
+    run = directory(place / "watched", {"config.yaml": b"rewards: {a: 1.0}", **files})
+    refused(lambda: Console(file=StringIO(), width=120).print(view(look(run))))
 
 
 def directory(run: Path, files: dict[str, bytes]) -> Path:
