@@ -13,7 +13,7 @@ import yaml
 
 from etude.cli.app import app
 from etude.study.analysis import analyse
-from etude.study.collect import collect, conditions
+from etude.study.collect import _implied, collect, conditions
 from etude.study.page import write_results
 from etude.study.tables import p_value, tables
 from fake_study import TREE, made_up, write
@@ -37,10 +37,19 @@ def test_the_report_command_builds_a_studys_page_anew(made, capsys):
     _, directory, page, _ = made
     before = page.read_text()
     page.unlink()
+    (directory.root / "figures" / "of-another-name.svg").write_text("<svg/>")
     (directory.root / "study.yaml").write_text(yaml.safe_dump(TREE, sort_keys=False))
     app(["report", str(directory.root)], standalone_mode=False)
     assert capsys.readouterr().out.strip() == str(page)
     assert page.read_text().count("<img") == before.count("<img") > 0
+    assert not (directory.root / "figures" / "of-another-name.svg").exists()
+
+
+def test_a_label_leaves_out_what_follows_from_the_keys_that_the_study_names():
+    trees = [{"rewards": r, "rate": {"a": 1, "b": 2}[r], "sampling.eta": eta} for r in "ab" for eta in (1.0, 2.0)]
+    keys = list(trees[0])
+    assert list(_implied(keys, {"rewards", "sampling.eta", "seed"}, trees)) == ["rate"]
+    assert list(_implied(keys, {"rewards", "sampling.eta"}, [*trees, trees[0] | {"rate": 3}])) == []
 
 
 def test_estimates_hold_the_truth(made):

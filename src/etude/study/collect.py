@@ -62,10 +62,12 @@ class Condition:
     Attributes:
         values: what sets it apart from other conditions of the study, by dotted key.
         results: of its seeds, in their order.
+        untold: keys among them that its label leaves out.
     """
 
     values: Values
     results: tuple[CellResult, ...]
+    untold: frozenset[str] = frozenset()
 
     @property
     def config(self) -> TrainConfig:
@@ -107,7 +109,7 @@ class Condition:
 
     def text(self, without: tuple[str, ...] = ()) -> str:
         """The values in words, those of some keys left out."""
-        parts = [_words(key, value, self.config) for key, value in self.values if key not in without]
+        parts = [_words(key, value, self.config) for key, value in self.values if key not in self.untold.union(without)]
         return ", ".join(part for part in parts if part) or self.config.model
 
     @cached_property
@@ -149,10 +151,21 @@ def conditions(results: list[CellResult]) -> list[Condition]:
     for result, tree in zip(results, trees, strict=True):
         values = [(key, tree[key]) for key in varying]
         groups.setdefault(_frozen(values), (values, []))[1].append(result)
+    named = {key for result in results for key in result.cell.values}
+    untold = frozenset(_implied(varying, named, trees))
     return [
-        Condition(values, tuple(sorted(members, key=lambda r: r.cell.config.seed)))
+        Condition(values, tuple(sorted(members, key=lambda r: r.cell.config.seed)), untold)
         for values, members in groups.values()
     ]
+
+
+def _implied(varying: list[str], named: set[str], trees: list[dict[str, Any]]) -> Iterator[str]:
+    """Keys that the study sets by the way: the values of those that it names say what theirs are."""
+    told = [key for key in varying if any(f"{name}.".startswith(f"{key}.") for name in named)]
+    for key in varying:
+        pairs = {(_frozen([tree[name] for name in told]), _frozen(tree[key])) for tree in trees}
+        if key not in told and len(pairs) == len({names for names, _ in pairs}):
+            yield key
 
 
 def families(found: list[Condition], without: tuple[str, ...]) -> list[tuple[str, list[Condition]]]:

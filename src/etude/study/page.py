@@ -39,13 +39,21 @@ def write_results(study: Study, directory: StudyDirectory) -> Path:
     atomic_write_text(directory.root / "results.json", json.dumps({**found, "rows": rows}, ensure_ascii=False) + "\n")
     atomic_write_text(directory.root / "results.csv", comma_separated([*rows, *pooled_rows(found)]))
     atomic_write_text(directory.root / "tables.md", markdown(found))
-    (directory.root / "figures").mkdir(exist_ok=True)
     curves, steps = _curves(found), _steps(found)
-    for name, svg in figure_files(curves, steps).items():
-        atomic_write_text(directory.root / "figures" / name, svg)
+    _write_figures(directory.root / "figures", figure_files(curves, steps))
     target = directory.root / "report.html"
     atomic_write_text(target, render(found, curves, steps, pictures(results, directory), study.text))
     return target
+
+
+def _write_figures(folder: Path, files: dict[str, str]) -> None:
+    """The files, and none that an earlier state of the study had under other names."""
+    folder.mkdir(exist_ok=True)
+    for name, svg in files.items():
+        atomic_write_text(folder / name, svg)
+    for old in folder.glob("*.svg"):
+        if old.name not in files:
+            old.unlink()
 
 
 def figure_files(curves: list[Curves], steps: dict[str, figures.Panel]) -> dict[str, str]:
