@@ -33,6 +33,7 @@ from etude.theory import (
 )
 from etude.theory.finite_step import transfer
 from etude.training.trainer import Trainer
+from etude.training.update import PolicyUpdate
 from gaussian_policy import GaussianPolicy, flow_path, read, sd_path
 
 MEANS, VARIANCES, SIZE, SAMPLES = [0.0, 1.0, -1.5, 3.0], [1.0, 0.5, 0.05, 2.0], (16, 16), 64
@@ -162,16 +163,16 @@ def law_of(policy: GaussianPolicy, table: StepTable) -> Moments:
     return Moments(mean, variance)
 
 
-def learn(out, reward, end, with_feedback=True, kind=Trainer, iterations=280):
+def learn(out, reward, end, with_feedback=True, update=PolicyUpdate, iterations=280):
     """Trains with the penalty that makes beta equal BETA at the law `end`; returns the law of the averaged weights."""
     table = SamplingPlan.sde(STEPS, make_kernel("gddim", ETA)).tabulate(GRID)
     policy = GaussianPolicy(float(BASE.mean), float(BASE.cov), sd_path(), table=table, with_feedback=with_feedback)
-    learner(out, reward, policy, BETA / reward_sd(reward, end), STEPS, kind=kind, iterations=iterations)
+    learner(out, reward, policy, BETA / reward_sd(reward, end), STEPS, update=update, iterations=iterations)
     assert table.trained_steps == tuple(range(STEPS))
     return law_of(policy, table)
 
 
-def learner(out, reward, policy, kl_coef, steps, sampling=None, shared=False, kind=Trainer, iterations=280):
+def learner(out, reward, policy, kl_coef, steps, sampling=None, shared=False, update=PolicyUpdate, iterations=280):
     """Trains the policy, which then has the average of its weights."""
     register("theory")(lambda images, prompts, **metadata: torch.from_numpy(reward(read(images).numpy())).float())
     (out / "train.txt").write_text("anything\n")
@@ -193,7 +194,9 @@ def learner(out, reward, policy, kl_coef, steps, sampling=None, shared=False, ki
         "evaluation": {"every": 10**6, "num_images": 4, "grid_images": 2},
         "checkpoint": {"every": 10**6},
     }  # fmt: skip
-    trainer = kind(parse_config(tree), out / "run", policy=policy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("etude.training.trainer.PolicyUpdate", update)
+        trainer = Trainer(parse_config(tree), out / "run", policy=policy)
     trainer.train()
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
@@ -258,12 +261,15 @@ def penalised_step_by_step() -> Moments:
     return Moments(float(end + mean), float(spread))
 
 
-class WholeKl(Trainer):
+class WholeKl(PolicyUpdate):
     """Adds what the KL's gradient at fixed states leaves out: each step answers for the KL of the steps after it."""
 
-    def _loss(self, trajectory, conditioning, advantages, rows, columns):
-        result, kl = super()._loss(trajectory, conditioning, advantages, rows, columns)
-        transition, target = replay(self.policy, self.table, trajectory, rows, columns, conditioning, 1.0)
+    def _loss(self, experience, rows, columns):
+        result, kl = super()._loss(experience, rows, columns)
+        trajectory = experience.trajectory
+        transition, target = replay(
+            self.policy, experience.table, trajectory, rows, columns, experience.conditioning, 1.0
+        )
         by_step = kl.detach().reshape(len(trajectory.steps), -1)  # one batch holds every pair, step by step
         later = by_step.flip(0).cumsum(0).flip(0) - by_step
         cost = (later - later.mean(1, keepdim=True)).flatten()
@@ -276,7 +282,7 @@ class WholeKl(Trainer):
 def test_answering_for_later_kl_reaches_the_optimum(tmp_path):
     """A quadratic reward, mean and variance, feedback trained: the gradient of the whole trajectory's KL."""
     optimum = mean_policy_optimum(BASE, GRID, QUADRATIC, BETA, ETA).law
-    learnt = learn(tmp_path, QUADRATIC, moments(optimum), kind=WholeKl)
+    learnt = learn(tmp_path, QUADRATIC, moments(optimum), update=WholeKl)
     others = tilt(BASE, QUADRATIC, BETA), penalised_step_by_step()
     assert learnt.distance(optimum) < TOLERANCE
     assert learnt.distance(optimum) < min(map(learnt.distance, others)) / 2
