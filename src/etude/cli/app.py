@@ -31,9 +31,7 @@ def main() -> None:
     try:
         app(prog_name="etude")
     except SystemExit as end:
-        if (
-            "etude.rewards.background" not in sys.modules
-        ):  # so that a command without rewards does not wait for its imports
+        if "etude.rewards.background" not in sys.modules:  # no reward was called, and its imports take time
             raise
         from etude.rewards.background import leave
 
