@@ -384,6 +384,25 @@ def test_a_small_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> No
     assert listing(tmp_path) == ["config.yaml"]
 
 
+def test_processes_that_write_one_file_at_once_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, replace, mine = tmp_path / "study.yaml", os.replace, os.getpid()
+
+    def after_the_other(source: Path, target: Path) -> None:
+        with monkeypatch.context() as other:
+            other.setattr(os, "replace", replace)
+            other.setattr(os, "getpid", lambda: mine + 1)
+            atomic_write_text(file, "theirs")
+        assert file.read_text() == "theirs"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", after_the_other)
+    atomic_write_text(file, "mine")
+    assert file.read_text() == "mine"
+    assert listing(tmp_path) == ["study.yaml"]
+
+
 def test_appended_lines_stay_and_a_line_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     append_line(file, '{"iteration": 0}')

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -201,10 +202,12 @@ def _on_device(optimizer: torch.optim.Optimizer) -> bool:
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Writes a whole file or leaves the old one: a temporary sibling, flushed to the disk, then renamed.
 
+    The sibling is this process's own: several may write one file at once, and whoever renames last wins.
+
     Raises:
         EtudeError: the disk does not take it.
     """
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.writing")
     with _explained(path, len(data)):
         try:
             _write(temporary, data)

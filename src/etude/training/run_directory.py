@@ -25,7 +25,7 @@ from etude.training.checkpoint import (
 def check_directory(out: Path, resume: bool) -> None:
     """Refuses to mix two runs. The directory is made when the run starts, so that a refused one leaves nothing.
 
-    Halves of files that a killed run was writing (`.NAME.writing`) do not count: nothing was begun in such a directory.
+    Halves of files that a killed run was writing (`.NAME.HOST-PID.writing`) do not count: nothing was begun in such a directory.
 
     Raises:
         EtudeError: it is a file, holds something without `resume`, or cannot be written.
@@ -44,7 +44,7 @@ def check_directory(out: Path, resume: bool) -> None:
 
 
 def holds_something(out: Path) -> bool:
-    """Whether anything but the halves of files that a killed run was writing (`.NAME.writing`) is there."""
+    """Whether anything but the halves of files that a killed run was writing (`.NAME.HOST-PID.writing`) is there."""
     if not out.is_dir():
         return out.exists()
     return any(not _half_written(entry) for entry in out.iterdir())
