@@ -14,10 +14,12 @@ from etude.study.spec import parse_study
 from etude.study.state import StudyDirectory
 
 REWARDS = ("alignment", "colorfulness")
+BEST = 2.0
+"""By how much the best weights are better than the last, in every reward."""
 TREE = {
     "name": "made up",
     "base": "emoji-ddpo",
-    "overrides": {"iterations": 8, "evaluation.held_out_rewards": list(REWARDS)},
+    "overrides": {"iterations": 8, "evaluation.held_out_rewards": list(REWARDS), "checkpoint.best": "colorfulness"},
     "seeds": [0, 1, 2],
     "grids": [
         {"name": "eta", "keys": {"rewards": list(REWARDS), "sampling.eta": [0.5, 1.0, 2.0]}},
@@ -77,9 +79,10 @@ def _write_cell(cell, directory, gain):
     (run / "samples" / "study.png").write_bytes(picture.getvalue())
     (directory.root / "base").mkdir(exist_ok=True)
     (directory.root / "base" / "b.png").write_bytes(picture.getvalue())
+    best = {r: [score + BEST for score in rows[0]["scores"][r]] for r in REWARDS}
     measured = {
         "measurement": cell.measurement.model_dump(mode="json"), "seed": config.seed, "prompts": prompts, "clusters": clusters,
-        "samplers": rows, "best": None, "levels": {str(steps): levels}, "base_image": "b.png", "seconds": 3.0,
+        "samplers": rows, "best": best, "levels": {str(steps): levels}, "base_image": "b.png", "seconds": 3.0,
     }  # fmt: skip
     (run / "scores.json").write_text(json.dumps(measured))
     (run / "summary.json").write_text("{}")

@@ -16,7 +16,7 @@ from etude.study.analysis import analyse
 from etude.study.collect import _implied, collect, conditions
 from etude.study.page import write_results
 from etude.study.tables import p_value, tables
-from fake_study import TREE, made_up, write
+from fake_study import BEST, TREE, made_up, write
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,16 @@ def test_estimates_hold_the_truth(made):
         for quantity, value in truth.items():
             width = estimates[quantity]["high"] - estimates[quantity]["low"]
             assert estimates[quantity]["low"] - width / 2 < value < estimates[quantity]["high"] + width / 2
+
+
+def test_the_best_weights_are_set_beside_the_last_in_the_reward_that_chose_them(made):
+    for condition in made[3]["conditions"]:
+        by_reward = condition["estimates"][str(condition["steps"])]
+        assert by_reward["alignment"]["best"] is None is by_reward["alignment"]["best_gain"]
+        gain = by_reward["colorfulness"]["best_gain"]
+        assert [gain["mean"], gain["low"], gain["high"]] == pytest.approx([BEST] * 3)
+    shown = next(t for t in tables(made[3]) if t.title == "Best checkpoint")
+    assert [row[0] for row in shown.rows] == [c["label"] for c in made[3]["conditions"]]
 
 
 def test_comparisons_are_paired_with_the_baseline_and_corrected(made):

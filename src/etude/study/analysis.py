@@ -77,11 +77,17 @@ def _estimates(condition: Condition, steps: int, reward: str) -> Row:
         "gap_change": lambda result: _less(
             _less(ode(result), sde(result)), _less(ode(result, True), sde(result, True))
         ),
-        "best": lambda result: None if result.best is None else np.array(result.best[reward]),
     }
-    if steps != condition.steps:
-        found.pop("best")
+    if steps == condition.steps:
+        found["best"] = lambda result: _best(result, reward)
+        found["best_gain"] = lambda result: _less(_best(result, reward), ode(result))
     return {name: _dict(_pooled(condition, value)) for name, value in found.items()}
+
+
+def _best(result: CellResult, reward: str) -> Any:
+    """ODE scores of the weights that `checkpoint.best` kept, in the reward that chose them; None of any other."""
+    chosen = result.cell.config.checkpoint.best == reward
+    return np.array(result.best[reward]) if chosen and result.best is not None else None
 
 
 def _own_sde(result: CellResult, steps: int) -> Row | None:

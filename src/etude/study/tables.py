@@ -41,7 +41,7 @@ class Table:
 def tables(found: Row) -> list[Table]:
     """All that have something to say."""
     made: list[Table | None] = [_results(found, reward) for reward in _trained(found)]
-    made += [_comparisons(found), _discretisation(found), _held_out(found)]
+    made += [_comparisons(found), _best_weights(found), _discretisation(found), _held_out(found)]
     made += [_matrix(each) for each in found["matrix"]]
     return [table for table in made if table is not None and table.rows]
 
@@ -144,6 +144,18 @@ def _comparisons(found: Row) -> Table | None:
     return Table(
         "Against the baseline", note, ["condition", "against", "difference", "effect size", "p", "p, Holm"], rows
     )
+
+
+def _best_weights(found: Row) -> Table:
+    """What keeping the checkpoint with the best held-out ODE reward brings over keeping the last (`checkpoint.best`)."""
+    rows = []
+    for c in found["conditions"]:
+        for reward, e in c["estimates"][str(c["steps"])].items():
+            if e["best"] is not None:
+                cells = [estimate(e["ode"]), estimate(e["best"]), estimate(e["best_gain"], True)]
+                rows.append([c["label"], reward, *cells])
+    note = "ODE reward of the last weights and of those that had the best ODE reward on held-out prompts in training, on images that chose neither."
+    return Table("Best checkpoint", note, ["condition", "chosen by", "last", "best", "best minus last"], rows)
 
 
 def _discretisation(found: Row) -> Table | None:
