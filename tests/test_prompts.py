@@ -15,7 +15,7 @@ from etude.prompts import PromptSet, load_prompts, overlap, part_of, prompt_set_
 
 
 def test_every_built_in_set_holds_distinct_lower_case_prompts() -> None:
-    sizes = {"animals": 45, "animals-eval": 32, "emoji-40": 40, "emoji-eval": 64, "emoji-train": 120}
+    sizes = {"animals": 45, "animals-eval": 32, "emoji-40": 40, "emoji-8": 8, "emoji-eval": 64, "emoji-train": 120}
     assert prompt_set_names() == sorted(sizes)
     for name, size in sizes.items():
         prompts = load_prompts(name).texts
@@ -25,6 +25,7 @@ def test_every_built_in_set_holds_distinct_lower_case_prompts() -> None:
 
 def test_evaluation_emoji_are_never_trained_on() -> None:
     assert not set(load_prompts("emoji-train").texts) & set(load_prompts("emoji-eval").texts)
+    assert set(load_prompts("emoji-8").texts) < set(load_prompts("emoji-train").texts)
 
 
 def test_evaluation_animals_are_never_trained_on() -> None:
