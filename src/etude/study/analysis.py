@@ -204,6 +204,7 @@ def _discretisation(found: list[Condition]) -> list[Row]:
                     sampling.eta_text,
                     count,
                     sampling.guidance_scale,
+                    condition.config.prompts.evaluation,
                     reward,
                 )
                 if key in seen or _own_sde(condition.results[0], count) is None:
@@ -212,18 +213,20 @@ def _discretisation(found: list[Condition]) -> list[Row]:
                 estimates = _estimates(condition, count, reward)
                 rows.append(
                     {
-                        "model": condition.config.model,
+                        "label": condition.label,
+                        "own_steps": condition.steps,
+                        "family": condition.text(SAMPLER_KEYS),
                         "kernel": sampling.kernel,
                         "eta": condition.eta,
-                        "eta_text": sampling.eta_text,
                         "steps": count,
                         "reward": reward,
                         "base_gap": estimates["base_gap"],
+                        "gap_change": estimates["gap_change"],
                         "spread": _spread(condition, reward),
                         "theory": _theory(condition, count),
                     }
                 )
-    return sorted(rows, key=lambda r: (r["reward"], r["kernel"], r["steps"], r["eta"] or 0.0))
+    return sorted(rows, key=lambda r: (r["reward"], r["family"], r["kernel"], r["steps"], r["eta"] or 0.0))
 
 
 def _theory(condition: Condition, steps: int) -> Row | None:

@@ -13,6 +13,7 @@ from etude.errors import EtudeError
 from etude.etas import eta_text
 from etude.report.run import read_run
 from etude.rewards.scoring import WEIGHTED_SUM
+from etude.settings import PromptsConfig
 from etude.study.spec import Cell, Study
 from etude.study.state import StudyDirectory, read_json
 
@@ -200,6 +201,8 @@ def _words(key: str, value: Any, config: TrainConfig) -> str:
         return "every step" if value is None else _window_label(value)
     if key == "objective.timestep_fraction":
         return "" if value == 1 else f"{100 * value:.0f} % of them trained"
+    if key == "prompts.train":
+        return "" if value == PromptsConfig().train else f"prompts {value}"
     if key == "sampling.num_steps":
         return f"{value} steps"
     name = _NAMES.get(key, key.rpartition(".")[2])

@@ -76,7 +76,8 @@ def basis(found: Row) -> str:
         if fewest == most
         else f"{fewest} to {most} seeds of a condition"
     )
-    images, prompts = max((_any(c)["n"] // len(c["seeds"]), _any(c)["clusters"]) for c in found["conditions"])
+    images = max(_any(c)["n"] // len(c["seeds"]) for c in found["conditions"])
+    prompts = " or ".join(str(n) for n in sorted({_any(c)["clusters"] for c in found["conditions"]}))
     luck = (
         " Where there is one seed they are over prompts alone, and leave out training's own luck."
         if fewest == 1
@@ -84,7 +85,7 @@ def basis(found: Row) -> str:
     )
     return (
         f"{done}, {seeds}; every model is measured after training on {images} images of "
-        f"{prompts} held-out prompts, the same prompts and noise for all conditions of a seed. Square brackets are 95 % intervals over "
+        f"{prompts} prompts, the same prompts and noise for all conditions of a seed that share them. Square brackets are 95 % intervals over "
         f"seeds and prompts.{luck}"
     )
 
@@ -105,6 +106,11 @@ def _trained(found: Row) -> list[str]:
     return list(dict.fromkeys(reward for c in found["conditions"] for reward in c["trained"]))
 
 
+def _at(label: str, own: int, steps: int) -> str:
+    """The condition's label, with the number of steps it is drawn in where that is not its own."""
+    return label if steps == own else f"{label}, at {steps} steps"
+
+
 def _results(found: Row, reward: str) -> Table:
     rows = []
     for condition in found["conditions"]:
@@ -112,12 +118,9 @@ def _results(found: Row, reward: str) -> Table:
             continue
         for steps, by_reward in condition["estimates"].items():
             e = by_reward[reward]
-            label = (
-                condition["label"] if int(steps) == condition["steps"] else f"{condition['label']}, at {steps} steps"
-            )
             cells = [estimate(e["base"]), estimate(e["ode"]), estimate(e["sde"])]
             cells += [estimate(e["improvement"], True), estimate(e["gap"], True), str(len(condition["seeds"]))]
-            rows.append([label, *cells])
+            rows.append([_at(condition["label"], condition["steps"], int(steps)), *cells])
     note = "improvement: ODE of the tuned minus ODE of the base model. gap: ODE minus SDE, both of the tuned model."
     columns = ["condition", "ODE, base", "ODE", "SDE", "improvement", "gap", "seeds"]
     return Table(f"Trained on {reward}", note, columns, rows)
@@ -161,13 +164,14 @@ def _best_weights(found: Row) -> Table:
 def _discretisation(found: Row) -> Table | None:
     rows = []
     for row in found["discretisation"]:
-        theory, change = row["theory"], _change(found, row)
+        theory = row["theory"]
         share = None if theory is None else theory["discretisation"] / (theory["total"] or math.nan)
         rows.append(
             [
-                f"{row['reward']}, {'' if row['kernel'] == 'gddim' else row['kernel'] + ', '}η = {row['eta_text']}, {row['steps']} steps",
+                _at(row["label"], row["own_steps"], row["steps"]),
+                row["reward"],
                 estimate(row["base_gap"], True),
-                estimate(change, True),
+                estimate(row["gap_change"], True),
                 "–" if theory is None else f"{theory['total']:+.3f}".replace("-", "−"),
                 "–" if share is None or math.isnan(share) else f"{100 * share:.0f} %",
             ]
@@ -177,18 +181,8 @@ def _discretisation(found: Row) -> Table | None:
         "standard normal target with an exact score at the same levels, and the share of it that the steps make (the rest is the wrong "
         "law at the start). Its size is in its own unit; only how it moves with η and the steps is to be compared."
     )
-    columns = ["sampler", "gap of the base model", "change by training", "theory", "made by the steps"]
+    columns = ["condition", "reward", "gap of the base model", "change by training", "theory", "made by the steps"]
     return Table("What the sampler does without training", note, columns, rows) if rows else None
-
-
-def _change(found: Row, row: Row) -> Row | None:
-    """What training with this sampler on this reward changed in the gap."""
-    for c in found["conditions"]:
-        same = (c["model"], c["kernel"], c["eta_text"]) == (row["model"], row["kernel"], row["eta_text"])
-        if same and row["reward"] in c["trained"] and c["steps"] == row["steps"]:
-            change: Row | None = c["estimates"][str(row["steps"])][row["reward"]]["gap_change"]
-            return change
-    return None
 
 
 def _held_out(found: Row) -> Table | None:
