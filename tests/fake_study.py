@@ -19,7 +19,12 @@ BEST = 2.0
 TREE = {
     "name": "made up",
     "base": "emoji-ddpo",
-    "overrides": {"iterations": 8, "evaluation.held_out_rewards": list(REWARDS), "checkpoint.best": "colorfulness"},
+    "overrides": {
+        "iterations": 8,
+        "evaluation.num_images": 8,
+        "evaluation.held_out_rewards": list(REWARDS),
+        "checkpoint.best": "colorfulness",
+    },
     "seeds": [0, 1, 2],
     "grids": [
         {"name": "eta", "keys": {"rewards": list(REWARDS), "sampling.eta": [0.5, 1.0, 2.0]}},
@@ -70,10 +75,10 @@ def _write_cell(cell, directory, gain):
             for name, tuned in (("scores", True), ("base", False))
         }
         rows.append({**sampler.settings(), **both})
-    levels = {
-        "a": np.linspace(0.1, 1, steps + 1).tolist(),
-        "s": np.sqrt(1 - np.linspace(0.1, 1, steps + 1) ** 2).tolist(),
-    }
+    levels = {}
+    for count in {row["steps"] for row in rows}:
+        a = np.linspace(0.1, 1, count + 1)
+        levels[str(count)] = {"a": a.tolist(), "s": np.sqrt(1 - a**2).tolist()}
     picture = io.BytesIO()
     Image.fromarray(rng.integers(0, 255, (8, 24, 3), dtype=np.uint8)).save(picture, format="PNG")
     (run / "samples" / "study.png").write_bytes(picture.getvalue())
@@ -82,7 +87,7 @@ def _write_cell(cell, directory, gain):
     best = {r: [score + BEST for score in rows[0]["scores"][r]] for r in REWARDS}
     measured = {
         "measurement": cell.measurement.model_dump(mode="json"), "seed": config.seed, "prompts": prompts, "clusters": clusters,
-        "samplers": rows, "best": best, "levels": {str(steps): levels}, "base_image": "b.png", "seconds": 3.0,
+        "samplers": rows, "best": best, "levels": levels, "base_image": "b.png", "seconds": 3.0,
     }  # fmt: skip
     (run / "scores.json").write_text(json.dumps(measured))
     (run / "summary.json").write_text("{}")

@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from etude.cli.app import app
+from etude.errors import EtudeError
 from etude.study.analysis import analyse
 from etude.study.collect import _implied, collect, conditions
+from etude.study.measurement import samplers
 from etude.study.page import write_results
 from etude.study.tables import p_value, tables
 from fake_study import BEST, TREE, made_up, write
@@ -29,7 +31,7 @@ def made(tmp_path_factory):
 
 def test_cells_that_differ_in_the_seed_alone_are_one_condition(made):
     study, directory, _, found = made
-    assert len(conditions(collect(study, directory))) == len(found["conditions"]) == 9
+    assert len(conditions(collect(study, directory)[0])) == len(found["conditions"]) == 9
     assert all(c["seeds"] == [0, 1, 2] for c in found["conditions"])
 
 
@@ -67,14 +69,16 @@ def test_estimates_hold_the_truth(made):
             assert estimates[quantity]["low"] - width / 2 < value < estimates[quantity]["high"] + width / 2
 
 
-def test_the_best_weights_are_set_beside_the_last_in_the_reward_that_chose_them(made):
-    for condition in made[3]["conditions"]:
-        by_reward = condition["estimates"][str(condition["steps"])]
-        assert by_reward["alignment"]["best"] is None is by_reward["alignment"]["best_gain"]
-        gain = by_reward["colorfulness"]["best_gain"]
-        assert [gain["mean"], gain["low"], gain["high"]] == pytest.approx([BEST] * 3)
-    shown = next(t for t in tables(made[3]) if t.title == "Best checkpoint")
-    assert [row[0] for row in shown.rows] == [c["label"] for c in made[3]["conditions"]]
+def test_the_best_weights_are_set_beside_the_last_on_images_that_did_not_choose(made):
+    study, _, _, found = made
+    chosen = study.cells[0].config.evaluation.num_images
+    for condition in found["conditions"]:
+        kept = condition["best_weights"]
+        assert kept["reward"] == "colorfulness"
+        assert [kept["gain"][key] for key in ("mean", "low", "high")] == pytest.approx([BEST] * 3)
+        assert kept["gain"]["n"] == 3 * (32 - chosen)
+    shown = next(t for t in tables(found) if t.title == "Best checkpoint")
+    assert [row[0] for row in shown.rows] == [c["label"] for c in found["conditions"]]
 
 
 def test_comparisons_are_paired_with_the_baseline_and_corrected(made):
@@ -86,7 +90,7 @@ def test_comparisons_are_paired_with_the_baseline_and_corrected(made):
     low = next(row for row in rows if row["label"] == "alignment, η = 0.5, 10 steps")
     assert low["difference"]["high"] < 0
     assert abs(low["difference"]["mean"] + 2.75) < 0.5  # 10 * 0.5 - 3 * 0.25 less 10 - 3
-    assert all(row["p_holm"] >= row["difference"]["p"] for row in rows)
+    assert all(row["difference"]["p_holm"] >= row["difference"]["p"] for row in rows)
 
 
 def test_the_discretisation_is_shown_beside_the_theory(made):
@@ -162,9 +166,93 @@ def test_a_study_with_nothing_done_says_so(made, tmp_path):
     from etude.study.state import StudyDirectory
 
     study, directory = made[0], StudyDirectory(tmp_path)
-    assert analyse(study, collect(study, directory))["done"] == 0
+    assert analyse(study, collect(study, directory)[0])["done"] == 0
     assert "No cell is done yet" in write_results(study, directory).read_text()
 
 
 def test_p_values_are_never_zero():
     assert [p_value(p) for p in (None, 1e-12, 0.0123, 0.4)] == ["–", "< 0.001", "0.012", "0.40"]
+
+
+SMALL = {
+    "name": "small",
+    "base": "emoji-ddpo",
+    "overrides": {"iterations": 2, "evaluation.held_out_rewards": ["alignment", "colorfulness"]},
+    "seeds": [0, 1],
+    "grids": [{"keys": {"rewards": ["colorfulness"], "sampling.eta": [0.5, 1.0]}}],
+    "measurement": {"num_images": 16},
+}
+
+
+def small(tmp_path, **changes):
+    study, gain = made_up(SMALL | changes)
+    return study, write(study, gain, tmp_path)
+
+
+@pytest.mark.parametrize("key", ["evaluation.every", "evaluation.num_steps", "checkpoint.keep"])
+def test_no_seed_counts_twice_whatever_a_grid_is_over(tmp_path, key):
+    study, directory = small(tmp_path, grids=[{"keys": {"rewards": ["colorfulness"], key: [1, 2]}}])
+    found = conditions(collect(study, directory)[0])
+    assert [c.seeds for c in found] == [[0, 1], [0, 1]]
+    study, directory = small(
+        tmp_path / "unnamed",
+        grids=[
+            {"keys": {"rewards": ["colorfulness"], "sampling.eta": [1.0]}},
+            {"keys": {"rewards": ["colorfulness"], "sampling.kernel": ["gddim"]}, "overrides": {"checkpoint.keep": 5}},
+        ],
+    )
+    assert all(c.seeds == [0, 1] for c in conditions(collect(study, directory)[0]))
+
+
+def damage_scores(run):
+    (run / "scores.json").write_text('{"measurement"')
+
+
+def damage_metrics(run):
+    (run / "metrics.jsonl").write_text("{}\n" + (run / "metrics.jsonl").read_text())
+
+
+def lose_a_key(run):
+    scores = json.loads((run / "scores.json").read_text())
+    del scores["clusters"]
+    (run / "scores.json").write_text(json.dumps(scores))
+
+
+def change_the_configuration(run):
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("iterations: 2", "iterations: 3"))
+
+
+@pytest.mark.parametrize("harm", [damage_scores, damage_metrics, lose_a_key, change_the_configuration])
+def test_a_cell_that_cannot_be_read_is_named_and_keeps_no_other_from_the_page(tmp_path, harm):
+    study, directory = small(tmp_path)
+    harm(directory.cell(study.cells[0]))
+    page = write_results(study, directory).read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["done"] == 3
+    assert f"{study.cells[0].slug} is left out: " in page
+
+
+def test_pictures_that_are_missing_or_damaged_are_left_out(tmp_path):
+    study, directory = small(tmp_path, measurement={"num_images": 4, "shown": 8})
+    assert write_results(study, directory).read_text().count("<img") == 3 * 4
+    (directory.cell(study.cells[0]) / "samples" / "study.png").write_bytes(b"\x89PNG")
+    assert "<img" not in write_results(study, directory).read_text()
+
+
+def test_further_step_counts_are_measured_beside_the_cells_own(tmp_path):
+    study, directory = small(tmp_path, measurement={"num_images": 16, "steps": [3]})
+    assert [s.steps for s in samplers(study.cells[0].config, study.cells[0].measurement)] == [10, 10, 3, 3]
+    write_results(study, directory)
+    shown = next(
+        t for t in tables(analyse(study, collect(study, directory)[0])) if t.title == "Trained on colorfulness"
+    )
+    assert [row[0].endswith(", at 3 steps") for row in shown.rows] == [False, True, False, True]
+
+
+def test_a_study_without_its_baseline_says_that_nothing_is_compared(tmp_path):
+    study, directory = small(tmp_path, baseline={"sampling.eta": 7.0})
+    assert "Nothing is compared" in write_results(study, directory).read_text()
+    with pytest.raises(
+        EtudeError, match=r"baseline names sampling\.etaa, which no cell has: did you mean sampling\.eta\?"
+    ):
+        made_up(SMALL | {"baseline": {"sampling.etaa": 1.0}})

@@ -24,7 +24,9 @@ Row = dict[str, Any]
 def analyse(study: Study, results: list[CellResult]) -> Row:
     """Everything that tables, figures and files say, as plain values (JSON)."""
     found = conditions(results)
-    compared = _comparisons(study, found)
+    compared, discretised = _comparisons(study, found), _discretisation(found)
+    _correct([row["difference"] for row in compared])
+    _correct([row["gap_change"] for row in discretised])
     return {
         "name": study.settings.name,
         "cells": len(study.cells),
@@ -32,16 +34,25 @@ def analyse(study: Study, results: list[CellResult]) -> Row:
         "seconds": sum(result.seconds for result in results),
         "conditions": [_condition(condition) for condition in found],
         "comparisons": compared,
-        "discretisation": _discretisation(found),
+        "discretisation": discretised,
         "matrix": _matrix(found),
         "rows": [row for result in results for row in _cell_rows(result)],
     }
 
 
-def _pooled(condition: Condition, value: Callable[[CellResult], Any]) -> Effect | None:
-    """The mean over seeds, prompts and images of what `value` takes from each cell; None where a cell lacks it."""
+def _correct(effects: list[Row | None]) -> None:
+    """Adds Holm's adjusted p-value, `p_holm`, to effects that are looked at together."""
+    present = [each for each in effects if each is not None]
+    for each, adjusted in zip(present, holm([each["p"] for each in present]), strict=True):
+        each["p_holm"] = adjusted
+
+
+def _pooled(condition: Condition, value: Callable[[CellResult], Any], first: int = 0) -> Effect | None:
+    """The mean over seeds, prompts and images, from the `first` on, of what `value` takes from each cell; None where one lacks it."""
     values = [value(result) for result in condition.results]
-    return None if any(each is None for each in values) else effect(values, condition.clusters)
+    if any(each is None for each in values) or first >= len(condition.clusters):
+        return None
+    return effect([each[first:] for each in values], condition.clusters[first:])
 
 
 def _scores(row: Row | None, reward: str, base: bool = False) -> Any:
@@ -78,16 +89,24 @@ def _estimates(condition: Condition, steps: int, reward: str) -> Row:
             _less(ode(result), sde(result)), _less(ode(result, True), sde(result, True))
         ),
     }
-    if steps == condition.steps:
-        found["best"] = lambda result: _best(result, reward)
-        found["best_gain"] = lambda result: _less(_best(result, reward), ode(result))
     return {name: _dict(_pooled(condition, value)) for name, value in found.items()}
 
 
-def _best(result: CellResult, reward: str) -> Any:
-    """ODE scores of the weights that `checkpoint.best` kept, in the reward that chose them; None of any other."""
-    chosen = result.cell.config.checkpoint.best == reward
-    return np.array(result.best[reward]) if chosen and result.best is not None else None
+def _best_weights(condition: Condition) -> Row | None:
+    """The weights that `checkpoint.best` kept against the last, in the reward that chose them, on images that did not choose."""
+    reward, evaluation = condition.config.checkpoint.best, condition.config.evaluation
+    if reward is None:
+        return None
+
+    def last(result: CellResult) -> Any:
+        return _scores(result.find("ode", condition.steps), reward)
+
+    def best(result: CellResult) -> Any:
+        return None if result.best is None else np.array(result.best[reward])
+
+    values = {"last": last, "best": best, "gain": lambda result: _less(best(result), last(result))}
+    pooled = {name: _dict(_pooled(condition, value, evaluation.num_images)) for name, value in values.items()}
+    return None if pooled["gain"] is None else {"reward": reward, **pooled}
 
 
 def _own_sde(result: CellResult, steps: int) -> Row | None:
@@ -113,6 +132,7 @@ def _condition(condition: Condition) -> Row:
             str(count): {reward: _estimates(condition, count, reward) for reward in condition.rewards}
             for count in steps
         },
+        "best_weights": _best_weights(condition),
         "spread": {reward: _spread(condition, reward) for reward in condition.rewards},
         "curves": {reward: _curves(condition, reward) for reward in condition.rewards},
     }
@@ -153,10 +173,7 @@ def _comparisons(study: Study, found: list[Condition]) -> list[Row]:
             if condition is not reference:
                 assert reference is not None
                 rows += [_compare(family, condition, reference, reward) for reward in condition.trained]
-    rows = [row for row in rows if row]
-    for row, adjusted in zip(rows, holm([row["difference"]["p"] for row in rows]), strict=True):
-        row["p_holm"] = adjusted
-    return rows
+    return [row for row in rows if row]
 
 
 def _has(condition: Condition, baseline: Row) -> bool:
@@ -191,42 +208,28 @@ def _compare(family: str, condition: Condition, reference: Condition, reward: st
 
 
 def _discretisation(found: list[Condition]) -> list[Row]:
-    """The base model's gap, which no training has made, beside the theory's for a standard normal target at the same levels."""
-    rows: list[Row] = []
-    seen = set()
-    for condition in sorted(found, key=lambda c: -len(c.seeds)):
-        for reward in condition.trained:
-            for count in dict.fromkeys(row["steps"] for row in condition.results[0].samplers):
-                sampling = condition.config.sampling
-                key = (
-                    condition.config.model,
-                    sampling.kernel,
-                    sampling.eta_text,
-                    count,
-                    sampling.guidance_scale,
-                    condition.config.prompts.evaluation,
-                    reward,
-                )
-                if key in seen or _own_sde(condition.results[0], count) is None:
-                    continue
-                seen.add(key)
-                estimates = _estimates(condition, count, reward)
-                rows.append(
-                    {
-                        "label": condition.label,
-                        "own_steps": condition.steps,
-                        "family": condition.text(SAMPLER_KEYS),
-                        "kernel": sampling.kernel,
-                        "eta": condition.eta,
-                        "steps": count,
-                        "reward": reward,
-                        "base_gap": estimates["base_gap"],
-                        "gap_change": estimates["gap_change"],
-                        "spread": _spread(condition, reward),
-                        "theory": _theory(condition, count),
-                    }
-                )
-    return sorted(rows, key=lambda r: (r["reward"], r["family"], r["kernel"], r["steps"], r["eta"] or 0.0))
+    """The gap before training, what training adds to it, and the theory's for a standard normal target at the same levels."""
+    rows = []
+    for condition in found:
+        for steps in dict.fromkeys(row["steps"] for row in condition.results[0].samplers):
+            if _own_sde(condition.results[0], steps) is not None:
+                rows += [_before_training(condition, steps, reward) for reward in condition.trained]
+    return rows
+
+
+def _before_training(condition: Condition, steps: int, reward: str) -> Row:
+    estimates = _estimates(condition, steps, reward)
+    return {
+        "label": condition.label,
+        "own_steps": condition.steps,
+        "kernel": condition.config.sampling.kernel,
+        "eta": condition.eta,
+        "steps": steps,
+        "reward": reward,
+        "base_gap": estimates["base_gap"],
+        "gap_change": estimates["gap_change"],
+        "theory": _theory(condition, steps),
+    }
 
 
 def _theory(condition: Condition, steps: int) -> Row | None:

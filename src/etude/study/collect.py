@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from etude.config import TrainConfig, leaves
-from etude.errors import EtudeError
+from etude.errors import EtudeError, brief
 from etude.etas import eta_text
 from etude.report.run import read_run
 from etude.rewards.scoring import WEIGHTED_SUM
@@ -17,7 +17,9 @@ from etude.settings import PromptsConfig
 from etude.study.spec import Cell, Study
 from etude.study.state import StudyDirectory, read_json
 
-_NOT_A_CONDITION = ("seed", "evaluation.", "checkpoint.", "memory.", "trackers")
+_WATCHING = ("evaluation.every", "evaluation.num_images", "evaluation.held_out_rewards", "evaluation.grid_images")
+_NOT_A_CONDITION = (*_WATCHING, "checkpoint.", "memory.", "trackers")
+"""What does not change the weights that a run ends with: it sets cells apart only where a study names it among its keys."""
 _NAMES = {"sampling.eta": "η", "sampling.num_steps": "steps", "rewards": "reward", "optimizer.learning_rate": "rate"}
 SAMPLER_KEYS = ("sampling.kernel", "sampling.eta", "sampling.eta_schedule")
 """What conditions of one family, drawn in one figure, may differ in."""
@@ -130,30 +132,45 @@ class Condition:
         return first.clusters
 
 
-def collect(study: Study, directory: StudyDirectory) -> list[CellResult]:
-    """The results of the cells that are done, in the order of the study."""
-    found = []
+def collect(study: Study, directory: StudyDirectory) -> tuple[list[CellResult], dict[str, str]]:
+    """The results of the cells that are done, in the order of the study; and why others cannot be used, by cell."""
+    found, unusable = [], {}
     for cell in study.cells:
         progress = directory.progress(cell, look_for_others=False)
-        if progress.state != "done":
-            continue
-        directory.check(cell)
-        run, scores = read_run(directory.cell(cell)), read_json(directory.scores(cell))
-        kept = {name: scores[name] for name in ("samplers", "best", "clusters", "prompts", "levels", "base_image")}
-        found.append(CellResult(cell, run.evaluations, seconds=progress.seconds, **kept))
-    return found
+        try:
+            if progress.state == "done":
+                found.append(_result(cell, directory, progress.seconds))
+        except (EtudeError, KeyError) as error:
+            unusable[cell.slug] = f"'{directory.cell(cell)}' cannot be read: {brief(error)}"
+        if progress.state == "failed":
+            unusable[cell.slug] = progress.failure
+    return found, unusable
+
+
+def _result(cell: Cell, directory: StudyDirectory, seconds: float) -> CellResult:
+    run, scores = read_run(directory.cell(cell)), read_json(directory.scores(cell))
+    kept = {name: scores[name] for name in ("samplers", "best", "clusters", "prompts", "levels", "base_image")}
+    return CellResult(cell, run.evaluations, seconds=seconds, **kept)
 
 
 def conditions(results: list[CellResult]) -> list[Condition]:
-    """The cells grouped by everything but the seed, in the order of the study."""
-    trees = [dict(_settings(result.cell.config)) for result in results]
+    """The cells grouped by everything but the seed, in the order of the study; in none is a seed twice."""
+    found = _grouped(results, _NOT_A_CONDITION)
+    if any(len(set(condition.seeds)) < len(condition.seeds) for condition in found):
+        found = _grouped(results, ())
+    return found
+
+
+def _grouped(results: list[CellResult], apart: tuple[str, ...]) -> list[Condition]:
+    """Grouped by the seed and keys that begin as one of `apart`, unless the study names them, left out."""
+    names = {key for result in results for key in result.cell.values}
+    trees = [dict(_settings(result.cell.config, apart, names)) for result in results]
     varying = [key for key in (trees[0] if trees else {}) if len({_frozen(tree[key]) for tree in trees}) > 1]
     groups: dict[str, tuple[Values, list[CellResult]]] = {}
     for result, tree in zip(results, trees, strict=True):
         values = [(key, tree[key]) for key in varying]
         groups.setdefault(_frozen(values), (values, []))[1].append(result)
-    named = {key for result in results for key in result.cell.values}
-    untold = frozenset(_implied(varying, named, trees))
+    untold = frozenset(_implied(varying, names, trees))
     return [
         Condition(values, tuple(sorted(members, key=lambda r: r.cell.config.seed)), untold)
         for values, members in groups.values()
@@ -178,9 +195,9 @@ def families(found: list[Condition], without: tuple[str, ...]) -> list[tuple[str
     return [(members[0].text(without), members) for members in groups.values()]
 
 
-def _settings(config: TrainConfig) -> Iterator[tuple[str, Any]]:
+def _settings(config: TrainConfig, apart: tuple[str, ...], names: set[str]) -> Iterator[tuple[str, Any]]:
     for key, value in leaves(config.model_dump(mode="json")):
-        if not key.startswith(_NOT_A_CONDITION):
+        if key != "seed" and (key in names or not key.startswith(apart)):
             yield key, value
 
 
@@ -201,6 +218,8 @@ def _words(key: str, value: Any, config: TrainConfig) -> str:
         return "every step" if value is None else _window_label(value)
     if key == "objective.timestep_fraction":
         return "" if value == 1 else f"{100 * value:.0f} % of them trained"
+    if key == "checkpoint.best":
+        return "" if value is None else "best checkpoint kept"
     if key == "prompts.train":
         return "" if value == PromptsConfig().train else f"prompts {value}"
     if key == "sampling.num_steps":

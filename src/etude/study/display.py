@@ -124,6 +124,12 @@ class GridDisplay:
         """Another process has the cell."""
         self._say(cell, "another process works on it")
 
+    def found(self, cell: Cell, seconds: float) -> None:
+        """Another process has done the cell since."""
+        self.done += 1
+        self.pace.note(cell, 1.0, seconds)
+        self._say(cell, "done by another process")
+
     def _say(self, cell: Cell, words: str) -> None:
         self._progress.update(self._cell, visible=False, note="")
         self._note()

@@ -35,8 +35,8 @@ def family_label(condition: Row) -> str:
 
 
 def gap_over_training(members: list[Row], reward: str) -> Panel | None:
-    """One curve for each eta; None where there are not several."""
-    curved = [c for c in _by_eta(members) if len(c["curves"][reward]["gap"]["iteration"]) > 1]
+    """One curve for each eta of gDDIM; None where there are not several. A moving eta has another SDE at every point."""
+    curved = [c for c in _constant(members) if len(c["curves"][reward]["gap"]["iteration"]) > 1]
     if len(curved) < 2:
         return None
     lines = [
@@ -70,7 +70,7 @@ def reward_over_training(members: list[Row], reward: str) -> list[Panel]:
 
 def reward_against_eta(members: list[Row], reward: str) -> list[Panel]:
     """The final reward of each training eta, and what it is above the base model's: that is paired, and so more certain."""
-    points = [c for c in _by_eta(members) if c["eta"] is not None and c["kernel"] == "gddim"]
+    points = _constant(members)
     if len(points) < 2:
         return []
     found = [_final(c, reward) for c in points]
@@ -126,7 +126,7 @@ def gap_against_steps(found: Row, reward: str) -> Panel | None:
             )
     alt = f"Gap in {reward} against steps: " + "; ".join(f"{line.label} {', '.join(map(_g, line.y))}" for line in lines)
     svg = figure(_lines(lines, zero=True), f"{alt}.", size=SMALL, xlabel="denoising steps")
-    return "Gap against steps", "ODE minus SDE, with 95 % intervals; the base model's gap is the discretisation's.", svg
+    return "Gap against steps", "ODE minus SDE, with 95 % intervals; the base model's is there before training.", svg
 
 
 def shade(table: Row) -> list[list[float]]:
@@ -149,7 +149,7 @@ def _lines(lines: list[Line], zero: bool = False, limits: tuple[float, float] | 
             margin = 0.05 * (limits[1] - limits[0])
             axes.set_ylim(limits[0] - margin, limits[1] + margin)
         if any(line.label for line in lines):
-            columns = min(len(lines), 3)
+            columns = min(len(lines), 3 if max(len(line.label) for line in lines) <= 10 else 1)
             axes.legend(
                 loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=columns, borderaxespad=0, handlelength=1.2,
                 columnspacing=1.2,
@@ -161,6 +161,11 @@ def _lines(lines: list[Line], zero: bool = False, limits: tuple[float, float] | 
 def _by_eta(members: list[Row]) -> list[Row]:
     """The family's own kernel first, by eta; what has no single eta last."""
     return sorted(members, key=lambda c: (c["kernel"] != "gddim", math.inf if c["eta"] is None else c["eta"]))
+
+
+def _constant(members: list[Row]) -> list[Row]:
+    """Those with gDDIM at one eta, by eta."""
+    return [c for c in _by_eta(members) if c["eta"] is not None and c["kernel"] == "gddim"]
 
 
 def _final(condition: Row, reward: str) -> Row:

@@ -67,14 +67,14 @@ class Sampler:
 
 
 def samplers(config: TrainConfig, measurement: MeasurementConfig) -> list[Sampler]:
-    """The ODE, the SDE of training and those of the matrix, at every step count; the first is the ODE at the cell's own.
+    """The ODE, the SDE of training and those of the matrix, at the cell's own step count and the others; the first is the ODE at its own.
 
     The SDE of training is that of the last iteration. A list of etas, one for each step, has none at another step count.
     """
     own = config.evaluation.num_steps or config.sampling.num_steps
     etas = Etas.of(config.sampling, config.iterations)
     found = []
-    for steps in measurement.steps or [own]:
+    for steps in dict.fromkeys([own, *(measurement.steps or [])]):
         found.append(Sampler("ode", "ode", 0.0, steps))
         if not isinstance(config.sampling.eta, list) or steps == len(config.sampling.eta):
             eta = compact(etas.at(config.iterations, steps))
@@ -167,7 +167,7 @@ class Base:
         """Of the base model under a sampler."""
         key = {**self._key, "sampler": sampler.settings()}
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path, picture = self.root / f"{name}.json", self.root / f"{name}.png"
+        path, picture = self.root / f"{name}.json", self.root / f"{name}-{shown}.png"
         if not path.is_file() or (shown and not picture.is_file()):
             self._policy = self._policy or policy_of(self.config)
             images = sampler.draw(self._policy, protocol)

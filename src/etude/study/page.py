@@ -17,7 +17,7 @@ from etude.study.analysis import analyse
 from etude.study.collect import SAMPLER_KEYS, CellResult, Condition, collect, conditions, families
 from etude.study.spec import Study
 from etude.study.state import StudyDirectory
-from etude.study.tables import basis, estimate, file_name, markdown, tables
+from etude.study.tables import basis, count_of, estimate, file_name, markdown, tables
 from etude.training.checkpoint import atomic_write_text
 
 QUANTITIES = ("base", "ode", "sde", "improvement", "gap")
@@ -33,7 +33,7 @@ def write_results(study: Study, directory: StudyDirectory) -> Path:
     """
     if not directory.root.is_dir():
         raise EtudeError(f"'{directory.root}' is not a directory: run the study first.")
-    results = collect(study, directory)
+    results, unusable = collect(study, directory)
     found = analyse(study, results)
     rows = found.pop("rows")
     atomic_write_text(directory.root / "results.json", json.dumps({**found, "rows": rows}, ensure_ascii=False) + "\n")
@@ -42,7 +42,7 @@ def write_results(study: Study, directory: StudyDirectory) -> Path:
     curves, steps = _curves(found), _steps(found)
     _write_figures(directory.root / "figures", figure_files(curves, steps))
     target = directory.root / "report.html"
-    atomic_write_text(target, render(found, curves, steps, pictures(results, directory), study.text))
+    atomic_write_text(target, render(found, curves, steps, pictures(results, directory), unusable, study.text))
     return target
 
 
@@ -99,7 +99,14 @@ def _short(value: Any) -> Any:
     return f"{value:.7g}" if isinstance(value, float) else value
 
 
-def render(found: Row, curves: list[Curves], steps: dict[str, figures.Panel], shown: list[Any], text: str) -> str:
+def render(
+    found: Row,
+    curves: list[Curves],
+    steps: dict[str, figures.Panel],
+    shown: list[Any],
+    unusable: dict[str, str],
+    text: str,
+) -> str:
     """The page."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
@@ -124,6 +131,7 @@ def render(found: Row, curves: list[Curves], steps: dict[str, figures.Panel], sh
         steps=list(steps.values()),
         matrix=[(table, figures.shade(each)) for table, each in zip(matrices, found["matrix"], strict=True)],
         pictures=shown,
+        unusable=unusable,
         text=text,
     )
 
@@ -134,13 +142,23 @@ def sentences(found: Row) -> list[str]:
     for reward in _rewards(found):
         members = [c for c in found["conditions"] if reward in c["trained"]]
         best = max(members, key=lambda c: _final(c, reward)["improvement"]["mean"])
-        gain = estimate(_final(best, reward)["improvement"], True)
-        said.append(f"{reward}: the largest improvement is {gain}, of {best['label']}.")
+        improvement = _final(best, reward)["improvement"]
+        gain = f"{estimate(improvement, True)}, of {best['label']}"
+        if improvement["low"] > 0:
+            among = f" (of {len(members)} conditions)" if len(members) > 1 else ""
+            said.append(f"{reward}: the largest mean improvement{among} is {gain}.")
+        else:
+            said.append(f"{reward}: no condition surely improved; the largest mean is {gain}.")
     if found["comparisons"]:
-        sure = [row for row in found["comparisons"] if row["p_holm"] is not None and row["p_holm"] < 0.05]
+        sure = [row for row in found["comparisons"] if (row["difference"]["p_holm"] or 1.0) < 0.05]
         listed = "; ".join(f"{row['label']} ({estimate(row['difference'], True)})" for row in sure)
-        count = f"{len(sure)} of {len(found['comparisons'])} comparisons with the baseline hold after Holm's correction at 5 %"
+        number = count_of(len(found["comparisons"]), "comparison")
+        count = f"Sure at 5 % after Holm's correction: {len(sure)} of {number} with the baseline"
         said.append(f"{count}{': ' + listed if listed else ''}.")
+    elif len(found["conditions"]) > 1:
+        said.append(
+            "Nothing is compared: no condition has the values of the study's baseline and agrees with another in the rest."
+        )
     return said
 
 
@@ -152,11 +170,14 @@ def pictures(results: list[CellResult], directory: StudyDirectory) -> list[tuple
         chosen = [(c, r) for c in members for r in c.results if r.cell.config.seed == seed]
         strips = [directory.cell(r.cell) / "samples" / "study.png" for _, r in chosen]
         base = chosen[0][1].base_image
-        if len(chosen) < 2 or base is None or not all(path.is_file() for path in strips):
+        if len(chosen) < 2 or base is None:
             continue
-        columns = [
-            _images(path, chosen[0][1].cell.measurement.shown) for path in (directory.root / "base" / base, *strips)
-        ]
+        measurement = chosen[0][1].cell.measurement
+        count = min(measurement.shown, measurement.num_images)
+        try:
+            columns = [_images(path, count) for path in (directory.root / "base" / base, *strips)]
+        except OSError:  # one is missing or damaged: nothing to set side by side
+            continue
         heads = ["base model", *(_head(c) for c, _ in chosen)]
         prompts, clusters = chosen[0][1].prompts, chosen[0][1].clusters
         rows = [(prompts[clusters[i]], [column[i] for column in columns]) for i in range(min(map(len, columns)))]

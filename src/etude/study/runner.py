@@ -51,12 +51,15 @@ def run_study(
     with GridDisplay(cells, Pace(cells, directory), list(states.values()).count("done"), quiet) as display:
         for cell in cells:
             with directory.claim(cell) as mine:
+                found = directory.progress(cell, look_for_others=False)
                 if not mine:
                     display.skip(cell)
-                elif directory.progress(cell, look_for_others=False).state != "done":
+                elif found.state != "done":
                     failure = _run_cell(cell, directory, display, launcher)
                     if failure is not None:
                         failures[cell.slug] = failure
+                elif states[cell.slug] != "done":
+                    display.found(cell, found.seconds)
     return failures
 
 

@@ -7,6 +7,7 @@ product; `cells` lists single ones. Every combination is run with every seed. Tw
 from __future__ import annotations
 
 import copy
+import difflib
 import hashlib
 import itertools
 import re
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from etude.config import TrainConfig, explain, parse_config, read_tree, set_key
+from etude.config import TrainConfig, explain, leaves, parse_config, read_tree, set_key
 from etude.errors import EtudeError
 from etude.settings import Section
 from etude.yaml_text import parse_yaml, read_yaml_text
@@ -47,7 +48,7 @@ class MeasurementConfig(Section):
 
     num_images: int = Field(128, ge=4, description="Images per sampler, spread over the prompts.")
     prompts: str | None = Field(None, description="Prompts shown; null is the cell's prompts.evaluation.")
-    steps: list[int] | None = Field(None, description="Step counts of the samplers; null is the cell's own number.")
+    steps: list[int] | None = Field(None, description="Further step counts of the samplers, beside the cell's own.")
     matrix: MatrixConfig = MatrixConfig()
     shown: int = Field(8, ge=0, description="Images kept of each cell for the picture that compares them.")
 
@@ -174,6 +175,12 @@ def parse_study(tree: Mapping[str, Any], place: str = "study", text: str = "") -
         if any(cell.slug == other.slug for other in cells):
             raise EtudeError(f"{place}: two different cells would both be called '{cell.slug}'; name what differs.")
         cells.append(cell)
+    known = {key for cell in cells for key, _ in leaves(cell.config.model_dump(mode="json"))}
+    unknown = next((key for key in settings.baseline if key not in known), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`etude recipes --keys` lists the keys."
+        raise EtudeError(f"{place}: baseline names {unknown}, which no cell has: {hint}")
     return Study(settings, tuple(cells), text)
 
 
@@ -227,11 +234,16 @@ def _slug(values: Keys) -> str:
 
 
 def _part(key: str, value: Any) -> str:
-    if key == "rewards":
-        return "+".join(name if weight == 1 else f"{weight:g}{name}" for name, weight in value.items())
+    if key == "rewards" and isinstance(value, dict):
+        return "+".join(name if weight == 1 else f"{_number(weight)}{name}" for name, weight in value.items())
     leaf = key.rpartition(".")[2]
     if isinstance(value, dict):
         return f"{leaf}-{hashlib.sha256(repr(sorted(value.items())).encode()).hexdigest()[:8]}"
     if isinstance(value, str) and leaf == "kernel":
         return value
-    return f"{leaf}-{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else f"{leaf}-{value}"
+    return f"{leaf}-{_number(value)}"
+
+
+def _number(value: Any) -> str:
+    """Shortest, if it is one."""
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

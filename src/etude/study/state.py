@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from etude.config import TrainConfig, difference, load_config
-from etude.errors import EtudeError
+from etude.errors import EtudeError, brief
 from etude.study.spec import Cell
 from etude.training.lock import taken
 
@@ -61,7 +61,13 @@ class StudyDirectory:
         return self.root / "failures" / f"{cell.slug}.txt"
 
     def progress(self, cell: Cell, look_for_others: bool = True) -> Progress:
-        """How far the cell has come."""
+        """How far the cell has come; one whose files are damaged, or hold a run of another configuration, has failed."""
+        try:
+            return self._progress(cell, look_for_others)
+        except EtudeError as error:
+            return Progress("failed", 0, 0.0, brief(error))
+
+    def _progress(self, cell: Cell, look_for_others: bool) -> Progress:
         run = self.cell(cell)
         iteration, seconds = _metrics(run / "metrics.jsonl")
         if look_for_others and self._claimed(cell):
@@ -74,7 +80,8 @@ class StudyDirectory:
         measured = read_json(self.scores(cell)) if self.scores(cell).is_file() else {}
         if measured.get("measurement") != cell.measurement.model_dump(mode="json"):
             return Progress("trained", iteration, seconds)
-        return Progress("done", iteration, seconds + measured["seconds"])
+        self.check(cell)
+        return Progress("done", iteration, seconds + measured.get("seconds", 0.0))
 
     def check(self, cell: Cell) -> None:
         """Refuses a run of another configuration: the file was changed after the cell had begun.
@@ -94,17 +101,17 @@ class StudyDirectory:
             )
 
     @contextmanager
-    def claim(self, cell: Cell) -> Iterator[bool]:
+    def claim(self, cell: Cell, patient: bool = True) -> Iterator[bool]:
         """Whether this process may work on the cell; the claim ends with the process, however that ends."""
         path = self.root / ".claims" / cell.slug
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
-            yield taken(file.fileno())
+            yield taken(file.fileno(), patient)
 
     def _claimed(self, cell: Cell) -> bool:
         if not (self.root / ".claims" / cell.slug).is_file():
             return False
-        with self.claim(cell) as free:
+        with self.claim(cell, patient=False) as free:
             return not free
 
 
@@ -141,7 +148,10 @@ def _metrics(path: Path) -> tuple[int, float]:
     if not path.is_file():
         return 0, 0.0
     iteration, seconds = 0, 0.0
-    for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        row = json.loads(line)
-        iteration, seconds = row["iteration"], seconds + row["seconds"]["total"]
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            iteration, seconds = int(row["iteration"]), seconds + float(row["seconds"]["total"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise EtudeError(f"'{path}', line {number} is not a row of metrics ({brief(error)}).") from None
     return iteration, seconds

@@ -122,6 +122,8 @@ def _results(found: Row, reward: str) -> Table:
             cells += [estimate(e["improvement"], True), estimate(e["gap"], True), str(len(condition["seeds"]))]
             rows.append([_at(condition["label"], condition["steps"], int(steps)), *cells])
     note = "improvement: ODE of the tuned minus ODE of the base model. gap: ODE minus SDE, both of the tuned model."
+    if any(reward in c["trained"] and c["eta"] is None for c in found["conditions"]):
+        note += " Where η moves, the SDE is the one of the last iteration."
     columns = ["condition", "ODE, base", "ODE", "SDE", "improvement", "gap", "seeds"]
     return Table(f"Trained on {reward}", note, columns, rows)
 
@@ -136,13 +138,13 @@ def _comparisons(found: Row) -> Table | None:
             estimate(row["difference"], True),
             "–" if row["effect_size"] is None else f"{row['effect_size']:+.2f}".replace("-", "−"),
             p_value(row["difference"]["p"]),
-            p_value(row["p_holm"]),
+            p_value(row["difference"]["p_holm"]),
         ]
         for row in found["comparisons"]
     ]
     note = (
         "Difference of the ODE rewards, paired by seed, prompt and noise. Effect size: in standard deviations of the base model's "
-        f"images. p adjusted by Holm's method for these {len(rows)} comparisons."
+        f"images. p adjusted by Holm's method for {'these ' if len(rows) > 1 else ''}{count_of(len(rows), 'comparison')}."
     )
     return Table(
         "Against the baseline", note, ["condition", "against", "difference", "effect size", "p", "p, Holm"], rows
@@ -153,12 +155,15 @@ def _best_weights(found: Row) -> Table:
     """What keeping the checkpoint with the best held-out ODE reward brings over keeping the last (`checkpoint.best`)."""
     rows = []
     for c in found["conditions"]:
-        for reward, e in c["estimates"][str(c["steps"])].items():
-            if e["best"] is not None:
-                cells = [estimate(e["ode"]), estimate(e["best"]), estimate(e["best_gain"], True)]
-                rows.append([c["label"], reward, *cells])
-    note = "ODE reward of the last weights and of those that had the best ODE reward on held-out prompts in training, on images that chose neither."
-    return Table("Best checkpoint", note, ["condition", "chosen by", "last", "best", "best minus last"], rows)
+        kept = c["best_weights"]
+        if kept is not None:
+            cells = [estimate(kept["last"]), estimate(kept["best"]), estimate(kept["gain"], True)]
+            rows.append([c["label"], kept["reward"], *cells, str(len(c["seeds"]))])
+    note = (
+        "ODE reward of the last weights, and of those that had the best ODE reward when training was evaluated; on the measured "
+        "images after the first ones, which are those of that evaluation."
+    )
+    return Table("Best checkpoint", note, ["condition", "chosen by", "last", "best", "best minus last", "seeds"], rows)
 
 
 def _discretisation(found: Row) -> Table | None:
@@ -172,17 +177,27 @@ def _discretisation(found: Row) -> Table | None:
                 row["reward"],
                 estimate(row["base_gap"], True),
                 estimate(row["gap_change"], True),
+                p_value(row["gap_change"] and row["gap_change"]["p_holm"]),
                 "–" if theory is None else f"{theory['total']:+.3f}".replace("-", "−"),
                 "–" if share is None or math.isnan(share) else f"{100 * share:.0f} %",
             ]
         )
     note = (
-        "The gap of the base model is there before any training; what training adds is the change. Theory: the gap of r(x) = −x² for a "
-        "standard normal target with an exact score at the same levels, and the share of it that the steps make (the rest is the wrong "
-        "law at the start). Its size is in its own unit; only how it moves with η and the steps is to be compared."
+        "The base model's gap is there before any training: the steps, the start, the errors of the network and guidance make it. What "
+        "training adds is the change, with p adjusted by Holm's method for all rows. Theory: the gap of r(x) = −x² for a standard normal "
+        "target with an exact score at the same levels, and the share of it that the steps make (the rest is the wrong law at the "
+        "start). Its size is in its own unit; only how it moves with η and the steps is to be compared."
     )
-    columns = ["condition", "reward", "gap of the base model", "change by training", "theory", "made by the steps"]
-    return Table("What the sampler does without training", note, columns, rows) if rows else None
+    columns = [
+        "condition",
+        "reward",
+        "gap before training",
+        "change by training",
+        "p, Holm",
+        "theory",
+        "made by the steps",
+    ]
+    return Table("The gap before training", note, columns, rows) if rows else None
 
 
 def _held_out(found: Row) -> Table | None:
@@ -213,6 +228,10 @@ def best(cells: list[Row | None]) -> int | None:
     """Of the highest mean."""
     means = [-math.inf if cell is None else cell["mean"] for cell in cells]
     return means.index(max(means)) if means and max(means) > -math.inf else None
+
+
+def count_of(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def p_value(p: float | None) -> str:

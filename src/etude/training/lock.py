@@ -50,8 +50,16 @@ def is_held(out: Path) -> bool | None:
         os.close(descriptor)
 
 
-def taken(descriptor: int) -> bool:
-    """Takes the lock of an open file or directory, for as long as it is open; False if another process has it."""
+def taken(descriptor: int, patient: bool = False) -> bool:
+    """Takes the lock of an open file or directory, for as long as it is open; False if another process has it.
+
+    Args:
+        patient: for half a second, so as not to take whoever only looks for the one who works.
+    """
+    for _ in range(PATIENCE if patient else 0):
+        if taken(descriptor):
+            return True
+        time.sleep(0.5 / PATIENCE)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -62,8 +70,5 @@ def taken(descriptor: int) -> bool:
 
 
 def _take(descriptor: int, out: Path) -> None:
-    for _ in range(PATIENCE):
-        if taken(descriptor):
-            return
-        time.sleep(0.5 / PATIENCE)
-    raise EtudeError(f"another process is writing the run in '{out}': wait for it, end it, or give another --out.")
+    if not taken(descriptor, patient=True):
+        raise EtudeError(f"another process is writing the run in '{out}': wait for it, end it, or give another --out.")
