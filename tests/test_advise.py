@@ -17,6 +17,7 @@ from etude.advise import ETAS, Adviser, base_config
 from etude.choosing import (
     MIN_ITERATIONS,
     PILOTS_SHARE,
+    choose_eta,
     choose_smallest,
     deployment_cells,
     pilots,
@@ -94,10 +95,22 @@ def test_the_reasons_say_when_nothing_is_significant() -> None:
     row = {"eta": 0.5, "improvement": nothing.to_dict()}
     cell = {"solver": "unipc", "steps": 5, "evaluations": 5}
     zero = paired_summary(values * 0, CLUSTERS)
-    text = " ".join(reasons(row, {0.5: nothing, 2.0: zero}, None, cell, "alignment"))
+    text = " ".join(reasons(row, {0.5: nothing, 2.0: zero}, True, None, cell, "alignment"))
     assert "no significant difference between eta = 0.5 and eta = 2" in text
     assert "did not surely improve on the base model" in text
     assert "theory" not in text
+    text = " ".join(reasons(row, {0.5: nothing, 2.0: zero}, False, None, cell, "alignment"))
+    assert "No pilot surely improved" in text
+    assert "no significant difference" not in text
+
+
+def test_where_no_pilot_improved_the_eta_nearest_to_one_is_chosen() -> None:
+    noise = np.random.default_rng(0).normal(size=(4, 32))
+    scores = {0.5: noise[0], 1.5: noise[1], 4.0: noise[2]}
+    assert choose_eta(scores, noise[3], CLUSTERS)[0] == 1.5
+    learnt = {eta: values + 9 for eta, values in scores.items()}
+    assert choose_eta(learnt, noise[3], CLUSTERS) == choose_smallest(learnt, CLUSTERS)
+    assert choose_smallest(learnt, CLUSTERS)[0] == 0.5
 
 
 def test_the_settings_are_those_of_the_models_first_recipe_with_gddim() -> None:

@@ -5,7 +5,8 @@
 2. One iteration is timed, and the pilots are sized so that all of them end within the budget.
 3. First round: a short run at every eta. Second round: the better half again with another seed, so that a lucky run does not win.
 4. Every pilot is measured under the ODE on the same prompts and the same noise, which its training never saw. The suggested eta is the smallest
-   that is not significantly worse than the best: less noise means a smaller gap to the ODE, and nothing speaks for more.
+   that is not significantly worse than the best: less noise means a smaller gap to the ODE, and nothing speaks for more. If no pilot surely
+   improved on the base model, nothing tells etas apart, and it is the one nearest to 1.
 5. The pilot at that eta is drawn with several solvers and step counts. The suggestion is the cheapest that surely keeps
    most of the improvement.
 
@@ -28,9 +29,10 @@ from etude.choosing import (
     PILOTS_SHARE,
     SCORE_ERROR,
     Sizes,
-    choose_smallest,
+    choose_eta,
     deployment_cells,
     finalists,
+    improved,
     pilots,
     rank_samplers,
     reasons,
@@ -175,12 +177,14 @@ class Adviser:
             runs[eta, seed + 1] = self._pilot(eta, seed + 1, sizes.iterations, len(etas) + i, total)
         clusters = self.measurement.clusters
         pooled = {eta: np.mean([_array(runs[eta, s], self.reward) for s in (seed, seed + 1)], axis=0) for eta in second}
-        suggested, behind = choose_smallest(pooled, clusters)
+        before = _array(base, self.reward)
+        suggested, behind = choose_eta(pooled, before, clusters)
+        learnt = any(improved(values, before, clusters) for values in pooled.values())
         rows = [self._row(eta, runs, base, behind.get(eta)) for eta in etas]
         left = self.minutes * 60 - (time.monotonic() - started)
         deployment = self._kept("deployment.json", lambda: self._deployment(suggested, base, left, rows))
         spent = sum(part["seconds_spent"] for part in (base, sized, deployment, *runs.values()))
-        advice = self._advice(base, sizes, rows, suggested, behind, deployment, spent / 60)
+        advice = self._advice(base, sizes, rows, suggested, behind, learnt, deployment, spent / 60)
         atomic_write_text(self.out / "advice.json", json.dumps(advice, indent=2) + "\n")
         return advice
 
@@ -355,6 +359,7 @@ class Adviser:
         rows: list[dict[str, Any]],
         suggested: float,
         behind: dict[float, Estimate],
+        learnt: bool,
         deployment: dict[str, Any],
         minutes: float,
     ) -> dict[str, Any]:
@@ -371,7 +376,7 @@ class Adviser:
                 "solver": cell["solver"],
                 "steps": cell["steps"],
             },
-            "reasons": reasons(row, behind, base["theory"], cell, self.reward),
+            "reasons": reasons(row, behind, learnt, base["theory"], cell, self.reward),
             "pilots": rows,
             "deployment": deployment["cells"],
             "theory": base["theory"],

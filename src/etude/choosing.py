@@ -75,6 +75,21 @@ def choose_smallest(scores: dict[float, np.ndarray], clusters: list[int]) -> tup
     return min(key for key, difference in behind.items() if difference.low <= 0), behind
 
 
+def improved(scores: np.ndarray, base: np.ndarray, clusters: list[int]) -> bool:
+    """Whether scores are surely above the base model's of the same noise: the 95 % interval of the paired difference lies above 0."""
+    return paired_summary(scores - base, clusters).low > 0
+
+
+def choose_eta(
+    scores: dict[float, np.ndarray], base: np.ndarray, clusters: list[int]
+) -> tuple[float, dict[float, Estimate]]:
+    """`choose_smallest` if a pilot surely improved on the base model; else nothing tells etas apart, and it is the one nearest to 1."""
+    smallest, behind = choose_smallest(scores, clusters)
+    if any(improved(values, base, clusters) for values in scores.values()):
+        return smallest, behind
+    return min(scores, key=lambda eta: abs(math.log(eta))), behind
+
+
 def deployment_cells(steps: int) -> list[tuple[str, int]]:
     """Solvers and step counts in the order in which they are worth their time; DDIM at the steps of training is first."""
     half = max(2, steps // 2)
@@ -113,12 +128,27 @@ def rank_samplers(
 
 
 def reasons(
-    row: dict[str, Any], behind: dict[float, Estimate], theory: dict[str, Any] | None, cell: dict[str, Any], reward: str
+    row: dict[str, Any],
+    behind: dict[float, Estimate],
+    learnt: bool,
+    theory: dict[str, Any] | None,
+    cell: dict[str, Any],
+    reward: str,
 ) -> list[str]:
-    """Why the suggestion is what it is, and what speaks against trusting it, in sentences."""
+    """Why the suggestion is what it is, and what speaks against trusting it, in sentences.
+
+    Args:
+        learnt: some pilot surely improved on the base model.
+    """
     eta, said = row["eta"], []
     best = min(behind, key=lambda key: abs(behind[key].mean))
-    if eta == best:
+    improvement = Estimate.from_dict(row["improvement"])
+    if not learnt:
+        said.append(
+            f"No pilot surely improved on the base model (at eta = {eta:g}: {improvement}): they were too short to tell etas apart by. Of those "
+            "tried twice the one nearest to 1 is suggested; give a larger --budget."
+        )
+    elif eta == best:
         said.append(
             f"eta = {eta:g} had the highest mean {reward} under the ODE, and no smaller finalist was as good within its interval."
         )
@@ -127,11 +157,9 @@ def reasons(
             f"There is no significant difference between eta = {eta:g} and eta = {best:g}, the highest (it is {behind[eta]} ahead): the smaller "
             "eta is suggested."
         )
-    improvement = Estimate.from_dict(row["improvement"])
-    if improvement.low <= 0:
+    if learnt and improvement.low <= 0:
         said.append(
-            f"The pilots at eta = {eta:g} did not surely improve on the base model ({improvement}): they were too short to tell etas apart by; "
-            "give a larger --budget."
+            f"The pilots at eta = {eta:g} did not surely improve on the base model ({improvement}), others did: give a larger --budget."
         )
     if theory is not None:
         said.append(
