@@ -200,10 +200,11 @@ def test_the_wheel_holds_every_data_file_and_no_stray_ones(tmp_path: Path) -> No
 
 
 def test_the_studies_figures_in_the_documents_are_those_of_the_studies() -> None:
-    made = {path.read_bytes() for path in ROOT.glob("studies/*/results/figures/*.svg")}
-    shown = sorted((ROOT / "docs" / "images" / "study").glob("*.svg"))
+    shown = list((ROOT / "docs" / "images" / "study").iterdir())
     assert shown
-    assert all(path.read_bytes() in made for path in shown)
+    for path in shown:
+        assert path.is_file()
+        assert path.resolve().relative_to(ROOT.resolve() / "studies").parts[1:3] == ("results", "figures")
 
 
 def test_the_embedded_models_fit_their_size() -> None:
