@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from etude.advise import ETAS, Adviser, base_config
+from etude.advise import ETAS, Adviser, _theory, base_config
 from etude.choosing import (
     MIN_ITERATIONS,
     PILOTS_SHARE,
@@ -111,6 +111,14 @@ def test_where_no_pilot_improved_the_eta_nearest_to_one_is_chosen() -> None:
     learnt = {eta: values + 9 for eta, values in scores.items()}
     assert choose_eta(learnt, noise[3], CLUSTERS) == choose_smallest(learnt, CLUSTERS)
     assert choose_smallest(learnt, CLUSTERS)[0] == 0.5
+
+
+def test_the_theory_is_asked_about_rectified_flows_from_pure_noise_too() -> None:
+    sigma = np.linspace(1.0, 0.0, 21)
+    latents = np.random.default_rng(0).normal(size=(64, 8))
+    found = _theory(latents, 1 - sigma, sigma)
+    assert 0 <= found["exact"] <= 3
+    assert 0 <= found["with_error"] <= 3
 
 
 def test_the_settings_are_those_of_the_models_first_recipe_with_gddim() -> None:

@@ -389,11 +389,17 @@ class Adviser:
 
 
 def _theory(latents: np.ndarray, a: np.ndarray, s: np.ndarray) -> dict[str, float]:
-    """The recommended eta on these levels for independent Gaussians with the latents' moments."""
+    """The recommended eta on these levels for independent Gaussians with the latents' moments.
+
+    An error of the noise prediction is not defined at a = 0, where a rectified flow begins: with it the levels begin one step later.
+    """
     chosen = np.linspace(0, latents.shape[1] - 1, min(DIMENSIONS, latents.shape[1])).astype(int)
     law = Gaussian(latents[:, chosen].mean(0), latents[:, chosen].var(0, ddof=1))
     exact = recommended_eta(law, (a, s))
-    wrong = recommended_eta(law, (a, s), score_error=ScoreError(bias=SCORE_ERROR, gain=SCORE_ERROR), known_sign=False)
+    first = int(a[0] == 0)
+    wrong = recommended_eta(
+        law, (a[first:], s[first:]), score_error=ScoreError(bias=SCORE_ERROR, gain=SCORE_ERROR), known_sign=False
+    )
     return {"exact": exact.eta, "with_error": wrong.eta, "mean_variance": float(latents.var(0, ddof=1).mean())}
 
 
