@@ -37,7 +37,7 @@ $(VENV)/.docs: $(NEEDS) | $(BIN)/python
 demo: $(VENV)/.core  ## fine-tune the embedded model, then show the reward gap (a fresh directory in runs/ each time)
 	$(BIN)/etude train emoji-ddpo --out $(DEMO_OUT)
 
-test: $(VENV)/.dev  ## run every test (TESTS=tests/test_kernels.py for one file)
+test: $(VENV)/.dev  ## run every test (TESTS=tests/sampling/test_kernels.py for one file)
 	$(BIN)/python -m pytest $(TESTS)
 
 lint: $(VENV)/.dev  ## check style, formatting and types
@@ -56,12 +56,12 @@ bench: $(VENV)/.dev  ## run every benchmark (BENCH=overhead for one)
 	$(BIN)/python -m benchmarks $(BENCH)
 
 torture: $(VENV)/.dev  ## kill, starve and damage small runs: every resumed one must end with the same bits (minutes)
-	$(BIN)/python tests/torture.py
+	$(BIN)/python tests/support/torture.py
 
 audit: | $(BIN)/python  ## ask PyPI's vulnerability service about every pinned version (AUDIT=--if-reachable passes without it)
 	@test -x $(VENV)/audit/bin/pip-audit || { $(BIN)/python -m venv $(VENV)/audit && \
 		$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) 'pip-audit>=2.9,<3'; }
-	@$(BIN)/python tests/audit.py $(VENV)/audit/bin/pip-audit $(AUDIT)
+	@$(BIN)/python tests/support/audit.py $(VENV)/audit/bin/pip-audit $(AUDIT)
 
 check: AUDIT = --if-reachable
 check: lint docs audit test  ## everything that continuous integration runs

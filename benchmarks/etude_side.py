@@ -21,7 +21,7 @@ from benchmarks.profiled import profile
 from benchmarks.protocol import forget_peak, peak_bytes, serve
 from etude.config import load_config
 from etude.policies.pipeline import PipelinePolicy
-from etude.rollout import Trajectory, rollout
+from etude.sampling.rollout import Trajectory, rollout
 from etude.training.memory_estimate import trajectory_floats
 from etude.training.trainer import Trainer
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from etude.objectives import ppo_loss
-from etude.rollout import denoise
+from etude.learning.objectives import ppo_loss
+from etude.sampling.rollout import denoise
 from etude.training.trainer import Trainer
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from etude.rewards import registry
+from etude.rewards import reward as registry
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from etude.config import TrainConfig
-    from etude.gap import reward_gap
+    from etude.measuring.gap import reward_gap
     from etude.policies import load_policy
     from etude.training.trainer import Trainer
 
@@ -25,7 +25,7 @@ _HOMES = {
     "TrainConfig": "etude.config",
     "Trainer": "etude.training.trainer",
     "load_policy": "etude.policies",
-    "reward_gap": "etude.gap",
+    "reward_gap": "etude.measuring.gap",
 }
 
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from etude.theory import Gaussian, ScoreError, gap_split, recommended_eta
-from etude.theory.figures import FIGURES
-from etude.theory.rewards import QuadraticReward
+from etude.theory.plots import FIGURES
+from etude.theory.reward_functions import QuadraticReward
 
 PAGE = Path(__file__).parents[2] / "docs" / "theory" / "index.md"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from etude.cli.theory import app
 from etude.errors import EtudeError
-from etude.kernels import GDDIM, KERNELS, FlowSDE, equivalent_eta
-from etude.paths import FlowPath, Grid
-from etude.theory.cli import app
+from etude.sampling.kernels import GDDIM, KERNELS, FlowSDE, equivalent_eta
+from etude.sampling.paths import FlowPath, Grid
 from etude.theory.peers import PUBLISHED, peer_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "kernels.md"

@@ -73,10 +73,10 @@ def advise(
     options.check_target(json, "--json")
     with heavy_imports():
         quiet_libraries()
-        from etude.advise import Adviser, base_config
+        from etude.advice.adviser import Adviser, base_config
         from etude.config import parse_rewards
-        from etude.training.checkpoint import atomic_write_text
-        from etude.training.display import make_console
+        from etude.files import atomic_write_text
+        from etude.terminal import make_console
     config = base_config(model, parse_rewards(reward), recipe, overrides or [])
     with (
         tempfile.TemporaryDirectory(prefix="etude-advise-") as temporary,
@@ -145,7 +145,7 @@ def _samplers(advice: dict[str, Any]) -> Table:
 
 
 def _text(estimate: dict[str, Any], signed: bool = True) -> str:
-    from etude.statistics import format_interval
+    from etude.measuring.statistics import format_interval
 
     if estimate["low"] == estimate["high"] == 0:
         return "-"
@@ -186,7 +186,7 @@ class _Progress:
         return self._display()
 
     def _display(self) -> Any:
-        from etude.training.display import SilentDisplay
+        from etude.training.progress import SilentDisplay
 
         bars, inner = self.bars, self.inner
 

@@ -50,9 +50,9 @@ app = typer.Typer(
 
 def _print_version(value: bool) -> None:
     if value:
-        from etude import __version__
+        from importlib.metadata import version as version_of
 
-        typer.echo(f"etude {__version__}")
+        typer.echo(f"etude {version_of('etude')}")
         raise typer.Exit
 
 
@@ -127,7 +127,8 @@ def train(
     config, directory = prepare_run(recipe, [*chosen, *(overrides or [])], out, resume, reward)
     with heavy_imports():
         quiet_libraries()
-        from etude.training.display import SilentDisplay, TrainingDisplay
+        from etude.cli.training_display import TrainingDisplay
+        from etude.training.progress import SilentDisplay
         from etude.training.trainer import Trainer
     if dry_run:
         from etude.policies.loading import policy_of
@@ -156,7 +157,7 @@ def recipes(
     Example: `etude recipes emoji-ddpo > mine.yaml`
     """
     from etude.config import describe_fields, load_config, recipe_names, recipe_text
-    from etude.training.algorithm import essence
+    from etude.config.algorithm import essence
 
     if keys:
         for key, default, text in describe_fields():
@@ -226,7 +227,7 @@ app.command()(advise)
 def theory(ctx: typer.Context) -> None:
     """Closed forms, finite-step laws and bounds of the reward gap; `etude theory --help` lists them."""
     with heavy_imports():
-        from etude.theory.cli import app as theory_app
+        from etude.cli.theory import app as theory_app
     arguments = [argument for argument in ctx.args if argument != "--debug"]
     remember_debug(ctx, len(arguments) < len(ctx.args))
     command = typer.main.get_command(theory_app)

@@ -10,7 +10,7 @@ import typer
 
 from etude.cli import options
 from etude.cli.errors import Debug
-from etude.cli.sampler import choose_sampler
+from etude.cli.run_settings import choose_sampler
 from etude.cli.waiting import heavy_imports, progress, quiet_libraries
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def gap(
     )
     with heavy_imports():
         quiet_libraries()
-        from etude.gap import reward_gap
-        from etude.training.checkpoint import atomic_write_text
+        from etude.files import atomic_write_text
+        from etude.measuring.gap import reward_gap
     options.check_names(sampler.kernel)
     with progress("sampling") as (start, step):
         report = reward_gap(
@@ -96,7 +96,7 @@ def gap(
             on_step=step,
             **asdict(sampler),
         )
-    from etude.training.display import make_console
+    from etude.terminal import make_console
 
     make_console().print(_table(report.rows))
     if json is not None:
@@ -106,7 +106,7 @@ def gap(
 def _table(rows: list[dict[str, Any]]) -> Table:
     from rich.table import Table
 
-    from etude.statistics import format_interval
+    from etude.measuring.statistics import format_interval
 
     quantities = [q for q in ("ode", "sde", "gap", "improvement") if q in rows[0]]
     titles = {"ode": "ODE", "sde": "SDE", "gap": "gap (ODE - SDE)", "improvement": "improvement (ODE)"}

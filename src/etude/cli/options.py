@@ -108,12 +108,12 @@ Seed = Annotated[int, typer.Option(min=0, help="Keys the noise; the same seed gi
 def check_names(kernel: str, solver: str | None = None) -> None:
     """Finds out before a model is loaded whether the samplers exist."""
     from etude.errors import unknown
-    from etude.kernels import KERNELS
+    from etude.sampling.kernels import KERNELS
 
     if kernel not in KERNELS:
         raise unknown("kernel", kernel, KERNELS)
     if solver is not None:
-        from etude.solvers import SOLVERS
+        from etude.sampling.solvers import SOLVERS
 
         if solver not in SOLVERS:
             raise unknown("solver", solver, SOLVERS)

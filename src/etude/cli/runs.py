@@ -42,7 +42,7 @@ def prepare_run(
 def _resumed_config(recipe: str | None, overrides: list[str], weights: dict[str, float], out: Path) -> TrainConfig:
     """The configuration of the run in `out`; what the user gave beside it must agree with it."""
     from etude.config import difference, load_config
-    from etude.training.run_directory import holds_something
+    from etude.runs.layout import holds_something
 
     stored = out / "config.yaml"
     if not stored.is_file():

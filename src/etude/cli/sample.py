@@ -12,13 +12,13 @@ import typer
 
 from etude.cli import options
 from etude.cli.errors import Debug, UsageError
-from etude.cli.sampler import Sampler, choose_sampler
+from etude.cli.run_settings import Sampler, choose_sampler
 from etude.cli.waiting import heavy_imports, progress, quiet_libraries
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from etude.policies import Policy
+    from etude.policies import TrainablePolicy
 
 
 def sample(
@@ -83,9 +83,9 @@ def sample(
         quiet_libraries()
         import torch
 
+        from etude.files import atomic_write_bytes
         from etude.policies import load_policy
         from etude.report.grids import image_grid
-        from etude.training.checkpoint import atomic_write_bytes
     options.check_names(sampler.kernel, solver)
     policy = load_policy(
         model,
@@ -112,16 +112,18 @@ def sample(
     typer.echo(str(out))
 
 
-def _drawings(policy: Policy, solver: str | None, sampler: Sampler) -> list[tuple[str, int, Callable[..., Tensor]]]:
+def _drawings(
+    policy: TrainablePolicy, solver: str | None, sampler: Sampler
+) -> list[tuple[str, int, Callable[..., Tensor]]]:
     """Each row of images: its label, the network evaluations of an image, and what draws it.
 
     Every eta is checked on the model's own levels before the first row is drawn.
     """
-    from etude.sampling import make_plan, sample_images
+    from etude.sampling.sampler import make_plan, sample_images
 
     (steps,) = sampler.steps
     if solver is not None:
-        from etude.solvers import SOLVERS, sample_with_solver
+        from etude.sampling.solvers import SOLVERS, sample_with_solver
 
         return [
             (solver, SOLVERS[solver].evaluations(steps), partial(sample_with_solver, solver=solver, num_steps=steps))

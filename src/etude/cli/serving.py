@@ -40,7 +40,7 @@ def serve_reward(
     """
     with heavy_imports():
         quiet_libraries()
-        from etude.rewards.server import address, prepare, server_token
+        from etude.rewards.remote.server import address, prepare, server_token
     server, sock = prepare(
         name, host, port, server_token(token_env), insecure=insecure, max_request_bytes=max_request_mb << 20
     )

@@ -12,8 +12,8 @@ from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.errors import EtudeError
 
 if TYPE_CHECKING:
-    from etude.study.spec import Cell
-    from etude.study.state import StudyDirectory
+    from etude.study.directory import StudyDirectory
+    from etude.study.study_file import Cell
 
 
 STUDY_FILE = "study.yaml"
@@ -49,13 +49,13 @@ def study(
 
     Example: `etude study studies/eta/study.yaml --out runs/eta`
     """
-    from etude.study.spec import load_study
+    from etude.study.study_file import load_study
 
     loaded = load_study(file)
     with heavy_imports():
         quiet_libraries()
+        from etude.study.directory import StudyDirectory
         from etude.study.runner import run_study, select
-        from etude.study.state import StudyDirectory
     directory = StudyDirectory(out or Path("runs", file.parent.name if file.stem == "study" else file.stem))
     if directory.root.exists() and not directory.root.is_dir():
         raise EtudeError(f"--out '{directory.root}' is a file; give a directory.")
@@ -64,7 +64,7 @@ def study(
         _print_cells(cells, directory)
         return
     failures = {} if report_only else run_study(loaded, cells, directory, launcher, quiet)
-    from etude.study.page import write_results
+    from etude.study.study_page import write_results
 
     report = write_results(loaded, directory)
     if not quiet:
@@ -79,20 +79,19 @@ def study(
 
 def rebuild(directory: Path) -> Path:
     """Writes tables, figures and the page of a study from its directory alone; returns the page's path."""
-    from etude.study.spec import load_study
+    from etude.study.study_file import load_study
 
     loaded = load_study(directory / STUDY_FILE)
     with heavy_imports():
-        from etude.study.page import write_results
-        from etude.study.state import StudyDirectory
+        from etude.study.directory import StudyDirectory
+        from etude.study.study_page import write_results
     return write_results(loaded, StudyDirectory(directory))
 
 
 def _print_cells(cells: list[Cell], directory: StudyDirectory) -> None:
     from rich.table import Table
 
-    from etude.study.display import clock
-    from etude.training.display import make_console
+    from etude.terminal import clock, make_console
 
     table = Table("cell", "grid", "state", "iterations", "time", box=None)
     for cell in cells:

@@ -11,7 +11,7 @@ from typing import Any
 @contextmanager
 def heavy_imports() -> Iterator[None]:
     """Says on a terminal that something happens while torch loads."""
-    from etude.training.display import make_console
+    from etude.terminal import make_console
 
     console = make_console(stderr=True)
     with console.status("loading") if console.is_terminal else nullcontext():
@@ -36,7 +36,7 @@ def progress(title: str) -> Iterator[tuple[Any, Any]]:
     """A bar on stderr where that is a terminal; yields what to call with the total and with each advance."""
     from rich.progress import Progress
 
-    from etude.training.display import make_console
+    from etude.terminal import make_console
 
     console = make_console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:

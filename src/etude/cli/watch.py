@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.table import Table
 
-    from etude.report.run import Run
+    from etude.runs.reader import Run
 
 SHOWN = 40
 """Iterations of which the course is drawn."""
@@ -59,7 +59,7 @@ def watch(
     """
     from rich.live import Live
 
-    from etude.training.display import make_console
+    from etude.terminal import make_console
 
     console = make_console()
     if once:
@@ -87,12 +87,12 @@ class State:
 
     Attributes:
         run: None before the run has begun.
-        held: whether a process is writing it; None where the file system does not tell.
+        locked: whether a process is writing it; None where the file system does not tell.
     """
 
     directory: Path
     run: Run | None
-    held: bool | None
+    locked: bool | None
 
     @property
     def iteration(self) -> int:
@@ -101,12 +101,12 @@ class State:
 
     @property
     def finished(self) -> bool:
-        return self.run is not None and not self.held and self.run.summary.get("iterations") == self.iteration >= 0
+        return self.run is not None and not self.locked and self.run.summary.get("iterations") == self.iteration >= 0
 
     @property
     def over(self) -> bool:
         """Whether nothing more will come; a run that nobody writes is over once it has begun."""
-        return self.finished or (self.run is not None and self.held is False)
+        return self.finished or (self.run is not None and self.locked is False)
 
     @property
     def words(self) -> str:
@@ -123,12 +123,12 @@ def look(directory: Path) -> State:
     Raises:
         EtudeError: a file of it is damaged.
     """
-    from etude.report.run import read_run
-    from etude.training.lock import is_held
+    from etude.files import is_locked
+    from etude.runs.reader import read_run
 
-    held = is_held(directory)  # first: what was written before the end is then surely seen
+    locked = is_locked(directory)  # first: what was written before the end is then surely seen
     begun = (directory / "config.yaml").is_file()
-    return State(directory, read_run(directory) if begun else None, held)
+    return State(directory, read_run(directory) if begun else None, locked)
 
 
 def view(state: State) -> Group:
@@ -141,11 +141,11 @@ def view(state: State) -> Group:
         return Group(Text(f"{state.directory}: {state.words}", style="dim"))
     from rich.progress_bar import ProgressBar
 
+    from etude.terminal import clock
+
     total = state.run.config.get("iterations", 0)
     line = Table.grid(padding=(0, 2, 0, 0))
-    left = (
-        "" if state.over or state.iteration < 1 else f"{_duration(_pace(state.run) * (total - state.iteration))} left"
-    )
+    left = "" if state.over or state.iteration < 1 else f"{clock(_pace(state.run) * (total - state.iteration))} left"
     line.add_row(
         f"iteration {max(0, state.iteration)}/{total}",
         ProgressBar(total=total, completed=max(0, state.iteration), width=40),
@@ -173,8 +173,8 @@ def _looks(directory: Path, every: float) -> Iterator[State]:
 
 def _lines(directory: Path, every: float, console: Any) -> State:
     """Where there is no terminal: a line for each iteration, as the run itself would print it. Returns the last look."""
+    from etude.cli.training_display import TrainingDisplay
     from etude.config import parse_config
-    from etude.training.display import TrainingDisplay
 
     display, seen, clock = None, -1, [0.0]
     for state in _looks(directory, every):
@@ -194,16 +194,18 @@ def _lines(directory: Path, every: float, console: Any) -> State:
 
 def _essence(run: Run) -> str:
     from etude.config import parse_config
-    from etude.training.algorithm import essence
+    from etude.config.algorithm import essence
 
     return essence(parse_config(run.config, f"the configuration in '{run.directory}'"))
 
 
 def _rewards(run: Run) -> Table:
-    from etude.statistics import format_interval
+    from etude.measuring.statistics import format_interval
 
     last, at = run.rows[-1].get("reward") or {}, run.evaluations[-1] if run.evaluations else (0, {})
-    table = _table("reward", "training mean", "std", "course", "held-out ODE", "SDE", "gap (ODE - SDE)", "improvement")
+    table = _table(
+        "reward", "training mean", "std", "course", "locked-out ODE", "SDE", "gap (ODE - SDE)", "improvement"
+    )
     for name in run.rewards:
         trained = last.get(name, {})
         cells = [_number(trained.get("mean")), _number(trained.get("std")), _course(run, "reward", name, "mean")]
@@ -212,7 +214,7 @@ def _rewards(run: Run) -> Table:
             signed = quantity in {"gap", "improvement"}
             cells.append(format_interval(found["mean"], found["low"], found["high"], signed) if found else "-")
         table.add_row(name, *cells)
-    table.caption = f"held-out figures of iteration {at[0]}, with 95 % intervals"
+    table.caption = f"locked-out figures of iteration {at[0]}, with 95 % intervals"
     table.caption_justify = "left"
     return table
 
@@ -263,9 +265,3 @@ def _number(value: Any) -> str:
 
 def _continues(directory: Path) -> str:
     return f"`etude train --resume --out {shlex.quote(str(directory))}` continues it"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from etude.policies.base import Conditioning, Policy
 from etude.policies.loading import load_policy
+from etude.policies.trainable import TrainablePolicy
+from etude.sampling.model import Conditioning, Policy
 
-__all__ = ["Conditioning", "Policy", "load_policy"]
+__all__ = ["Conditioning", "Policy", "TrainablePolicy", "load_policy"]

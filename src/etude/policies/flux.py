@@ -11,8 +11,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from etude.errors import EtudeError
-from etude.paths import FlowPath, Grid
 from etude.policies.pipeline import PipelinePolicy
+from etude.sampling.paths import FlowPath, Grid
 
 LONGEST_PROMPT = 512
 """Tokens of the pipeline's own `max_sequence_length`, and the most that it takes."""

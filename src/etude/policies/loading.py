@@ -13,19 +13,19 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from etude import zoo
+from etude.batching import is_out_of_memory
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief, brief_value, unknown
-from etude.micro_batches import is_out_of_memory
-from etude.paths import is_flow_config
-from etude.policies.base import Policy
 from etude.policies.outline import LIBRARIES, outline_pipeline
 from etude.policies.single_file import configuration, is_single_file, load_single_file
+from etude.policies.trainable import TrainablePolicy
+from etude.sampling.paths import is_flow_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FAMILIES = {
     "StableDiffusionPipeline": "etude.policies.stable_diffusion:StableDiffusionPolicy",
     "StableDiffusionXLPipeline": "etude.policies.stable_diffusion_xl:StableDiffusionXLPolicy",
-    "StableDiffusion3Pipeline": "etude.policies.stable_diffusion_3:StableDiffusion3Policy",
+    "StableDiffusion3Pipeline": "etude.policies.stable_diffusion_3:StableDiffusion3TrainablePolicy",
     "FluxPipeline": "etude.policies.flux:FluxPolicy",
 }
 """Pipeline classes that have an adapter, and where it is."""
@@ -44,7 +44,7 @@ def load_policy(
     outline: bool = False,
     shift: float | None = None,
     variant: str | None = None,
-) -> Policy:
+) -> TrainablePolicy:
     """Loads a model for sampling, and an exported adapter on top of it.
 
     Args:
@@ -102,14 +102,16 @@ def load_policy(
         if shift is not None:
             _shift(pipeline, shift, model)
         limits = {} if prompt_cache_mb is None else {"prompt_cache_mb": prompt_cache_mb}
-        policy: Policy = adapter(pipeline, DTYPES[dtype], target, resolution, decode_batch_size, offload, **limits)
+        policy: TrainablePolicy = adapter(
+            pipeline, DTYPES[dtype], target, resolution, decode_batch_size, offload, **limits
+        )
     policy.shift, policy.revision = shift, commit
     if lora is not None:
         _load_lora(policy, Path(expanduser(lora)))
     return policy
 
 
-def policy_of(config: TrainConfig, device: torch.device | str | None = None, outline: bool = False) -> Policy:
+def policy_of(config: TrainConfig, device: torch.device | str | None = None, outline: bool = False) -> TrainablePolicy:
     """The model of a run, as its configuration wants it loaded, or its outline."""
     return load_policy(
         config.model,
@@ -211,7 +213,7 @@ def _check_libraries(model: str | Path, index: Mapping[str, Any], left_out: Mapp
             )
 
 
-def _load_lora(policy: Policy, directory: Path) -> None:
+def _load_lora(policy: TrainablePolicy, directory: Path) -> None:
     try:
         policy.load_lora(directory)
     except EtudeError:

@@ -10,13 +10,17 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from etude.errors import EtudeError
+
+if TYPE_CHECKING:
+    from etude.policies.trainable import TrainablePolicy
+
 
 LIBRARIES = ("diffusers", "transformers")
 
@@ -105,3 +109,9 @@ def _replace(network: nn.Module, change: Callable[[Tensor], Tensor], recurse: bo
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else change(buffer)
     return network
+
+
+def fake_mode(policy: TrainablePolicy) -> FakeTensorMode | None:
+    """The mode of a model's outline; None for a model with weights."""
+    modes = (getattr(parameter, "fake_mode", None) for parameter in policy.network.parameters())
+    return next((mode for mode in modes if mode is not None), None)

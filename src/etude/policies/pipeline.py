@@ -20,13 +20,14 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from etude.batching import MicroBatch, Progress
 from etude.config import LoraConfig
 from etude.errors import EtudeError
-from etude.micro_batches import MicroBatch, Progress
-from etude.paths import FlowPath, VPPath
 from etude.policies.adapter_file import WEIGHTS, check_taken, read_adapter
-from etude.policies.base import Conditioning, Policy
 from etude.policies.prompt_cache import Key, PromptCache
+from etude.policies.trainable import TrainablePolicy
+from etude.sampling.model import Conditioning
+from etude.sampling.paths import FlowPath, VPPath
 
 ADAPTER = "default"
 DECODED_PIXELS = 2**21
@@ -35,7 +36,7 @@ PROMPT_CACHE_MB = 4096
 """MiB of encoded prompts that are kept: 1,000 of FLUX in bfloat16, 18,000 of SD1.5 in float32."""
 
 
-class PipelinePolicy(Policy):
+class PipelinePolicy(TrainablePolicy):
     """A diffusers pipeline with a `unet` or a `transformer` as a policy.
 
     Args:

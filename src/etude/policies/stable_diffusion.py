@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from etude.errors import EtudeError
-from etude.paths import VPPath
 from etude.policies.pipeline import PipelinePolicy
+from etude.sampling.paths import VPPath
 
 
 class StableDiffusionPolicy(PipelinePolicy):

@@ -8,8 +8,8 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from torch import Tensor
 
 from etude.errors import EtudeError
-from etude.paths import FlowPath, Grid
 from etude.policies.pipeline import PipelinePolicy
+from etude.sampling.paths import FlowPath, Grid
 
 LONGEST_PROMPT = 256
 """Tokens of the pipeline's own `max_sequence_length`."""

@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from etude.etas import eta_text, setting_text
-from etude.report.run import Interval, Run, read_run
+from etude.config.algorithm import algorithm
+from etude.measuring.statistics import format_interval
 from etude.rewards import WEIGHTED_SUM
-from etude.statistics import format_interval
-from etude.training.algorithm import algorithm
+from etude.runs.reader import Interval, Run, read_run
+from etude.sampling.etas import eta_text, setting_text
 
 if TYPE_CHECKING:
     from etude.report.figures import Line
@@ -53,7 +53,7 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         EtudeError: if the directory is not a run, or one of its files cannot be understood.
     """
-    from etude.training.checkpoint import atomic_write_text
+    from etude.files import atomic_write_text
 
     run_dir = Path(run_dir)
     html = render(read_run(run_dir))

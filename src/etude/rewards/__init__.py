@@ -6,8 +6,8 @@ path `package.module:attribute`. Nothing is imported before it is asked for by n
 
 from __future__ import annotations
 
-from etude.rewards.registry import Reward, get, names, register, register_factory
-from etude.rewards.scoring import WEIGHTED_SUM, Scoring, WeightedRewards, revisions, score, score_all
+from etude.rewards.reward import WEIGHTED_SUM, Reward, get, names, register, register_factory
+from etude.rewards.scoring import Scoring, WeightedRewards, revisions, score, score_all
 
 __all__ = [
     "WEIGHTED_SUM",

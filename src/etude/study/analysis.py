@@ -11,10 +11,10 @@ from etude.config import leaves
 from etude.errors import EtudeError
 from etude.study.collect import SAMPLER_KEYS, CellResult, Condition, conditions, families, sampler_label
 from etude.study.inference import Effect, effect, holm
-from etude.study.spec import Study
-from etude.theory.gap import gap_split
+from etude.study.study_file import Study
+from etude.theory.exact_gap import gap_split
 from etude.theory.levels import explicit
-from etude.theory.rewards import QuadraticReward
+from etude.theory.reward_functions import QuadraticReward
 from etude.theory.targets import Gaussian
 
 _THEORY_KERNELS = ("gddim", "ddim")

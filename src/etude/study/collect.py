@@ -9,13 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from etude.config import TrainConfig, leaves
+from etude.config.sections import PromptsConfig
 from etude.errors import EtudeError, brief
-from etude.etas import eta_text
-from etude.report.run import read_run
-from etude.rewards.scoring import WEIGHTED_SUM
-from etude.settings import PromptsConfig
-from etude.study.spec import Cell, Study
-from etude.study.state import StudyDirectory, read_json
+from etude.rewards.reward import WEIGHTED_SUM
+from etude.runs.reader import read_run
+from etude.sampling.etas import eta_text
+from etude.study.directory import StudyDirectory, read_json
+from etude.study.study_file import Cell, Study
 
 _WATCHING = ("evaluation.every", "evaluation.num_images", "evaluation.held_out_rewards", "evaluation.grid_images")
 _NOT_A_CONDITION = (*_WATCHING, "checkpoint.", "memory.", "trackers")

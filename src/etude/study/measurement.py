@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 from etude.config import TrainConfig
-from etude.etas import Etas, compact, eta_text
-from etude.gap import Protocol
-from etude.policies import Policy, load_policy
+from etude.files import atomic_write_bytes, atomic_write_text
+from etude.measuring.gap import Protocol
+from etude.policies import TrainablePolicy, load_policy
 from etude.policies.loading import policy_of
 from etude.prompts import load_prompts
 from etude.rewards import WeightedRewards
-from etude.solvers import sample_with_solver
-from etude.study.spec import Cell, MeasurementConfig
-from etude.study.state import StudyDirectory, read_json
-from etude.training.artifacts import BEST
-from etude.training.checkpoint import atomic_write_bytes, atomic_write_text
+from etude.runs.layout import BEST
+from etude.sampling.etas import compact, eta_text
+from etude.sampling.solvers import sample_with_solver
+from etude.study.directory import StudyDirectory, read_json
+from etude.study.study_file import Cell, MeasurementConfig
 
 Scores = dict[str, list[float]]
 
@@ -55,7 +55,7 @@ class Sampler:
         eta = list(self.eta) if isinstance(self.eta, tuple) else self.eta
         return {"kind": self.kind, "sampler": self.name, "eta": eta, "steps": self.steps}
 
-    def draw(self, policy: Policy, protocol: Protocol) -> Tensor:
+    def draw(self, policy: TrainablePolicy, protocol: Protocol) -> Tensor:
         """uint8 images `[n, 3, h, w]`; image i starts from the same noise under every sampler."""
         if self.kind != "solver":
             return protocol.images(policy, self.eta, self.steps)
@@ -72,7 +72,7 @@ def samplers(config: TrainConfig, measurement: MeasurementConfig) -> list[Sample
     The SDE of training is that of the last iteration. A list of etas, one for each step, has none at another step count.
     """
     own = config.evaluation.num_steps or config.sampling.num_steps
-    etas = Etas.of(config.sampling, config.iterations)
+    etas = config.sampling.etas(config.iterations)
     found = []
     for steps in dict.fromkeys([own, *(measurement.steps or [])]):
         found.append(Sampler("ode", "ode", 0.0, steps))
@@ -149,7 +149,7 @@ class Base:
     def __init__(self, cell: Cell, directory: StudyDirectory) -> None:
         config, self.root = cell.config, directory.root / "base"
         self.config, self.image = config, None if cell.measurement.shown == 0 else ""
-        self._policy: Policy | None = None
+        self._policy: TrainablePolicy | None = None
         summed = dict(sorted(config.rewards.items())) if len(config.rewards) > 1 else None
         self._key = {
             "model": [config.model, config.pipeline_config, config.resolution, config.dtype, config.variant],
@@ -192,11 +192,11 @@ def strip(images: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def _tuned(config: TrainConfig, run: Path, suffix: str = "") -> Policy:
+def _tuned(config: TrainConfig, run: Path, suffix: str = "") -> TrainablePolicy:
     """The model as the run left it, or with the suffix of the best weights as it was at its best."""
     if not config.lora.rank:
         return load_policy(run / f"model{suffix}", dtype=config.dtype, resolution=config.resolution)
-    policy: Policy = policy_of(config)
+    policy: TrainablePolicy = policy_of(config)
     policy.load_lora(run / f"lora{suffix}")
     return policy
 
@@ -208,7 +208,7 @@ def _best(config: TrainConfig, run: Path, sampler: Sampler, protocol: Protocol) 
     return _scores(protocol, sampler.draw(_tuned(config, run, BEST), protocol))
 
 
-def _levels(policy: Policy, steps: int) -> dict[str, list[float]]:
+def _levels(policy: TrainablePolicy, steps: int) -> dict[str, list[float]]:
     """Signal and noise at the levels that the samplers visit."""
     grid = policy.grid(steps)
     return {"a": grid.a.tolist(), "s": grid.s.tolist()}

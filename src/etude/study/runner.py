@@ -10,11 +10,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from etude.errors import EtudeError, brief
-from etude.study.display import GridDisplay, Pace
+from etude.files import atomic_write_text
+from etude.study.directory import StudyDirectory
+from etude.study.grid_display import GridDisplay, Pace
 from etude.study.measurement import measure
-from etude.study.spec import Cell, Study
-from etude.study.state import StudyDirectory
-from etude.training.checkpoint import atomic_write_text
+from etude.study.study_file import Cell, Study
 
 
 def select(study: Study, pattern: str | None) -> list[Cell]:

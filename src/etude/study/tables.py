@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from etude.statistics import format_interval
+from etude.measuring.statistics import format_interval
 
 Row = dict[str, Any]
 

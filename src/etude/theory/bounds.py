@@ -27,10 +27,10 @@ from etude.theory.constants import (
     constants_of,
     pair_expectation,
 )
-from etude.theory.gap import reward_gap
+from etude.theory.continuous_paths import Path, Start, as_path
+from etude.theory.exact_gap import reward_gap
 from etude.theory.gap_types import Reward
 from etude.theory.levels import levels
-from etude.theory.paths import Path, Start, as_path
 from etude.theory.targets import Gaussian, GaussianMixture
 
 

@@ -9,10 +9,10 @@ from scipy.special import logsumexp
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array
+from etude.theory.continuous_paths import Start
 from etude.theory.gap_types import Reward, as_reward
 from etude.theory.line_flow import Components
-from etude.theory.paths import Start
-from etude.theory.rewards import QuadraticReward
+from etude.theory.reward_functions import QuadraticReward
 from etude.theory.targets import Gaussian, GaussianMixture
 
 INFINITE = float("inf")

@@ -9,7 +9,7 @@ import numpy as np
 from etude.errors import EtudeError
 from etude.theory.arrays import Array
 from etude.theory.targets import Gaussian
-from etude.theory.terminal import gaussian
+from etude.theory.terminal_law import gaussian
 
 
 def w2(p: Gaussian, q: Gaussian) -> Any:

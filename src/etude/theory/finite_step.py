@@ -27,7 +27,7 @@ from etude.errors import EtudeError, unknown
 from etude.theory.arrays import Array, Numbers, array, nonnegative, number
 from etude.theory.levels import Levels, levels
 from etude.theory.targets import Gaussian
-from etude.theory.terminal import gaussian
+from etude.theory.terminal_law import gaussian
 
 KERNELS = ("gddim", "ddim", "euler-maruyama")
 

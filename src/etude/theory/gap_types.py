@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 from etude.errors import EtudeError
-from etude.theory.rewards import LipschitzReward, QuadraticReward
+from etude.theory.reward_functions import LipschitzReward, QuadraticReward
 
 Reward: TypeAlias = QuadraticReward | LipschitzReward
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from etude.errors import EtudeError, unknown
 from etude.theory.arrays import Array, Numbers, array, checked, positive, whole
-from etude.theory.paths import VP, Path, Start, as_path
+from etude.theory.continuous_paths import VP, Path, Start, as_path
 
 TABLE_SPACINGS = ("trailing", "leading", "linspace")
 PATH_SPACINGS = ("trailing", "log-snr", "karras")

@@ -24,8 +24,8 @@ from scipy.special import ndtr
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array
+from etude.theory.continuous_paths import Start
 from etude.theory.gap_types import Reward
-from etude.theory.paths import Start
 from etude.theory.targets import GaussianMixture
 
 REACH = 9.0  # the prior's tail beyond 9 deviations weighs 2e-19

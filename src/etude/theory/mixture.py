@@ -8,12 +8,12 @@ import numpy as np
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Numbers, nonnegative, whole
+from etude.theory.continuous_paths import Path, Start, as_path
 from etude.theory.estimate import Estimate
 from etude.theory.gap_types import Reward, as_reward
 from etude.theory.levels import levels
 from etude.theory.line_flow import line_values
 from etude.theory.line_steps import KIND, line_step_gap
-from etude.theory.paths import Path, Start, as_path
 from etude.theory.simulation import Simulated, simulate_continuous, simulate_steps
 from etude.theory.targets import GaussianMixture
 

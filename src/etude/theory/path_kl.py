@@ -21,13 +21,13 @@ import numpy as np
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array, array, nonnegative, positive
+from etude.theory.continuous_paths import as_path
+from etude.theory.exact_gap import is_path
 from etude.theory.finite_step import transfer
-from etude.theory.gap import is_path
 from etude.theory.levels import Levels, levels
-from etude.theory.paths import as_path
-from etude.theory.rewards import QuadraticReward
+from etude.theory.reward_functions import QuadraticReward
 from etude.theory.targets import Gaussian
-from etude.theory.terminal import contraction, gaussian
+from etude.theory.terminal_law import contraction, gaussian
 
 
 def path_kl_optimum(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from etude.errors import EtudeError, unknown
-from etude.kernels import KERNELS, equivalent_eta
-from etude.paths import FlowPath, Grid
+from etude.sampling.kernels import KERNELS, equivalent_eta
+from etude.sampling.paths import FlowPath, Grid
 
 # Who trains with what: the method, the kernel, its published level, and where it is published.
 PUBLISHED = (
@@ -32,7 +32,7 @@ class PeerRow:
 
     Attributes:
         method: who uses it.
-        kernel: its name in `etude.kernels.KERNELS`.
+        kernel: its name in `etude.sampling.kernels.KERNELS`.
         level: its stochasticity, in its own unit.
         small_step: the eta it amounts to as steps at sigma = 0.5 become short.
         etas: the eta with the same std at each of the steps asked for; infinite where GDDIM has it for none.

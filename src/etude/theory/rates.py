@@ -21,10 +21,10 @@ import numpy as np
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array, Numbers, array, nonnegative, number
-from etude.theory.paths import VE, VP, Path, RectifiedFlow
-from etude.theory.rewards import QuadraticReward
+from etude.theory.continuous_paths import VE, VP, Path, RectifiedFlow
+from etude.theory.reward_functions import QuadraticReward
 from etude.theory.targets import Gaussian
-from etude.theory.terminal import gaussian
+from etude.theory.terminal_law import gaussian
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from etude.theory.arrays import Array, array, number, positive
+from etude.theory.continuous_paths import as_path
+from etude.theory.exact_gap import is_path
 from etude.theory.finite_step import ScoreError, as_score_error, finite_step_law, largest_ddim_eta
-from etude.theory.gap import is_path
 from etude.theory.levels import levels
-from etude.theory.paths import as_path
 from etude.theory.score_error import law_in_y_with_error
 from etude.theory.targets import Gaussian
-from etude.theory.terminal import gaussian, law_in_y
+from etude.theory.terminal_law import gaussian, law_in_y
 
 POINTS = 121
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array, Numbers, nonnegative
+from etude.theory.continuous_paths import Path, Start, as_path
 from etude.theory.finite_step import ScoreError, as_score_error
-from etude.theory.paths import Path, Start, as_path
 from etude.theory.targets import Gaussian
-from etude.theory.terminal import gaussian
+from etude.theory.terminal_law import gaussian
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(120)
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array
+from etude.theory.continuous_paths import Start
 from etude.theory.estimate import Estimate
 from etude.theory.finite_step import coefficients
 from etude.theory.gap_types import Reward
 from etude.theory.levels import Levels
-from etude.theory.paths import Start
 from etude.theory.targets import GaussianMixture
 
 KIND = "95 % interval"

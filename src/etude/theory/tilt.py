@@ -18,7 +18,7 @@ from scipy.special import logsumexp
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array, number, positive
-from etude.theory.rewards import QuadraticReward
+from etude.theory.reward_functions import QuadraticReward
 from etude.theory.targets import Gaussian, GaussianMixture
 
 

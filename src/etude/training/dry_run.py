@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from etude.config import TrainConfig
-    from etude.plans import StepTable
+    from etude.sampling.plans import StepTable
     from etude.training.trainer import Trainer
 
 PARTS = ("rollout", "reference", "replay", "evaluation")
@@ -83,7 +83,7 @@ def run_evaluations(config: TrainConfig, steps_at: Callable[[int], ImageSteps]) 
 
 def resolved(trainer: Trainer) -> str:
     """The resolved configuration as YAML, then what the run would take as comments: text that is itself a recipe."""
-    from etude.training.algorithm import essence
+    from etude.config.algorithm import essence
     from etude.training.memory_estimate import memory_estimate
 
     config, policy = trainer.config, trainer.policy
@@ -117,7 +117,7 @@ def _table(counts: Mapping[str, tuple[int, int, int]], evaluated: int, iteration
 
 def _models_of_rewards(names: list[str]) -> list[str]:
     """One line on what the rewards add to the memory, as far as it is known; none if they have no weights."""
-    from etude.rewards.registry import CLOSED_FORMS, WEIGHTS_GB
+    from etude.rewards.reward import CLOSED_FORMS, WEIGHTS_GB
 
     weighty = [name for name in dict.fromkeys(names) if name not in CLOSED_FORMS]
     sizes = {name: WEIGHTS_GB.get(name.partition(":")[0]) for name in weighty}

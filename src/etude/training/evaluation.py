@@ -28,17 +28,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from etude.batching import MicroBatch
 from etude.config import TrainConfig
-from etude.etas import Eta, Etas, compact
-from etude.gap import Progress, Protocol, Scores, summarise
-from etude.micro_batches import MicroBatch
-from etude.policies import Policy
+from etude.learning.draws import share
+from etude.measuring.gap import Progress, Protocol, Scores, summarise
+from etude.policies import TrainablePolicy
 from etude.prompts import PromptSet, load_prompts, overlap
 from etude.rewards import WeightedRewards
-from etude.training import artifacts
+from etude.sampling.etas import Eta, compact
+from etude.training import finish
 from etude.training.guards import fallen
-from etude.training.processes import failing_together, gather, share
-from etude.training.scoring import Scorer
+from etude.training.processes import failing_together, gather
+from etude.training.reward_queue import Scorer
 
 
 class Evaluation:
@@ -60,7 +61,7 @@ class Evaluation:
     def __init__(
         self,
         config: TrainConfig,
-        policy: Policy,
+        policy: TrainablePolicy,
         rewards: WeightedRewards | Scorer,
         accelerator: Accelerator,
         out: Path,
@@ -80,7 +81,7 @@ class Evaluation:
             batch_size=batches or config.rollout.batch_size,
             first_step=sampling.first_step,
         )
-        self.etas = Etas.of(sampling, config.iterations)
+        self.etas = sampling.etas(config.iterations)
         for iteration in self.etas.extremes:
             self.protocol.plan(self._eta(iteration), self.num_steps).tabulate(policy.grid(self.num_steps))
         self.prompts_trained_on = self._trained_on(trained or PromptSet([]))
@@ -132,7 +133,7 @@ class Evaluation:
             count = self.config.evaluation.grid_images
             ode_shown, sde_shown = self._gather(ode_images)[:count], self._gather(sde_images)[:count]
             if self.accelerator.is_main_process:
-                artifacts.write_grids(self.out, grids, ode_shown, sde_shown, self.protocol.shown().head(count).texts)
+                finish.write_grids(self.out, grids, ode_shown, sde_shown, self.protocol.shown().head(count).texts)
         return self.last
 
     def again(self, states: Mapping[str, AbstractContextManager[Any]], on_step: Progress) -> dict[str, Scores]:

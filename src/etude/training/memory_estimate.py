@@ -18,13 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from etude.config import OptimizerConfig
+from etude.learning.draws import share
+from etude.policies.outline import fake_mode
 from etude.policies.pipeline import PipelinePolicy
-from etude.settings import OptimizerConfig
-from etude.training.processes import share
 
 if TYPE_CHECKING:
-    from etude.plans import StepTable
-    from etude.policies import Policy
+    from etude.policies import TrainablePolicy
+    from etude.sampling.plans import StepTable
     from etude.training.trainer import Trainer
 
 FLOAT = 4
@@ -132,12 +133,6 @@ def peak_bytes(work: Callable[[], Any], mode: FakeTensorMode | None = None) -> i
     return live.peak
 
 
-def fake_mode(policy: Policy) -> FakeTensorMode | None:
-    """The mode of a model's outline; None for a model with weights."""
-    modes = (getattr(parameter, "fake_mode", None) for parameter in policy.network.parameters())
-    return next((mode for mode in modes if mode is not None), None)
-
-
 class _Live(TorchDispatchMode):
     """Counts the storages that operations make, until they are gone."""
 
@@ -168,7 +163,7 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-def _parts(policy: Policy) -> dict[str, nn.Module]:
+def _parts(policy: TrainablePolicy) -> dict[str, nn.Module]:
     """The networks by name; the denoiser's own, not what Accelerate may have wrapped it in."""
     if not isinstance(policy, PipelinePolicy):
         return {"network": policy.network}
@@ -176,7 +171,7 @@ def _parts(policy: Policy) -> dict[str, nn.Module]:
     return {name: part for name, part in components if isinstance(part, nn.Module)}
 
 
-def _waiting(policy: Policy) -> set[str]:
+def _waiting(policy: TrainablePolicy) -> set[str]:
     """The parts that are on the CPU while they do not work."""
     if not (isinstance(policy, PipelinePolicy) and policy.offload):
         return set()

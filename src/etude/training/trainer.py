@@ -18,37 +18,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etude.advantages import PromptStatistics, combine, group_advantages, zero_std_ratio
+from etude.batching import MicroBatch
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief
-from etude.micro_batches import MicroBatch
-from etude.noise import NoiseSource
-from etude.policies import Conditioning, Policy
-from etude.policies.base import assign, swapped
+from etude.files import append_line, atomic_write_text, locked
+from etude.learning.advantages import PromptStatistics, combine, group_advantages, zero_std_ratio
+from etude.learning.draws import draw_prompts, most_starts, noise_keys, share
+from etude.learning.loss_scale import LossScale
+from etude.learning.optimizers import check_optimizer, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from etude.learning.update import Experience, PolicyUpdate
+from etude.policies import Conditioning, TrainablePolicy
 from etude.policies.loading import DTYPES, policy_of
+from etude.policies.outline import fake_mode
+from etude.policies.sharding import assembled, held_here, part, sharded, whole
+from etude.policies.trainable import assign, swapped
 from etude.prompts import PromptSet, load_prompts
 from etude.rewards import WeightedRewards
-from etude.rollout import Trajectory, rollout
-from etude.sharding import assembled, held_here, part, sharded, whole
-from etude.training import artifacts, guards, zero
-from etude.training.batches import draw_prompts, most_starts, noise_keys
-from etude.training.checkpoint import (
-    Checkpoint,
-    append_line,
-    atomic_write_text,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    truncate_metrics,
-)
-from etude.training.display import Display, SilentDisplay
+from etude.runs.checkpoint import Checkpoint, Checkpoints
+from etude.runs.layout import BEST, check_directory, clear_half_written, truncate_metrics
+from etude.sampling.noise import NoiseSource
+from etude.sampling.rollout import Trajectory, rollout
+from etude.training import finish, zero
+from etude.training.best import BestWeights, confirmation
 from etude.training.evaluation import Evaluation
-from etude.training.guards import BestWeights
 from etude.training.interruption import Interrupted, Interruption
-from etude.training.lock import held
-from etude.training.loss_scale import LossScale
-from etude.training.memory_estimate import fake_mode
-from etude.training.optimizers import check_optimizer, make_optimizer
-from etude.training.plans import TrainingPlans
 from etude.training.processes import (
     SharedFailureError,
     check_same_directory,
@@ -58,12 +51,11 @@ from etude.training.processes import (
     is_of_a_lost_process,
     make_accelerator,
     prepare,
-    share,
     tell_of_other_processes,
 )
-from etude.training.run_directory import Checkpoints, check_directory, clear_half_written
-from etude.training.scoring import Scorer
-from etude.training.update import Experience, PolicyUpdate
+from etude.training.progress import Display, SilentDisplay
+from etude.training.reward_queue import Scorer
+from etude.training.schedule import TrainingPlans
 
 LARGEST_WEIGHT = "largest weight"
 """Watched beside the numbers that are logged."""
@@ -92,7 +84,7 @@ class Trainer:
         out: str | Path,
         resume: bool = False,
         display: Display | None = None,
-        policy: Policy | None = None,
+        policy: TrainablePolicy | None = None,
     ) -> None:
         self.config, self.out, self.resume = config, Path(out), resume
         self.display: Display = display or SilentDisplay()
@@ -182,7 +174,7 @@ class Trainer:
                 self.rewards.load()  # before anything is written: a reward that cannot be used leaves no run to clear away
                 if self.accelerator.is_main_process:
                     self.out.mkdir(parents=True, exist_ok=True)
-                    lock.enter_context(held(self.out))
+                    lock.enter_context(locked(self.out))
             return self._train(started)
 
     def _train(self, started: float) -> dict[str, Any]:
@@ -292,7 +284,7 @@ class Trainer:
                     config.sampling.guidance_scale,
                     self.rollout_batches,
                     objective.logprob_reduction,
-                    with_reference=objective.kl_coef > 0,
+                    reference=self.policy.reference if objective.kl_coef > 0 else None,
                     on_step=self._advance,
                     noise_samples=noise_keys(samples, config.rollout),
                     on_rows=score if ahead else None,
@@ -387,7 +379,7 @@ class Trainer:
             self.unevaluated = None
         last = last or self.evaluation.fallen is not None
         row["seconds"] = {**self.seconds, "total": sum(self.seconds.values())}
-        row["memory_mb"] = artifacts.peak_memory_mb()
+        row["memory_mb"] = finish.peak_memory_mb()
         durable = last or self.iteration % config.checkpoint.every == 0 or self._asked_to_end()
         if self.accelerator.is_main_process:
             append_line(self.out / "metrics.jsonl", json.dumps(row))
@@ -395,7 +387,7 @@ class Trainer:
             self._save(self.iteration)
             self.durable = self.iteration
         if config.trackers:
-            self.accelerator.log(artifacts.flatten(row), step=self.iteration)
+            self.accelerator.log(finish.flatten(row), step=self.iteration)
         self.display.iteration(row)
 
     @contextmanager
@@ -479,10 +471,10 @@ class Trainer:
         confirmation = self._confirm_best()
         self._export(self.ema)
         if self.best.weights:
-            self._export(self.best.weights, artifacts.BEST)
+            self._export(self.best.weights, BEST)
         if not self.accelerator.is_main_process:
             return {}
-        return artifacts.finish(
+        return finish.finish(
             self.out, self.config, self.policy, self.evaluation.last, started, self.iteration, self.best, confirmation
         )
 
@@ -490,7 +482,7 @@ class Trainer:
         """Writes weights, by default the present ones, from the first process."""
         with swapped(self.parameters, weights), assembled(self.policy.network):
             if self.accelerator.is_main_process:
-                artifacts.export(self.policy, self.out, suffix)
+                finish.export(self.policy, self.out, suffix)
 
     def _confirm_best(self) -> dict[str, Any]:
         """What the best weights are worth from fresh noise, beside the last ones and the base model; empty if none were kept."""
@@ -503,7 +495,7 @@ class Trainer:
             states["base"] = self.policy.reference()
         with self._phase("confirmation", len(states) * self.evaluation.work // 2):
             scores = self.evaluation.again(states, self._advance)
-        return guards.confirmation(scores, self.evaluation.protocol.clusters)
+        return confirmation(scores, self.evaluation.protocol.clusters)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

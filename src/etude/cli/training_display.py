@@ -1,0 +1,196 @@
+"""What a run shows while it trains: live bars on a terminal, one plain line an iteration anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from etude.config import TrainConfig
+from etude.measuring.statistics import format_interval
+from etude.sampling.etas import eta_text
+from etude.terminal import clock, make_console
+from etude.training.best import explain_best
+
+
+class TrainingDisplay:
+    """Progress, the rewards under both samplers, the gap and the time left.
+
+    Args:
+        config: of the run.
+        total_iterations: where the bar ends.
+        console: where to write; by default the standard output.
+        clock: seconds; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        total_iterations: int,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.total = total_iterations
+        self.console = console or make_console()
+        self._clock = clock
+        self._first: tuple[int, float] | None = None
+        self._now: tuple[int, float] = (0, 0.0)
+        self._rewards: Mapping[str, Any] = {}
+        self._evaluation: Mapping[str, Any] = {}
+        self._eta = config.sampling.eta_text
+        columns = (
+            TextColumn("{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._progress = Progress(*columns, console=self.console)
+        self._iterations = self._progress.add_task("iteration", total=total_iterations, note="")
+        self._phase = self._progress.add_task("loading", total=None, note="")
+        self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
+
+    def __enter__(self) -> TrainingDisplay:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.update(self._phase, visible=False)
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        """Restarts the inner bar under the name of the phase."""
+        self._progress.reset(self._phase, description=name, total=total)
+
+    def advance(self, n: int = 1) -> None:
+        """Moves the inner bar."""
+        self._progress.advance(self._phase, n)
+
+    def iteration(self, row: Mapping[str, Any]) -> None:
+        """Takes the numbers of a finished iteration; prints them as a line where there is no terminal."""
+        self._now = (row["iteration"], self._clock())
+        self._first = self._first or self._now
+        self._rewards = row.get("reward", self._rewards)
+        self._evaluation = row.get("evaluation", self._evaluation)
+        self._eta = eta_text(row["eta"]) if "eta" in row else self._eta
+        self._progress.update(self._iterations, completed=row["iteration"], note=self._left())
+        if not self.console.is_terminal:
+            self.console.print(" | ".join(self._plain(row)), soft_wrap=True, highlight=False, markup=False)
+
+    def summary_table(self, summary: Mapping[str, Any]) -> None:
+        """The last evaluation as a table, the advice that follows from it, and where the time went."""
+        final = summary["final"]
+        table = _table(
+            ["reward", "ODE", f"SDE, eta = {eta_text(final['eta'])}", "improvement (ODE)", "gap (ODE - SDE)", "pairs"]
+        )
+        for reward in final["ode"]:
+            cells = [_cell(final, quantity, reward) for quantity in ("ode", "sde", "improvement", "gap")]
+            table.add_row(_label(reward, summary), *cells, str(final["gap"][reward]["n"]))
+        self.console.print(table)
+        note = "means with 95 % intervals; improvement over the base model and gap are paired on prompt and noise"
+        self.console.print(Text(note, style="dim"), soft_wrap=True)
+        if summary.get("stopped"):
+            self.console.print(Text(summary["stopped"]), soft_wrap=True)
+        if summary.get("best"):
+            self.console.print(Text(explain_best(summary["best"])), soft_wrap=True)
+        if summary.get("deploy"):
+            self.console.print(Text(summary["deploy"]), soft_wrap=True)
+        total = summary.get("seconds", {}).get("total")
+        if total is not None:
+            self.console.print(Text(f"time {clock(total)}, of which {_shares(summary['seconds'])}"), soft_wrap=True)
+
+    def _plain(self, row: Mapping[str, Any]) -> Iterator[str]:
+        yield f"iteration {row['iteration']}/{self.total}"
+        window = row.get("window")
+        if window:
+            yield f"window {window['start']}..{window['start'] + window['size'] - 1}"
+        if self.config.sampling.eta_schedule is not None and "eta" in row:
+            yield f"eta {eta_text(row['eta'])}"
+        for reward, value in (row.get("reward") or {}).items():
+            yield f"{reward}: training {_sampler(self.config)} {value['mean']:.4g}"
+        evaluation = row.get("evaluation") or {}
+        for reward in evaluation.get("ode") or {}:
+            yield f"{reward}: {_readable(evaluation, reward)}"
+        if "seconds" in row:
+            yield f"{row['seconds'].get('total', sum(row['seconds'].values())):.1f} s"
+        if self._left():
+            yield self._left()
+
+    def _left(self) -> str:
+        """Time left at the pace of the iterations that were seen, evaluations included."""
+        assert self._first is not None
+        done, seconds = self._now[0] - self._first[0], self._now[1] - self._first[1]
+        return f"{clock(seconds / done * (self.total - self._now[0]))} left" if done else ""
+
+    def _render(self) -> Group:
+        return Group(self._progress, self._numbers()) if self._rewards or self._evaluation else Group(self._progress)
+
+    def _numbers(self) -> Table:
+        at = self._evaluation
+        table = _table(
+            [
+                "reward",
+                f"training {_sampler(self.config)}, eta = {self._eta}",
+                "held-out ODE",
+                "gap (ODE - SDE)",
+                "improvement",
+            ]
+        )
+        for reward in at.get("ode", self._rewards):
+            mean = f"{self._rewards[reward]['mean']:.4g}" if reward in self._rewards else "-"
+            table.add_row(
+                _name(reward, self.config), mean, *(_cell(at, q, reward) for q in ("ode", "gap", "improvement"))
+            )
+        return table
+
+
+def _table(columns: list[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def _cell(evaluation: Mapping[str, Any], quantity: str, reward: str) -> str:
+    estimate = evaluation.get(quantity, {}).get(reward)
+    return "-" if estimate is None else _interval(estimate, signed=quantity in {"gap", "improvement"})
+
+
+def _interval(estimate: Mapping[str, Any], signed: bool) -> str:
+    return format_interval(estimate["mean"], estimate["low"], estimate["high"], signed)
+
+
+def _readable(evaluation: Mapping[str, Any], reward: str) -> str:
+    parts = [f"{label} {_cell(evaluation, quantity, reward)}" for quantity, label in _PARTS]
+    return ", ".join(part for part in parts if not part.endswith(" -"))
+
+
+_PARTS = (("ode", "held-out ODE"), ("sde", "SDE"), ("gap", "gap"), ("improvement", "improvement"))
+
+
+def _sampler(config: TrainConfig) -> str:
+    """What the training sampler is: the SDE, or with a window the ODE of which a few steps are stochastic."""
+    return "SDE" if config.sampling.window is None else "SDE in the window"
+
+
+def _name(reward: str, config: TrainConfig) -> str:
+    return f"{reward} (held out)" if reward in config.evaluation.held_out_rewards else reward
+
+
+def _label(reward: str, summary: Mapping[str, Any]) -> str:
+    return f"{reward} (held out)" if reward in summary.get("held_out_rewards", ()) else reward
+
+
+def _shares(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {clock(value)}" for name, value in seconds.items() if name != "total")

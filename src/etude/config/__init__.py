@@ -1,0 +1,44 @@
+"""The configuration of a run: one typed tree, read from a built-in recipe or a YAML file, and checked.
+
+`sections` declares every key, `tree` reads and changes configurations, `algorithm` names what a configuration amounts to.
+"""
+
+from __future__ import annotations
+
+from etude.config.sections import (
+    LoraConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    SamplingConfig,
+    Section,
+    TrainConfig,
+    WindowConfig,
+)
+from etude.config.tree import (
+    describe_fields,
+    difference,
+    leaves,
+    load_config,
+    parse_config,
+    parse_rewards,
+    recipe_names,
+    recipe_text,
+)
+
+__all__ = [
+    "LoraConfig",
+    "OptimizerConfig",
+    "RolloutConfig",
+    "SamplingConfig",
+    "Section",
+    "TrainConfig",
+    "WindowConfig",
+    "describe_fields",
+    "difference",
+    "leaves",
+    "load_config",
+    "parse_config",
+    "parse_rewards",
+    "recipe_names",
+    "recipe_text",
+]

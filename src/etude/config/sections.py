@@ -1,0 +1,528 @@
+"""The settings of a run: one typed tree. Every field has a default, a unit and a help line.
+
+Defaults are those of the `sd15-ddpo` recipe (Black et al. 2023, arXiv 2305.13301, and its public hyper-parameters) unless the
+help says otherwise; those of `sampling.window` are MixGRPO's (arXiv 2507.21802). Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from etude.rewards.reward import WEIGHTED_SUM
+from etude.sampling.etas import Etas, setting_text
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Fall = Annotated[float, Field(ge=0)]
+_ETA: TypeAdapter[float] = TypeAdapter(Annotated[float, Field(ge=0, allow_inf_nan=False)])
+KernelName = Literal["gddim", "ddim", "cps", "flow_sde", "dance_sde"]
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+class PromptsConfig(Section):
+    train: str = Field(
+        "emoji-train",
+        description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`, `animals-eval`), a text or JSONL file, "
+        "package.module:function, or hub:dataset; `#train` or `#eval` after any of them is nine tenths of it, or the others.",
+    )
+    evaluation: str = Field(
+        "emoji-eval", description="Prompts for the held-out evaluation of the gap: any source of prompts."
+    )
+
+
+class WindowConfig(Section):
+    """MixGRPO (arXiv 2507.21802): the kernel inside a moving window of steps, which alone are trained; the ODE elsewhere."""
+
+    strategy: Literal["progressive", "random", "decay", "fixed"] = Field(
+        "progressive",
+        description="How the window moves. progressive: by stride steps every iters_per_shift iterations (the paper's choice). random: drawn anew "
+        "each iteration. decay: progressive, but staying ever shorter as it moves on. fixed: never.",
+    )
+    size: int = Field(4, ge=1, description="Consecutive stochastic steps, all of them trained. The paper's default.")
+    iters_per_shift: int = Field(
+        25,
+        ge=1,
+        description="Iterations before a progressive window moves, and before a decay window first does. The paper's default.",
+    )
+    stride: int = Field(1, ge=1, description="Steps that the window moves at a time. The paper's default.")
+    roll_back: bool = Field(
+        True,
+        description="From its last place the window goes back to the first; otherwise it stays there, and trains no other steps any more.",
+    )
+    start: int | None = Field(
+        None, ge=0, description="First step that the window can hold; null is the first step that is stochastic at all."
+    )
+    end: int | None = Field(
+        None,
+        ge=1,
+        description="Step before which the window ends (it holds end - 1 at most); null is after the last step that is stochastic at all.",
+    )
+    decay_rate: float = Field(
+        0.1,
+        ge=0,
+        description="decay: with its first step at l the window stays iters_per_shift * exp(-decay_rate * max(0, l - decay_threshold)) "
+        "iterations.",
+    )
+    decay_threshold: int = Field(
+        13,
+        ge=0,
+        description="decay: the step from which on the window stays ever shorter; the default is meant for 25 steps.",
+    )
+    compression: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="MixGRPO-Flash: the steps after the window become this share of them, taken by second-order DPM-Solver++ (the paper's is 0.4). "
+        "null: plain MixGRPO.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> WindowConfig:
+        if self.stride > self.size:
+            raise ValueError(
+                f"a window of size {self.size} that moves by stride = {self.stride} would pass over steps; use at most {self.size}"
+            )
+        return self
+
+
+class EtaScheduleConfig(Section):
+    """eta as a function of the iteration or of the step: from `sampling.eta` to `end`."""
+
+    kind: Literal["constant", "linear", "cosine"] = Field(
+        "linear",
+        description="linear: evenly. cosine: slowly at both ends, half-way in the middle. constant: sampling.eta throughout, whatever the end.",
+    )
+    over: Literal["iterations", "steps"] = Field(
+        "iterations",
+        description="iterations: sampling.eta in the first iteration, end in the last. steps: sampling.eta at the noisiest step, end at the last, "
+        "the same in every iteration.",
+    )
+    end: float = Field(
+        0.5,
+        ge=0,
+        description="eta where the schedule ends, in the kernel's own unit. 0 only over steps: it makes the last step an ODE step.",
+    )
+
+
+class SamplingConfig(Section):
+    kernel: KernelName = Field(
+        "gddim",
+        description="Transition kernel of the training sampler: gddim (any model, any eta), ddim (to a largest eta), cps (eta at most 1), and for "
+        "flow models flow_sde (Flow-GRPO) and dance_sde (DanceGRPO).",
+    )
+    eta: float | list[float] = Field(
+        1.0,
+        description="Stochasticity while training, in the kernel's own unit. gddim: 0 is the ODE, 1 the DDPM posterior, any value above is valid. "
+        "flow_sde at 0.7, the ecosystem's usual value, is gddim at 0.5 for short steps and more at real ones (`etude theory peers`). "
+        "A list of num_steps values gives each step its own; 0 makes a step an ODE step, which is not trained.",
+    )
+    eta_schedule: EtaScheduleConfig | None = Field(
+        None,
+        description="null: eta stays what it is. A section: eta moves to another value, over the iterations or over the denoising steps.",
+    )
+    num_steps: int = Field(
+        50, ge=1, le=10_000, description="Denoising steps in training, and in evaluation unless that says otherwise."
+    )
+    guidance_scale: float = Field(
+        5.0,
+        ge=0,
+        description="Guidance, the same in rollout, replay and evaluation: classifier-free (1 switches it off), or the embedded scale of FLUX.",
+    )
+    first_step: Literal["ode", "sde", "capped"] = Field(
+        "ode",
+        description="What becomes of a step that starts at pure noise (flow models): ode leaves it deterministic and untrained; "
+        "sde leaves it to the kernel: gddim redraws all of the noise at any eta above 0, dance_sde and cps keep some, flow_sde is infinite there. "
+        "capped: as sde, and flow_sde takes the noise of the next level there, as Flow-GRPO's code does.",
+    )
+    shift: float | None = Field(
+        None,
+        gt=0,
+        description="Flow models: the levels become shift s / (1 + (shift - 1) s), in training, evaluation and deployment alike, in place of the "
+        "model's own shift or of that by resolution. DanceGRPO and MixGRPO take 3 for FLUX. null: the model's own.",
+    )
+    window: WindowConfig | None = Field(
+        None,
+        description="null: every step is stochastic and trained (DDPO, Flow-GRPO). A section: MixGRPO, with the kernel in a window and "
+        "the ODE elsewhere; with compression MixGRPO-Flash.",
+    )
+
+    @field_validator("eta", mode="before")
+    @classmethod
+    def _a_number_or_one_a_step(cls, value: Any) -> Any:
+        try:
+            return (
+                [_ETA.validate_python(each) for each in value]
+                if isinstance(value, list | tuple)
+                else _ETA.validate_python(value)
+            )
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"]) from None
+
+    @property
+    def eta_text(self) -> str:
+        """eta and its schedule in words: `1.2`, `1.2 to 0.5 over iterations (linear)`."""
+        return setting_text(self.eta, self.eta_schedule.model_dump() if self.eta_schedule else None)
+
+    def etas(self, iterations: int) -> Etas:
+        """The eta of every step of every iteration of a run."""
+        if not isinstance(self.eta, float):
+            return Etas(tuple(self.eta))
+        if self.eta_schedule is None:
+            return Etas(self.eta)
+        return Etas(self.eta, self.eta_schedule.end, self.eta_schedule.kind, self.eta_schedule.over, iterations)
+
+    @property
+    def all_etas(self) -> list[float]:
+        """Every eta that the configuration names: those in between, of a schedule, lie between two of these."""
+        etas = self.eta if isinstance(self.eta, list) else [self.eta]
+        moves = self.eta_schedule is not None and self.eta_schedule.kind != "constant"
+        return [*etas, self.eta_schedule.end] if self.eta_schedule is not None and moves else etas
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SamplingConfig:
+        if isinstance(self.eta, list):
+            if len(self.eta) != self.num_steps:
+                raise ValueError(
+                    f"eta lists {len(self.eta)} values for num_steps = {self.num_steps}; give one a step, or one number for all"
+                )
+            if self.eta_schedule is not None:
+                raise ValueError(
+                    "eta is a list over the steps, which a schedule cannot move; set eta_schedule to null, or eta to a number"
+                )
+        if self.kernel == "cps" and max(self.all_etas) > 1:
+            raise ValueError(
+                f"eta = {max(self.all_etas):g} is beyond cps, which redraws all of the noise at 1; use at most 1, or gddim"
+            )
+        if self.window is not None:
+            first, end = self.window.start or 0, self.window.end or self.num_steps
+            if end > self.num_steps:
+                raise ValueError(f"window.end = {end} is beyond num_steps = {self.num_steps}")
+            if first + self.window.size > end:
+                raise ValueError(
+                    f"a window of size {self.window.size} does not fit in steps {first} to {end - 1}; lower window.size or raise num_steps"
+                )
+        return self
+
+
+class RolloutConfig(Section):
+    images_per_iteration: int = Field(
+        256, ge=1, le=1_000_000, description="Images sampled in one iteration, over all processes."
+    )
+    images_per_prompt: int = Field(
+        1, ge=1, description="Images of one prompt in one iteration (the group of GRPO; 1 for DDPO)."
+    )
+    batch_size: int = Field(
+        8,
+        ge=1,
+        description="Images per network call while sampling. Changes memory and speed, never the noise; halved where it does not fit.",
+    )
+    dtype: Precision | None = Field(
+        None,
+        description="Of what the network computes while it samples the training images; null: as in the rest of the run. bfloat16 or float16 "
+        "samples a float32 run in half precision; objective.old_log_prob says what the ratios are then held against.",
+    )
+    shared_noise: bool = Field(
+        False,
+        description="The images of one prompt start from the same noise (DanceGRPO, MixGRPO) and differ by the stochastic steps alone; "
+        "with a window the steps before it are then computed once a group. false: each from its own (DDPO, Flow-GRPO).",
+    )
+    score_ahead: bool = Field(
+        True,
+        description="Score each micro-batch of images while the next is sampled. false: all images of an iteration at once, after the rollout, "
+        "for rewards that compare images with one another. memory.offload has the same effect.",
+    )
+    reward_timeout: float = Field(
+        3600.0,
+        gt=0,
+        le=30 * 24 * 3600,
+        description="Seconds of waiting for the scores of one batch of images after which a reward counts as hung and ends the run; finished "
+        "iterations stay.",
+    )
+
+
+class LoraConfig(Section):
+    rank: int = Field(4, ge=0, le=16_384, description="LoRA rank; 0 trains the whole network.")
+    alpha: float = Field(4.0, gt=0, description="LoRA alpha: the update is scaled by alpha / rank.")
+    targets: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        min_length=1,
+        description="Names of the layers that get an adapter (suffix match, as in peft).",
+    )
+
+
+class OptimizerConfig(Section):
+    kind: Literal["adamw", "adamw8bit"] = Field(
+        "adamw",
+        description="adamw8bit keeps the optimiser's moments in 8 bits (bitsandbytes, the extra etude[bitsandbytes]): for full fine-tuning, "
+        "whose moments take twice the weights' memory; an adapter's are small.",
+    )
+    learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW decay rates of the first and second moments.")
+    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay.")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW addition to the denominator, which keeps it from 0.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+
+
+class ObjectiveConfig(Section):
+    kind: Literal["ppo", "reinforce"] = Field(
+        "ppo", description="ppo: clipped importance ratio. reinforce: -A log p, one optimiser step a rollout."
+    )
+    clip_range: float | None = Field(
+        1e-4, gt=0, description="PPO clips the ratio to 1 +- clip_range. Give this or clip_nats, not both."
+    )
+    clip_nats: float | None = Field(
+        None,
+        gt=0,
+        description="The clip range in nats of the whole image's log-probability: clip_range = clip_nats / D for D latent dimensions under the mean "
+        "(1e-4 is 1.6 nats for SD1.5 at 512 px, but 0.05 nats at D = 512).",
+    )
+    old_log_prob: Literal["rollout", "replay"] = Field(
+        "rollout",
+        description="Whose log-probabilities the ratios are held against. rollout: those of the network that drew the images, in its precision and "
+        "batches: the exact importance ratio. replay: computed again before the first update in the replay's precision and batches: every ratio "
+        "starts at exactly 1, one more evaluation of each trained step.",
+    )
+    logprob_reduction: Literal["mean", "sum"] = Field(
+        "mean", description="mean over latent dimensions (as the peers) or the true density."
+    )
+    adv_clip_max: float = Field(5.0, gt=0, description="Advantages are clipped to +- this.")
+    kl_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the KL to the reference model, closed form per step, reduced like the log-probability.",
+    )
+    num_inner_epochs: int = Field(1, ge=1, description="Passes over a rollout.")
+    updates_per_epoch: int = Field(
+        2, ge=1, description="Optimiser steps in one pass; the rollout is split evenly among them."
+    )
+    batch_size: int = Field(
+        8,
+        ge=1,
+        description="(sample, step) pairs per network call while replaying. Changes memory and speed only; halved where it does not fit.",
+    )
+    timestep_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the stochastic steps of each sample that is trained, drawn anew each iteration.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ObjectiveConfig:
+        if (self.clip_range is None) == (self.clip_nats is None):
+            raise ValueError("give exactly one of clip_range and clip_nats, and set the other to null")
+        if self.kind == "reinforce" and (self.num_inner_epochs, self.updates_per_epoch) != (1, 1):
+            raise ValueError("reinforce is on-policy: num_inner_epochs and updates_per_epoch must be 1")
+        if self.kind == "reinforce" and self.old_log_prob == "replay":
+            raise ValueError("reinforce has no ratio: old_log_prob = replay is for ppo")
+        return self
+
+
+class AdvantageConfig(Section):
+    kind: Literal["per_prompt", "group", "group_mean_global_std"] = Field(
+        "per_prompt", description="What rewards are compared with."
+    )
+    buffer_size: int = Field(16, ge=2, description="per_prompt: how many past rewards of a prompt are remembered.")
+    min_count: int = Field(
+        16,
+        ge=2,
+        description="per_prompt: below this many rewards of a prompt, the whole batch's mean and std are used.",
+    )
+
+
+class EmaConfig(Section):
+    decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Exponential moving average of the trained weights, used in evaluation and export; 0 is off.",
+    )
+
+
+class EvaluationConfig(Section):
+    every: int = Field(
+        5, ge=1, description="Iterations between evaluations (iteration 0 and the last are always evaluated)."
+    )
+    num_steps: int | None = Field(
+        None,
+        ge=1,
+        le=10_000,
+        description="Denoising steps of both sides of the gap, ODE and SDE; null is sampling.num_steps. Flow-GRPO evaluates at 40 steps "
+        "what it trains at 10.",
+    )
+    num_images: int = Field(
+        64, ge=2, le=1_000_000, description="Held-out pairs of images (ODE and SDE from the same noise) per evaluation."
+    )
+    held_out_rewards: list[str] = Field(
+        [], description="Rewards that are measured and not trained on: the guard against reward hacking."
+    )
+    stop_on_fall: dict[str, Fall] = Field(
+        {},
+        description="Reward to how far its held-out ODE mean may fall below the base model's, in its own unit. The run stops, with its weights "
+        "exported, once the whole 95 % interval of the change lies below that.",
+    )
+    grid_images: int = Field(24, ge=1, le=4096, description="Images in the before / after grids.")
+
+
+class CheckpointConfig(Section):
+    every: int = Field(1, ge=1, description="Iterations between checkpoints.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept; two, so that a torn one costs one interval.")
+    best: str | None = Field(
+        None,
+        description="Reward whose highest held-out ODE mean chooses the weights that are exported too, to lora-best/ beside the last ones "
+        "in lora/, and measured again from fresh noise; null exports the last alone.",
+    )
+
+
+class MemoryConfig(Section):
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep few activations of the replay and compute the others again: far less memory, about a third more time there.",
+    )
+    offload: bool = Field(
+        False,
+        description="Text encoders, autoencoder and rewards' networks wait on the CPU: the former once the prompts of the run are encoded "
+        "(as many as prompt_cache_mb holds), the others whenever they are not used.",
+    )
+    decode_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Images decoded at a time; null: 32, and at most 2 million pixels. Changes memory and speed only; halved where it does not fit.",
+    )
+    prompt_cache_mb: int = Field(
+        4096,
+        ge=0,
+        description="MiB of encoded prompts kept in the machine's memory, by each process: a prompt takes 4 MiB for FLUX in bfloat16, 0.2 for SD1.5. "
+        "Those beyond are encoded again when they are drawn, which gives the same bits.",
+    )
+
+
+class TrainConfig(Section):
+    """Everything that determines a run."""
+
+    model: str = Field(
+        "emoji-sd",
+        description="Embedded name, local diffusers directory, single safetensors file or hub id; owner/name@revision for a branch, tag or commit.",
+    )
+    pipeline_config: str | None = Field(
+        None,
+        description="Of a single-file model: the diffusers directory or hub id that its configuration, tokenizers and missing parts come from; "
+        "null: what diffusers infers from the weights, from the hub.",
+    )
+    variant: str | None = Field(
+        None,
+        pattern=r"^[\w-]+$",
+        description="Of the weights' files of a directory or hub id: fp16 reads diffusion_pytorch_model.fp16.safetensors; null: those without.",
+    )
+    resolution: int | None = Field(
+        None,
+        ge=8,
+        le=65_536,
+        description="Side of the images in pixels; null is the pipeline's own (512 for SD1.5, 1024 for SD3 and FLUX).",
+    )
+    dtype: Precision = Field(
+        "float32",
+        description="Of the frozen weights and of what the network computes; adapters, latents and rewards stay float32. float16 is for GPUs "
+        "without bfloat16: its losses are scaled so that gradients do not underflow.",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="Seeds everything; noise is a pure function of (seed, stream, iteration, sample, step).",
+    )
+    iterations: int = Field(100, ge=1, le=100_000_000, description="Rollout-and-update iterations.")
+    rewards: dict[str, float] = Field(
+        {"jpeg_compressibility": 1.0},
+        min_length=1,
+        description="Reward name (or module:function, or http://host:port/path) to weight.",
+    )
+    prompts: PromptsConfig = PromptsConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    lora: LoraConfig = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    ema: EmaConfig = EmaConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    memory: MemoryConfig = MemoryConfig()
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="Accelerate trackers that also receive the metrics: a name or a list of names."
+    )
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        rollout = self.rollout
+        if rollout.images_per_iteration % rollout.images_per_prompt:
+            raise ValueError(
+                f"rollout.images_per_iteration = {rollout.images_per_iteration} is not a multiple of "
+                f"rollout.images_per_prompt = {rollout.images_per_prompt}"
+            )
+        if self.advantage.kind != "per_prompt" and rollout.images_per_prompt < 2:
+            raise ValueError(f"advantage.kind = {self.advantage.kind} needs rollout.images_per_prompt of at least 2")
+        if rollout.shared_noise and rollout.images_per_prompt < 2:
+            raise ValueError("rollout.shared_noise needs rollout.images_per_prompt of at least 2")
+        if self.dtype != "float32" and rollout.dtype not in (None, self.dtype):
+            raise ValueError(
+                f"rollout.dtype = {rollout.dtype} needs weights in float32, and dtype = {self.dtype} keeps them in that; "
+                "set dtype to float32, or rollout.dtype to null"
+            )
+        self._check_etas()
+        if any(not math.isfinite(w) or w == 0 for w in self.rewards.values()):
+            raise ValueError(
+                "every weight in rewards must be finite and not 0; measure without training by evaluation.held_out_rewards"
+            )
+        self._check_guards()
+        return self
+
+    def _check_etas(self) -> None:
+        """Some step must be stochastic in every iteration, and the evaluation's SDE side must know its etas."""
+        sampling = self.sampling
+        if max(sampling.all_etas) == 0:
+            raise ValueError(
+                "sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)"
+            )
+        schedule, steps = sampling.eta_schedule, self.evaluation.num_steps
+        if schedule is not None and schedule.over == "iterations" and min(sampling.all_etas) == 0:
+            key = "eta" if sampling.eta == 0 else "eta_schedule.end"
+            raise ValueError(
+                f"sampling.{key} = 0 is the ODE, which has no log-probability to train in that iteration; use a value above 0, for example 0.1"
+            )
+        if isinstance(sampling.eta, list) and steps not in (None, sampling.num_steps):
+            raise ValueError(
+                f"evaluation.num_steps = {steps} needs an eta for each of its steps, but sampling.eta lists {sampling.num_steps}; "
+                "set evaluation.num_steps to null, or use sampling.eta_schedule over steps"
+            )
+
+    def _check_guards(self) -> None:
+        """The rewards that stop a run or choose its weights must be among those that are measured."""
+        several = [WEIGHTED_SUM] if len(self.rewards) > 1 else []
+        measured = list(dict.fromkeys([*self.rewards, *self.evaluation.held_out_rewards, *several]))
+        guards: dict[str, list[str | None]] = {
+            "evaluation.stop_on_fall": [*self.evaluation.stop_on_fall],
+            "checkpoint.best": [self.checkpoint.best],
+        }
+        for key, names in guards.items():
+            for name in names:
+                if name is not None and name not in measured:
+                    raise ValueError(
+                        f"{key} names the reward {name!r}, which is not measured: add it to evaluation.held_out_rewards, "
+                        f"or name one of {', '.join(measured)}"
+                    )
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

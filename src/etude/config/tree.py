@@ -1,0 +1,230 @@
+"""The configuration of a run, from a recipe's name or a YAML file, and overrides; its sections are in `etude.config.sections`.
+
+A run writes the resolved tree to `config.yaml`, and that file reproduces the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from etude.config.sections import Section, TrainConfig
+from etude.config.yaml_text import parse_yaml, read_yaml
+from etude.errors import EtudeError, brief_value, unknown
+
+_BY_REWARD = ("rewards", "evaluation.stop_on_fall")
+"""Keys whose value is a mapping by the names of rewards."""
+
+
+def load_config(
+    source: str, overrides: list[str] | None = None, rewards: Mapping[str, float] | None = None
+) -> TrainConfig:
+    """Reads a built-in recipe's name or a YAML file, applies `a.b=value` overrides and validates.
+
+    Args:
+        rewards: weights by name that take the place of the recipe's; one that the recipe holds out is then trained instead.
+
+    Raises:
+        EtudeError: naming the key, the value and the remedy.
+    """
+    tree = read_tree(source)
+    if rewards:
+        tree["rewards"] = dict(rewards)
+        evaluation = tree.get("evaluation")
+        if isinstance(evaluation, dict) and isinstance(evaluation.get("held_out_rewards"), list):
+            evaluation["held_out_rewards"] = [name for name in evaluation["held_out_rewards"] if name not in rewards]
+    for item in overrides or []:
+        _apply_override(tree, item)
+    return parse_config(tree, f"'{source}'")
+
+
+def parse_rewards(items: list[str]) -> dict[str, float]:
+    """`NAME` or `NAME=WEIGHT`, several of them, as weights by name; without a weight it is 1.
+
+    What follows the last equals sign is the weight if it is a number, and part of the name if not: a name may hold a url or options.
+    """
+    rewards = {}
+    for item in items:
+        name, _, weight = item.rpartition("=")
+        try:
+            rewards[name or item] = float(weight) if name else 1.0
+        except ValueError:
+            rewards[item] = 1.0
+    return rewards
+
+
+def parse_config(tree: dict[str, Any], place: str = "configuration") -> TrainConfig:
+    """Validates a tree of plain values; `place` names it in errors."""
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        raise explain(error, place) from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the built-in recipes."""
+    return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """A built-in recipe as YAML, comments included."""
+    if name not in recipe_names():
+        raise unknown("recipe", name, recipe_names())
+    return (_recipes() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _recipes() -> Any:
+    return resources.files("etude.config") / "recipes"
+
+
+def read_tree(source: str) -> dict[str, Any]:
+    """The plain values of a built-in recipe or a YAML file, not yet validated.
+
+    Raises:
+        EtudeError: there is no such recipe or file, or it holds no mapping.
+    """
+    path = Path(os.path.expanduser(source))
+    if source not in recipe_names() and (path.suffix in {".yaml", ".yml"} or os.path.exists(path)):
+        if not os.path.isfile(path):
+            problem = (
+                "is a directory" if os.path.isdir(path) else "is no file" if os.path.exists(path) else "does not exist"
+            )
+            raise EtudeError(
+                f"recipe file '{source}' {problem}: give a YAML file, or a built-in recipe ({', '.join(recipe_names())})."
+            )
+        tree = read_yaml(path, f"recipe file '{source}'")
+    else:
+        tree = parse_yaml(recipe_text(source), f"'{source}'")
+    if not isinstance(tree, dict):
+        raise EtudeError(f"'{source}' must hold a mapping of configuration keys, not {type(tree).__name__}.")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], item: str) -> None:
+    by_reward = item.startswith(tuple(f"{section}." for section in _BY_REWARD))  # whose name may hold equals signs
+    key, equals, text = item.rpartition("=") if by_reward else item.partition("=")
+    if not equals or not key:
+        raise EtudeError(f"--set takes key=value, for example sampling.eta=1.2, not '{item}'.")
+    try:
+        value = parse_yaml(text, "the value")
+    except EtudeError as error:
+        raise EtudeError(
+            f"--set {item[:200]}: it is not a YAML value that can be used ({str(error).rstrip('.')}); quote it."
+        ) from None
+    set_key(tree, key, _number_like(value), f"--set {item}")
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
+    """Puts a value under a dotted key; sections that are missing are made, and `clip_range` and `clip_nats` replace one another.
+
+    Raises:
+        EtudeError: a part of the key is no section; `place` comes first in the message.
+    """
+    *parents, leaf = _split_key(key)
+    for name in parents:
+        if tree.get(name) is None:
+            tree[name] = {}
+        child = tree[name]
+        if not isinstance(child, dict):
+            raise EtudeError(f"{place}: '{name}' is a value, not a section.")
+        tree = child
+    if leaf == "clip_nats" and value is not None:
+        tree["clip_range"] = None
+    if leaf == "clip_range" and value is not None:
+        tree["clip_nats"] = None
+    tree[leaf] = value
+
+
+def _split_key(key: str) -> list[str]:
+    """The parts of a dotted key; the name of a reward is one of them, dots and all: `package.module:function`."""
+    for section in _BY_REWARD:
+        if key.startswith(f"{section}."):
+            return [*section.split("."), key.removeprefix(f"{section}.")]
+    return key.split(".")
+
+
+def _number_like(value: Any) -> Any:
+    """YAML 1.1 reads 1e-4 as text; a user means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def explain(error: ValidationError, place: str, model: type[Section] = TrainConfig) -> EtudeError:
+    """The first of pydantic's errors in one sentence: the place, the key, the value and what it must be."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    others = error.error_count() - 1
+    where = f"{place} (and {others} more error{'s' if others > 1 else ''} there)" if others else place
+    if first["type"] == "extra_forbidden":
+        return EtudeError(f"{where}: {_unknown_key(location, model)}")
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    at = f"{key} = {brief_value(first['input'], 200)}" if key and not isinstance(first["input"], dict) else key
+    return EtudeError(f"{where}: {at + ': ' if at else ''}{message}.")
+
+
+def _unknown_key(location: list[str], model: type[Section]) -> str:
+    """Says which key is meant: the one of that name in another section, else the nearest in this one."""
+    asked, section = ".".join(location), location[:-1]
+    siblings = [".".join([*section, name]) for name in _keys(section, model)]
+    everywhere = [key for key, _, _ in describe_fields(model)]
+    near = [key for key in everywhere if key.rpartition(".")[2] == location[-1]]
+    near = near or difflib.get_close_matches(asked, siblings, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"unknown key '{asked}': {hint}the keys there are {', '.join(siblings)}."
+
+
+def _keys(location: list[str], model: type[Section]) -> list[str]:
+    """Names in the section at that place; the parts that are places in a list are passed over."""
+    for name in location:
+        if name in model.model_fields:
+            model = _section(model.model_fields[name].annotation) or model
+    return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, be it optional or in a list, or None for a plain value."""
+    candidates = get_args(annotation) or (annotation,)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def describe_fields(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(dotted key, default, help) of every field, in order; an optional section is described itself and then its fields."""
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        if section is None or field.default is None:
+            yield f"{prefix}{name}", field.default, field.description or ""
+        if section is not None:
+            yield from describe_fields(section, f"{prefix}{name}.")
+
+
+def difference(old: TrainConfig, new: TrainConfig) -> tuple[str, Any, Any] | None:
+    """The first setting that differs, as (dotted key, old value, new value); None if the two are one configuration."""
+    for (key, before), (_, after) in zip(leaves(old.model_dump()), leaves(new.model_dump()), strict=True):
+        if before == after:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
+            inner = next(name for name in before if before[name] != after[name])
+            return f"{key}.{inner}", before[inner], after[inner]
+        return key, before, after
+    return None
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value), the same keys for every configuration: what may be a section or null, or goes by reward, is one value."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and key not in {"window", "eta_schedule"} and f"{prefix}{key}" not in _BY_REWARD:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,182 @@
+"""The lines of plain diffusers that make a tuned model's images as etude makes them, with the ODE sampler and with the SDE."""
+
+from __future__ import annotations
+
+from os.path import expanduser
+from typing import Any
+
+from etude import zoo
+from etude.policies import TrainablePolicy
+from etude.policies.loading import split_revision
+from etude.policies.single_file import configuration, holds_pipeline, is_single_file
+from etude.sampling.paths import VPPath
+
+
+def deployment_snippet(
+    policy: TrainablePolicy,
+    model: str,
+    num_steps: int,
+    guidance_scale: float,
+    dtype: str = "float32",
+    suffix: str = "",
+    pipeline_config: str | None = None,
+    variant: str | None = None,
+) -> str:
+    """Python that loads what `policy` exports and draws one picture with the ODE at the levels that etude visits.
+
+    Every argument that the plain pipeline would otherwise choose differently is spelt out: size, sequence length, and the
+    scheduler where the model's own is not the ODE on these levels.
+
+    Args:
+        policy: after training; its `export_name` tells an adapter from a whole model.
+        model: name or place of the base model, which an adapter is loaded on top of; an embedded one comes from the package.
+        num_steps: of the ODE.
+        guidance_scale: of training.
+        dtype: of the frozen weights in training.
+        suffix: what the directory is called beyond `export_name`.
+        pipeline_config: where the configuration of a single-file model came from, if that was said.
+        variant: of the base model's files.
+    """
+    model, pipeline_config = expanduser(model), pipeline_config and expanduser(pipeline_config)
+    adapter, tuned = policy.export_name == "lora", f"{policy.export_name}{suffix}"
+    loading: dict[str, Any] = {} if dtype == "float32" else {"torch_dtype": f"torch.{dtype}"}
+    loading |= {name: repr(value) for name, value in policy.loading_arguments().items()}
+    embedded = adapter and model in zoo.names()
+    model, revision = split_revision(model)
+    published = {"revision": revision, "variant": variant} if adapter else {}
+    loading |= {name: repr(value) for name, value in published.items() if value is not None}
+    if adapter and is_single_file(model):
+        classes, load = _single_file(policy, model, pipeline_config, loading)
+    else:
+        source = f"zoo.path({model!r})" if embedded else repr(model if adapter else tuned)
+        classes = [policy.pipeline_name]
+        load = [f"pipe = {policy.pipeline_name}.from_pretrained({', '.join([source, *_keywords(loading)])})"]
+    if adapter:
+        load.append(f"pipe.load_lora_weights({tuned!r})")
+    load.append('pipe.to("cuda" if torch.cuda.is_available() else "cpu")')
+    imports, scheduler = _scheduler(policy, num_steps)
+    names = sorted([*classes, *(name for package, name in imports if package == "diffusers")])
+    head = ["import torch", f"from diffusers import {', '.join(names)}"]
+    head += ["from etude import zoo"] if embedded else []
+    head += [f"from {package} import {name}" for package, name in imports if package != "diffusers"]
+    return "\n".join([*head, "", *load, *scheduler, _picture(policy, num_steps, guidance_scale)])
+
+
+def stochastic_scheduler(policy: TrainablePolicy) -> str:
+    """The scheduler of `etude.sampling.schedulers` that draws as the SDE on the model's path."""
+    return "GDDIMScheduler" if isinstance(policy.path, VPPath) else "FlowMatchGDDIMScheduler"
+
+
+def stochastic_snippet(
+    policy: TrainablePolicy, num_steps: int, guidance_scale: float, kernel: str, eta: float, first_step: str
+) -> str:
+    """Python that follows `deployment_snippet` and draws with the SDE: every step under the kernel, as a run evaluates it.
+
+    Args:
+        kernel: its name in the configuration.
+        eta: the same at every step.
+        first_step: what becomes of the step out of pure noise.
+    """
+    name = stochastic_scheduler(policy)
+    settings = _vp_levels(policy.path, policy) if isinstance(policy.path, VPPath) else _flow_levels(policy)
+    settings |= {"eta": eta, "kernel": kernel, "first_step": first_step}
+    arguments = ", ".join(_keywords({key: repr(value) for key, value in settings.items()}))
+    return "\n".join(
+        [
+            f"from etude.sampling.schedulers import {name}",
+            "",
+            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {arguments})",
+            _picture(policy, num_steps, guidance_scale),
+        ]
+    )
+
+
+def _picture(policy: TrainablePolicy, num_steps: int, guidance_scale: float) -> str:
+    call = {"num_inference_steps": num_steps, **policy.call_arguments(guidance_scale)}
+    call = {name: f"{value:g}" if isinstance(value, float) else repr(value) for name, value in call.items()}
+    return f'image = pipe("a prompt", {", ".join(_keywords(call))}).images[0]'
+
+
+def _single_file(
+    policy: TrainablePolicy, model: str, pipeline_config: str | None, loading: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """The diffusers classes and the lines that load a single file as etude does."""
+    pipeline = policy.pipeline_name
+    if holds_pipeline(model):
+        told = _keywords(({"config": repr(pipeline_config)} if pipeline_config else {}) | loading)
+        return [pipeline], [f"pipe = {pipeline}.from_single_file({', '.join([repr(model), *told])})"]
+    place, (part, network) = repr(configuration(model, pipeline_config)), policy.denoiser_names
+    precision = {name: value for name, value in loading.items() if name == "torch_dtype"}
+    told = _keywords({"config": place, "subfolder": repr(part)} | precision)
+    return [network, pipeline], [
+        f"{part} = {network}.from_single_file({', '.join([repr(model), *told])})",
+        f"pipe = {pipeline}.from_pretrained({', '.join([place, *_keywords({part: part} | loading)])})",
+    ]
+
+
+def _keywords(arguments: dict[str, Any]) -> list[str]:
+    return [f"{name}={value}" for name, value in arguments.items()]
+
+
+def _scheduler(policy: TrainablePolicy, num_steps: int) -> tuple[list[tuple[str, str]], list[str]]:
+    """The ODE on the levels of `policy.grid(num_steps)`: `(package, class)` to import, and the lines that put it in place."""
+    if isinstance(policy.path, VPPath):
+        return _vp_scheduler(policy.path, policy, num_steps)
+    name = "FlowMatchEulerDiscreteScheduler"
+    if _flow_levels(policy):
+        settings = {**_flow_levels(policy), "stochastic_sampling": False}
+        return [("diffusers", name)], [
+            "# The ODE at the levels that the model was tuned on, whose shift is not that of its own scheduler.",
+            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {', '.join(_keywords(settings))})",
+        ]
+    if policy.scheduler_config.get("_class_name") == name and not policy.scheduler_config.get("stochastic_sampling"):
+        return [], ["# The pipeline's own scheduler is the ODE at the levels that the model was tuned on."]
+    return [("diffusers", name)], [
+        "# Euler steps of the flow are the ODE.",
+        f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, stochastic_sampling=False)",
+    ]
+
+
+def _flow_levels(policy: TrainablePolicy) -> dict[str, Any]:
+    """What makes the levels of a flow scheduler those of the policy, where the one that is loaded has others."""
+    if policy.shift is None or policy.export_name != "lora":  # a whole model is saved with its scheduler
+        return {}
+    return {"shift": policy.shift, "use_dynamic_shifting": False}
+
+
+def _vp_scheduler(path: VPPath, policy: TrainablePolicy, num_steps: int) -> tuple[list[tuple[str, str]], list[str]]:
+    settings = _vp_levels(path, policy)
+    if ddim_visits(path, num_steps):
+        name, package, why = "DDIMScheduler", "diffusers", "# DDIM at eta 0 is the ODE."
+    else:
+        settings["eta"] = 0.0
+        name, package = "GDDIMScheduler", "etude.sampling.schedulers"
+        why = (
+            f"# The ODE. Under {path.timestep_spacing} spacing diffusers' DDIM steps to levels that the next step does not "
+            "start from."
+        )
+    arguments = ", ".join(_keywords({key: repr(value) for key, value in settings.items()}))
+    return [(package, name)], [why, f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {arguments})"]
+
+
+def _vp_levels(path: VPPath, policy: TrainablePolicy) -> dict[str, Any]:
+    """What makes the levels of a VP scheduler those of the path, and its steps plain ones."""
+    # Spelt out: a scheduler of another class may leave them to defaults that are not these.
+    settings = {
+        "clip_sample": False,
+        "set_alpha_to_one": path.final_alpha_cumprod == 1,
+        "timestep_spacing": path.timestep_spacing,
+        "steps_offset": path.steps_offset,
+    }
+    if policy.scheduler_config.get("thresholding"):
+        settings["thresholding"] = False
+    return settings
+
+
+def ddim_visits(path: VPPath, num_steps: int) -> bool:
+    """Whether diffusers' DDIM, which steps from t to t - T // N, goes through exactly the levels of the path's grid."""
+    if num_steps == 1 and path.timestep_spacing == "linspace":
+        return False  # diffusers starts at timestep 0, where the network expects clean data
+    timesteps = path.timesteps(num_steps)
+    targets = timesteps - path.num_train_timesteps // num_steps
+    return targets[:-1].tolist() == timesteps[1:].tolist() and int(targets[-1]) < 0

@@ -1,0 +1,279 @@
+"""Prompt sets: the built-in ones, a text or JSONL file, a function, or a dataset.
+
+`animals` is the set of DDPO (Black et al. 2023, arXiv 2305.13301), `animals-eval` a list of others. The
+emoji sets are Unicode CLDR English short names;
+`emoji-train` and `emoji-eval` have no name in common.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from etude.errors import EtudeError, brief, brief_value, unknown
+from etude.registry import import_callable
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+_HUB = "hub:"
+_HUB_OPTIONS = ("column", "config", "metadata", "revision", "split")
+LONGEST = 1 << 28
+"""Bytes of a file of prompts: a few million."""
+PARTS = ("train", "eval")
+"""What may follow a source and a `#`: nine tenths of its prompts, and the others."""
+_RESERVED = {"images", "prompts", "self"}  # what a reward calls its own arguments
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in order, and what else is known about them.
+
+    Attributes:
+        texts: the prompts; repeats are kept.
+        metadata: by name, a list with an entry for each prompt (None where there is none). Rewards get it as keyword arguments.
+
+    Raises:
+        EtudeError: a list of another length, or a name that a reward's own arguments have.
+    """
+
+    texts: list[str]
+    metadata: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, values in self.metadata.items():
+            if name in _RESERVED:
+                raise EtudeError(
+                    f"prompts have a field '{name}', as a reward's own argument is called: rename the field."
+                )
+            if len(values) != len(self.texts):
+                raise EtudeError(f"there are {len(self.texts)} prompts but {len(values)} entries in '{name}'.")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, indices: Iterable[int]) -> PromptSet:
+        """The prompts at those places, which may repeat."""
+        chosen = list(indices)
+        columns = {name: [values[i] for i in chosen] for name, values in self.metadata.items()}
+        return PromptSet([self.texts[i] for i in chosen], columns)
+
+    def head(self, count: int) -> PromptSet:
+        """The first `count` prompts, or all if there are fewer."""
+        return self.select(range(min(count, len(self))))
+
+
+def prompt_set_names() -> list[str]:
+    """Names of the built-in prompt sets."""
+    return sorted(entry.name.removesuffix(".txt") for entry in _sets().iterdir() if entry.name.endswith(".txt"))
+
+
+def load_prompts(source: str) -> PromptSet:
+    """The prompts of a source, in order, surrounding blanks removed.
+
+    | source | prompts |
+    | --- | --- |
+    | `emoji-train` | a built-in set; it wins over a file of the same name (write `./name` for the file) |
+    | `set.jsonl` | UTF-8, one JSON object a line: its field `prompt`, and the others as metadata |
+    | `set.txt`, any other file | UTF-8, one a line; blank lines and lines that begin with `#` are skipped |
+    | `package.module:function` | what the function returns: strings, or dicts like the objects of a JSONL file |
+    | `hub:owner/name?split=train&column=prompt&metadata=tag` | a dataset of `datasets.load_dataset`, from the hub or a directory |
+    | any of them, `#train` or `#eval` | nine tenths of its prompts, or the others (`part_of`); a file of that name wins |
+
+    Raises:
+        EtudeError: a source that does not exist or cannot be read, or holds no prompt, or something else than prompts.
+    """
+    whole, mark, part = source.rpartition("#")
+    if mark and part in PARTS and not _exists(source):
+        return _part(load_prompts(whole), part, whole)
+    if source in prompt_set_names():
+        return PromptSet(_lines((_sets() / f"{source}.txt").read_text(encoding="utf-8")))
+    if source.startswith(_HUB):
+        prompts = _from_hub(source)
+    elif re.fullmatch(r"[\w.]+:[\w.]+", source) and not os.path.exists(os.path.expanduser(source)):
+        prompts = _from_function(source)
+    elif source.endswith(".jsonl"):
+        prompts = _from_jsonl(_read(source), source)
+    else:
+        prompts = PromptSet(_lines(_read(source)))
+    if not prompts.texts:
+        raise EtudeError(
+            f"prompt source '{source}' holds no prompt: give at least one (in a text file one per line; blank lines and "
+            "# comments are skipped)."
+        )
+    return prompts
+
+
+def part_of(text: str) -> str:
+    """Which part of its source a prompt belongs to, "train" or "eval": the latter for about one in ten.
+
+    A function of the prompt's words alone (SHA-256; case and blanks do not count), so that repeats stay together and a prompt that is added
+    moves no other.
+    """
+    return "eval" if hashlib.sha256(_words(text).encode()).digest()[0] * 10 < 256 else "train"
+
+
+def overlap(trained: PromptSet, evaluated: PromptSet) -> list[str]:
+    """The evaluated prompts that are trained on too, in order, without repeats; case and blanks do not count."""
+    known = {_words(text) for text in trained.texts}
+    return list(dict.fromkeys(text for text in evaluated.texts if _words(text) in known))
+
+
+def _exists(source: str) -> bool:
+    try:
+        return Path(source).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # a name that no file can have
+        return False
+
+
+def _words(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def _part(prompts: PromptSet, part: str, source: str) -> PromptSet:
+    chosen = prompts.select(i for i, text in enumerate(prompts.texts) if part_of(text) == part)
+    if not chosen.texts:
+        raise EtudeError(
+            f"prompts '{source}#{part}' are none: all {len(prompts)} of '{source}' belong to the other part; give more prompts, or two sources."
+        )
+    return chosen
+
+
+def _sets() -> Traversable:
+    return resources.files("etude.prompts") / "sets"
+
+
+def _lines(text: str) -> list[str]:
+    lines = (line.strip() for line in text.split("\n"))
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _from_jsonl(text: str, source: str) -> PromptSet:
+    records, places = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"prompt file '{source}', line {number}"
+        try:
+            records.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise EtudeError(
+                f'{place}: it is not JSON ({brief(error, 80)}); write one object per line, {{"prompt": "a cat"}}.'
+            ) from None
+        places.append(place)
+    return _from_records(records, places)
+
+
+def _from_function(source: str) -> PromptSet:
+    wanted = "module:function, where function() returns a list of strings, or of dicts with a field 'prompt'"
+    function = import_callable(source, "prompts", wanted)
+    try:
+        found = function()
+    except Exception as error:  # the user's code: whatever it raises has to say which function it was
+        raise EtudeError(f"prompts '{source}' failed: {type(error).__name__}: {brief(error)}") from error
+    if isinstance(found, (str, bytes, dict)) or not isinstance(found, Sequence):
+        raise EtudeError(f"prompts '{source}' returned {type(found).__name__}; give {wanted}.")
+    return _from_records(found, [f"prompts '{source}', entry {i}" for i in range(len(found))])
+
+
+def _from_hub(source: str) -> PromptSet:
+    name, _, query = source.removeprefix(_HUB).partition("?")
+    options = {key: value for key, _, value in (part.partition("=") for part in query.split("&") if part)}
+    for option in options:
+        if option not in _HUB_OPTIONS:
+            raise unknown("option of a dataset of prompts", option, _HUB_OPTIONS)
+    if not name:
+        raise EtudeError(f"prompts '{source}' name no dataset: give hub:owner/name, or hub: and a directory.")
+    if find_spec("datasets") is None:
+        raise EtudeError(f"prompts '{source}' need the package datasets: pip install 'etude[datasets]'.")
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(
+            name, options.get("config"), split=options.get("split", "train"), revision=options.get("revision")
+        )
+    except Exception as error:  # the library raises what its readers raise
+        raise EtudeError(f"prompts '{source}' cannot be loaded ({type(error).__name__}: {brief(error)}).") from error
+    column = options.get("column", "prompt")
+    extra = [name for name in options.get("metadata", "").split(",") if name]
+    for asked in (column, *extra):
+        if asked not in dataset.column_names:
+            raise unknown(f"column of the dataset '{name}'", asked, dataset.column_names)
+    texts = [_text(value, f"prompts '{source}', row {i}") for i, value in enumerate(dataset[column])]
+    return PromptSet(texts, {name: list(dataset[name]) for name in extra})
+
+
+def _from_records(records: Sequence[Any], places: list[str]) -> PromptSet:
+    """Strings, or dicts with a field `prompt`; `places` name them in errors."""
+    texts, extras = [], []
+    for record, place in zip(records, places, strict=True):
+        fields = record if isinstance(record, dict) else {"prompt": record}
+        texts.append(_text(fields.get("prompt"), place))
+        extras.append({name: value for name, value in fields.items() if name != "prompt"})
+    names = dict.fromkeys(str(name) for extra in extras for name in extra)
+    return PromptSet(texts, {name: [extra.get(name) for extra in extras] for name in names})
+
+
+def _text(value: Any, place: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise EtudeError(f"{place}: its prompt is {brief_value(value)}; give a text that is not empty.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # JSON can hold half a character, which no file, tokenizer or page can
+        raise EtudeError(
+            f"{place}: its prompt {brief_value(value)} holds half of a surrogate pair; give whole characters."
+        ) from None
+    if "\0" in value:
+        raise EtudeError(f"{place}: its prompt {brief_value(value)} holds a NUL character; remove it.")
+    return value.strip()
+
+
+def _read(source: str) -> str:
+    if not source:
+        raise unknown("prompt set or file", source, prompt_set_names())
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
+        raise EtudeError(f"prompts '{source}' is a directory: give a text file with one prompt per line.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise EtudeError(f"prompts '{source}' is a device or a pipe, which need not end: give a text file.")
+    try:
+        with open(path, "rb") as file:
+            data = file.read(LONGEST + 1)
+    except FileNotFoundError:
+        if path.suffix or len(path.parts) > 1:
+            raise EtudeError(
+                f"prompt file '{source}' does not exist: give a text file with one prompt per line, "
+                f"or a built-in set ({', '.join(prompt_set_names())})."
+            ) from None
+        raise unknown("prompt set or file", source, prompt_set_names()) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise EtudeError(f"prompt file '{source}' cannot be read ({reason}): check its name and permissions.") from None
+    if len(data) > LONGEST:
+        raise EtudeError(
+            f"prompt file '{source}' is longer than {LONGEST >> 20} MiB: split it, or give a dataset (hub:directory)."
+        )
+    return _decode(data, source)
+
+
+def _decode(data: bytes, source: str) -> str:
+    """UTF-8 with or without a byte order mark; names the line of the first byte that is not text."""
+    remedy = "save the prompts as UTF-8 text, one per line"
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        byte = error.object[error.start]
+        raise EtudeError(f"prompt file '{source}', line {line}: byte 0x{byte:02x} is not UTF-8; {remedy}.") from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise EtudeError(f"prompt file '{source}', line {line}: it holds a NUL byte, so it is not text; {remedy}.")
+    return text

@@ -1,0 +1,3 @@
+"""Rewards that run a network: CLIP, PickScore, HPSv2, ImageReward, the aesthetic predictor."""
+
+from __future__ import annotations

@@ -1,0 +1,155 @@
+"""Rewards that are the cosine of a CLIP image and text embedding: CLIPScore and PickScore."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from etude.errors import EtudeError, brief
+from etude.rewards.models.model_reward import ModelReward
+from etude.rewards.models.preprocessing import pictures
+from etude.rewards.models.weights import TEXT_FILES, WEIGHT_FILES, fetch, pretrained
+
+VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c"
+CLIP_FILES = ("preprocessor_config.json", "tokenizer_config.json")
+
+
+class Cosine(ModelReward):
+    """cos(f(image), g(prompt)) of a `transformers.CLIPModel`, scaled by what each reward says.
+
+    Prompts are cut to the text encoder's length (77 tokens in every published one); embeddings are normalised in float32.
+    """
+
+    BASE_FILES = CLIP_FILES
+
+    def _load(self) -> nn.Module:
+        from transformers import CLIPModel
+
+        network = pretrained(CLIPModel, fetch(self.model, WEIGHT_FILES))
+        self.tokenizer = tokenizer(self.base)
+        self.processor = image_processor(self.base)
+        return network
+
+    def _score(self, images: Tensor, prompts: list[str], device: torch.device) -> Tensor:
+        image = self._image(images, device)
+        unique = list(dict.fromkeys(prompts))
+        text = self._text(unique, device)[[unique.index(prompt) for prompt in prompts]]
+        return self._scale((image * text).sum(-1))
+
+    def _image(self, images: Tensor, device: torch.device) -> Tensor:
+        return image_embedding(self.network, self._pixels(images).to(device, self.dtype))
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        return processed(self.processor, images)
+
+    def _text(self, prompts: list[str], device: torch.device) -> Tensor:
+        network = self.network
+        longest = network.config.text_config.max_position_embeddings
+        # to the full length: what precedes the end is blind to the padding, and a row must not depend on its company
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
+        ).to(device)
+        pooled = network.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
+        return nn.functional.normalize(network.text_projection(pooled).float(), dim=-1)
+
+    @abstractmethod
+    def _scale(self, cosine: Tensor) -> Tensor:
+        """The reward from the cosines `[n]`."""
+
+
+class CLIPScore(Cosine):
+    """CLIPScore = 2.5 max(cos(f(image), g("A photo depicts " + prompt)), 0), Hessel et al. 2021, arXiv 2104.08718.
+
+    Model: `openai/clip-vit-base-patch32`, the paper's ViT-B/32, with its own image processor, at the commit of that repository that holds
+    its conversion to safetensors (the main branch has pickles only). Licence: the code of CLIP is MIT; the repository's card states none
+    for the weights. Range [0, 2.5]; captions of photographs score about 0.6 to 0.9. Work on text-to-image models often reports 100 max(cos,
+    0) of another CLIP without the prefix instead: that is `clip_score:openai/clip-vit-large-patch14,prefix=` times 40.
+
+    Args:
+        prefix: what precedes each prompt.
+    """
+
+    MODEL = BASE = "openai/clip-vit-base-patch32@c237dc49a33fc61debc9276459120b7eac67e7ef"
+
+    def __init__(
+        self,
+        model: str = "",
+        *,
+        base: str = "",
+        batch_size: int = 16,
+        dtype: str = "float32",
+        device: str = "",
+        prefix: str = "A photo depicts",
+    ) -> None:
+        base = base or model  # any CLIP is whole: the tokenizer of another one would not fit it
+        super().__init__(model, base=base, batch_size=batch_size, dtype=dtype, device=device)
+        self.prefix = f"{prefix.strip()} " if prefix.strip() else ""
+
+    def _text(self, prompts: list[str], device: torch.device) -> Tensor:
+        return super()._text([self.prefix + prompt for prompt in prompts], device)
+
+    def _scale(self, cosine: Tensor) -> Tensor:
+        return 2.5 * cosine.clamp(min=0)
+
+
+class PickScore(Cosine):
+    """PickScore v1 = exp(logit_scale) cos(f(image), g(prompt)), Kirstain et al. 2023, arXiv 2305.01569.
+
+    Model: `yuvalkirstain/PickScore_v1`, a CLIP-ViT-H-14 tuned on Pick-a-Pic (licence: its model card states none); tokenizer and image
+    processor (`base`) of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` (MIT). exp(logit_scale) is about 100: range [-100, 100], in practice about
+    15 to 25. Some work divides it by 26 to bring it near 1, which group-normalised advantages do not notice.
+    """
+
+    MODEL = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
+    BASE = VIT_H
+
+    def _scale(self, cosine: Tensor) -> Tensor:
+        scale: Tensor = self.network.logit_scale.float().exp()
+        return scale * cosine
+
+
+def image_embedding(network: Any, pixels: Tensor) -> Tensor:
+    """The normalised projected image embedding of a CLIP network, float32 `[n, d]`."""
+    pooled = network.vision_model(pixel_values=pixels).pooler_output
+    return nn.functional.normalize(network.visual_projection(pooled).float(), dim=-1)
+
+
+def processed(processor: Any, images: Tensor) -> Tensor:
+    """uint8 images through a CLIP image processor, float32 `[n, 3, size, size]`."""
+    pixels: Tensor = processor(images=pictures(images), return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def tokenizer(source: str) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        EtudeError: if the checkpoint holds none.
+    """
+    from transformers import AutoTokenizer
+
+    return _companion(AutoTokenizer, source, "tokenizer")
+
+
+def image_processor(source: str) -> Any:
+    """The CLIP image processor of a checkpoint, in its PIL form whether or not torchvision is installed.
+
+    Raises:
+        EtudeError: if the checkpoint holds none.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    return _companion(CLIPImageProcessorPil, source, "image processor")
+
+
+def _companion(kind: Any, source: str, what: str) -> Any:
+    path = fetch(source, TEXT_FILES)
+    try:
+        return kind.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise EtudeError(
+            f"'{path}' holds no {what} ({brief(error, 80)}); name a checkpoint that does by the reward's option `base`."
+        ) from error

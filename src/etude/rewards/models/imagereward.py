@@ -1,0 +1,156 @@
+"""ImageReward: BLIP's image-grounded text encoder with a score head, tuned on human rankings."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from etude.errors import EtudeError
+from etude.rewards.models.aesthetic import ScoreHead
+from etude.rewards.models.clip import tokenizer
+from etude.rewards.models.model_reward import ModelReward
+from etude.rewards.models.preprocessing import crop_to_square
+from etude.rewards.models.weights import assembled, fetch, read_tensors, strip_prefix, weights_of
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score over the authors' test set
+TOKENS = 35
+HEAD_WIDTH = 64  # of every attention head in BLIP, and not to be read off its tensors
+
+
+class ImageReward(ModelReward):
+    """ImageReward v1.0, Xu et al. 2023, arXiv 2304.05977.
+
+        score = (MLP(h) - 0.1671736...) / 1.0333395..., h the first output token of BLIP's text encoder, MLP of ScoreHead
+
+    The text encoder (BERT base) attends to all tokens of the image encoder (ViT-L/16 at 224 pixels); prompts are cut or padded to 35 tokens
+    and images cropped to the centre, as published. Standardised, so unbounded: in practice about -2.3 to 2. Licence of the authors' code
+    and weights: Apache-2.0 (BLIP: BSD-3-Clause). The head is computed in float32.
+
+    The published checkpoint (`THUDM/ImageReward`, ImageReward.pt) is a pickle, which etude does not read; the default `model` is a hub
+    repository that carries it in safetensors (`RE-N-Y/ImageReward`, used by the package imscore; not the authors', not pinned, and no
+    licence of its own is known: see its card), under the published names. It runs in the BLIP classes of transformers. `base` gives the
+    tokenizer: `google-bert/bert-base-uncased` (Apache-2.0).
+    """
+
+    MODEL = "RE-N-Y/ImageReward"
+    BASE = "google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594"
+    BASE_FILES = ("tokenizer_config.json",)
+
+    def _load(self) -> nn.Module:
+        weights = weights_of(fetch(self.model, ["*.safetensors"]))
+        self.tokenizer = tokenizer(self.base)
+        self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's, in its order
+        tensors = read_tensors(weights)
+        vision, text = vision_encoder(tensors, weights), text_encoder(tensors, weights)
+        if len(self.tokenizer) > text.config.vocab_size:
+            raise EtudeError(
+                f"'{self.base}' has {len(self.tokenizer)} tokens and '{weights}' {text.config.vocab_size}: "
+                "name the tokenizer that it was trained with by the option `base`."
+            )
+        self.head = ScoreHead.of(text.config.hidden_size, strip_prefix(tensors, "mlp.layers.7.weight"), weights)
+        return nn.ModuleDict({"vision": vision, "text": text})
+
+    def _score(self, images: Tensor, prompts: list[str], device: torch.device) -> Tensor:
+        vision, text = self.network["vision"], self.network["text"]
+        pixels = crop_to_square(images, vision.config.image_size).to(device, self.dtype)
+        tokens = self.tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        ).to(device)
+        states = text(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            encoder_hidden_states=vision(pixel_values=pixels).last_hidden_state,
+        ).last_hidden_state
+        return (self.head.to(device)(states[:, 0].float()) - MEAN) / STD
+
+
+_VISION_NAMES = {
+    r"^cls_token$": "embeddings.class_embedding",
+    r"^pos_embed$": "embeddings.position_embedding",
+    r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
+    r"^norm\.": "post_layernorm.",
+    r"^blocks\.(\d+)\.norm(\d)\.": r"encoder.layers.\1.layer_norm\2.",
+    r"^blocks\.(\d+)\.attn\.qkv\.": r"encoder.layers.\1.self_attn.qkv.",
+    r"^blocks\.(\d+)\.attn\.proj\.": r"encoder.layers.\1.self_attn.projection.",
+    r"^blocks\.(\d+)\.mlp\.": r"encoder.layers.\1.mlp.",
+}
+
+
+def vision_encoder(tensors: Mapping[str, Tensor], origin: Path) -> Any:
+    """`transformers.BlipVisionModel` from the published names; its sizes are read off the tensors.
+
+    Raises:
+        EtudeError: if it is not there, or not whole.
+    """
+    from transformers import BlipVisionConfig, BlipVisionModel
+
+    source = _part(tensors, "visual_encoder.", "patch_embed.proj.weight", origin)
+    width, _, patch, _ = source["patch_embed.proj.weight"].shape
+    positions = source["pos_embed"].shape[1] if "pos_embed" in source else 1
+    config = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=_depth(source, "blocks"),
+        num_attention_heads=max(1, width // HEAD_WIDTH),
+        image_size=patch * math.isqrt(positions - 1),
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+    )
+    return assembled(BlipVisionModel, config, {_vision_name(name): t for name, t in source.items()}, origin)
+
+
+def text_encoder(tensors: Mapping[str, Tensor], origin: Path) -> Any:
+    """`transformers.BlipTextModel`, whose names are the published ones; its sizes are read off the tensors.
+
+    Raises:
+        EtudeError: if it is not there, or not whole.
+    """
+    from transformers import BlipTextConfig, BlipTextModel
+
+    source = _part(tensors, "text_encoder.", "encoder.layer.0.crossattention.self.key.weight", origin)
+    width, image_width = source["encoder.layer.0.crossattention.self.key.weight"].shape
+    words, places = (source.get(f"embeddings.{kind}_embeddings.weight") for kind in ("word", "position"))
+    config = BlipTextConfig(
+        vocab_size=0 if words is None else len(words),
+        hidden_size=width,
+        encoder_hidden_size=image_width,
+        intermediate_size=4 * width,
+        num_hidden_layers=_depth(source, r"encoder\.layer"),
+        num_attention_heads=max(1, width // HEAD_WIDTH),
+        max_position_embeddings=0 if places is None else len(places),
+        layer_norm_eps=1e-12,
+        is_decoder=True,  # builds the cross-attention; the forward pass attends in both directions all the same
+        bos_token_id=None,
+        eos_token_id=None,
+        sep_token_id=None,
+    )
+    # its attention adds the mask to the scores, which holds for the additive masks of the eager implementation only
+    return assembled(BlipTextModel, config, source, origin, add_pooling_layer=False, attn_implementation="eager")
+
+
+def _part(tensors: Mapping[str, Tensor], part: str, landmark: str, origin: Path) -> dict[str, Tensor]:
+    whole = strip_prefix(tensors, part + landmark)
+    if not whole:
+        raise EtudeError(f"'{origin}' does not hold ImageReward: there is no '{part}{landmark}' in it.")
+    extra = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")  # buffers and layers that go unused
+    inside = {name.removeprefix(part): t for name, t in whole.items() if name.startswith(part)}
+    return {name: t for name, t in inside.items() if name not in extra}
+
+
+def _vision_name(name: str) -> str:
+    for pattern, replacement in _VISION_NAMES.items():
+        name, changed = re.subn(pattern, replacement, name)
+        if changed:
+            break
+    return name
+
+
+def _depth(names: Mapping[str, Tensor], stem: str) -> int:
+    found = [re.match(rf"{stem}\.(\d+)\.", name) for name in names]
+    return 1 + max(int(match[1]) for match in found if match)

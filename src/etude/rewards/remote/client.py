@@ -1,0 +1,286 @@
+"""A reward on another machine: images go out as JSON over HTTP, scores come back."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import os
+import re
+import ssl
+from concurrent.futures import Future
+from typing import Any
+
+import httpx2
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from etude.errors import EtudeError, brief, unknown
+from etude.rewards.background import in_event_loop
+from etude.rewards.remote.wire import ScoreAnswer, encode_image, explain, token_for, token_variables
+
+RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""Answers that another attempt may mend."""
+
+_LARGEST_ANSWER = 1 << 20  # bytes; the scores of a batch are a few hundred
+
+
+class RemoteReward:
+    """Scores of `POST url`, in batches of which several are under way at a time.
+
+    Request: `{"images": [base64 of a PNG file, ...], "prompts": [...], "metadata": {name: [...]}}`, n of each. Answer: status 200 and
+    `{"scores": [n finite numbers]}`. `etude serve-reward` is a server.
+
+    An attempt that finds no server, gets no answer in time or one of the statuses `RETRIED` is repeated after backoff, 2 backoff, 4 backoff, ...
+    seconds, without jitter. Every other mistake is an error at once, and ends the requests beside it. Redirects are not followed: the
+    images, and the token, go to `url` alone.
+
+    The token that `etude.rewards.remote.wire.token_for` finds for the url's host is sent as `Authorization: Bearer`; nothing writes it anywhere.
+
+    Args:
+        url: `http://host:port/path` or `https://host/path`.
+        timeout: seconds for one attempt, from looking up the host to the last byte of the answer, however slowly it drips.
+        batch_size: images per request.
+        concurrency: requests under way at a time, over all calls.
+        retries: attempts after the first.
+        backoff: seconds before the first retry.
+
+    Raises:
+        EtudeError: a url or an option that cannot be used; when called, a server that fails.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout: float = 60.0,
+        batch_size: int = 8,
+        concurrency: int = 4,
+        retries: int = 4,
+        backoff: float = 1.0,
+    ) -> None:
+        for name, value, least in (
+            ("timeout", timeout, 1e-3),
+            ("batch_size", batch_size, 1),
+            ("concurrency", concurrency, 1),
+            ("retries", retries, 0),
+            ("backoff", backoff, 0),
+        ):
+            if not least <= value < float("inf"):
+                raise EtudeError(
+                    f"{name} = {value:g} of a remote reward must be a finite number of at least {least:g}."
+                )
+        self._address = _checked_url(url)
+        self.url, self.timeout, self.batch_size = url, timeout, batch_size
+        self.concurrency, self.retries, self.backoff = concurrency, retries, backoff
+        self._token = token_for(self._address.raw_host.decode("ascii"), self._address.port)
+        self._verify = self._address.scheme == "https" and ssl.create_default_context()
+        self._turns: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+
+    @classmethod
+    def from_name(cls, name: str) -> RemoteReward:
+        """From a reward's name: the url, with options where a page's fragment would be: `http://host/score#timeout=300,batch_size=4`.
+
+        Raises:
+            EtudeError: an unknown option, or one that is no number.
+        """
+        url, _, text = name.partition("#")
+        parameters = dict(list(inspect.signature(cls).parameters.items())[1:])
+        options: dict[str, Any] = {}
+        for part in text.split(",") if text else []:
+            key, equals, value = part.partition("=")
+            if key not in parameters:
+                raise unknown("option of a remote reward", key, parameters)
+            if not equals:
+                raise EtudeError(
+                    f"option {key} of a remote reward has no value: write {url}#{key}=VALUE (and the weight, if there "
+                    f"is one, after another equals sign: {url}#{key}=VALUE=1)."
+                )
+            kind = type(parameters[key].default)
+            try:
+                options[key] = kind(value)
+            except ValueError:
+                wanted = "a whole number" if kind is int else "a number"
+                raise EtudeError(f"{key} = '{value}' of a remote reward must be {wanted}.") from None
+        return cls(url, **options)
+
+    def load(self) -> None:
+        """Finds out before a run whether anything answers at the url; what it says to a GET is its own business.
+
+        Raises:
+            EtudeError: if nothing does.
+        """
+        _wait(in_event_loop(self._greet()))
+
+    def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
+        return _wait(self.submit(images, prompts, **metadata))
+
+    def submit(self, images: Tensor, prompts: list[str], **metadata: Any) -> Future[Tensor]:
+        """Sends the requests and returns at once; the future has the scores, float32 `[n]`. Cancelling it ends the requests.
+
+        The images must not change until the scores are there.
+        """
+        return in_event_loop(self._all(images.cpu(), prompts, metadata))
+
+    async def _greet(self) -> None:
+        async with self._client() as client:
+            await self._attempts(client, "GET", None, every_status=True)
+
+    async def _all(self, images: Tensor, prompts: list[str], metadata: dict[str, Any]) -> Tensor:
+        async with self._client() as client:
+            tasks = []
+            for start in range(0, len(prompts), self.batch_size):
+                batch = slice(start, start + self.batch_size)
+                columns = {name: values[batch] for name, values in metadata.items()}
+                tasks.append(asyncio.ensure_future(self._batch(client, images[batch], prompts[batch], columns)))
+            try:
+                rows = await asyncio.gather(*tasks)
+            finally:  # after a failure nobody waits for the others any more
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+        return torch.tensor([score for row in rows for score in row], dtype=torch.float32)
+
+    async def _batch(
+        self, client: httpx2.AsyncClient, images: Tensor, prompts: list[str], metadata: dict[str, Any]
+    ) -> list[float]:
+        async with self._turn():
+            body = await asyncio.to_thread(self._body, images, prompts, metadata)
+            status, answer = await self._attempts(client, "POST", body)
+        return self._scores(status, answer, len(prompts))
+
+    def _turn(self) -> asyncio.Semaphore:
+        loop = asyncio.get_running_loop()
+        if self._turns is None or self._turns[0] is not loop:
+            self._turns = loop, asyncio.Semaphore(self.concurrency)
+        return self._turns[1]
+
+    def _body(self, images: Tensor, prompts: list[str], metadata: dict[str, Any]) -> bytes:
+        message = {"images": [encode_image(image) for image in images], "prompts": prompts, "metadata": metadata}
+        try:
+            return json.dumps(message, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise EtudeError(
+                f"the prompts' metadata cannot be sent to {self.url} as JSON: {brief(error, 80)}."
+            ) from None
+
+    def _client(self) -> httpx2.AsyncClient:
+        """One for each call: no connection waits idle between two iterations, to be found closed by the second."""
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        # Each attempt has a deadline as a whole. Neither proxies nor credentials are taken from the environment.
+        return httpx2.AsyncClient(headers=headers, verify=self._verify, timeout=None, trust_env=False)
+
+    async def _attempts(
+        self, client: httpx2.AsyncClient, method: str, body: bytes | None, every_status: bool = False
+    ) -> tuple[int, bytes]:
+        """Status and body of the first answer that no other attempt could mend."""
+        problem = ""
+        for attempt in range(self.retries + 1):
+            if attempt:
+                await asyncio.sleep(self.backoff * 2 ** (attempt - 1))
+            try:
+                status, answer = await asyncio.wait_for(self._request(client, method, body), self.timeout)
+            except asyncio.TimeoutError:
+                problem = f"no answer (it took longer than {self.timeout:g} s)"
+                continue
+            except (httpx2.HTTPError, OSError) as error:
+                problem = f"no answer ({_reason(error)})"
+                continue
+            if every_status or status not in RETRIED:
+                return status, answer
+            problem = f"status {status}{self._said(answer)}"
+        count = f"{self.retries + 1} attempts" if self.retries else "1 attempt"
+        raise EtudeError(f"{self.url}: {problem} after {count}: check that the server runs and is reachable.")
+
+    async def _request(self, client: httpx2.AsyncClient, method: str, body: bytes | None) -> tuple[int, bytes]:
+        async with client.stream(method, self._address, content=body, follow_redirects=False) as response:
+            answer = bytearray()
+            async for chunk in response.aiter_raw():
+                answer += chunk
+                if len(answer) > _LARGEST_ANSWER:
+                    raise EtudeError(
+                        f"{self.url}: status {response.status_code} with more than {_LARGEST_ANSWER} bytes; "
+                        'expected 200 and {"scores": [one number per image]}.'
+                    )
+            return response.status_code, bytes(answer)
+
+    def _scores(self, status: int, answer: bytes, count: int) -> list[float]:
+        expected = f'expected 200 and {{"scores": [{count} finite numbers]}}'
+        if 300 <= status < 400:
+            raise EtudeError(
+                f"{self.url}: status {status}, a redirect, which is not followed: give the url it leads to."
+            )
+        if status in {401, 403}:
+            raise EtudeError(f"{self.url}: status {status}{self._said(answer)}: {self._token_remedy()}.")
+        if status != 200:
+            raise EtudeError(f"{self.url}: status {status}{self._said(answer)}; {expected}.")
+        try:
+            scores = ScoreAnswer.model_validate_json(answer).scores
+        except ValidationError as error:
+            raise EtudeError(f"{self.url}: status 200 with {self._hidden(explain(error))[:120]}; {expected}.") from None
+        if len(scores) != count:
+            raise EtudeError(f"{self.url}: status 200 with {len(scores)} scores; {expected}.")
+        if not torch.tensor(scores, dtype=torch.float32).isfinite().all():
+            raise EtudeError(f"{self.url}: status 200 with a score beyond float32; {expected}.")
+        return scores
+
+    def _token_remedy(self) -> str:
+        variables = token_variables(self._address.raw_host.decode("ascii"), None)
+        if not variables:
+            return "tokens are sent to hosts of letters, digits, hyphens and dots only: give it such a name"
+        state = "was refused" if self._token else "is not set"
+        return f"set the server's token in the environment variable {variables[-1]} (it {state})"
+
+    def _said(self, answer: bytes) -> str:
+        """The server's own words on an error, if it has any: its field `error` or `detail`, else the beginning of its text."""
+        text = answer[:4096].decode("utf-8", errors="replace")
+        try:
+            fields = json.loads(text)
+            text = str(fields.get("error") or fields.get("detail") or text) if isinstance(fields, dict) else text
+        except (ValueError, RecursionError):
+            pass  # not JSON: shown as it is
+        text = "".join(c if c.isprintable() else " " for c in self._hidden(text))
+        text = re.sub(r" +", " ", text).strip().rstrip(".")
+        return f" ({text[:160]})" if text else ""
+
+    def _hidden(self, text: str) -> str:
+        return text.replace(self._token, "***") if self._token else text
+
+
+def _wait(future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except BaseException:  # Ctrl-C here must end the requests there
+        future.cancel()
+        raise
+
+
+def _checked_url(url: str) -> httpx2.URL:
+    try:
+        parts = httpx2.URL(url)
+    except httpx2.InvalidURL:
+        raise EtudeError(f"remote reward '{url}' is no url: give http://host:port/path.") from None
+    host = parts.raw_host.decode("ascii")
+    if parts.userinfo:  # it would be written to config.yaml
+        raise EtudeError(
+            f"the url of the remote reward at '{host}' holds a user name or password: leave it out, "
+            f"and set a token in an environment variable ({', '.join(token_variables(host, None)[-1:])})."
+        )
+    if parts.scheme not in {"http", "https"} or not host:
+        raise EtudeError(f"remote reward '{url}' names no host: give http://host:port/path.")
+    if parts.port is not None and not 0 < parts.port < 1 << 16:
+        raise EtudeError(f"remote reward '{url}' is no url: there is no port {parts.port}.")
+    return parts
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said, which is at the bottom of the library's errors, else what they say."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return os.strerror(cause.errno) if cause.errno > 0 else str(cause.strerror)
+        cause = cause.__cause__ or cause.__context__
+    return brief(error, 150) or type(error).__name__

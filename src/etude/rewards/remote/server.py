@@ -1,0 +1,255 @@
+"""`etude serve-reward`: any reward behind `POST /score`, for trainers on other machines (`etude.rewards.remote.client`).
+
+Small on purpose: one reward, one batch at a time, JSON. It listens on loopback unless told otherwise, and then asks for a token. Nothing
+that a client sends is unpacked before its size is known, and at most `MAX_BODIES` requests are held in memory: the others wait unread.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import socket
+from collections.abc import Collection
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from etude.errors import EtudeError
+from etude.rewards.remote.wire import is_loopback
+from etude.rewards.reward import get
+
+if TYPE_CHECKING:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+
+MAX_REQUEST_BYTES = 64 << 20
+MAX_PIXELS = 1 << 26
+"""Of all images of a request: 64 of 1024 x 1024, 192 MiB unpacked."""
+
+MAX_BODIES = 4
+"""Requests that are read, or wait for their turn, at a time; of any other no more than its beginning is in memory."""
+
+_READ_SECONDS = 60  # for the body of a request
+_MAX_CONNECTIONS = 64
+_LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class _RefusedError(Exception):
+    """A request that gets no scores: the status and one sentence that says why."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+def build_app(
+    name: str,
+    token: str = "",
+    *,
+    max_request_bytes: int = MAX_REQUEST_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    hosts: Collection[str] = _LOOPBACK_HOSTS,
+) -> Starlette:
+    """The ASGI application: `POST /score` and `GET /health`.
+
+    Args:
+        name: of the reward, as `etude.rewards.get` takes it; it is built, and its weights are read, before this returns.
+        token: what `Authorization: Bearer` must hold to get scores; "" asks for none.
+        max_request_bytes: a longer request is refused while it arrives.
+        max_pixels: of all images of one request.
+        hosts: names without a port that the header `Host` may give; empty: any. The default is for a server on loopback: a page in a
+            browser on this machine reaches it under a name of the page's own, which its owner has pointed at 127.0.0.1.
+
+    Raises:
+        EtudeError: if the reward cannot be built, or the extra `serve` is not installed.
+    """
+    _check_installed()
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    scorer = _Scorer(name, token, max_request_bytes, max_pixels)
+
+    async def score(request: Request) -> JSONResponse:
+        try:
+            _check_host(request, hosts)
+            return JSONResponse({"scores": await scorer.answer(request)})
+        except _RefusedError as refused:
+            headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
+            return JSONResponse({"error": str(refused)}, refused.status, headers)
+
+    async def health(request: Request) -> JSONResponse:
+        try:
+            _check_host(request, hosts)
+        except _RefusedError as refused:
+            return JSONResponse({"error": str(refused)}, refused.status)
+        return JSONResponse({"status": "ok"})
+
+    return Starlette(routes=[Route("/score", score, methods=["POST"]), Route("/health", health)])
+
+
+def listen(host: str, port: int, token: str = "", insecure: bool = False) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        EtudeError: a host beyond this machine without a token (unless `insecure`), or an address that cannot be had.
+    """
+    if not (token or insecure or is_loopback(host)):
+        raise EtudeError(
+            f"--host {host} lets other machines in, and there is no token: set one in the environment variable "
+            "ETUDE_REWARD_TOKEN (or name another by --token-env), or give --insecure."
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_MAX_CONNECTIONS)
+    except (OSError, OverflowError, UnicodeError) as error:
+        number = getattr(error, "errno", None)
+        reason = os.strerror(number) if number and number > 0 else str(error)
+        raise EtudeError(f"--host {host} --port {port} cannot be listened on ({reason}): give another.") from None
+
+
+def make_server(app: Starlette) -> uvicorn.Server:
+    """A server to `run(sockets=[listen(...)])`, which returns after Ctrl-C or once its `should_exit` is set."""
+    import uvicorn
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ws="none",
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_graceful_shutdown=10,
+        )
+    )
+
+
+def server_token(variable: str | None) -> str:
+    """The token in that environment variable; without a name, in ETUDE_REWARD_TOKEN if it is set.
+
+    Raises:
+        EtudeError: the named variable is not set, or holds what no header can carry.
+    """
+    from etude.rewards.remote.wire import TOKEN_VARIABLE, check_token
+
+    token = os.environ.get(variable or TOKEN_VARIABLE, "")
+    if variable and not token:
+        raise EtudeError(f"--token-env {variable}: that environment variable is not set.")
+    return check_token(token, variable or TOKEN_VARIABLE)
+
+
+def address(sock: socket.socket) -> str:
+    """`http://host:port` of a listening socket."""
+    host, port, *_ = sock.getsockname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def prepare(
+    name: str, host: str, port: int, token: str = "", *, insecure: bool = False, max_request_bytes: int
+) -> tuple[uvicorn.Server, socket.socket]:
+    """The server of a reward and its listening socket; the address is taken before the reward's weights are read.
+
+    Raises:
+        EtudeError: as `listen` and `build_app`.
+    """
+    _check_installed()
+    sock = listen(host, port, token, insecure)
+    try:
+        hosts = {host.lower(), *_LOOPBACK_HOSTS} if is_loopback(host) else ()
+        return make_server(build_app(name, token, max_request_bytes=max_request_bytes, hosts=hosts)), sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+class _Scorer:
+    def __init__(self, name: str, token: str, max_request_bytes: int, max_pixels: int) -> None:
+        import anyio
+
+        self.name, self.reward = name, get(name)
+        if hasattr(self.reward, "load"):
+            self.reward.load()
+        self.token, self.max_request_bytes, self.max_pixels = token.encode(), max_request_bytes, max_pixels
+        # memory is bounded: so many bodies, and one batch at a time
+        self.bodies, self.turn = anyio.Semaphore(MAX_BODIES), anyio.Lock()
+
+    async def answer(self, request: Request) -> list[float]:
+        from starlette.concurrency import run_in_threadpool
+
+        self._authorise(request)
+        async with self.bodies:
+            body = await self._body(request)
+            async with self.turn:
+                return await run_in_threadpool(self._score, body)
+
+    def _authorise(self, request: Request) -> None:
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self.token)
+        if self.token and not (kind.lower() == "bearer" and right):
+            raise _RefusedError(401, "this server asks for the right Authorization: Bearer token")
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            # A page in a browser on this machine cannot send this type to another origin.
+            raise _RefusedError(415, "send Content-Type: application/json")
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, counted as it arrives."""
+        import anyio
+        from starlette.requests import ClientDisconnect
+
+        too_long = _RefusedError(
+            413, f"the request is longer than {self.max_request_bytes} bytes: send fewer images in one"
+        )
+        declared = request.headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > self.max_request_bytes:
+            raise too_long
+        body = bytearray()
+        try:
+            with anyio.fail_after(_READ_SECONDS):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self.max_request_bytes:
+                        raise too_long
+        except TimeoutError:
+            raise _RefusedError(408, f"the request did not arrive within {_READ_SECONDS} s") from None
+        except ClientDisconnect:
+            raise _RefusedError(400, "the request ended early") from None
+        return bytes(body)
+
+    def _score(self, body: bytes) -> list[float]:
+        from pydantic import ValidationError
+
+        from etude.rewards.remote.wire import ScoreRequest, decode_images, explain
+        from etude.rewards.scoring import score
+
+        try:
+            message = ScoreRequest.model_validate_json(body)
+            images = decode_images(message.images, self.max_pixels)
+        except ValidationError as error:
+            raise _RefusedError(400, explain(error)) from None
+        except EtudeError as error:
+            raise _RefusedError(400, str(error)) from None
+        try:
+            scores: list[float] = score(self.name, self.reward, images, message.prompts, message.metadata).tolist()
+        except EtudeError as error:
+            raise _RefusedError(422, str(error)) from error
+        return scores
+
+
+def _check_host(request: Request, hosts: Collection[str]) -> None:
+    """Refuses a name under which the server is not meant to be reached (DNS rebinding)."""
+    given = request.headers.get("host", "").lower()
+    name = given.removeprefix("[").partition("]")[0] if given.startswith("[") else given.partition(":")[0]
+    if hosts and name not in hosts:
+        raise _RefusedError(
+            421,
+            "this server answers to the name of this machine only: use 127.0.0.1 or localhost, or serve with --host",
+        )
+
+
+def _check_installed() -> None:
+    for module in ("starlette", "uvicorn"):
+        if find_spec(module) is None:
+            raise EtudeError(f"a reward server needs {module}: pip install 'etude[serve]'.")

@@ -1,0 +1,75 @@
+"""The stochasticity of every step of every iteration: a number, a list over the steps, or a schedule that leads from one number to another.
+
+    eta(x) = eta + w(x) (end - eta)        linear:  w(x) = x        cosine:  w(x) = (1 - cos(pi x)) / 2        constant:  w(x) = 0
+
+Over iterations x = (k - 1) / (K - 1) in iteration k of K, and all steps have that eta. Over steps x = i / (N - 1) at step i of N, the same in
+every iteration. The two ends are reached exactly, and a schedule that leads nowhere is the number itself, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Eta = float | Sequence[float]
+"""One eta for all steps, or one for each."""
+
+
+@dataclass(frozen=True)
+class Etas:
+    """The etas of a run; a function of the iteration alone, so that processes agree on them and a resumed run too.
+
+    Attributes:
+        first: eta where the schedule begins; a tuple is the list over the steps, which has no schedule.
+        last: eta where it ends.
+        kind: "constant", "linear" or "cosine".
+        over: "iterations" or "steps".
+        iterations: K, of the whole run.
+    """
+
+    first: float | tuple[float, ...]
+    last: float = 0.0
+    kind: str = "constant"
+    over: str = "iterations"
+    iterations: int = 1
+
+    def at(self, iteration: int, num_steps: int) -> tuple[float, ...]:
+        """The eta of each step in an iteration; the first is iteration 1, and the base model's evaluation, 0, counts as it."""
+        if isinstance(self.first, tuple):
+            return self.first
+        if self.over == "steps":
+            return tuple(self._along(i, num_steps) for i in range(num_steps))
+        return (self._along(max(iteration, 1) - 1, self.iterations),) * num_steps
+
+    @property
+    def extremes(self) -> tuple[int, ...]:
+        """Iterations between whose etas those of all others lie: what is legal in these is legal in all."""
+        moves = self.kind != "constant" and self.over == "iterations" and not isinstance(self.first, tuple)
+        return (1, self.iterations) if moves else (1,)
+
+    def _along(self, place: int, count: int) -> float:
+        assert isinstance(self.first, float)
+        x = place / (count - 1) if count > 1 else 0.0
+        share = {"constant": 0.0, "linear": x, "cosine": (1 - math.cos(math.pi * x)) / 2}[self.kind]
+        return self.last if share == 1 else self.first + share * (self.last - self.first)
+
+
+def compact(etas: Sequence[float]) -> float | list[float]:
+    """The number that all steps share, or the list."""
+    return etas[0] if len(set(etas)) == 1 else list(etas)
+
+
+def eta_text(eta: Eta) -> str:
+    """`1.2`, or `1.5 to 0.2 by step` where the steps differ."""
+    if isinstance(eta, int | float):
+        return f"{eta:g}"
+    return f"{eta[0]:g} to {eta[-1]:g} by step"
+
+
+def setting_text(eta: Eta, schedule: Mapping[str, Any] | None) -> str:
+    """What a configuration asks for: `1.2`, `1.5 to 0.2 by step`, `1.2 to 0.5 over iterations (cosine)`."""
+    if schedule is None or schedule["kind"] == "constant":
+        return eta_text(eta)
+    return f"{eta_text(eta)} to {schedule['end']:g} over {schedule['over']} ({schedule['kind']})"

@@ -1,0 +1,297 @@
+"""Plans: a sampler is a list of Gaussian transitions, and training and deployment differ only in that list.
+
+    plan      = [(kernel_0, trained_0), ..., (kernel_{N-1}, trained_{N-1})]
+    plan(grid) = a table of c_x0[i], c_eps[i], std[i]:   x_{i+1} = c_x0[i] x0_hat + c_eps[i] eps_hat + std[i] z
+
+`SamplingPlan` says what is done, `tabulate` works it out once on a grid's levels, and the sampling loop only
+indexes the resulting `StepTable` by the integer step: no level is ever recovered from a timestep.
+
+A plan may end early, with a compressed tail: M steps of DPM-Solver++(2M) from there to the last level, on M of the grid's own
+levels (MixGRPO-Flash, arXiv 2507.21802).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from etude.errors import EtudeError
+from etude.sampling.kernels import DDIM, GDDIM, Coefficients, Kernel, Transition, apply, illegal_ddim_eta
+from etude.sampling.paths import Grid
+
+ODE = GDDIM(eta=0.0)
+FIRST_STEPS = ("ode", "sde", "capped")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step: its kernel, and whether the policy gradient is taken there (if the step turns out stochastic)."""
+
+    kernel: Kernel
+    trained: bool = False
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """The list of steps from noise to data.
+
+    Attributes:
+        steps: one entry a step, from the first level on.
+        first_step: what becomes of a step that starts at pure noise (a = 0: zero terminal SNR). There any eta > 0
+            redraws all the noise at once, discontinuously in eta, so "ode" makes it an ODE step that is not trained;
+            "sde" keeps the kernel as it is; "capped" does too, but for one whose noise is infinite there (`Kernel.capped`).
+        tail_steps: M, the DPM-Solver++(2M) steps that follow `steps` down to the last level; 0: none.
+        grid_steps: N, the steps of the grid that the plan is for, at least `len(steps) + tail_steps`; None: exactly that.
+    """
+
+    steps: tuple[Step, ...]
+    first_step: str = "ode"
+    tail_steps: int = 0
+    grid_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise EtudeError("a sampling plan of 0 steps makes no image: give at least 1 step.")
+        if self.first_step not in FIRST_STEPS:
+            raise EtudeError(f"first_step '{self.first_step}' is unknown: use {', '.join(FIRST_STEPS)}.")
+        if self.tail_steps < 0:
+            raise EtudeError(f"a tail of {self.tail_steps} steps cannot be taken: give 0 or more.")
+        if self.tail_steps == 0 and self.grid_steps not in (None, len(self.steps)):
+            raise EtudeError(
+                f"a plan of {len(self.steps)} steps without a tail ends before the last of {self.grid_steps} levels: give it "
+                "a tail, or all the steps."
+            )
+        if self.grid_size < self.num_steps:
+            raise EtudeError(
+                f"{len(self.steps)} steps and a tail of {self.tail_steps} do not fit a grid of {self.grid_size}: shorten the tail."
+            )
+
+    @classmethod
+    def ode(cls, num_steps: int) -> SamplingPlan:
+        """Every step the probability-flow ODE (DDIM at eta 0): deployment."""
+        return cls((Step(ODE),) * _count(num_steps))
+
+    @classmethod
+    def sde(cls, num_steps: int, kernel: Kernel, trained: bool = True, first_step: str = "ode") -> SamplingPlan:
+        """Every step the same kernel: DDPO if trained, the SDE side of the reward gap if not."""
+        return cls((Step(kernel, trained),) * _count(num_steps), first_step)
+
+    @classmethod
+    def window(
+        cls,
+        num_steps: int,
+        kernel: Kernel | Sequence[Kernel],
+        start: int,
+        size: int,
+        first_step: str = "ode",
+        compression: float | None = None,
+    ) -> SamplingPlan:
+        """The kernel, trained, at steps start..start + size - 1 and the ODE elsewhere (MixGRPO, arXiv 2507.21802).
+
+        Args:
+            kernel: of all steps of the window, or one for each of them.
+            compression: in (0, 1]: MixGRPO-Flash. The K ODE steps after the window become max(1, round(K compression)) of
+                DPM-Solver++(2M); there are none where the window ends with the last step.
+
+        Raises:
+            EtudeError: if the window is empty or leaves the N steps, or the compression is not in (0, 1].
+        """
+        count = _count(num_steps)
+        if not (size >= 1 and start >= 0 and start + size <= count):
+            raise EtudeError(
+                f"a window of {size} steps from step {start} does not fit in {count} steps: it needs a size of at "
+                f"least 1, and to start and end within 0..{count - 1}."
+            )
+        kernels = [kernel] * size if isinstance(kernel, Kernel) else kernel
+        if len(kernels) != size:
+            raise EtudeError(f"{len(kernels)} kernels for a window of {size} steps: give one, or one for each step.")
+        before, inside = (Step(ODE),) * start, tuple(Step(one, True) for one in kernels)
+        rest = count - start - size
+        tail = _compressed(rest, compression)
+        if tail == 0:
+            return cls(before + inside + (Step(ODE),) * rest, first_step)
+        return cls(before + inside, first_step, tail, count)
+
+    @classmethod
+    def from_etas(
+        cls,
+        etas: Iterable[float],
+        kernel: Callable[[float], Kernel] = GDDIM,
+        trained: bool = True,
+        first_step: str = "ode",
+    ) -> SamplingPlan:
+        """An eta schedule: step i has eta_i, and is trained if that is above 0."""
+        return cls(tuple(Step(kernel(eta), trained and eta > 0) for eta in etas), first_step)
+
+    @property
+    def num_steps(self) -> int:
+        """The network evaluations that it takes: the steps and the tail."""
+        return len(self.steps) + self.tail_steps
+
+    @property
+    def grid_size(self) -> int:
+        """N, the number of steps of the grid that it is tabulated on."""
+        return self.num_steps if self.grid_steps is None else self.grid_steps
+
+    def tabulate(self, grid: Grid, dtype: torch.dtype = torch.float32) -> StepTable:
+        """The plan's coefficients on the grid: computed in fp64 on the CPU, stored in `dtype`.
+
+        Args:
+            grid: of `grid_size` steps: the whole of it, whether or not a tail skips some of its levels.
+
+        Raises:
+            EtudeError: if plan and grid differ in length, or a kernel's eta is illegal on one of its steps; the error
+                names the largest eta that is legal on all of them.
+        """
+        if grid.num_steps != self.grid_size:
+            raise EtudeError(
+                f"a plan of {self.grid_size} steps does not fit a grid of {grid.num_steps}: give both the same number."
+            )
+        count = len(self.steps)
+        tail = _tail(grid, count, self.tail_steps) if self.tail_steps else None
+        grid = Grid(grid.timesteps[:count], grid.a[: count + 1], grid.s[: count + 1])
+        from_noise = (grid.a[:-1] == 0).tolist()
+        kernels = [
+            self._out_of_noise(step.kernel) if start else step.kernel
+            for step, start in zip(self.steps, from_noise, strict=True)
+        ]
+        self._check_etas(kernels, grid)
+        x0, eps, std = (torch.empty(count, dtype=torch.float64) for _ in range(3))
+        for kernel in set(kernels):
+            at, source, target = _steps_of({kernel}, kernels, grid)
+            coefficients = kernel.coefficients(source, target)
+            x0[at], eps[at], std[at] = coefficients.x0, coefficients.eps, coefficients.std
+        std = std.to(dtype)
+        stochastic = tuple(bool(value > 0) for value in std)
+        trained = tuple(
+            step.trained and random and not (start and self.first_step == "ode")
+            for step, random, start in zip(self.steps, stochastic, from_noise, strict=True)
+        )
+        levels = grid.timesteps, grid.a.to(dtype), grid.s.to(dtype)
+        return StepTable(*levels, x0.to(dtype), eps.to(dtype), std, trained, stochastic, tail)
+
+    def _out_of_noise(self, kernel: Kernel) -> Kernel:
+        """What `first_step` makes of the kernel of a step that starts at pure noise."""
+        if self.first_step == "ode":
+            return ODE
+        return kernel.capped() if self.first_step == "capped" else kernel
+
+    def _check_etas(self, kernels: list[Kernel], grid: Grid) -> None:
+        limited = {kernel for kernel in kernels if isinstance(kernel, DDIM)}
+        if not limited:
+            return
+        worst = max(limited, key=lambda kernel: kernel.eta)
+        _, source, target = _steps_of(limited, kernels, grid)
+        limit = worst.largest_eta(source, target)
+        for kernel in limited:
+            _, own_source, own_target = _steps_of({kernel}, kernels, grid)
+            if kernel.eta > kernel.largest_eta(own_source, own_target) * (1 + 1e-12):
+                raise illegal_ddim_eta(kernel.eta, limit, f"all DDIM steps of these {self.grid_size}-step samples")
+
+
+@dataclass(frozen=True, eq=False)
+class StepTable:
+    """Everything that a sampling loop indexes by the integer step, on one device.
+
+    Attributes:
+        timesteps: `[N]`, what the network is given.
+        a: `[N + 1]`, the levels' signal coefficients; step i goes from a[i], s[i] to a[i + 1], s[i + 1].
+        s: `[N + 1]`, the levels' noise coefficients.
+        x0: `[N]`, the step's coefficient of x0_hat.
+        eps: `[N]`, of eps_hat.
+        std: `[N]`, of the noise.
+        trained: per step, whether it is trained (only stochastic steps are).
+        stochastic: per step, whether std > 0 as stored.
+        tail: the levels of the DPM-Solver++(2M) steps that follow, from where step N - 1 ends to the last one; None: none.
+    """
+
+    timesteps: Tensor
+    a: Tensor
+    s: Tensor
+    x0: Tensor
+    eps: Tensor
+    std: Tensor
+    trained: tuple[bool, ...]
+    stochastic: tuple[bool, ...]
+    tail: Grid | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """N, the number of steps before the tail."""
+        return len(self.trained)
+
+    @property
+    def num_evaluations(self) -> int:
+        """How often one image takes the network, if it shares nothing: the steps and the tail's."""
+        return self.num_steps + (self.tail.num_steps if self.tail else 0)
+
+    @property
+    def prefix_steps(self) -> int:
+        """How many steps are deterministic before the first stochastic one: there, equal noise means equal states."""
+        return next((i for i, random in enumerate(self.stochastic) if random), self.num_steps)
+
+    @property
+    def trained_steps(self) -> tuple[int, ...]:
+        """The trained steps' indices, ascending."""
+        return tuple(i for i, flag in enumerate(self.trained) if flag)
+
+    def to(self, device: torch.device | str) -> StepTable:
+        """The same table on another device; the tail's a and s stay on the CPU, where its solver reads them."""
+        names = ("timesteps", "a", "s", "x0", "eps", "std")
+        tail = self.tail and replace(self.tail, timesteps=self.tail.timesteps.to(device))
+        return replace(self, **{name: getattr(self, name).to(device) for name in names}, tail=tail)
+
+    def transition(self, step: int | Tensor, x0_hat: Tensor, eps_hat: Tensor) -> Transition:
+        """The Gaussian of the state after `step`, without synchronising the device.
+
+        Args:
+            step: one step for the whole batch, or int64 `[n]`, each sample's own (as in a replay batch). Both give
+                the same bits. A `[n]` on the CPU lets `log_prob` know what is stochastic without asking the device.
+                Not a scalar tensor: indexing with one reads its value back from the device.
+            x0_hat: `[n, ...]`.
+            eps_hat: `[n, ...]`.
+
+        Raises:
+            EtudeError: if an integer (or CPU tensor) step is not in 0..N-1.
+        """
+        if isinstance(step, int) or step.device.type == "cpu":
+            asked = {step} if isinstance(step, int) else set(step.reshape(-1).tolist())
+            if not all(0 <= i < self.num_steps for i in asked):
+                raise EtudeError(f"step {sorted(asked)} is not in this {self.num_steps}-step table: count from 0.")
+            stochastic: bool | None = all(self.stochastic[i] for i in asked)
+        else:
+            stochastic = True if all(self.stochastic) else None
+        return apply(Coefficients(self.x0[step], self.eps[step], self.std[step]), x0_hat, eps_hat, stochastic)
+
+
+def _count(num_steps: int) -> int:
+    if isinstance(num_steps, bool) or int(num_steps) != num_steps or num_steps < 1:
+        raise EtudeError(f"{num_steps} sampling steps cannot be taken: give a whole number of at least 1.")
+    return int(num_steps)
+
+
+def _compressed(steps: int, compression: float | None) -> int:
+    """max(1, round(steps * compression)), the length of a tail in place of so many steps; 0 in place of none."""
+    if compression is not None and not 0 < compression <= 1:
+        raise EtudeError(
+            f"compression = {compression}: the share of the steps after the window that are kept is above 0 and at most 1."
+        )
+    return 0 if compression is None or steps == 0 else max(1, round(steps * compression))
+
+
+def _tail(grid: Grid, start: int, count: int) -> Grid:
+    """From level `start` to the last in `count` steps over the grid's own levels, evenly spaced by their index."""
+    length = grid.num_steps - start
+    at = torch.tensor([start + (2 * i * length + count) // (2 * count) for i in range(count + 1)])
+    return Grid(grid.timesteps[at[:-1]], grid.a[at], grid.s[at])
+
+
+def _steps_of(
+    chosen: set[Kernel] | set[DDIM], kernels: list[Kernel], grid: Grid
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The steps that use the chosen kernels, and their source and target levels."""
+    at = torch.tensor([i for i, kernel in enumerate(kernels) if kernel in chosen])
+    return at, (grid.a[at], grid.s[at]), (grid.a[at + 1], grid.s[at + 1])

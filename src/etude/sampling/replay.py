@@ -1,0 +1,87 @@
+"""Replay: the stored steps of a rollout under the present weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from etude.batching import MicroBatch, Progress
+from etude.sampling.kernels import Transition
+from etude.sampling.model import Conditioning, Policy
+from etude.sampling.noise import NoiseSource as NoiseSource
+from etude.sampling.plans import StepTable
+from etude.sampling.rollout import Trajectory, denoise
+
+
+def replay(
+    policy: Policy,
+    table: StepTable,
+    trajectory: Trajectory,
+    rows: Tensor,
+    columns: Tensor,
+    conditioning: Conditioning,
+    guidance_scale: float,
+    with_gradient: bool = True,
+) -> tuple[Transition, Tensor]:
+    """The transition of stored (sample, step) pairs under the current weights, and the stored target of each.
+
+    Nothing is read back from an accelerator.
+
+    Args:
+        rows: int64 `[m]`, which samples.
+        columns: int64 `[m]`, which of the trained steps: indices into `trajectory.steps`.
+        conditioning: of all samples of the trajectory.
+    """
+    steps, levels = trajectory.step_index[columns], trajectory.level_index[columns]
+    with nullcontext() if with_gradient else torch.no_grad():
+        transition = denoise(
+            policy, table, steps, trajectory.states[rows, levels], conditioning.take(rows), guidance_scale
+        )
+    return replace(transition, stochastic=True), trajectory.states[rows, levels + 1]  # trained steps are stochastic
+
+
+@torch.no_grad()
+def score_again(
+    policy: Policy,
+    table: StepTable,
+    trajectory: Trajectory,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    conditioning: Conditioning,
+    guidance_scale: float,
+    batch_size: int | MicroBatch,
+    reduction: str = "mean",
+    on_step: Progress = lambda pairs: None,
+) -> list[Tensor]:
+    """Puts the replay's log-probabilities under the present weights in the place of the rollout's.
+
+    A replay of the same pairs in the same micro-batches finds the same bits, so that its ratios are exactly 1, whatever precision and
+    batches the images were sampled in. The images then count as if the present policy had drawn them.
+
+    Args:
+        batches: rows and columns, as of `replay`, of the pairs that an optimiser step trains; of a pair that several train, those of the
+            first count.
+        batch_size: of the replay's micro-batches.
+        on_step: called with the number of pairs that were just scored.
+
+    Returns:
+        `exp(log_prob - the rollout's log_prob)` of each micro-batch, in no particular order.
+    """
+    ratios = []
+    for rows, columns in reversed(batches):
+
+        def score(at: slice, report: Progress, rows: Tensor = rows, columns: Tensor = columns) -> None:
+            row, column = rows[at], columns[at]
+            transition, target = replay(
+                policy, table, trajectory, row, column, conditioning, guidance_scale, with_gradient=False
+            )
+            log_prob = transition.log_prob(target, reduction)
+            ratios.append((log_prob - trajectory.log_prob[row, column]).exp())
+            trajectory.log_prob[row, column] = log_prob
+            report(len(row))
+
+        MicroBatch.of(batch_size).run(len(rows), score, on_step)
+    return ratios

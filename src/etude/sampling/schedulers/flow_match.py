@@ -1,0 +1,185 @@
+"""gDDIM and the peers' kernels as a diffusers scheduler for rectified-flow models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from torch import Tensor
+
+from etude.errors import EtudeError, brief, unknown
+from etude.sampling.kernels import KERNELS, Kernel
+from etude.sampling.paths import FlowPath, check_mu, flow_grid
+from etude.sampling.plans import SamplingPlan, StepTable
+from etude.sampling.schedulers.kernel_step import Generators, KernelStep
+
+
+class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
+    """gDDIM (arXiv 2206.05564), or another kernel, at any eta >= 0 for rectified flow (Stable Diffusion 3, FLUX).
+
+        x_u = (1 - sigma_u) x0_hat + sigma_u rho eps_hat + sigma_u sqrt(1 - rho^2) z
+        rho = (lam_u / lam_t)^(eta^2),      lam = sigma / (1 - sigma)
+
+    Drop-in for `FlowMatchEulerDiscreteScheduler`, which it is at eta 0. It is one, so that the levels under every shift, the
+    place in them (`set_begin_index`, `index_for_timestep`) and `scale_noise` are diffusers' own: text to image, image to
+    image and inpainting work alike.
+
+    **The pipelines of these models give `step` no generator.** Noise then comes from `scheduler.generator`, which may be
+    set to one (a list: one a sample), and without it from torch's global generator, which `torch.manual_seed` seeds.
+
+    Args:
+        eta: the kernel's noise level, finite and >= 0, in the kernel's own unit.
+        kernel: "gddim", "ddim", "flow_sde", "dance_sde" or "cps"; see `etude.sampling.kernels`.
+        first_step: at a step that starts from pure noise (sigma = 1, as the pipelines start), "ode" takes the Euler step,
+            "sde" leaves it to the kernel: gDDIM redraws all the noise, flow_sde is not defined there; "capped" does too, but
+            flow_sde takes the next level's noise (`FlowSDE`).
+        invert_sigmas: must be false.
+        stochastic_sampling: ignored; it would redraw all the noise at every step, as gDDIM does for eta -> infinity.
+
+    The others are as in `FlowMatchEulerDiscreteScheduler`, with its defaults.
+
+    Raises:
+        EtudeError: for an illegal eta, kernel or first_step, and as `FlowPath.from_config`.
+    """
+
+    timesteps: Tensor
+    sigmas: Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        time_shift_type: str = "exponential",
+        stochastic_sampling: bool = False,
+        eta: float = 0.0,
+        kernel: str = "gddim",
+        first_step: str = "ode",
+    ) -> None:
+        self._plan(1)  # refuses a bad eta, kernel or first_step now, not at set_timesteps
+        super().__init__(**self.path.config)
+        self.generator: Generators = None
+        self.num_inference_steps: int | None = None
+        self._table: StepTable | None = None
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The scheduler for another flow scheduler's config; keyword arguments (eta=1.2) overrule the config.
+
+        Raises:
+            EtudeError: as `FlowPath.from_config`.
+        """
+        if isinstance(config, Mapping):
+            FlowPath.from_config({**config, **kwargs})
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @property
+    def path(self) -> FlowPath:
+        """The path of the current config."""
+        return FlowPath.from_config(dict(self.config))
+
+    @property
+    def kernel(self) -> Kernel:
+        """The config's kernel at the config's eta."""
+        if self.config.kernel not in KERNELS:
+            raise unknown("kernel", str(self.config.kernel), KERNELS)
+        return KERNELS[self.config.kernel](eta=self.config.eta)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """Works out the levels, as diffusers does, and every step's coefficients, on `device`.
+
+        Args:
+            num_inference_steps: N; None: as many as there are sigmas or timesteps.
+            device: where the timesteps and the coefficients go; None: the CPU.
+            sigmas: the levels before shifting, instead of evenly spaced ones.
+            mu: the shift that the resolution asks for; needed with `use_dynamic_shifting`, without it ignored.
+            timesteps: what the network is given, instead of 1000 sigma.
+
+        Raises:
+            EtudeError: where mu is missing, no number of steps or two that differ are given, the options leave a level
+                outside (0, 1], or the kernel's eta is illegal on one of the steps.
+        """
+        check_mu(self.config, mu)
+        if num_inference_steps is None and sigmas is None and timesteps is None:
+            raise EtudeError(
+                "set_timesteps was given no number of steps: pass num_inference_steps, sigmas or timesteps."
+            )
+        try:
+            with np.errstate(all="ignore"):  # flow_grid refuses what overflows or divides by 0
+                super().set_timesteps(num_inference_steps, "cpu", sigmas=sigmas, mu=mu, timesteps=timesteps)
+        except (ValueError, IndexError) as error:
+            raise EtudeError(f"diffusers refuses these timesteps ({brief(error)}): mend them.") from error
+        grid = flow_grid(self.timesteps, self.sigmas)
+        self._table = self._plan(grid.num_steps).tabulate(grid).to(device or "cpu")
+        self.timesteps, self.sigmas = self.timesteps.to(device), self.sigmas.to(device)
+
+    def step(  # type: ignore[override]
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        generator: Generators = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """One step of the kernel, from the current level to the next.
+
+        The place in the schedule is diffusers': the first call finds it by `set_begin_index` or the timestep, and every
+        call moves on by one. The arithmetic is in fp32; the result has the network's dtype, as diffusers' has.
+
+        Args:
+            model_output: the network's output, `[n, ...]`, packed or not.
+            timestep: one of `self.timesteps`.
+            sample: the latents, same shape.
+            generator: draws the noise (fp32); None: `self.generator`.
+            variance_noise: the noise itself, instead of a generator.
+            return_dict: False returns the tuple (prev_sample, pred_original_sample).
+
+        Raises:
+            EtudeError: before `set_timesteps`, after the last step, at a timestep that is not in the schedule, with both
+                kinds of noise.
+        """
+        if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
+            raise EtudeError("the timestep is a whole number, not one of scheduler.timesteps: pass those as they are.")
+        table = self._table_on(sample.device)
+        if self.step_index is None:
+            try:
+                self._init_step_index(timestep)
+            except IndexError as error:
+                raise EtudeError(
+                    f"timestep {float(timestep):g} is not among the {table.num_steps} of this run: pass the values of "
+                    "scheduler.timesteps."
+                ) from error
+        if self.step_index >= table.num_steps:
+            raise EtudeError(f"all {table.num_steps} steps were taken: call set_timesteps to start over.")
+        if generator is None and variance_noise is None:
+            generator = self.generator
+        previous, x0_hat = self._move(self.step_index, "flow", model_output, sample, generator, variance_noise)
+        self._step_index += 1
+        previous, x0_hat = previous.to(model_output.dtype), x0_hat.to(model_output.dtype)
+        return DDIMSchedulerOutput(previous, x0_hat) if return_dict else (previous, x0_hat)
+
+    def _plan(self, num_steps: int) -> SamplingPlan:
+        return SamplingPlan.sde(num_steps, self.kernel, first_step=self.config.first_step)

@@ -1,0 +1,61 @@
+"""What the schedulers share: one step by a table of coefficients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from etude.errors import EtudeError
+from etude.sampling.paths import to_x0_eps
+from etude.sampling.plans import StepTable
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class KernelStep:
+    """A scheduler's step from its table, in fp32: the pair, its limits, the kernel, the noise."""
+
+    config: Any
+    _table: StepTable | None
+
+    @property
+    def eta(self) -> float:
+        """The config's noise level."""
+        return float(self.config.eta)
+
+    def _limit(self, x0_hat: Tensor) -> Tensor:
+        """What becomes of x0_hat before the step."""
+        return x0_hat
+
+    def _table_on(self, device: torch.device) -> StepTable:
+        """The table on the latents' device, moved there once."""
+        if self._table is None:
+            raise EtudeError("the scheduler has no timesteps yet: call set_timesteps before step.")
+        if self._table.a.device != device:
+            self._table = self._table.to(device)
+        return self._table
+
+    def _move(
+        self,
+        index: int | Tensor,
+        prediction_type: str,
+        model_output: Tensor,
+        sample: Tensor,
+        generator: Generators,
+        variance_noise: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """(x_u, x0_hat) in fp32. Where eta > 0 noise is drawn at every step, also the deterministic ones."""
+        if generator is not None and variance_noise is not None:
+            raise EtudeError("both a generator and variance_noise were given: give one of the two.")
+        table = self._table_on(sample.device)
+        x0_hat, eps_hat = to_x0_eps(model_output, sample, table.a[index], table.s[index], prediction_type)
+        x0_hat = self._limit(x0_hat)
+        transition = table.transition(index, x0_hat, eps_hat)
+        if self.eta == 0:
+            return transition.mean, x0_hat
+        if variance_noise is None:
+            variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
+        return transition.sample(variance_noise), x0_hat

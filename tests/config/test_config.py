@@ -1,0 +1,226 @@
+"""The configuration reproduces itself, refuses what it does not know, and says what to write instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from etude.config import (
+    TrainConfig,
+    WindowConfig,
+    describe_fields,
+    difference,
+    load_config,
+    parse_config,
+    recipe_names,
+    recipe_text,
+)
+from etude.config.sections import KernelName
+from etude.errors import EtudeError
+from etude.sampling.kernels import KERNELS
+
+
+def failure(source: str, *overrides: str) -> str:
+    with pytest.raises(EtudeError) as caught:
+        load_config(source, list(overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_loads_and_its_resolved_file_gives_the_same_configuration(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(str(file)) == config
+    assert recipe_text(name).startswith("# ")
+
+
+def test_awkward_values_survive_the_resolved_file(tmp_path: Path) -> None:
+    config = load_config("emoji-ddpo", ["optimizer.learning_rate=1e-7", "sampling.eta=0.1", "prompts.train=é x.txt"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config(str(tmp_path / "config.yaml")) == config
+    assert config.optimizer.learning_rate == 1e-7
+
+
+def test_overrides_are_applied_in_order_and_read_as_yaml() -> None:
+    config = load_config("sd15-ddpo", ["seed=1", "seed=2", "lora.targets=[to_q, to_k]", "optimizer.learning_rate=1e-4"])
+    assert config.seed == 2
+    assert config.lora.targets == ["to_q", "to_k"]
+    assert config.optimizer.learning_rate == 1e-4
+
+
+def test_giving_one_clip_range_takes_back_the_other() -> None:
+    config = load_config("sd15-ddpo", ["objective.clip_nats=1.6"])
+    assert (config.objective.clip_range, config.objective.clip_nats) == (None, 1.6)
+    config = load_config("emoji-ddpo", ["objective.clip_range=1e-3"])
+    assert (config.objective.clip_range, config.objective.clip_nats) == (1e-3, None)
+
+
+def test_a_window_can_be_made_changed_and_closed_by_overrides() -> None:
+    assert load_config("sd15-ddpo").sampling.window is None
+    made = load_config("sd15-ddpo", ["sampling.window.size=3", "sampling.window.strategy=random"]).sampling.window
+    assert made == WindowConfig(size=3, strategy="random")
+    assert load_config("sd15-ddpo", ["sampling.window={}"]).sampling.window == WindowConfig()
+    assert load_config("sd15-ddpo", ["sampling.window.size=3", "sampling.window=null"]).sampling.window is None
+
+
+def test_a_window_without_stochasticity_is_refused() -> None:
+    assert "sampling.eta = 0 is the ODE" in failure("sd15-ddpo", "sampling.window={}", "sampling.eta=0")
+
+
+def test_cps_is_refused_beyond_the_eta_where_it_folds_back() -> None:
+    assert "eta = 1.2 is beyond cps" in failure("sd15-ddpo", "sampling.kernel=cps", "sampling.eta=1.2")
+    assert load_config("sd15-ddpo", ["sampling.kernel=cps", "sampling.eta=1"]).sampling.eta == 1
+
+
+def test_every_kernel_can_be_configured() -> None:
+    assert set(get_args(KernelName)) == set(KERNELS)
+
+
+def test_the_first_difference_is_named_down_to_the_windows_fields() -> None:
+    plain, windowed = load_config("sd15-ddpo"), load_config("sd15-ddpo", ["sampling.window.size=3"])
+    wider = load_config("sd15-ddpo", ["sampling.window.size=5"])
+    assert difference(plain, plain) is None
+    assert difference(plain, load_config("sd15-ddpo", ["sampling.eta=2"])) == ("sampling.eta", 1.0, 2.0)
+    assert difference(windowed, wider) == ("sampling.window.size", 3, 5)
+    key, old, new = difference(plain, windowed) or ("", None, None)
+    assert (key, old, new["size"]) == ("sampling.window", None, 3)
+
+
+def test_a_stride_that_passes_over_steps_is_refused() -> None:
+    assert "would pass over steps" in failure("sd15-ddpo", "sampling.window.stride=5")
+
+
+def test_the_flash_recipe_differs_from_mixgrpo_by_the_compression_alone() -> None:
+    assert difference(load_config("emoji-mixgrpo"), load_config("emoji-mixgrpo-flash")) == (
+        "sampling.window.compression",
+        None,
+        0.4,
+    )
+    assert (
+        load_config("emoji-mixgrpo", ["sampling.window.compression=0.4"]).model_dump()
+        == load_config("emoji-mixgrpo-flash").model_dump()
+    )
+
+
+def test_one_tracker_needs_no_list() -> None:
+    assert load_config("sd15-ddpo", ["trackers=tensorboard"]).trackers == ["tensorboard"]
+
+
+def test_a_reward_by_import_path_can_be_set() -> None:
+    assert load_config("sd15-ddpo", ["rewards.my.module:score=0.5"]).rewards["my.module:score"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("sampling.eat=1", ["unknown key 'sampling.eat'", "did you mean 'sampling.eta'?"]),
+        ("eta=1", ["unknown key 'eta'", "did you mean 'sampling.eta'?"]),
+        ("smapling.eta=1", ["unknown key 'smapling'", "did you mean 'sampling'?"]),
+        ("lora.rnk=1", ["unknown key 'lora.rnk'", "did you mean 'lora.rank'?"]),
+        ("sampling.eta=-1", ["sampling.eta = -1", "greater than or equal to 0"]),
+        ("sampling.eta=nan", ["sampling.eta = nan", "finite"]),
+        ("sampling.eta=.inf", ["sampling.eta = inf", "finite"]),
+        ("sampling.eta=0", ["sampling.eta = 0 is the ODE", "use an eta above 0"]),
+        ("sampling.eta=much", ["sampling.eta = 'much'", "valid number"]),
+        ("sampling.num_steps=0", ["sampling.num_steps = 0", "greater than or equal to 1"]),
+        ("sampling.num_steps=1.5", ["sampling.num_steps = 1.5", "integer"]),
+        ("sampling.kernel=euler", ["sampling.kernel = 'euler'", "'gddim', 'ddim', 'cps', 'flow_sde' or 'dance_sde'"]),
+        ("sampling.first_step=euler", ["sampling.first_step = 'euler'", "'ode', 'sde' or 'capped'"]),
+        ("sampling.window.size=0", ["sampling.window.size = 0", "greater than or equal to 1"]),
+        ("sampling.window.size=51", ["a window of size 51 does not fit in steps 0 to 49", "lower window.size"]),
+        ("sampling.window.start=47", ["a window of size 4 does not fit in steps 47 to 49"]),
+        ("sampling.window.end=51", ["window.end = 51 is beyond num_steps = 50"]),
+        ("sampling.window.strategy=slow", ["sampling.window.strategy = 'slow'", "'progressive', 'random'"]),
+        ("sampling.window.compression=0", ["sampling.window.compression = 0", "greater than 0"]),
+        ("sampling.window.compression=1.5", ["sampling.window.compression = 1.5", "less than or equal to 1"]),
+        ("sampling.window.siez=1", ["unknown key 'sampling.window.siez'", "did you mean 'sampling.window.size'?"]),
+        ("window.size=1", ["unknown key 'window'", "did you mean 'sampling.window'?"]),
+        ("rollout.shared_noise=true", ["rollout.shared_noise needs rollout.images_per_prompt of at least 2"]),
+        ("evaluation.num_steps=0", ["evaluation.num_steps = 0", "greater than or equal to 1"]),
+        ("resolution=0", ["resolution = 0", "greater than or equal to 8"]),
+        ("rollout.images_per_prompt=7", ["is not a multiple of rollout.images_per_prompt = 7"]),
+        ("advantage.kind=group", ["advantage.kind = group needs rollout.images_per_prompt of at least 2"]),
+        ("rewards={}", ["rewards", "at least 1"]),
+        ("rewards.jpeg_compressibility=0", ["every weight in rewards must be finite and not 0"]),
+        ("objective.kind=reinforce", ["reinforce is on-policy"]),
+        ("trackers=[mlflow]", ["trackers.0 = 'mlflow'", "'tensorboard'"]),
+        ("seed", ["--set takes key=value", "'seed'"]),
+        ("=3", ["--set takes key=value"]),
+        ("seed=[", ["not a YAML value"]),
+        ("model.x=1", ["'model' is a value, not a section"]),
+    ],
+)
+def test_a_bad_override_is_one_sentence_with_the_remedy(override: str, parts: list[str]) -> None:
+    message = failure("sd15-ddpo", override)
+    assert [part for part in parts if part not in message] == []
+
+
+def test_several_mistakes_are_counted(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("sed: 1\nsampling: {eta: -1, nums: 3}\n")
+    message = failure(str(file))
+    assert f"'{file}' (and 2 more errors there)" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"a: [", "is not valid YAML"),
+        (b"- a\n", "must hold a mapping of configuration keys, not list"),
+        (b"", "must hold a mapping of configuration keys, not NoneType"),
+        (b"model: \xff\n", "cannot be read as UTF-8 text"),
+        (b"1: 2\n", "1"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: bytes, part: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    message = failure(str(file))
+    assert str(file) in message
+    assert part in message
+
+
+def test_a_recipe_that_does_not_exist_suggests_the_nearest(tmp_path: Path) -> None:
+    assert "unknown recipe 'emoji-dpo': did you mean 'emoji-ddpo'?" in failure("emoji-dpo")
+    assert "does not exist" in failure(str(tmp_path / "absent.yaml"))
+    assert "is a directory" in failure(str(tmp_path))
+
+
+def test_a_directory_named_like_a_recipe_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "emoji-ddpo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_config("emoji-ddpo").model == "emoji-sd"
+
+
+def test_a_configuration_cannot_be_changed_after_it_was_checked() -> None:
+    with pytest.raises(ValidationError):
+        load_config("emoji-ddpo").seed = 3  # type: ignore[misc]
+
+
+def nested(fields: list[tuple[str, Any, str]]) -> dict[str, Any]:
+    """The tree of the described defaults; what an absent section would hold is left out."""
+    absent = tuple(f"{key}." for key, default, _ in fields if default is None)
+    tree: dict[str, Any] = {}
+    for key, default, _ in fields:
+        *sections, name = key.split(".")
+        target = tree
+        for section in sections:
+            target = target.setdefault(section, {}) if not key.startswith(absent) else {}
+        target[name] = default
+    return tree
+
+
+def test_every_field_has_a_help_line_and_the_defaults_are_valid() -> None:
+    fields = list(describe_fields())
+    assert [key for key, _, text in fields if len(text) < 15] == []
+    assert len({key for key, _, _ in fields}) == len(fields)
+    assert parse_config(nested(fields)) == TrainConfig()
+    assert yaml.safe_load(TrainConfig().to_yaml()) == TrainConfig().model_dump(mode="json")
