@@ -20,6 +20,7 @@ from benchmarks.parity import compare
 from benchmarks.profiled import profile
 from benchmarks.protocol import forget_peak, peak_bytes, serve
 from etude.config import load_config
+from etude.learning.objectives.ppo import PPO
 from etude.policies.pipeline import PipelinePolicy
 from etude.sampling.rollout import Trajectory, rollout
 from etude.training.memory_estimate import trajectory_floats
@@ -43,19 +44,20 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
     never = 10**6  # evaluation is not part of an iteration: it is never due
     overrides = [f"iterations={never}", f"evaluation.every={never}", *settings["overrides"]]
     trainer = Trainer(load_config(settings["recipe"], overrides), Path(out.name))
+    assert isinstance(trainer.objective, PPO)
     info = {
         "device": str(trainer.policy.device),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")},
-        "trained_steps": len(trainer.table.trained_steps),
+        "trained_steps": len(trainer.schedule.table_at(1).trained_steps),
         "dimensions": trainer.policy.dimensions,
-        "clip_range": trainer.update.clip_range,
-        "images": len(trainer.samples),
+        "clip_range": trainer.objective.clip_range(trainer.policy),
+        "images": len(trainer.learner.indices),
         "bytes_per_image": _bytes_per_image(trainer),
         "parameters": sum(p.numel() for p in trainer.parameters.values()),
     }
     handlers: dict[str, Callable[..., dict[str, Any]]] = {
-        "iterate": lambda: {"seconds": _iterate(trainer), "phases": dict(trainer.seconds)},
+        "iterate": lambda: {"seconds": _iterate(trainer), "phases": dict(trainer.supervisor.seconds)},
         "overhead": lambda: _overhead(trainer),
         "memory": lambda: {"peak_bytes": peak_bytes()},
         "metrics": lambda: dict(json.loads((trainer.out / "metrics.jsonl").read_text().splitlines()[-1])),
@@ -69,7 +71,6 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
 def _iterate(trainer: Trainer) -> float:
     """One iteration as a run has it: rollout, decode, rewards, update, metrics and checkpoint on the disk."""
     started = _now()
-    trainer.iteration += 1
     trainer._finish_iteration(trainer._iterate())
     return _now() - started
 
@@ -80,18 +81,18 @@ def _overhead(trainer: Trainer) -> dict[str, Any]:
     with record(trainer.policy) as calls:
         total = _iterate(trainer)
     timed = run_bare(calls, _now)
-    trainer.prepared.zero_grad()
+    trainer.learner.optimizer.zero_grad()
     bare = {"bare": by_kind(timed), "timed": [asdict(one) for one in timed]}
-    return {"seconds": total, "phases": dict(trainer.seconds), "calls": len(calls), **bare}
+    return {"seconds": total, "phases": dict(trainer.supervisor.seconds), "calls": len(calls), **bare}
 
 
 def _bytes_per_image(trainer: Trainer) -> int:
     """What a rollout keeps of an image: its trajectory, what the network is told about its prompt, and the picture."""
-    policy, config = trainer.policy, trainer.config
+    policy = trainer.policy
     assert isinstance(policy, PipelinePolicy)
     told = policy.encode(trainer.train_prompts.texts[:1]).prompt
     height, width = policy.image_size
-    floats = trajectory_floats(trainer.table, policy.dimensions, config.objective.kl_coef > 0)
+    floats = trajectory_floats(trainer.schedule.table_at(1), policy.dimensions, trainer.objective.needs_reference)
     return 4 * floats + sum(rows.nbytes for rows in told.values()) + 3 * height * width
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from etude.learning.objectives import ppo_loss
+from etude.learning.objectives.ppo import PPO, ppo_loss
 from etude.sampling.rollout import denoise
 from etude.training.trainer import Trainer
 
@@ -25,16 +25,17 @@ def compare(trainer: Trainer, path: Path, prompts: list[str]) -> dict[str, float
         `gradient`: norm of the difference over the norm. `clipped`: the share of terms where the clip is active, so that a
         loss which forgot it could not agree.
     """
-    peer, config = load_file(path), trainer.config
+    peer, config, table = load_file(path), trainer.config, trainer.schedule.table_at(1)
+    assert isinstance(trainer.objective, PPO)
     conditioning = trainer.policy.encode(prompts)
     advantages, losses, differences, clipped = peer["advantages"], [], [], []
-    trainer.prepared.zero_grad()
+    trainer.learner.optimizer.zero_grad()
     for column in range(peer["timesteps"].shape[1]):
-        step = trainer.table.timesteps.tolist().index(int(peer["timesteps"][0, column]))
+        step = table.timesteps.tolist().index(int(peer["timesteps"][0, column]))
         steps = torch.full((len(prompts),), step)
         transition = denoise(
             trainer.policy,
-            trainer.table,
+            table,
             steps,
             peer["latents"][:, column],
             conditioning,
@@ -43,12 +44,14 @@ def compare(trainer: Trainer, path: Path, prompts: list[str]) -> dict[str, float
         log_prob = transition.log_prob(peer["next_latents"][:, column], config.objective.logprob_reduction)
         differences.append((log_prob - peer["log_prob"][:, column]).abs().max().item())
         old = peer["old_log_prob"][:, column]
-        result = ppo_loss(log_prob, old, advantages, trainer.update.clip_range, config.objective.adv_clip_max)
+        result = ppo_loss(
+            log_prob, old, advantages, trainer.objective.clip_range(trainer.policy), config.objective.adv_clip_max
+        )
         (result.loss / peer["timesteps"].shape[1]).backward()
         losses.append(result.loss.item())
         clipped.append(result.clipped.float().mean().item())
     gradient = torch.cat([_gradient(parameter) for _, parameter in sorted(trainer.parameters.items())])
-    trainer.prepared.zero_grad()
+    trainer.learner.optimizer.zero_grad()
     return {
         "log_prob": max(differences),
         "loss": abs(sum(losses) / len(losses) - peer["loss"].item()),

@@ -83,7 +83,7 @@ def profile(trainer: Trainer, iterate: Callable[[], float], now: Callable[[], fl
         (policy.pipeline.vae, "decode", DECODE),
         (trainer.accelerator, "backward", BACKWARD),
         (trainer.accelerator, "clip_grad_norm_", CLIP),
-        (trainer.prepared, "step", STEP),
+        (trainer.learner.optimizer, "step", STEP),
         (trainer, "_save", SAVE),
     ]
     with ExitStack() as stack:
@@ -91,7 +91,12 @@ def profile(trainer: Trainer, iterate: Callable[[], float], now: Callable[[], fl
         for owner, method, part in methods:
             stack.enter_context(watch.on(owner, method, part))
         total = iterate()
-    return {"seconds": total, "phases": dict(trainer.seconds), "parts": watch.seconds, **_operations(iterate)}
+    return {
+        "seconds": total,
+        "phases": dict(trainer.supervisor.seconds),
+        "parts": watch.seconds,
+        **_operations(iterate),
+    }
 
 
 def _operations(iterate: Callable[[], float]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from etude.rewards import reward as registry
+from etude.registry import REWARDS
+from etude.rewards import reward
 
 torch.set_num_threads(1)
 
@@ -45,12 +46,12 @@ def _fixed_seed() -> None:
 
 
 def _rewards_put_back() -> Iterator[None]:
-    factories, loaded = registry._factories.copy(), registry._loaded.copy()
+    tables = REWARDS.registered, reward._factories, reward._loaded
+    before = [table.copy() for table in tables]
     yield
-    registry._factories.clear()
-    registry._factories.update(factories)
-    registry._loaded.clear()
-    registry._loaded.update(loaded)
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -147,7 +147,7 @@ def sampled(policy, batch_size, on_step=lambda done: None):
         3.0,
         batch_size,
         "mean",
-        True,
+        reference=policy.reference,
         on_step,
         noise_samples=keys,
         prompts=PROMPTS,
@@ -212,7 +212,7 @@ def test_a_run_short_of_memory_ends_with_the_bits_of_one_with_small_batches(sett
         return rows <= 2 or len(gradients) != 2
 
     trainer, short, logged = trained(settings, tmp_path / "short", 8, 4, backward)
-    assert (trainer.rollout_batches.size, trainer.replay_batches.size) == (4, 2)
+    assert (trainer.rollout_batches.size, trainer.learner.micro_batches.size) == (4, 2)
     assert gradients[:3] == [4, 4, 2]
     # The rollout of 4 at a time, the replay of 2.
     small = {**settings, "rollout": {**settings["rollout"], "batch_size": 4}}

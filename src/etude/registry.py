@@ -1,26 +1,148 @@
-"""The user's own functions by their import path, `package.module:attribute`."""
+"""Doors: kernels, windows, rewards, objectives, advantages and pipeline families by name.
+
+A registry holds import paths and loads nothing before a name is used, so that the configuration can check names without
+torch. A name is looked for, in this order, among what was registered in this process, what is built in, and what installed
+packages offer under the entry-point group of the registry. Any `package.module:attribute` is a name, too.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from etude.errors import EtudeError, brief
+from etude.errors import EtudeError, brief, unknown
+
+ThingT = TypeVar("ThingT", bound=Callable[..., Any])
+_PATH = re.compile(r"[\w.]+:[\w.]+")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A built-in name.
+
+    Attributes:
+        path: import path, `package.module:attribute`.
+        about: one clause for help texts.
+        title: published name of what a run with this choice does. Default: none.
+    """
+
+    path: str
+    about: str = ""
+    title: str = ""
+
+
+class Registry:
+    """The things of one kind by name.
+
+    Args:
+        kind: noun for errors, for example "kernel".
+        group: entry-point group of installed packages, for example "etude.kernels".
+        builtin: entries by name.
+        wanted: description of what an import path must refer to, for errors.
+    """
+
+    def __init__(self, kind: str, group: str, builtin: Mapping[str, Entry], wanted: str) -> None:
+        self.kind, self.group, self.builtin, self.wanted = kind, group, builtin, wanted
+        self.registered: dict[str, Any] = {}
+
+    def register(self, name: str) -> Callable[[ThingT], ThingT]:
+        """Decorator that adds a class or function under `name`, for this process.
+
+        Registering a name again replaces the former thing, so that a notebook cell can be run twice.
+
+        Raises:
+            EtudeError: the name is empty or holds a colon, which marks an import path.
+        """
+        if not name.strip() or ":" in name:
+            raise EtudeError(
+                f"a {self.kind} cannot be registered as '{name}': give a name without a colon (that marks an import path)."
+            )
+
+        def add(thing: ThingT) -> ThingT:
+            self.registered[name] = thing
+            return thing
+
+        return add
+
+    def names(self) -> list[str]:
+        """Every name, sorted: registered, built in, or offered by an installed package."""
+        return sorted({*self.registered, *self.builtin, *(plugin.name for plugin in entry_points(group=self.group))})
+
+    def check(self, name: str) -> str:
+        """Returns the name. Nothing is loaded, so that an import path is checked for its form alone.
+
+        Raises:
+            EtudeError: the name is unknown; the nearest one and the whole list are given.
+        """
+        if name not in self.names() and not _PATH.fullmatch(name):
+            raise unknown(self.kind, name, self.names())
+        return name
+
+    def get(self, name: str) -> Any:
+        """The thing itself, imported now if it has not been before.
+
+        Raises:
+            EtudeError: the name is unknown, the module cannot be imported, the attribute is missing or not callable, or two
+                packages offer the name.
+        """
+        if name in self.registered:
+            return self.registered[name]
+        if name in self.builtin:
+            return import_callable(self.builtin[name].path, self.kind, self.wanted)
+        plugins = tuple(entry_points(group=self.group, name=name))
+        if plugins:
+            return self._load_plugin(name, plugins)
+        self.check(name)
+        return import_callable(name, self.kind, self.wanted)
+
+    def title(self, name: str) -> str:
+        """Published name of the choice: the built-in entry's, or the attribute `title` of what was registered; else the name."""
+        if name in self.builtin and name not in self.registered:
+            return self.builtin[name].title
+        return str(getattr(self.registered.get(name), "title", name.rpartition(":")[2]))
+
+    def about(self) -> str:
+        """The built-in names with a clause each, for help texts."""
+        return "; ".join(f"{name}: {entry.about}" if entry.about else name for name, entry in self.builtin.items())
+
+    def _load_plugin(self, name: str, plugins: tuple[EntryPoint, ...]) -> Any:
+        """What the only entry point of that name refers to."""
+        owners = sorted({plugin.dist.name if plugin.dist else "an unnamed package" for plugin in plugins})
+        if len({plugin.value for plugin in plugins}) > 1:
+            raise EtudeError(
+                f"{self.kind} '{name}' is offered by several packages ({', '.join(owners)}): uninstall all but one, "
+                f"or give an import path ({' or '.join(sorted(plugin.value for plugin in plugins))})."
+            )
+        place = f"{self.kind} '{name}' of the package '{owners[0]}' ({plugins[0].value})"
+        try:
+            thing = plugins[0].load()
+        except Exception as error:  # the package's code runs at import: whatever it raises has to say whose it is
+            raise EtudeError(
+                f"{place} cannot be imported ({type(error).__name__}: {brief(error)}): update or uninstall that package."
+            ) from error
+        if not callable(thing):
+            raise EtudeError(
+                f"{place} is {type(thing).__name__}, which is not callable: update or uninstall that package."
+            )
+        return thing
 
 
 def import_callable(path: str, kind: str, wanted: str) -> Callable[..., Any]:
-    """What the path refers to; modules in the working directory are found too, from now on.
+    """The callable at an import path. Modules in the working directory are importable from now on.
 
     Args:
         path: `package.module:attribute`, the attribute with dots if it is inside another.
-        kind: what it is meant to be, for errors: "reward", "prompts".
-        wanted: what to give instead, for errors.
+        kind: noun for errors: "reward", "prompts".
+        wanted: description of what to give instead, for errors.
 
     Raises:
-        EtudeError: if the module cannot be imported, or the attribute is missing or not callable.
+        EtudeError: the module cannot be imported, or the attribute is missing or not callable.
     """
     module_name, _, attribute = path.partition(":")
     try:
@@ -31,21 +153,107 @@ def import_callable(path: str, kind: str, wanted: str) -> Callable[..., Any]:
             f"{kind} '{path}': module '{module_name}' cannot be imported ({type(error).__name__}: {brief(error)}); "
             "install it, or run from the directory that holds it."
         ) from error
-    found: Any = module
+    thing: Any = module
     for part in attribute.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        problem = "has no attribute" if found is None else "holds something that is not callable as"
+        thing = getattr(thing, part, None)
+    if not callable(thing):
+        problem = "has no attribute" if thing is None else "holds something that is not callable as"
         raise EtudeError(f"{kind} '{path}': module '{module_name}' {problem} '{attribute}'; give {wanted}.")
-    made: Callable[..., Any] = found
-    return made
+    imported: Callable[..., Any] = thing
+    return imported
 
 
 def _make_working_directory_importable() -> None:
-    """A console script does not see the modules beside the recipe; `python -m` does. Last, so as to shadow nothing.
+    """Appends the working directory to the import path, for good.
 
-    For good: what the user's module imports when it is called, helpers beside it among them, must be found then.
+    A console script does not see the modules beside the recipe; `python -m` does. The directory comes last, so that it
+    shadows nothing. It stays, because the user's module may import its helpers when it is called.
     """
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
+
+
+KERNELS = Registry(
+    "kernel",
+    "etude.kernels",
+    {
+        "gddim": Entry("etude.sampling.kernels:GDDIM", "any model, any eta"),
+        "ddim": Entry("etude.sampling.kernels:DDIM", "any model, to a largest eta"),
+        "cps": Entry("etude.sampling.kernels:CPS", "any model, eta at most 1"),
+        "flow_sde": Entry("etude.sampling.kernels:FlowSDE", "flow models, Flow-GRPO's"),
+        "dance_sde": Entry("etude.sampling.kernels:DanceSDE", "flow models, DanceGRPO's"),
+    },
+    "module:Class, a subclass of etude.sampling.kernels.Kernel that is built from eta",
+)
+
+WINDOWS = Registry(
+    "window strategy",
+    "etude.windows",
+    {
+        "progressive": Entry(
+            "etude.sampling.windows:ProgressiveWindow",
+            "moves by stride steps every iters_per_shift iterations (the paper's choice)",
+        ),
+        "random": Entry("etude.sampling.windows:RandomWindow", "drawn anew each iteration"),
+        "decay": Entry("etude.sampling.windows:DecayWindow", "progressive, but staying ever shorter as it moves on"),
+        "fixed": Entry("etude.sampling.windows:FixedWindow", "never moves"),
+    },
+    "module:Class, a subclass of etude.sampling.windows.WindowSchedule",
+)
+
+REWARDS = Registry(
+    "reward",
+    "etude.rewards",
+    {
+        "aesthetic": Entry("etude.rewards.models.aesthetic:Aesthetic"),
+        "alignment": Entry("etude.rewards.alignment:Alignment"),
+        "clip_score": Entry("etude.rewards.models.clip:CLIPScore"),
+        "colorfulness": Entry("etude.rewards.colorfulness:colorfulness"),
+        "hpsv2": Entry("etude.rewards.models.hpsv2:HPSv2"),
+        "imagereward": Entry("etude.rewards.models.imagereward:ImageReward"),
+        "jpeg_compressibility": Entry("etude.rewards.jpeg:jpeg_compressibility"),
+        "jpeg_incompressibility": Entry("etude.rewards.jpeg:jpeg_incompressibility"),
+        "pickscore": Entry("etude.rewards.models.clip:PickScore"),
+    },
+    "module:function, where function(images, prompts, **metadata) returns one float32 score per image",
+)
+
+POLICIES = Registry(
+    "pipeline family",
+    "etude.policies",
+    {
+        "StableDiffusionPipeline": Entry("etude.policies.stable_diffusion:StableDiffusionPolicy"),
+        "StableDiffusionXLPipeline": Entry("etude.policies.stable_diffusion_xl:StableDiffusionXLPolicy"),
+        "StableDiffusion3Pipeline": Entry("etude.policies.stable_diffusion_3:StableDiffusion3Policy"),
+        "FluxPipeline": Entry("etude.policies.flux:FluxPolicy"),
+    },
+    "module:Class, a subclass of etude.policies.pipeline.PipelinePolicy",
+)
+
+OBJECTIVES = Registry(
+    "objective",
+    "etude.objectives",
+    {
+        "ppo": Entry("etude.learning.objectives.ppo:PPO", "clipped importance ratio"),
+        "reinforce": Entry("etude.learning.objectives.reinforce:Reinforce", "-A log p, one optimiser step a rollout"),
+    },
+    "module:Class, a subclass of etude.learning.objectives.objective.Objective",
+)
+
+ADVANTAGES = Registry(
+    "advantage",
+    "etude.advantages",
+    {
+        "per_prompt": Entry(
+            "etude.learning.advantages:PerPrompt", "against the past rewards of the same prompt", title="DDPO"
+        ),
+        "group": Entry("etude.learning.advantages:Group", "against the other images of its group", title="GRPO"),
+        "group_mean_global_std": Entry(
+            "etude.learning.advantages:GroupMeanGlobalStd",
+            "the mean of its group, the standard deviation of all images",
+            title="GRPO",
+        ),
+    },
+    "module:Class, a subclass of etude.learning.advantages.Advantage",
+)

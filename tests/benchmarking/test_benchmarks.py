@@ -187,7 +187,7 @@ def test_the_bare_calls_of_a_shared_prefix_are_those_of_its_groups(tmp_path: Pat
     recipe = _settings(tmp_path, work, str(save_flux(tmp_path / "pipeline", 1, 4)), MIXED, 0)["recipe"]
     (tmp_path / "run").mkdir()
     trainer = Trainer(load_config(recipe, ["iterations=1000", "evaluation.every=1000"]), tmp_path / "run")
-    trainer.iteration = 1
+    trainer.ledger.iteration = 1
     with record(trainer.policy) as calls:
         _iterate(trainer)
     rows = [(call.kind, len(call.keywords["hidden_states"])) for call in calls if call.kind != "decode"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
@@ -19,9 +19,7 @@ from etude.config import (
     recipe_names,
     recipe_text,
 )
-from etude.config.sections import KernelName
 from etude.errors import EtudeError
-from etude.sampling.kernels import KERNELS
 
 
 def failure(source: str, *overrides: str) -> str:
@@ -71,19 +69,6 @@ def test_a_window_can_be_made_changed_and_closed_by_overrides() -> None:
     assert load_config("sd15-ddpo", ["sampling.window.size=3", "sampling.window=null"]).sampling.window is None
 
 
-def test_a_window_without_stochasticity_is_refused() -> None:
-    assert "sampling.eta = 0 is the ODE" in failure("sd15-ddpo", "sampling.window={}", "sampling.eta=0")
-
-
-def test_cps_is_refused_beyond_the_eta_where_it_folds_back() -> None:
-    assert "eta = 1.2 is beyond cps" in failure("sd15-ddpo", "sampling.kernel=cps", "sampling.eta=1.2")
-    assert load_config("sd15-ddpo", ["sampling.kernel=cps", "sampling.eta=1"]).sampling.eta == 1
-
-
-def test_every_kernel_can_be_configured() -> None:
-    assert set(get_args(KernelName)) == set(KERNELS)
-
-
 def test_the_first_difference_is_named_down_to_the_windows_fields() -> None:
     plain, windowed = load_config("sd15-ddpo"), load_config("sd15-ddpo", ["sampling.window.size=3"])
     wider = load_config("sd15-ddpo", ["sampling.window.size=5"])
@@ -128,17 +113,19 @@ def test_a_reward_by_import_path_can_be_set() -> None:
         ("sampling.eta=-1", ["sampling.eta = -1", "greater than or equal to 0"]),
         ("sampling.eta=nan", ["sampling.eta = nan", "finite"]),
         ("sampling.eta=.inf", ["sampling.eta = inf", "finite"]),
-        ("sampling.eta=0", ["sampling.eta = 0 is the ODE", "use an eta above 0"]),
         ("sampling.eta=much", ["sampling.eta = 'much'", "valid number"]),
         ("sampling.num_steps=0", ["sampling.num_steps = 0", "greater than or equal to 1"]),
         ("sampling.num_steps=1.5", ["sampling.num_steps = 1.5", "integer"]),
-        ("sampling.kernel=euler", ["sampling.kernel = 'euler'", "'gddim', 'ddim', 'cps', 'flow_sde' or 'dance_sde'"]),
+        (
+            "sampling.kernel=euler",
+            ["sampling.kernel = 'euler'", "the choices are cps, dance_sde, ddim, flow_sde, gddim"],
+        ),
         ("sampling.first_step=euler", ["sampling.first_step = 'euler'", "'ode', 'sde' or 'capped'"]),
         ("sampling.window.size=0", ["sampling.window.size = 0", "greater than or equal to 1"]),
         ("sampling.window.size=51", ["a window of size 51 does not fit in steps 0 to 49", "lower window.size"]),
         ("sampling.window.start=47", ["a window of size 4 does not fit in steps 47 to 49"]),
         ("sampling.window.end=51", ["window.end = 51 is beyond num_steps = 50"]),
-        ("sampling.window.strategy=slow", ["sampling.window.strategy = 'slow'", "'progressive', 'random'"]),
+        ("sampling.window.strategy=slow", ["sampling.window.strategy = 'slow'", "decay, fixed, progressive, random"]),
         ("sampling.window.compression=0", ["sampling.window.compression = 0", "greater than 0"]),
         ("sampling.window.compression=1.5", ["sampling.window.compression = 1.5", "less than or equal to 1"]),
         ("sampling.window.siez=1", ["unknown key 'sampling.window.siez'", "did you mean 'sampling.window.size'?"]),
@@ -147,10 +134,11 @@ def test_a_reward_by_import_path_can_be_set() -> None:
         ("evaluation.num_steps=0", ["evaluation.num_steps = 0", "greater than or equal to 1"]),
         ("resolution=0", ["resolution = 0", "greater than or equal to 8"]),
         ("rollout.images_per_prompt=7", ["is not a multiple of rollout.images_per_prompt = 7"]),
-        ("advantage.kind=group", ["advantage.kind = group needs rollout.images_per_prompt of at least 2"]),
         ("rewards={}", ["rewards", "at least 1"]),
         ("rewards.jpeg_compressibility=0", ["every weight in rewards must be finite and not 0"]),
-        ("objective.kind=reinforce", ["reinforce is on-policy"]),
+        ("objective.kind=reinforced", ["objective.kind = 'reinforced'", "did you mean 'reinforce'"]),
+        ("advantage.kind=groups", ["advantage.kind = 'groups'", "did you mean 'group'"]),
+        ("family=FluxPipelin", ["family = 'FluxPipelin'", "did you mean 'FluxPipeline'"]),
         ("trackers=[mlflow]", ["trackers.0 = 'mlflow'", "'tensorboard'"]),
         ("seed", ["--set takes key=value", "'seed'"]),
         ("=3", ["--set takes key=value"]),

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from etude.config import TrainConfig, difference, load_config, parse_config, recipe_names, recipe_text
-from etude.policies.loading import policy_of
 from etude.prompts import load_prompts, overlap
 from etude.rewards import names
 from etude.training.dry_run import resolved
@@ -37,7 +36,7 @@ def test_a_recipe_passes_a_dry_run_on_a_small_checkpoint_of_its_family(
     name: str, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     config = made_small(name, checkpoints)
-    text = resolved(Trainer(config, tmp_path / "run", policy=policy_of(config, outline=True)))
+    text = resolved(config, tmp_path / "run")
     assert parse_config(yaml.safe_load(text)) == config
     assert not (tmp_path / "run").exists()
 

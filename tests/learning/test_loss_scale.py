@@ -107,10 +107,10 @@ def settings(tmp_path_factory):
 
 def test_a_scaled_run_in_float32_is_the_unscaled_one_bit_for_bit(settings, tmp_path):
     trainers = [Trainer(parse_config({**settings, "iterations": 1}), tmp_path / name) for name in ("plain", "scaled")]
-    trainers[1].update.loss_scale.needed = True
+    trainers[1].learner.loss_scale.needed = True
     for trainer in trainers:
         trainer.train()
-    assert trainers[1].update.loss_scale.value == 512  # 64 dimensions, 2 images of 3 steps: 384
+    assert trainers[1].learner.loss_scale.value == 512  # 64 dimensions, 2 images of 3 steps: 384
     assert outcome(tmp_path / "plain") == outcome(tmp_path / "scaled")
 
 
@@ -119,7 +119,7 @@ def test_a_float16_run_survives_an_overflow_by_repeating_the_step_at_a_smaller_s
     before, scales, backward = weights(trainer), [], trainer.accelerator.backward
 
     def overflowing(loss):
-        scales.append(trainer.update.loss_scale.value)
+        scales.append(trainer.learner.loss_scale.value)
         backward(loss * float("inf") if scales[-1] > 100 else loss)
 
     monkeypatch.setattr(trainer.accelerator, "backward", overflowing)

@@ -10,7 +10,10 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from etude.errors import EtudeError
-from etude.learning.objectives import UpdateStatistics, gaussian_kl, ppo_loss, reinforce_loss
+from etude.learning.metrics import COMMON, Records, compute_all
+from etude.learning.objectives.policy_gradient import PolicyLoss, gaussian_kl
+from etude.learning.objectives.ppo import PPO, ppo_loss
+from etude.learning.objectives.reinforce import reinforce_loss
 
 
 def test_ppo_is_its_definition_pair_by_pair() -> None:
@@ -102,27 +105,31 @@ def test_a_deterministic_step_has_no_kl() -> None:
         gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3), torch.tensor([1.0, 0.0]))
 
 
+def row(records: Records) -> dict[str, float]:
+    return compute_all((*PPO.metrics, *COMMON), records)
+
+
+def recorded(results: list[PolicyLoss]) -> Records:
+    return {name: [getattr(result, name) for result in results] for name in ("ratio", "clipped", "approx_kl")}
+
+
 def test_the_row_of_an_iteration_is_the_mean_over_its_pairs_and_steps() -> None:
-    statistics, old = UpdateStatistics(), torch.zeros(3)
-    log_probs = [torch.tensor([0.0, 0.1, -0.2]), torch.tensor([0.0]), torch.tensor([0.3, 0.0])]
-    for log_prob in log_probs:
-        statistics.policy.append(ppo_loss(log_prob, old[: len(log_prob)], torch.ones(len(log_prob)), 0.15, 5.0))
-    statistics.loss += [torch.tensor(1.0), torch.tensor(2.0)]
-    statistics.grad_norm += [torch.tensor(0.5), torch.tensor(1.5)]
-    row, ratio = statistics.row(), torch.cat(log_probs).exp()
-    assert "reference_kl" not in row
-    assert row["ratio_mean"] == pytest.approx(float(ratio.mean()))
-    assert row["ratio_max_deviation"] == pytest.approx(float((ratio - 1).abs().max()))
-    assert row["clipfrac"] == pytest.approx(2 / 6)
-    assert row["approx_kl"] == pytest.approx(float(torch.cat(log_probs).square().mean()) / 2)
-    assert (row["loss"], row["grad_norm"]) == (1.5, 1.0)
-    statistics.reference_kl.append(torch.tensor([0.25, 0.75]))
-    assert statistics.row()["reference_kl"] == 0.5
+    old, log_probs = torch.zeros(3), [torch.tensor([0.0, 0.1, -0.2]), torch.tensor([0.0]), torch.tensor([0.3, 0.0])]
+    records = recorded([ppo_loss(p, old[: len(p)], torch.ones(len(p)), 0.15, 5.0) for p in log_probs])
+    records |= {
+        "loss": [torch.tensor(1.0), torch.tensor(2.0)],
+        "grad_norm": [torch.tensor(0.5), torch.tensor(1.5)],
+    }
+    numbers, ratio = row(records), torch.cat(log_probs).exp()
+    assert "reference_kl" not in numbers
+    assert numbers["ratio_mean"] == pytest.approx(float(ratio.mean()))
+    assert numbers["ratio_max_deviation"] == pytest.approx(float((ratio - 1).abs().max()))
+    assert numbers["clipfrac"] == pytest.approx(2 / 6)
+    assert numbers["approx_kl"] == pytest.approx(float(torch.cat(log_probs).square().mean()) / 2)
+    assert (numbers["loss"], numbers["grad_norm"]) == (1.5, 1.0)
+    assert row({**records, "reference_kl": [torch.tensor([0.25, 0.75])]})["reference_kl"] == 0.5
 
 
 def test_a_gradient_norm_that_is_not_finite_is_seen_in_the_row() -> None:
-    statistics = UpdateStatistics(loss=[torch.tensor(0.0)])
-    statistics.policy.append(ppo_loss(torch.zeros(1), torch.zeros(1), torch.ones(1), 0.1, 5.0))
     for bad in (math.inf, math.nan):
-        statistics.grad_norm = [torch.tensor(1.0), torch.tensor(bad)]
-        assert not math.isfinite(statistics.row()["grad_norm"])
+        assert not math.isfinite(row({"grad_norm": [torch.tensor(1.0), torch.tensor(bad)]})["grad_norm"])

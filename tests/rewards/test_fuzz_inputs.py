@@ -21,7 +21,7 @@ from torch import Tensor
 from etude.errors import EtudeError
 from etude.prompts import PromptSet, load_prompts
 from etude.report.grids import image_grid
-from etude.rewards import reward as registry
+from etude.rewards import get, register
 from etude.rewards.remote.server import _RefusedError, _Scorer
 from etude.rewards.remote.wire import ScoreAnswer, decode_images, encode_image
 from etude.rewards.scoring import WeightedRewards, score
@@ -225,7 +225,7 @@ def test_whatever_a_reward_raises_names_the_reward(raised: BaseException) -> Non
     def broken(images: Tensor, prompts: list[str], **_: Any) -> Tensor:
         raise raised
 
-    registry.register("broken")(broken)
+    register("broken")(broken)
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     for call in (
         lambda: score("broken", broken, images, ["a"]),
@@ -281,7 +281,7 @@ def test_images_of_any_shape_and_dtype_are_refused_in_a_sentence_or_scored(image
     ),
 )
 def test_a_reward_that_is_none_is_refused_in_a_sentence_or_found(name: str) -> None:
-    refused(registry.get, name)
+    refused(get, name)
 
 
 PNG = base64.b64decode(encode_image(torch.arange(3 * 8 * 8, dtype=torch.uint8).reshape(3, 8, 8)))

@@ -23,16 +23,9 @@ from etude.rewards import (
     score,
     score_all,
 )
-from etude.rewards import reward as registry
 
 IMAGES = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a cat", "a red <car>", "the sea"]
-
-
-@pytest.fixture(autouse=True)
-def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_factories", dict(registry._factories))
-    monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
 
 
 def solid(*rgb: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from etude.sampling.kernels import GDDIM, make_kernel
 from etude.sampling.paths import FlowPath, Grid
 from etude.sampling.plans import SamplingPlan, StepTable
 from etude.training.finish import flatten
-from etude.training.schedule import TrainingPlans
+from etude.training.schedule import PlanSchedule, check_sampling
 from etude.training.trainer import Trainer
 from support.gaussian_policy import GaussianPolicy, read, sd_path
 from support.small_runs import metrics, train_until, weights
@@ -37,8 +37,8 @@ def sampling(**values: Any) -> SamplingConfig:
     return SamplingConfig.model_validate({"num_steps": STEPS, **values})
 
 
-def plans(grid: Grid, **values: Any) -> TrainingPlans:
-    return TrainingPlans(sampling(**values), grid, seed=0, iterations=ITERATIONS)
+def plans(grid: Grid, **values: Any) -> PlanSchedule:
+    return PlanSchedule(sampling(**values), grid, seed=0, iterations=ITERATIONS)
 
 
 def same(a: StepTable, b: StepTable) -> bool:
@@ -166,17 +166,17 @@ def test_what_is_legal_at_the_ends_of_a_schedule_is_legal_in_every_iteration(ker
         (["sampling.eta=0", "sampling.eta_schedule.end=1"], "sampling.eta = 0 is the ODE.*in that iteration"),
         (["sampling.eta_schedule.kind=exponential"], "constant.*linear.*cosine"),
         (["sampling.eta_schedule.ende=0.2"], "did you mean 'sampling.eta_schedule.end'"),
-        (["sampling.kernel=cps", "sampling.eta=0.5", "sampling.eta_schedule.end=1.5"], "eta = 1.5 is beyond cps"),
+        (["sampling.kernel=cps", "sampling.eta=0.5", "sampling.eta_schedule.end=1.5"], "CPS with eta 1.5 folds back"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_said(overrides: list[str], says: str) -> None:
     with pytest.raises(EtudeError, match=says):
-        load_config("emoji-ddpo", overrides)
+        check_sampling(load_config("emoji-ddpo", overrides).sampling, trains_steps=True)
 
 
 def test_over_steps_a_schedule_may_begin_or_end_with_the_ode() -> None:
     config = load_config("emoji-ddpo", ["sampling.eta_schedule.over=steps", "sampling.eta_schedule.end=0"])
-    table = TrainingPlans(config.sampling, GRIDS["vp"], 0).table_at(1)
+    table = PlanSchedule(config.sampling, GRIDS["vp"], 0).table_at(1)
     assert table.trained_steps == tuple(range(STEPS - 1))
 
 

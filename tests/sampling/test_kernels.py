@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etude.errors import EtudeError
-from etude.sampling.kernels import CPS, DDIM, GDDIM, KERNELS, DanceSDE, FlowSDE, Kernel, Transition, equivalent_eta
+from etude.sampling.kernels import CPS, DDIM, GDDIM, DanceSDE, FlowSDE, Kernel, Transition, equivalent_eta
 from etude.sampling.paths import FlowPath, VPPath, to_x0_eps
 from etude.sampling.plans import SamplingPlan
+from support.kernels import KERNELS
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 ETAS = st.floats(0, 60)

@@ -9,7 +9,7 @@ import torch
 
 from etude.config import LoraConfig
 from etude.errors import EtudeError
-from etude.learning.objectives import ppo_loss
+from etude.learning.objectives.ppo import ppo_loss
 from etude.policies.flux import FluxPolicy
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.sampling.kernels import GDDIM
@@ -94,7 +94,7 @@ def test_stored_states_follow_the_transitions(policy):
 
 
 def test_a_policy_that_has_not_moved_has_no_kl_to_its_reference(policy):
-    _, _, trajectory = make_rollout(policy, SamplingPlan.sde(4, GDDIM(1.0)), with_reference=True)
+    _, _, trajectory = make_rollout(policy, SamplingPlan.sde(4, GDDIM(1.0)), reference=policy.reference)
     table, conditioning, _ = make_rollout(policy, SamplingPlan.sde(4, GDDIM(1.0)))
     transition, _ = replay(policy, table, trajectory, torch.arange(6), torch.zeros(6).long(), conditioning, 5.0, False)
     assert torch.equal(trajectory.reference_mean[:, 0], transition.mean)
@@ -131,7 +131,7 @@ def assert_same(one, other, **tolerance):
 @pytest.mark.parametrize("kind", ["policy", "flux_policy"])
 def test_a_shared_prefix_gives_the_same_bits_in_batches_of_the_same_size(kind, plan, request):
     policy = request.getfixturevalue(kind)
-    one, other = (group_rollout(policy, plan, 4, share, with_reference=True) for share in (True, False))
+    one, other = (group_rollout(policy, plan, 4, share, reference=policy.reference) for share in (True, False))
     assert_same(one, other)
     assert torch.equal(one.states[0::3, 0], one.states[1::3, 0])  # a group is one path until the window
     assert not torch.equal(one.latents[0], one.latents[1])
@@ -140,8 +140,8 @@ def test_a_shared_prefix_gives_the_same_bits_in_batches_of_the_same_size(kind, p
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 12])
 def test_a_shared_prefix_gives_the_same_images_in_any_batches(policy, batch_size):
     """A group of 3 in batches of 1, 2 and 5: smaller than the group, and across its borders."""
-    one = group_rollout(policy, FLASH, batch_size, True, with_reference=True)
-    other = group_rollout(policy, FLASH, 4, False, with_reference=True)
+    one = group_rollout(policy, FLASH, batch_size, True, reference=policy.reference)
+    other = group_rollout(policy, FLASH, 4, False, reference=policy.reference)
     assert_same(one, other, atol=2e-5, rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ from etude.rewards import register
 from etude.sampling.kernels import GDDIM
 from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import SamplingPlan
-from etude.sampling.replay import replay, score_again
+from etude.sampling.replay import replay, replay_log_prob
 from etude.sampling.rollout import denoise, rollout
 from etude.training.trainer import Trainer
 from support.gaussian_policy import GaussianPolicy, sd_path
@@ -69,7 +69,7 @@ def test_ratios_against_the_replays_own_log_probabilities_start_at_exactly_one(p
     drawn = trajectory.log_prob.clone()
     count = 6 * len(trajectory.steps)
     steps = [pairs(trajectory, part) for part in torch.randperm(count, generator=torch.manual_seed(0)).chunk(2)]
-    found = score_again(policy, table, trajectory, steps, conditioning, 2.0, micro_batch)
+    found = replay_log_prob(policy, table, trajectory, steps, conditioning, 2.0, micro_batch)
     for rows, columns in steps:
         for row, column in zip(rows.split(micro_batch), columns.split(micro_batch), strict=True):
             transition, target = replay(policy, table, trajectory, row, column, conditioning, 2.0)
@@ -81,7 +81,7 @@ def test_ratios_against_the_replays_own_log_probabilities_start_at_exactly_one(p
 def test_of_pairs_that_several_steps_train_the_first_ones_batches_count(policy):
     table, conditioning, trajectory = sampled(policy, None)
     once = [pairs(trajectory, torch.arange(3)), pairs(trajectory, torch.arange(3, 8))]
-    score_again(policy, table, trajectory, [*once, pairs(trajectory, torch.arange(8))], conditioning, 2.0, 8)
+    replay_log_prob(policy, table, trajectory, [*once, pairs(trajectory, torch.arange(8))], conditioning, 2.0, 8)
     for rows, columns in once:
         transition, target = replay(policy, table, trajectory, rows, columns, conditioning, 2.0)
         assert torch.equal(transition.log_prob(target), trajectory.log_prob[rows, columns])
@@ -89,7 +89,7 @@ def test_of_pairs_that_several_steps_train_the_first_ones_batches_count(policy):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_weights_that_have_not_moved_have_no_kl_to_their_reference_whatever_the_rollouts_precision(policy, dtype):
-    table, conditioning, trajectory = sampled(policy, dtype, with_reference=True)
+    table, conditioning, trajectory = sampled(policy, dtype, reference=policy.reference)
     for column in range(len(trajectory.steps)):
         columns = torch.full((6,), column)
         transition, _ = replay(policy, table, trajectory, torch.arange(6), columns, conditioning, 2.0, False)

@@ -17,9 +17,10 @@ from diffusers import (
 )
 
 from etude.errors import EtudeError
-from etude.sampling.kernels import KERNELS, FlowSDE
+from etude.sampling.kernels import FlowSDE
 from etude.sampling.schedulers import FlowMatchGDDIMScheduler, GDDIMScheduler
 from support import tiny
+from support.kernels import KERNELS
 
 SHIFTS: dict[str, dict[str, Any]] = {
     "none": {},

@@ -12,10 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etude.errors import EtudeError
+from etude.registry import WINDOWS
 from etude.sampling.kernels import GDDIM, FlowSDE
 from etude.sampling.paths import FlowPath, VPPath
 from etude.sampling.plans import SamplingPlan
-from etude.sampling.windows import STRATEGIES, WindowSchedule, trainable_range
+from etude.sampling.windows import (
+    DecayWindow,
+    ProgressiveWindow,
+    RandomWindow,
+    WindowSchedule,
+    make_window,
+    trainable_range,
+)
+
+STRATEGIES = tuple(WINDOWS.builtin)
 
 PATH = VPPath.from_config({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"})
 FLOW = FlowPath.from_config({"shift": 3.0})
@@ -24,30 +34,29 @@ FLOW = FlowPath.from_config({"shift": 3.0})
 @st.composite
 def schedules(draw, strategies=STRATEGIES):
     start, size = draw(st.integers(0, 4)), draw(st.integers(1, 6))
-    return WindowSchedule(
-        draw(st.sampled_from(strategies)),
-        num_steps=start + size + draw(st.integers(0, 12)),
-        start=start,
-        size=size,
-        iters_per_shift=draw(st.integers(1, 30)),
-        stride=draw(st.integers(1, size)),
-        roll_back=draw(st.booleans()),
-        seed=draw(st.integers(0, 3)),
-        decay_rate=draw(st.floats(0, 2)),
-        decay_threshold=draw(st.integers(0, 20)),
-    )
+    settings = {
+        "stop": start + size + draw(st.integers(0, 12)),
+        "start": start,
+        "size": size,
+        "iters_per_shift": draw(st.integers(1, 30)),
+        "stride": draw(st.integers(1, size)),
+        "roll_back": draw(st.booleans()),
+        "seed": draw(st.integers(0, 3)),
+        "decay_rate": draw(st.floats(0, 2)),
+        "decay_threshold": draw(st.integers(0, 20)),
+    }
+    return make_window(draw(st.sampled_from(strategies)), settings)
 
 
 def is_full(schedule: WindowSchedule, place: int) -> bool:
-    return schedule.start <= place and place + schedule.size <= schedule.num_steps
+    return schedule.start <= place and place + schedule.size <= schedule.stop
 
 
 @pytest.mark.parametrize("roll_back", [True, False])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_window_is_full_in_each_of_10_000_iterations_and_trains_every_step(strategy, roll_back):
-    schedule = WindowSchedule(
-        strategy, num_steps=24, start=1, size=4, stride=3, roll_back=roll_back, iters_per_shift=25
-    )
+    settings = {"stop": 24, "start": 1, "size": 4, "stride": 3, "roll_back": roll_back, "iters_per_shift": 25}
+    schedule = make_window(strategy, settings)
     places = [schedule.start_at(i) for i in range(1, 10_001)]
     assert all(is_full(schedule, place) for place in places)
     visited = {place + k for place in places for k in range(4)}
@@ -65,12 +74,10 @@ def test_the_window_is_full_at_any_iteration_size_and_stride(schedule, iteration
 def test_a_moving_window_visits_every_trainable_step_within_one_round(schedule):
     round_length = sum(map(schedule.dwell, schedule.places))
     places = [schedule.start_at(i) for i in range(1, round_length + 1)]
-    assert {place + k for place in places for k in range(schedule.size)} == set(
-        range(schedule.start, schedule.num_steps)
-    )
+    assert {place + k for place in places for k in range(schedule.size)} == set(range(schedule.start, schedule.stop))
     assert places == sorted(places)
     after = schedule.start_at(round_length + 1)
-    assert after == (schedule.start if schedule.roll_back else schedule.num_steps - schedule.size)
+    assert after == (schedule.start if schedule.roll_back else schedule.stop - schedule.size)
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,30 +92,28 @@ def test_a_decaying_window_never_stays_longer_than_at_the_place_before(schedule)
 
 
 def test_the_dwell_falls_exponentially_beyond_the_threshold_and_never_to_0():
-    schedule = WindowSchedule("decay", num_steps=100, iters_per_shift=1000, decay_rate=0.1, decay_threshold=13)
+    schedule = DecayWindow(stop=100, iters_per_shift=1000, decay_rate=0.1, decay_threshold=13)
     assert [schedule.dwell(place) for place in (0, 5, 13)] == [1000] * 3
     assert [schedule.dwell(place) for place in (14, 23, 33)] == [round(1000 * math.exp(-x)) for x in (0.1, 1.0, 2.0)]
     assert schedule.dwell(96) == 1
 
 
 def test_a_progressive_window_moves_by_its_stride_after_each_shift_and_ends_with_the_last_step():
-    schedule = WindowSchedule("progressive", num_steps=11, start=1, size=4, stride=2, iters_per_shift=3)
+    schedule = ProgressiveWindow(stop=11, start=1, size=4, stride=2, iters_per_shift=3)
     assert schedule.places == (1, 3, 5, 7)
     assert replace(schedule, stride=4).places == (1, 5, 7)
     assert [schedule.start_at(i) for i in range(1, 16)] == [1, 1, 1, 3, 3, 3, 5, 5, 5, 7, 7, 7, 1, 1, 1]
 
 
 def test_without_roll_back_the_window_stays_on_the_last_full_place():
-    schedule = WindowSchedule("progressive", num_steps=25, size=4, iters_per_shift=25, roll_back=False)
+    schedule = ProgressiveWindow(stop=25, size=4, iters_per_shift=25, roll_back=False)
     assert {schedule.start_at(i) for i in (526, 575, 576, 10_000)} == {21}
 
 
 def test_a_random_window_is_uniform_over_its_places_and_a_function_of_seed_and_iteration():
-    schedule = WindowSchedule("random", num_steps=10, start=1, size=4, seed=3)
+    schedule = RandomWindow(stop=10, start=1, size=4, seed=3)
     drawn = [schedule.start_at(i) for i in range(1, 6001)]
-    assert drawn == [
-        WindowSchedule("random", num_steps=10, start=1, size=4, seed=3).start_at(i) for i in range(1, 6001)
-    ]
+    assert drawn == [RandomWindow(stop=10, start=1, size=4, seed=3).start_at(i) for i in range(1, 6001)]
     counts = Counter(drawn)
     assert set(counts) == set(range(1, 7))
     assert sum((n - 1000) ** 2 / 1000 for n in counts.values()) < 20.5  # chi^2 of 5 degrees of freedom, 99.9 %
@@ -120,10 +125,10 @@ def test_a_random_window_is_uniform_over_its_places_and_a_function_of_seed_and_i
     [
         ({"strategy": "progresive"}, "did you mean 'progressive'"),
         ({"size": 0}, "does not fit"),
-        ({"size": 11}, "does not fit the steps 0 to 9"),
+        ({"size": 11}, "does not fit in steps 0 to 9"),
         ({"start": 7}, "does not fit"),
         ({"start": -1}, "does not fit"),
-        ({"stride": 5}, "never train the steps between"),
+        ({"stride": 5}, "would pass over steps"),
         ({"stride": 0}, "stride from 1 to 4"),
         ({"iters_per_shift": 0}, "at least 1 iteration"),
         ({"decay_rate": -0.1}, "decay_rate"),
@@ -132,12 +137,7 @@ def test_a_random_window_is_uniform_over_its_places_and_a_function_of_seed_and_i
 )
 def test_a_schedule_that_could_not_be_followed_is_refused(change, message):
     with pytest.raises(EtudeError, match=message):
-        WindowSchedule(**{"strategy": "progressive", "num_steps": 10, **change})
-
-
-def test_there_is_no_iteration_before_the_first():
-    with pytest.raises(EtudeError, match="counts its iterations from 1"):
-        WindowSchedule("fixed", num_steps=10).start_at(0)
+        make_window(change.pop("strategy", "decay"), {"stop": 10, **change})
 
 
 def test_only_stochastic_steps_can_be_trained():
@@ -170,6 +170,7 @@ def test_every_step_of_a_window_over_the_trainable_range_is_trained(num_steps, s
     grid, kernel = FLOW.grid(num_steps), GDDIM(1.2)
     steps = trainable_range(SamplingPlan.sde(num_steps, kernel).tabulate(grid))
     size = min(size, len(steps))
-    start = WindowSchedule(strategy, steps.stop, steps.start, size, iters_per_shift=2).start_at(iteration)
+    window = make_window(strategy, {"stop": steps.stop, "start": steps.start, "size": size, "iters_per_shift": 2})
+    start = window.start_at(iteration)
     table = SamplingPlan.window(num_steps, kernel, start, size).tabulate(grid)
     assert table.trained_steps == tuple(range(start, start + size))

@@ -7,10 +7,10 @@ import re
 
 import pytest
 import yaml
+from etude.cli.study_display import Pace
 from typer.testing import CliRunner
 
 from etude.cli.app import app
-from etude.cli.study_display import Pace
 from etude.errors import EtudeError
 from etude.rewards import register
 from etude.study.directory import StudyDirectory, work

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from etude.config import LoraConfig
-from etude.policies.trainable import swapped
-from etude.sampling.model import Conditioning, Policy
+from etude.policies.trainable import TrainablePolicy, swapped
+from etude.sampling.model import Conditioning
 from etude.sampling.paths import FlowPath, VPPath
 from etude.sampling.paths import Path as NoisePath
 from etude.sampling.plans import StepTable
@@ -78,7 +78,7 @@ def _level(path: NoisePath, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     return 1 - s, s
 
 
-class GaussianPolicy(Policy):
+class GaussianPolicy(TrainablePolicy):
     """Latents [c, h, w] of independent Gaussians, one mean and variance a channel; every prompt is the same to it.
 
     A latent of one number is decoded to an image of 2 x 2 pixels, the number's four digits to the base 256; `read` is the inverse.

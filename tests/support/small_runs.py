@@ -39,7 +39,7 @@ def train_until(trainer, iteration):
     iterate = trainer._iterate
 
     def interrupted():
-        if trainer.iteration == iteration:
+        if trainer.ledger.iteration + 1 == iteration:
             raise KeyboardInterrupt
         return iterate()
 

@@ -42,6 +42,7 @@ import conftest  # noqa: F401 - one thread and no hub, before torch is imported
 from etude.cli import app as command_line
 from etude.runs.checkpoint import Checkpoints, load_latest
 from etude.training import finish, trainer
+from etude.training.supervision import Supervisor
 from etude.training.trainer import Trainer
 from support.small_runs import metrics
 from support.tiny import save_stable_diffusion
@@ -92,14 +93,14 @@ class Marks:
 
     def watch(self) -> None:
         """Puts marks around the phases of every run of this process and its children."""
-        phase = Trainer._phase
+        phase = Supervisor.phase
 
         @contextmanager
-        def marked_phase(self_: Trainer, name: str, total: int | None = None) -> Iterator[None]:
+        def marked_phase(self_: Supervisor, name: str, total: int | None = None) -> Iterator[None]:
             with self.inside(name), phase(self_, name, total):
                 yield
 
-        Trainer._phase = marked_phase  # type: ignore[method-assign]
+        Supervisor.phase = marked_phase  # type: ignore[method-assign]
         around: list[tuple[Any, str, str]] = [
             (Trainer, "_restore", "resume"),
             (Checkpoints, "save", "checkpoint"),

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +27,9 @@ from etude.config import TrainConfig
 from etude.errors import EtudeError
 from etude.files import locked
 from etude.policies import Policy
+from etude.training import trainer as trainer_module
 from etude.training.interruption import Interrupted
+from etude.training.processes import make_accelerator
 from etude.training.trainer import Trainer
 from support.tiny import save_flux, save_stable_diffusion
 
@@ -40,10 +44,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "ddpo-signalled": {"lora": {"rank": 4}, "checkpoint": {"every": 5}},
     "fsdp-lora": {"lora": {"rank": 4}, "iterations": 2, "ema": {"decay": 0.5}, "checkpoint": {"best": "bright"}},
     "fsdp-full": {"lora": {"rank": 0}, "iterations": 2, "objective": {"kl_coef": 0.1}},
-    "zero-lora": {"lora": {"rank": 4}, "iterations": 2},
-    "zero-full": {"lora": {"rank": 0}, "iterations": 2, "objective": {"batch_size": 3}, "ema": {"decay": 0.5}},
 }
-"""A prefix names the algorithm; `fsdp` and `zero` are DDPO, with the network or its moments in parts where there are several processes."""
+"""A prefix names the algorithm; `fsdp` is DDPO with the network in parts where there are several processes."""
 DDPO = {
     "model": "sd",
     "rollout": {"images_per_iteration": 8, "batch_size": 4},
@@ -58,6 +60,18 @@ MIXGRPO = {
     "objective": {"updates_per_epoch": 3, "batch_size": 8},
     "advantage": {"kind": "group"},
 }
+
+
+def sharded_on_cpu(config: TrainConfig, out: Path) -> Accelerator:
+    """The accelerator of a run that asks for FSDP, which Accelerate has for accelerators only, on CPUs."""
+    wanted = os.environ.pop("ACCELERATE_USE_FSDP", "false")
+    accelerator = make_accelerator(config, out)
+    if wanted == "true" and accelerator.num_processes > 1:
+        os.environ["ACCELERATE_USE_FSDP"] = wanted
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        # The plugin looks at the type where it is used, and at nothing that a CPU lacks.
+        accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    return accelerator
 
 
 def bright(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
@@ -108,7 +122,7 @@ def train(root: Path, name: str, out: Path, resume: bool = False) -> dict[str, T
     before = {f"before/{n}": p.detach().clone() for n, p in trainer.parameters.items()}
     trainer.train()
     rank = trainer.accelerator.process_index
-    sizes = [trainer.rollout_batches.size, trainer.replay_batches.size]
+    sizes = [trainer.rollout_batches.size, trainer.learner.micro_batches.size]
     Path(f"{out}-sizes-{rank}.json").write_text(json.dumps(sizes))
     save_file({"images": torch.cat([images for _, images in BATCHES]).contiguous()}, f"{out}-images-{rank}.safetensors")
     Path(f"{out}-prompts-{rank}.json").write_text(json.dumps([prompt for prompts, _ in BATCHES for prompt in prompts]))
@@ -150,6 +164,7 @@ def _interrupted(root: Path, name: str, out: Path) -> None:
 def main(root: Path, names: list[str]) -> None:
     """The runs of those names in one group of processes, which outlives each of them."""
     torch.distributed.init_process_group("gloo")
+    trainer_module.make_accelerator = sharded_on_cpu
     for place in names:
         name, _, other = place.partition("=")
         # The launcher's configuration asks for FSDP, and says how.

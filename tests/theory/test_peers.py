@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from etude.cli.theory import app
 from etude.errors import EtudeError
-from etude.sampling.kernels import GDDIM, KERNELS, FlowSDE, equivalent_eta
+from etude.sampling.kernels import GDDIM, FlowSDE, equivalent_eta
 from etude.sampling.paths import FlowPath, Grid
 from etude.theory.peers import PUBLISHED, peer_table
+from support.kernels import KERNELS
 
 PAGE = Path(__file__).parents[2] / "docs" / "concepts" / "kernels.md"
 

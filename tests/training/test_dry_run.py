@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
 from etude.config import TrainConfig, load_config, parse_config
+from etude.learning.objectives import make_objective
+from etude.policies.loading import policy_of
+from etude.training import dry_run
 from etude.training.dry_run import (
     ImageSteps,
     _models_of_rewards,
     evaluated,
-    evaluations,
     gap_evaluations,
     resolved,
     run_evaluations,
@@ -36,6 +39,10 @@ def config(**changes: Any) -> TrainConfig:
         },
         **changes,
     )
+
+
+def evaluations(settings: TrainConfig, steps: ImageSteps) -> dict[str, int]:
+    return dry_run.evaluations(settings, make_objective(settings.objective), steps, steps.trained)
 
 
 WHOLE, WINDOW, FLASH = ImageSteps(10, 0, 9), ImageSteps(10, 3, 4), ImageSteps(8, 3, 4)
@@ -63,6 +70,13 @@ def test_the_reference_model_is_asked_at_every_trained_step() -> None:
     assert evaluations(config(objective={"kl_coef": 0.1, "timestep_fraction": 0.5}), WINDOW)["reference"] == 24 * 4
 
 
+def test_log_probabilities_that_are_computed_again_are_counted_once() -> None:
+    again = config(objective={"old_log_prob": "replay", "num_inner_epochs": 3})
+    assert evaluations(again, WINDOW) == {"rollout": 240, "reference": 0, "replay": 288, "old log-probabilities": 96}
+    drawn = config(objective={"old_log_prob": "replay", "num_inner_epochs": 3, "timestep_fraction": 0.5})
+    assert evaluations(drawn, WINDOW)["old log-probabilities"] == 24 * 2 * 3  # each pass draws its own pairs
+
+
 def test_evaluations_are_those_of_the_base_model_of_every_kth_and_of_the_last_iteration() -> None:
     assert evaluated(config()) == [0, 2, 4, 5]
     assert evaluated(config(evaluation={"every": 5})) == [0, 5]
@@ -74,7 +88,11 @@ def test_evaluations_are_those_of_the_base_model_of_every_kth_and_of_the_last_it
 def test_the_run_is_the_sum_of_its_iterations() -> None:
     shared = config(rollout={"shared_noise": True}, objective={"kl_coef": 0.1})
     places = {1: 0, 2: 0, 3: 3, 4: 6, 5: 0}
-    counts = run_evaluations(shared, lambda iteration: ImageSteps(10, places[iteration], 4))
+
+    def table_at(iteration: int) -> Any:
+        return SimpleNamespace(num_evaluations=10, prefix_steps=places[iteration], trained_steps=range(4))
+
+    counts = run_evaluations(shared, make_objective(shared.objective), table_at)
     rollout = {place: 4 * place + 24 * (10 - place) for place in (0, 3, 6)}
     assert counts["rollout"] == (rollout[6], rollout[0], 3 * rollout[0] + rollout[3] + rollout[6])
     assert counts["replay"] == counts["reference"] == (96, 96, 480)
@@ -109,7 +127,7 @@ def test_the_network_is_called_as_often_as_was_counted(
     from etude.training.trainer import Trainer
 
     trainer = Trainer(parse_config({**settings, "sampling": {**settings["sampling"], "window": window}}), tmp_path)
-    counted = run_evaluations(trainer.config, lambda iteration: ImageSteps.of(trainer.plans.table_at(iteration)))
+    counted = run_evaluations(trainer.config, trainer.objective, trainer.schedule.table_at)
     asked, predict = [], trainer.policy.predict
 
     def watched(x, *arguments):
@@ -131,18 +149,15 @@ def test_models_of_rewards_are_named_with_what_they_add() -> None:
 
 
 def test_what_is_printed_is_a_recipe_of_the_same_run_with_its_cost(settings: dict[str, Any], tmp_path: Path) -> None:
-    from etude.training.trainer import Trainer
-
-    trainer = Trainer(
-        parse_config({**settings, "sampling": {**settings["sampling"], "window": MOVING}}), tmp_path / "run"
-    )
-    text = resolved(trainer)
+    config = parse_config({**settings, "sampling": {**settings["sampling"], "window": MOVING}})
+    policy = policy_of(config)
+    text = resolved(config, tmp_path / "run", policy=policy)
     (tmp_path / "mine.yaml").write_text(text)
-    assert load_config(str(tmp_path / "mine.yaml")) == trainer.config
+    assert load_config(str(tmp_path / "mine.yaml")) == config
     assert yaml.safe_load(text)["sampling"]["num_steps"] == 6
     comments = [line for line in text.splitlines() if line.startswith("# ")]
     assert comments[0].startswith(f"# MixGRPO on {settings['model']}, gddim at eta 1.2, reward: colorfulness")
-    trained = sum(p.numel() for p in trainer.policy.trainable().values())
+    trained = sum(p.numel() for p in policy.trainable().values())
     assert comments[1].startswith(f"# trained parameters: {trained:,} of the network's ")
     assert [line.split()[1] for line in comments[2:8]] == [
         "network",

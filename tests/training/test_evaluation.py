@@ -9,7 +9,7 @@ import torch
 
 from etude.config import TrainConfig, parse_config
 from etude.errors import EtudeError
-from etude.learning.draws import share
+from etude.learning.exchange import gather, share
 from etude.measuring.gap import Protocol
 from etude.policies.flux import FluxPolicy
 from etude.prompts import PromptSet
@@ -17,7 +17,7 @@ from etude.rewards import WeightedRewards, register
 from etude.sampling.sampler import make_plan, sample_images
 from etude.training import processes
 from etude.training.evaluation import Evaluation
-from etude.training.processes import check_trackers, gather
+from etude.training.processes import check_trackers
 from support.tiny import flux
 
 PROMPTS = ["red heart", "pizza", "tiger"]

@@ -11,10 +11,9 @@ from etude.config import OptimizerConfig, parse_config
 from etude.learning.optimizers import make_optimizer
 from etude.sampling.noise import NoiseSource
 from etude.sampling.rollout import rollout
+from etude.training import memory_estimate as module
 from etude.training.memory_estimate import (
     _Live,
-    activations,
-    memory_estimate,
     optimizer_bytes,
     peak_bytes,
     readable,
@@ -49,14 +48,23 @@ def trainer(settings: dict[str, Any], tmp_path: Any, **sections: Any) -> Trainer
     return Trainer(parse_config(tree), tmp_path / "run")
 
 
+def memory_estimate(made: Trainer) -> dict[str, int]:
+    return module.memory_estimate(made.blueprint, made.policy, made.schedule)
+
+
+def activations(made: Trainer) -> dict[str, int]:
+    return module.activations(made.config, made.policy, made.schedule.table_at(1), ["red heart"])
+
+
 @pytest.mark.parametrize("window", [None, {"size": 2}])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.1])
 def test_the_trajectory_takes_what_its_tensors_take(settings, tmp_path, window, kl_coef):
     made = trainer(settings, tmp_path, sampling={"window": window}, objective={"kl_coef": kl_coef})
-    policy, table = made.policy, made.table
+    policy, table = made.policy, made.schedule.table_at(1)
     prompts = ["red heart"] * 6
+    reference = policy.reference if kl_coef > 0 else None
     stored = rollout(
-        policy, table, policy.encode(prompts), NoiseSource(0, "t"), list(range(6)), 3.5, 6, with_reference=kl_coef > 0
+        policy, table, policy.encode(prompts), NoiseSource(0, "t"), list(range(6)), 3.5, 6, reference=reference
     )
     tensors = [stored.latents, stored.states, stored.log_prob]
     tensors += [stored.reference_mean] if kl_coef else []
@@ -129,7 +137,7 @@ def test_fake_activations_are_those_of_a_real_replay(settings, tmp_path, model, 
     assert all(torch.equal(value, before[name]) for name, value in policy.network.state_dict().items())
     with _Live() as live:
         x = torch.randn(4, *policy.latent_shape)
-        output = policy.predict(x, made.table.timesteps[:1].expand(4), told, 3.5)
+        output = policy.predict(x, made.schedule.table_at(1).timesteps[:1].expand(4), told, 3.5)
         torch.autograd.grad(output.square().mean(), list(made.parameters.values()))
         del output, x
     assert fake == pytest.approx(live.peak, rel=0.02)

@@ -11,7 +11,8 @@ import torch
 
 from etude.config import RolloutConfig, SamplingConfig, load_config, recipe_names
 from etude.errors import EtudeError
-from etude.learning.draws import draw_pairs, draw_prompts, most_starts, noise_keys, share
+from etude.learning.draws import draw_pairs, draw_prompts, most_starts, noise_keys
+from etude.learning.exchange import share
 from etude.policies.flux import FluxPolicy
 from etude.prompts import PromptSet
 from etude.rewards import names
@@ -20,7 +21,7 @@ from etude.sampling.noise import NoiseSource, keyed_generator
 from etude.sampling.paths import FlowPath, Grid
 from etude.sampling.plans import SamplingPlan
 from etude.sampling.rollout import rollout
-from etude.training.schedule import TrainingPlans
+from etude.training.schedule import PlanSchedule
 from support.gaussian_policy import GaussianPolicy, flow_path, sd_path
 from support.tiny import flux
 
@@ -32,9 +33,9 @@ def flow_grid(num_steps: int = STEPS) -> Grid:
     return FlowPath.from_config({"num_train_timesteps": 1000, "shift": 3.0}).grid(num_steps)
 
 
-def plans(grid: Grid | None = None, seed: int = 0, **sampling: Any) -> TrainingPlans:
+def plans(grid: Grid | None = None, seed: int = 0, **sampling: Any) -> PlanSchedule:
     settings = {"num_steps": STEPS, "eta": 1.2, **sampling}
-    return TrainingPlans(SamplingConfig.model_validate(settings), grid or flow_grid(), seed)
+    return PlanSchedule(SamplingConfig.model_validate(settings), grid or flow_grid(), seed)
 
 
 def test_without_a_window_every_step_that_can_be_stochastic_is_trained() -> None:
@@ -51,7 +52,7 @@ def test_without_a_window_every_step_that_can_be_stochastic_is_trained() -> None
 def test_a_recipe_with_a_published_flow_kernel_trains_the_step_out_of_pure_noise_as_published(name: str) -> None:
     sampling = load_config(name).sampling
     assert sampling.first_step == PUBLISHED[sampling.kernel]
-    moving = TrainingPlans(sampling, flow_grid(sampling.num_steps), seed=0)
+    moving = PlanSchedule(sampling, flow_grid(sampling.num_steps), seed=0)
     assert 0 in {step for iteration in range(1, 30) for step in moving.table_at(iteration).trained_steps}
 
 
@@ -70,6 +71,11 @@ def test_a_window_trains_its_own_steps_and_no_other_in_every_iteration(strategy:
         visited |= set(steps)
     trainable = set(plans(first_step=first_step).table_at(1).trained_steps)
     assert visited == ({min(trainable) + i for i in range(3)} if strategy == "fixed" else trainable)
+
+
+def test_there_is_no_iteration_before_the_first() -> None:
+    with pytest.raises(EtudeError, match="counts its iterations from 1"):
+        plans(window={"strategy": "fixed", "size": 2}).table_at(0)
 
 
 @pytest.mark.parametrize("strategy", ["progressive", "random", "decay"])
@@ -133,7 +139,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_iteration(
 def test_the_recipes_of_flow_models_can_be_planned_on_their_grids(name: str) -> None:
     config = load_config(name)
     grid = flow_grid(config.sampling.num_steps)
-    table = TrainingPlans(config.sampling, grid, config.seed).table_at(1)
+    table = PlanSchedule(config.sampling, grid, config.seed).table_at(1)
     untrained = (
         2 if config.sampling.first_step == "ode" else 1
     )  # out of pure noise and into clean data, or the latter alone
@@ -217,7 +223,7 @@ def test_each_sample_trains_its_share_of_distinct_steps(fraction: float, kept: i
     assert all(0 <= column < 5 for column in columns.tolist())
 
 
-def counted(moving: TrainingPlans, iterations: range, group: int = 12) -> tuple[int, int, float]:
+def counted(moving: PlanSchedule, iterations: range, group: int = 12) -> tuple[int, int, float]:
     """Evaluations of the network for one group with shared noise: without gradients, and with; and the mean of one image alone."""
     tables = [moving.table_at(iteration) for iteration in iterations]
     forwards = sum(t.prefix_steps + group * (t.num_evaluations - t.prefix_steps) for t in tables)
@@ -237,8 +243,8 @@ def test_the_cost_of_flash_that_its_page_gives_is_that_of_the_plans() -> None:
     assert config.memory.gradient_checkpointing  # c = 3
     dwell = config.sampling.window.iters_per_shift
     visits = range(1, config.iterations + 1, dwell)
-    flash = counted(TrainingPlans(config.sampling, flow_grid(25), seed=0), visits)
-    mixed = counted(TrainingPlans(load_config("flux-mixgrpo").sampling, flow_grid(25), seed=0), visits)
+    flash = counted(PlanSchedule(config.sampling, flow_grid(25), seed=0), visits)
+    mixed = counted(PlanSchedule(load_config("flux-mixgrpo").sampling, flow_grid(25), seed=0), visits)
     assert (flash[:2], mixed[:2], round(flash[2], 1)) == ((1530, 576), (2874, 576), 15.7)
     assert "(1530 + 576 c) / (2874 + 576 c)`, 0.71 at" in page
     assert round((1530 + 576 * 3) / (2874 + 576 * 3), 2) == 0.71

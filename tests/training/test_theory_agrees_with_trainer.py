@@ -16,8 +16,8 @@ import torch
 from scipy import stats
 
 from etude.config import parse_config
-from etude.learning.objectives import PolicyLoss
-from etude.learning.update import PolicyUpdate
+from etude.learning.objectives.objective import Loss
+from etude.learning.objectives.ppo import PPO
 from etude.rewards import register
 from etude.sampling.kernels import make_kernel
 from etude.sampling.noise import NoiseSource
@@ -166,16 +166,16 @@ def law_of(policy: GaussianPolicy, table: StepTable) -> Moments:
     return Moments(mean, variance)
 
 
-def learn(out, reward, end, with_feedback=True, update=PolicyUpdate, iterations=280):
+def learn(out, reward, end, with_feedback=True, objective=PPO, iterations=280):
     """Trains with the penalty that makes beta equal BETA at the law `end`; returns the law of the averaged weights."""
     table = SamplingPlan.sde(STEPS, make_kernel("gddim", ETA)).tabulate(GRID)
     policy = GaussianPolicy(float(BASE.mean), float(BASE.cov), sd_path(), table=table, with_feedback=with_feedback)
-    learner(out, reward, policy, BETA / reward_sd(reward, end), STEPS, update=update, iterations=iterations)
+    learner(out, reward, policy, BETA / reward_sd(reward, end), STEPS, objective=objective, iterations=iterations)
     assert table.trained_steps == tuple(range(STEPS))
     return law_of(policy, table)
 
 
-def learner(out, reward, policy, kl_coef, steps, sampling=None, shared=False, update=PolicyUpdate, iterations=280):
+def learner(out, reward, policy, kl_coef, steps, sampling=None, shared=False, objective=PPO, iterations=280):
     """Trains the policy, which then has the average of its weights."""
     register("theory")(lambda images, prompts, **metadata: torch.from_numpy(reward(read(images).numpy())).float())
     (out / "train.txt").write_text("anything\n")
@@ -198,7 +198,7 @@ def learner(out, reward, policy, kl_coef, steps, sampling=None, shared=False, up
         "checkpoint": {"every": 10**6},
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("etude.training.trainer.PolicyUpdate", update)
+        patch.setattr("etude.learning.objectives.ppo.PPO", objective)
         trainer = Trainer(parse_config(tree), out / "run", policy=policy)
     trainer.train()
     with torch.no_grad():
@@ -264,28 +264,26 @@ def penalised_step_by_step() -> Moments:
     return Moments(float(end + mean), float(spread))
 
 
-class WholeKl(PolicyUpdate):
+class WholeKl(PPO):
     """Adds what the KL's gradient at fixed states leaves out: each step answers for the KL of the steps after it."""
 
-    def _loss(self, experience, rows, columns):
-        result, kl = super()._loss(experience, rows, columns)
-        trajectory = experience.trajectory
-        transition, target = replay(
-            self.policy, experience.table, trajectory, rows, columns, experience.conditioning, 1.0
-        )
-        by_step = kl.detach().reshape(len(trajectory.steps), -1)  # one batch holds every pair, step by step
+    def loss(self, policy, samples, rows, columns):
+        loss, trajectory = super().loss(policy, samples, rows, columns), samples.trajectory
+        transition, target = replay(policy, samples.table, trajectory, rows, columns, samples.conditioning, 1.0)
+        by_step = loss.records["reference_kl"].reshape(
+            len(trajectory.steps), -1
+        )  # one batch holds every pair, step by step
         later = by_step.flip(0).cumsum(0).flip(0) - by_step
         cost = (later - later.mean(1, keepdim=True)).flatten()
         causal = (cost * transition.log_prob(target, "sum")).mean()
-        loss = result.loss + self.config.objective.kl_coef * causal
-        return PolicyLoss(loss, result.ratio, result.clipped, result.approx_kl), kl
+        return Loss(loss.value + self.kl_coef * causal, loss.records)
 
 
 @pytest.mark.slow
 def test_answering_for_later_kl_reaches_the_optimum(tmp_path):
     """A quadratic reward, mean and variance, feedback trained: the gradient of the whole trajectory's KL."""
     optimum = mean_policy_optimum(BASE, GRID, QUADRATIC, BETA, ETA).law
-    learnt = learn(tmp_path, QUADRATIC, moments(optimum), update=WholeKl)
+    learnt = learn(tmp_path, QUADRATIC, moments(optimum), objective=WholeKl)
     others = tilt(BASE, QUADRATIC, BETA), penalised_step_by_step()
     assert learnt.distance(optimum) < TOLERANCE
     assert learnt.distance(optimum) < min(map(learnt.distance, others)) / 2

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-import etude.training.trainer
 from etude.config import parse_config
 from etude.errors import EtudeError
+from etude.learning.objectives.ppo import PPO
 from etude.rewards import register
 from etude.runs.checkpoint import save_checkpoint
 from etude.training.trainer import Trainer
@@ -178,7 +179,8 @@ def test_diverging_weights_stop_the_run_and_name_the_last_good_checkpoint(settin
 
 
 def test_a_policy_that_no_longer_resembles_the_last_one_has_diverged_too(settings, tmp_path, monkeypatch):
-    monkeypatch.setitem(etude.training.trainer.LIMITS, "approx_kl", 1e-15)
+    strict = tuple(replace(m, limit=1e-15) if m.name == "approx_kl" else m for m in PPO.metrics)
+    monkeypatch.setattr(PPO, "metrics", strict)
     with pytest.raises(EtudeError, match=r"diverged in iteration 1: the approx kl is \d"):
         train(settings, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-000000"]
@@ -188,14 +190,14 @@ def test_weights_that_overflow_in_the_last_step_are_not_saved(settings, tmp_path
     trainer = Trainer(
         parse_config({**settings, "objective": {**settings["objective"], "updates_per_epoch": 1}}), tmp_path / "run"
     )
-    step, weight = trainer.prepared.step, next(iter(trainer.parameters.values()))
+    step, weight = trainer.learner.optimizer.step, next(iter(trainer.parameters.values()))
 
     def overflow():
         step()
         with torch.no_grad():
             weight[0, 0] = float("inf")
 
-    trainer.prepared.step = overflow
+    trainer.learner.optimizer.step = overflow
     with pytest.raises(EtudeError, match=r"iteration 1: the largest weight is inf.*intact checkpoint: iteration 0 in "):
         trainer.train()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-000000"]
@@ -257,7 +259,7 @@ def test_a_checkpoint_continues_only_the_run_that_wrote_it(settings, tmp_path):
     assert "seed: 0" in (tmp_path / "run" / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize("missing", ["base_scores", "last_evaluation", "prompt_statistics"])
+@pytest.mark.parametrize("missing", ["base_scores", "last_evaluation", "advantage"])
 def test_a_checkpoint_without_its_state_is_one_clear_error(settings, tmp_path, missing):
     trainer = Trainer(parse_config({**settings, "advantage": {"kind": "per_prompt"}}), tmp_path / "run", resume=True)
     trainer._save(0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-import etude.learning.update
-import etude.training.trainer
 from etude.config import parse_config
 from etude.errors import EtudeError
 from etude.learning.advantages import group_advantages
+from etude.learning.objectives import policy_gradient
+from etude.learning.update import Learner
 from etude.rewards import register
+from etude.training import trainer as trainer_module
 from etude.training.trainer import Trainer
 from support.small_runs import metrics, redness, same, weights
 from support.tiny import save_flux, save_stable_diffusion_3
@@ -59,7 +60,7 @@ def train(settings, out, resume=False, **sections):
 def watched(monkeypatch):
     """The arguments of every rollout, its trajectory, and the steps of every replayed pair."""
     seen = {"rollouts": [], "steps": [], "advantages": []}
-    rollout, replay, update = etude.training.trainer.rollout, etude.learning.update.replay, Trainer._update
+    rollout, replay, update = trainer_module.rollout, policy_gradient.replay, Learner.update
 
     def watch_rollout(policy, table, conditioning, noise, samples, *args, **kwargs):
         trajectory = rollout(policy, table, conditioning, noise, samples, *args, **kwargs)
@@ -71,13 +72,13 @@ def watched(monkeypatch):
         seen["steps"] += [trajectory.steps[column] for column in columns.tolist()]
         return replay(policy, table, trajectory, rows, columns, *args, **kwargs)
 
-    def watch_update(self, trajectory, conditioning, advantages):
-        seen["advantages"].append(advantages)
-        return update(self, trajectory, conditioning, advantages)
+    def watch_update(self, samples, *args):
+        seen["advantages"].append(samples.advantages)
+        return update(self, samples, *args)
 
-    monkeypatch.setattr(etude.training.trainer, "rollout", watch_rollout)
-    monkeypatch.setattr(etude.learning.update, "replay", watch_replay)
-    monkeypatch.setattr(Trainer, "_update", watch_update)
+    monkeypatch.setattr(trainer_module, "rollout", watch_rollout)
+    monkeypatch.setattr(policy_gradient, "replay", watch_replay)
+    monkeypatch.setattr(Learner, "update", watch_update)
     return seen
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from etude.errors import EtudeError
-from etude.learning.draws import own_pairs, share, split_samples
+from etude.learning.draws import own_pairs, split_samples
+from etude.learning.exchange import share
 from etude.training.processes import make_accelerator
 from support.launching import launch
 from support.small_runs import metrics

@@ -128,14 +128,11 @@ def train(
     with heavy_imports():
         quiet_libraries()
         from etude.cli.training_display import TrainingDisplay
+        from etude.training.dry_run import resolved
         from etude.training.progress import SilentDisplay
         from etude.training.trainer import Trainer
     if dry_run:
-        from etude.policies.loading import policy_of
-        from etude.training.dry_run import resolved
-
-        outline = policy_of(config, outline=True)
-        typer.echo(resolved(Trainer(config, out=directory, resume=resume, policy=outline)), nl=False)
+        typer.echo(resolved(config, directory, resume), nl=False)
         return
     silent = quiet or os.environ.get("RANK", "0") != "0"
     display = SilentDisplay() if silent else TrainingDisplay(config, config.iterations)

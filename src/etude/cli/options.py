@@ -107,12 +107,11 @@ Seed = Annotated[int, typer.Option(min=0, help="Keys the noise; the same seed gi
 
 def check_names(kernel: str, solver: str | None = None) -> None:
     """Finds out before a model is loaded whether the samplers exist."""
-    from etude.errors import unknown
-    from etude.sampling.kernels import KERNELS
+    from etude.registry import KERNELS
 
-    if kernel not in KERNELS:
-        raise unknown("kernel", kernel, KERNELS)
+    KERNELS.check(kernel)
     if solver is not None:
+        from etude.errors import unknown
         from etude.sampling.solvers import SOLVERS
 
         if solver not in SOLVERS:

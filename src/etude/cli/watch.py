@@ -24,18 +24,6 @@ if TYPE_CHECKING:
 SHOWN = 40
 """Iterations of which the course is drawn."""
 BARS = "▁▂▃▄▅▆▇█"
-HEALTH = {
-    "loss": "loss",
-    "approx_kl": "approx. KL to the policy that drew",
-    "clipfrac": "share of clipped ratios",
-    "ratio_mean": "mean ratio",
-    "ratio_max_deviation": "largest deviation of a ratio from 1",
-    "grad_norm": "gradient norm",
-    "reference_kl": "KL to the reference model",
-    "zero_std_ratio": "groups of equal rewards",
-    "memory_mb": "peak memory, MB",
-}
-"""Numbers of a row that tell whether training is healthy, and what they are called."""
 
 
 def watch(
@@ -203,9 +191,7 @@ def _rewards(run: Run) -> Table:
     from etude.measuring.statistics import format_interval
 
     last, at = run.rows[-1].get("reward") or {}, run.evaluations[-1] if run.evaluations else (0, {})
-    table = _table(
-        "reward", "training mean", "std", "course", "locked-out ODE", "SDE", "gap (ODE - SDE)", "improvement"
-    )
+    table = _table("reward", "training mean", "std", "course", "held-out ODE", "SDE", "gap (ODE - SDE)", "improvement")
     for name in run.rewards:
         trained = last.get(name, {})
         cells = [_number(trained.get("mean")), _number(trained.get("std")), _course(run, "reward", name, "mean")]
@@ -214,14 +200,18 @@ def _rewards(run: Run) -> Table:
             signed = quantity in {"gap", "improvement"}
             cells.append(format_interval(found["mean"], found["low"], found["high"], signed) if found else "-")
         table.add_row(name, *cells)
-    table.caption = f"locked-out figures of iteration {at[0]}, with 95 % intervals"
+    table.caption = f"held-out figures of iteration {at[0]}, with 95 % intervals"
     table.caption_justify = "left"
     return table
 
 
 def _health(run: Run) -> Table:
+    from etude.learning.metrics import metrics_of
+
     table = _table("update", "last", "course")
-    for key, name in HEALTH.items():
+    objective = str((run.config.get("objective") or {}).get("kind", "ppo"))
+    names = {metric.name: metric.title for metric in metrics_of(objective)} | {"memory_mb": "peak memory, MB"}
+    for key, name in names.items():
         value = run.rows[-1].get(key)
         if value is not None:
             table.add_row(name, _number(value), _course(run, key))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from etude.config.sections import (
     LoraConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     RolloutConfig,
     SamplingConfig,
@@ -27,6 +28,7 @@ from etude.config.tree import (
 
 __all__ = [
     "LoraConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "RolloutConfig",
     "SamplingConfig",

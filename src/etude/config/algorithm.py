@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from etude.registry import ADVANTAGES, OBJECTIVES
+
 if TYPE_CHECKING:
     from etude.config.sections import TrainConfig
 
@@ -12,14 +14,18 @@ if TYPE_CHECKING:
 def algorithm(config: Mapping[str, Any]) -> str:
     """DDPO, GRPO, MixGRPO or MixGRPO-Flash, from the tree of a configuration (`TrainConfig.model_dump()`, `config.yaml`).
 
-    A window of stochastic steps makes it MixGRPO (arXiv 2507.21802), a compressed tail after the window its Flash
-    variant. Where every step is stochastic, rewards compared within a group of images of one prompt make it GRPO
-    (Flow-GRPO, arXiv 2505.05470; DanceGRPO, arXiv 2505.07818), and a memory of each prompt's rewards DDPO (arXiv 2305.13301).
+    An objective with a published name of its own gives that name. Otherwise a window of stochastic steps makes it MixGRPO
+    (arXiv 2507.21802), a compressed tail after the window its Flash variant. Where every step is stochastic, the advantage
+    gives the name: rewards compared within a group of images of one prompt make it GRPO (Flow-GRPO, arXiv 2505.05470;
+    DanceGRPO, arXiv 2505.07818), and a memory of each prompt's rewards DDPO (arXiv 2305.13301).
     """
+    objective, advantage = ((config.get(section) or {}).get("kind") for section in ("objective", "advantage"))
+    if objective and (title := OBJECTIVES.title(objective)):
+        return title
     window = (config.get("sampling") or {}).get("window")
     if window:
         return "MixGRPO" if window.get("compression") is None else "MixGRPO-Flash"
-    return "DDPO" if (config.get("advantage") or {}).get("kind", "per_prompt") == "per_prompt" else "GRPO"
+    return ADVANTAGES.title(advantage or "per_prompt")
 
 
 def essence(config: TrainConfig) -> str:

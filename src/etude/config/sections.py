@@ -10,15 +10,30 @@ import math
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from etude.registry import ADVANTAGES, KERNELS, OBJECTIVES, POLICIES, WINDOWS
 from etude.rewards.reward import WEIGHTED_SUM
 from etude.sampling.etas import Etas, setting_text
+from etude.sampling.windows import make_window
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Fall = Annotated[float, Field(ge=0)]
 _ETA: TypeAdapter[float] = TypeAdapter(Annotated[float, Field(ge=0, allow_inf_nan=False)])
-KernelName = Literal["gddim", "ddim", "cps", "flow_sde", "dance_sde"]
+KernelName = Annotated[str, AfterValidator(KERNELS.check)]
+WindowName = Annotated[str, AfterValidator(WINDOWS.check)]
+ObjectiveName = Annotated[str, AfterValidator(OBJECTIVES.check)]
+AdvantageName = Annotated[str, AfterValidator(ADVANTAGES.check)]
+FamilyName = Annotated[str, AfterValidator(POLICIES.check)]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -40,10 +55,9 @@ class PromptsConfig(Section):
 class WindowConfig(Section):
     """MixGRPO (arXiv 2507.21802): the kernel inside a moving window of steps, which alone are trained; the ODE elsewhere."""
 
-    strategy: Literal["progressive", "random", "decay", "fixed"] = Field(
+    strategy: WindowName = Field(
         "progressive",
-        description="How the window moves. progressive: by stride steps every iters_per_shift iterations (the paper's choice). random: drawn anew "
-        "each iteration. decay: progressive, but staying ever shorter as it moves on. fixed: never.",
+        description=f"Movement of the window: a name, or module:Class of your own. {WINDOWS.about()}.",
     )
     size: int = Field(4, ge=1, description="Consecutive stochastic steps, all of them trained. The paper's default.")
     iters_per_shift: int = Field(
@@ -83,13 +97,11 @@ class WindowConfig(Section):
         "null: plain MixGRPO.",
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> WindowConfig:
-        if self.stride > self.size:
-            raise ValueError(
-                f"a window of size {self.size} that moves by stride = {self.stride} would pass over steps; use at most {self.size}"
-            )
-        return self
+    options: dict[str, Any] = Field({}, description="Arguments of a strategy of your own, by name. Default: none.")
+
+    def settings(self) -> dict[str, Any]:
+        """The values that a strategy may have fields for, those of its own among them."""
+        return {**self.model_dump(exclude={"strategy", "start", "end", "compression", "options"}), **self.options}
 
 
 class EtaScheduleConfig(Section):
@@ -114,8 +126,7 @@ class EtaScheduleConfig(Section):
 class SamplingConfig(Section):
     kernel: KernelName = Field(
         "gddim",
-        description="Transition kernel of the training sampler: gddim (any model, any eta), ddim (to a largest eta), cps (eta at most 1), and for "
-        "flow models flow_sde (Flow-GRPO) and dance_sde (DanceGRPO).",
+        description=f"Transition kernel of the training sampler: a name, or module:Class of your own. {KERNELS.about()}.",
     )
     eta: float | list[float] = Field(
         1.0,
@@ -196,18 +207,11 @@ class SamplingConfig(Section):
                 raise ValueError(
                     "eta is a list over the steps, which a schedule cannot move; set eta_schedule to null, or eta to a number"
                 )
-        if self.kernel == "cps" and max(self.all_etas) > 1:
-            raise ValueError(
-                f"eta = {max(self.all_etas):g} is beyond cps, which redraws all of the noise at 1; use at most 1, or gddim"
-            )
-        if self.window is not None:
-            first, end = self.window.start or 0, self.window.end or self.num_steps
-            if end > self.num_steps:
-                raise ValueError(f"window.end = {end} is beyond num_steps = {self.num_steps}")
-            if first + self.window.size > end:
-                raise ValueError(
-                    f"a window of size {self.window.size} does not fit in steps {first} to {end - 1}; lower window.size or raise num_steps"
-                )
+        if self.window is not None and (self.window.end or 0) > self.num_steps:
+            raise ValueError(f"window.end = {self.window.end} is beyond num_steps = {self.num_steps}")
+        if self.window is not None and self.window.strategy in WINDOWS.builtin:  # the constructor is the check
+            stop, start = self.window.end or self.num_steps, self.window.start or 0
+            make_window(self.window.strategy, {**self.window.settings(), "start": start, "stop": stop})
         return self
 
 
@@ -271,9 +275,11 @@ class OptimizerConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    kind: Literal["ppo", "reinforce"] = Field(
-        "ppo", description="ppo: clipped importance ratio. reinforce: -A log p, one optimiser step a rollout."
+    kind: ObjectiveName = Field(
+        "ppo",
+        description=f"Loss of an optimiser step: a name, or module:Class of your own. {OBJECTIVES.about()}.",
     )
+    options: dict[str, Any] = Field({}, description="Arguments of an objective of your own, by name. Default: none.")
     clip_range: float | None = Field(
         1e-4, gt=0, description="PPO clips the ratio to 1 +- clip_range. Give this or clip_nats, not both."
     )
@@ -314,21 +320,13 @@ class ObjectiveConfig(Section):
         description="Share of the stochastic steps of each sample that is trained, drawn anew each iteration.",
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> ObjectiveConfig:
-        if (self.clip_range is None) == (self.clip_nats is None):
-            raise ValueError("give exactly one of clip_range and clip_nats, and set the other to null")
-        if self.kind == "reinforce" and (self.num_inner_epochs, self.updates_per_epoch) != (1, 1):
-            raise ValueError("reinforce is on-policy: num_inner_epochs and updates_per_epoch must be 1")
-        if self.kind == "reinforce" and self.old_log_prob == "replay":
-            raise ValueError("reinforce has no ratio: old_log_prob = replay is for ppo")
-        return self
-
 
 class AdvantageConfig(Section):
-    kind: Literal["per_prompt", "group", "group_mean_global_std"] = Field(
-        "per_prompt", description="What rewards are compared with."
+    kind: AdvantageName = Field(
+        "per_prompt",
+        description=f"Comparison of rewards: a name, or module:Class of your own. {ADVANTAGES.about()}.",
     )
+    options: dict[str, Any] = Field({}, description="Arguments of an advantage of your own, by name. Default: none.")
     buffer_size: int = Field(16, ge=2, description="per_prompt: how many past rewards of a prompt are remembered.")
     min_count: int = Field(
         16,
@@ -416,6 +414,11 @@ class TrainConfig(Section):
         description="Of a single-file model: the diffusers directory or hub id that its configuration, tokenizers and missing parts come from; "
         "null: what diffusers infers from the weights, from the hub.",
     )
+    family: FamilyName | None = Field(
+        None,
+        description="Adapter of the model's pipeline class: the class's name, or module:Class of your own. null: by the class that "
+        "model_index.json names.",
+    )
     variant: str | None = Field(
         None,
         pattern=r"^[\w-]+$",
@@ -472,8 +475,6 @@ class TrainConfig(Section):
                 f"rollout.images_per_iteration = {rollout.images_per_iteration} is not a multiple of "
                 f"rollout.images_per_prompt = {rollout.images_per_prompt}"
             )
-        if self.advantage.kind != "per_prompt" and rollout.images_per_prompt < 2:
-            raise ValueError(f"advantage.kind = {self.advantage.kind} needs rollout.images_per_prompt of at least 2")
         if rollout.shared_noise and rollout.images_per_prompt < 2:
             raise ValueError("rollout.shared_noise needs rollout.images_per_prompt of at least 2")
         if self.dtype != "float32" and rollout.dtype not in (None, self.dtype):
@@ -481,27 +482,23 @@ class TrainConfig(Section):
                 f"rollout.dtype = {rollout.dtype} needs weights in float32, and dtype = {self.dtype} keeps them in that; "
                 "set dtype to float32, or rollout.dtype to null"
             )
-        self._check_etas()
+        self._check_eta_list()
         if any(not math.isfinite(w) or w == 0 for w in self.rewards.values()):
             raise ValueError(
                 "every weight in rewards must be finite and not 0; measure without training by evaluation.held_out_rewards"
             )
         self._check_guards()
+        self._hold_out_what_is_not_trained()
         return self
 
-    def _check_etas(self) -> None:
-        """Some step must be stochastic in every iteration, and the evaluation's SDE side must know its etas."""
-        sampling = self.sampling
-        if max(sampling.all_etas) == 0:
-            raise ValueError(
-                "sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)"
-            )
-        schedule, steps = sampling.eta_schedule, self.evaluation.num_steps
-        if schedule is not None and schedule.over == "iterations" and min(sampling.all_etas) == 0:
-            key = "eta" if sampling.eta == 0 else "eta_schedule.end"
-            raise ValueError(
-                f"sampling.{key} = 0 is the ODE, which has no log-probability to train in that iteration; use a value above 0, for example 0.1"
-            )
+    def _hold_out_what_is_not_trained(self) -> None:
+        """A trained reward is not held out as well, so that one list of held-out rewards serves several runs."""
+        held_out = [name for name in self.evaluation.held_out_rewards if name not in self.rewards]
+        self.__dict__["evaluation"] = self.evaluation.model_copy(update={"held_out_rewards": held_out})
+
+    def _check_eta_list(self) -> None:
+        """A list of etas has one for each step of the evaluation, too."""
+        sampling, steps = self.sampling, self.evaluation.num_steps
         if isinstance(sampling.eta, list) and steps not in (None, sampling.num_steps):
             raise ValueError(
                 f"evaluation.num_steps = {steps} needs an eta for each of its steps, but sampling.eta lists {sampling.num_steps}; "

@@ -36,9 +36,6 @@ def load_config(
     tree = read_tree(source)
     if rewards:
         tree["rewards"] = dict(rewards)
-        evaluation = tree.get("evaluation")
-        if isinstance(evaluation, dict) and isinstance(evaluation.get("held_out_rewards"), list):
-            evaluation["held_out_rewards"] = [name for name in evaluation["held_out_rewards"] if name not in rewards]
     for item in overrides or []:
         _apply_override(tree, item)
     return parse_config(tree, f"'{source}'")
@@ -171,7 +168,7 @@ def explain(error: ValidationError, place: str, model: type[Section] = TrainConf
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     at = f"{key} = {brief_value(first['input'], 200)}" if key and not isinstance(first["input"], dict) else key
-    return EtudeError(f"{where}: {at + ': ' if at else ''}{message}.")
+    return EtudeError(f"{where}: {at + ': ' if at else ''}{message.rstrip('.')}.")
 
 
 def _unknown_key(location: list[str], model: type[Section]) -> str:

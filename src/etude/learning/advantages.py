@@ -8,16 +8,139 @@ that std would make rounding an advantage of order 1.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from etude.config import TrainConfig
 from etude.errors import EtudeError
+from etude.registry import ADVANTAGES
 
 EQUAL = 8 * torch.finfo(torch.float32).eps
 """Largest std of equal rewards relative to their magnitude, and largest advantage left of terms of order 1 that cancel."""
+
+
+class Advantage(ABC):
+    """How much better each reward of an iteration is than what it is compared with.
+
+    Each reward is normalised on its own, then the weighted sum is taken: `A = sum_k w_k A_k`.
+
+    Args:
+        weights: weight of each trained reward by name.
+
+    Attributes:
+        title: published name of a run that compares rewards in this way, where no window and no objective names it.
+    """
+
+    title: ClassVar[str] = ""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        self.weights = weights
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> Advantage:
+        """The advantage of a configuration. Default: a constructor that takes the weights and `advantage.options`.
+
+        Raises:
+            EtudeError: an option that the constructor does not take.
+        """
+        try:
+            return cls(config.rewards, **config.advantage.options)
+        except TypeError as error:
+            raise EtudeError(f"advantage.options do not fit {cls.__name__}: {error}.") from error
+
+    def __call__(self, scores: Mapping[str, Tensor], prompts: list[str], groups: Tensor) -> Tensor:
+        """Advantages float64 `[n]` over the samples of all processes.
+
+        Args:
+            scores: by reward, `[n]`.
+            prompts: `n` prompts.
+            groups: integers `[n]`; samples of one group have one prompt.
+        """
+        return combine({name: self.normalise(name, scores[name], prompts, groups) for name in scores}, self.weights)
+
+    @abstractmethod
+    def normalise(self, name: str, rewards: Tensor, prompts: list[str], groups: Tensor) -> Tensor:
+        """`A = (r - mean) / std` of the reward of that name, float64 `[n]`."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as plain values. Default: nothing."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - a hook
+        """Restores what `state` gave."""
+
+
+def make_advantage(config: TrainConfig) -> Advantage:
+    """The advantage of a configuration.
+
+    Raises:
+        EtudeError: the name is unknown, or the constructor refuses a value.
+    """
+    kind = ADVANTAGES.get(config.advantage.kind)
+    if not (isinstance(kind, type) and issubclass(kind, Advantage)):
+        raise EtudeError(f"advantage.kind = {config.advantage.kind} is {kind!r}: give {ADVANTAGES.wanted}.")
+    advantage: Advantage = kind.from_config(config)
+    return advantage
+
+
+class Group(Advantage):
+    """Rewards compared within their group: `group_advantages`.
+
+    Raises:
+        EtudeError: from `from_config`, for groups of one image.
+    """
+
+    global_std: ClassVar[bool] = False
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> Advantage:
+        if config.rollout.images_per_prompt < 2:
+            raise EtudeError(
+                f"advantage.kind = {config.advantage.kind} needs rollout.images_per_prompt of at least 2, not "
+                f"{config.rollout.images_per_prompt}: a group of one image has nothing to be compared with."
+            )
+        return super().from_config(config)
+
+    def normalise(self, name: str, rewards: Tensor, prompts: list[str], groups: Tensor) -> Tensor:
+        return group_advantages(rewards, groups, self.global_std)
+
+
+class GroupMeanGlobalStd(Group):
+    """The mean of the group, the standard deviation of all rewards of the iteration (Flow-GRPO, arXiv 2505.05470)."""
+
+    global_std = True
+
+
+class PerPrompt(Advantage):
+    """Rewards compared with the past rewards of their prompt: `PromptStatistics`, one for each reward.
+
+    Args:
+        weights: weight of each trained reward by name.
+        buffer_size: rewards remembered for each prompt.
+        min_count: a prompt with fewer remembered rewards is compared with the whole batch.
+    """
+
+    def __init__(self, weights: Mapping[str, float], buffer_size: int = 16, min_count: int = 16) -> None:
+        super().__init__(weights)
+        self.statistics = {name: PromptStatistics(buffer_size, min_count) for name in weights}
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> PerPrompt:
+        return cls(config.rewards, config.advantage.buffer_size, config.advantage.min_count)
+
+    def normalise(self, name: str, rewards: Tensor, prompts: list[str], groups: Tensor) -> Tensor:
+        return self.statistics[name].advantages(prompts, rewards)
+
+    def state(self) -> dict[str, Any]:
+        return {name: statistics.state() for name, statistics in self.statistics.items()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        for name, statistics in self.statistics.items():
+            statistics.load_state(state[name])
 
 
 def group_advantages(rewards: Tensor, groups: Tensor, global_std: bool = False) -> Tensor:

@@ -5,13 +5,49 @@ All of it is a function of the seed and the iteration, computed alike by every p
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from etude.config import RolloutConfig
+from etude.learning.exchange import share
 from etude.prompts import PromptSet
 from etude.sampling.noise import keyed_generator
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is drawn in an iteration, and which part of it is this process's own.
+
+    Attributes:
+        prompts: the prompt of each sample of all processes.
+        groups: the group of each, int64 `[images_per_iteration]`; groups are consecutive.
+        indices: numbers of this process's own samples, the keys of the noise that their steps inject.
+        noise_keys: keys of their initial noise.
+        starts: number of starting states that each process computes (`most_starts`).
+    """
+
+    prompts: PromptSet
+    groups: Tensor
+    indices: list[int]
+    noise_keys: list[int]
+    starts: int
+
+    @property
+    def own(self) -> PromptSet:
+        """The prompts of this process's own samples."""
+        return self.prompts.select(self.indices)
+
+
+def draw(
+    prompts: PromptSet, rollout: RolloutConfig, seed: int, iteration: int, processes: int = 1, index: int = 0
+) -> Draw:
+    """The draw of an iteration, as process `index` of `processes` sees it."""
+    shown, groups = draw_prompts(prompts, rollout, seed, iteration)
+    indices = share(len(shown), processes, index)
+    return Draw(shown, groups, indices, noise_keys(indices, rollout), most_starts(len(shown), rollout, processes))
 
 
 def draw_prompts(prompts: PromptSet, rollout: RolloutConfig, seed: int, iteration: int) -> tuple[PromptSet, Tensor]:
@@ -82,12 +118,3 @@ def draw_pairs(
     columns = drawn.argsort(dim=1)[:, :kept].sort(dim=1).values
     rows = samples[:, None].expand_as(columns)
     return rows.T.flatten(), columns.T.flatten()
-
-
-def share(count: int, processes: int, index: int) -> list[int]:
-    """The samples 0..count - 1 that process `index` makes: consecutive, and equally many for every process.
-
-    Where they do not divide, the last sample is made again to fill up; `gather` in order and cut to `count` drops it.
-    """
-    size = -(-count // processes)
-    return [min(i, count - 1) for i in range(index * size, (index + 1) * size)]

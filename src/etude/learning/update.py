@@ -1,14 +1,12 @@
-"""The optimiser steps of one iteration: replay, clipped policy gradient, gradients in micro-batches, one step of AdamW each.
+"""The optimiser steps of one iteration: gradients in micro-batches, one step of the optimiser each.
 
-The loss itself is `etude.learning.objectives`, the replay `etude.sampling.rollout`: here is only in which order, in how many pieces and with which
-processes they are computed.
+The loss itself is the objective's. Here is only in which order, in how many pieces and with which processes it is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,160 +16,174 @@ from torch import Tensor, nn
 
 from etude.batching import MicroBatch, Progress
 from etude.config import TrainConfig
+from etude.errors import EtudeError
 from etude.learning.draws import draw_pairs, own_pairs, split_samples
+from etude.learning.exchange import gather
 from etude.learning.loss_scale import LossScale
-from etude.learning.objectives import PolicyLoss, UpdateStatistics, gaussian_kl, ppo_loss, reinforce_loss
-from etude.policies import Conditioning, TrainablePolicy
-from etude.policies.sharding import whole
+from etude.learning.metrics import COMMON, LARGEST_WEIGHT, Metric, Records, beyond_limit, compute_all, merge
+from etude.learning.objectives import Objective, Samples
+from etude.policies import TrainablePolicy
+from etude.policies.sharding import held_here, whole
 from etude.sampling.noise import keyed_generator
-from etude.sampling.plans import StepTable
-from etude.sampling.replay import replay, score_again
-from etude.sampling.rollout import Trajectory
+
+Pairs = tuple[Tensor, Tensor]
+"""Rows and columns of some (sample, column) pairs, int64 `[m]` each."""
 
 
-@dataclass(frozen=True)
-class Experience:
-    """What an iteration learns from: this process's samples.
-
-    Attributes:
-        table: the plan they were made under.
-        trajectory: their states and log-probabilities at the trained steps.
-        conditioning: their prompts, encoded.
-        advantages: `[n]`, on the policy's device.
-    """
-
-    table: StepTable
-    trajectory: Trajectory
-    conditioning: Conditioning
-    advantages: Tensor
-
-
-class PolicyUpdate:
-    """Turns the experience of an iteration into optimiser steps.
+class Learner:
+    """Turns the samples of an iteration into optimiser steps.
 
     Args:
-        config: of the run.
-        policy: whose network is trained.
+        config: configuration of the run.
+        policy: model whose network is trained.
+        objective: loss of a micro-batch.
         accelerator: brings the gradients of all processes together.
-        parameters: the trained ones.
-        optimizer: as the accelerator wrapped it.
-        loss_scale: for float16.
-        micro_batches: the size of the replay's, halved where it does not fit.
-        samples: this process's own of an iteration.
-        rehearsals: how many micro-batches that are the first and the last of a step are tried before the processes depend on them.
-        on_step: told of replayed pairs as they are done; a negative number takes back those of an attempt that failed.
+        parameters: trained parameters by name.
+        optimizer: optimiser as the accelerator wrapped it.
+        micro_batches: size of a micro-batch, halved where one does not fit.
+        indices: numbers of this process's own samples among those of an iteration.
+        rehearsals: number of first optimiser steps that are tried alone before gradients are exchanged. In a step of one
+            micro-batch the exchange happens inside that micro-batch, so a process that runs out of memory there cannot repeat
+            it; a trial without exchange finds the size that fits.
+        on_step: called with the number of pairs done; a negative number takes back those of an attempt that failed.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         policy: TrainablePolicy,
+        objective: Objective,
         accelerator: Accelerator,
-        parameters: Iterable[nn.Parameter],
+        parameters: Mapping[str, nn.Parameter],
         optimizer: Any,
-        loss_scale: LossScale,
         micro_batches: MicroBatch,
-        samples: list[int],
+        indices: list[int],
         rehearsals: int,
         on_step: Progress,
     ) -> None:
-        self.config, self.policy, self.accelerator = config, policy, accelerator
-        self.parameters, self.optimizer, self.loss_scale = list(parameters), optimizer, loss_scale
-        self.micro_batches, self.samples, self.rehearsals, self.on_step = micro_batches, samples, rehearsals, on_step
+        self.config, self.policy, self.objective, self.accelerator = config, policy, objective, accelerator
+        self.parameters, self.optimizer = parameters, optimizer
+        self.loss_scale = LossScale(config.dtype == "float16", objective.averaged_dimensions(policy), self._everywhere)
+        self.micro_batches, self.indices, self.rehearsals, self.on_step = micro_batches, indices, rehearsals, on_step
 
-    @property
-    def clip_range(self) -> float:
-        """The PPO clip range on the ratio, from `clip_range` or from `clip_nats`."""
-        objective = self.config.objective
-        if objective.clip_range is not None:
-            return objective.clip_range
-        assert objective.clip_nats is not None
-        return objective.clip_nats / (self.policy.dimensions if objective.logprob_reduction == "mean" else 1)
+    def update(self, samples: Samples, iteration: int, after_step: Callable[[], None]) -> dict[str, float]:
+        """Takes all optimiser steps of an iteration, each with the gradients of its own pairs.
 
-    def run(self, experience: Experience, iteration: int, after_step: Callable[[], None]) -> UpdateStatistics:
-        """Takes all optimiser steps of an iteration, each with gradients of its own pairs; calls `after_step` after each."""
-        objective, statistics = self.config.objective, UpdateStatistics()
+        Args:
+            after_step: called after each.
+
+        Returns:
+            The objective's metrics and the common ones, of all processes.
+
+        Raises:
+            EtudeError: training has diverged.
+        """
         self.loss_scale.begin_iteration()
-        pairs = self.pairs(len(experience.trajectory.steps), iteration)
-        if objective.old_log_prob == "replay":
-            statistics.rollout_ratio = self._score_again(experience, pairs)
-        for rows, columns in pairs:
-            statistics.extend(self._accumulate(experience, rows, columns))
-            if objective.kind == "ppo" and not statistics.rollout_ratio:  # no weight has moved yet
-                statistics.rollout_ratio = [part.ratio for part in statistics.policy]
-            norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.optimizer.max_grad_norm)
-            statistics.grad_norm.append(whole(torch.as_tensor(norm)).detach().to(self.policy.device))
+        steps = self.pairs(self.objective.columns(samples.table), iteration)
+        records = self.objective.prepare(self.policy, samples, self._distinct(steps), self.micro_batches, self.on_step)
+        for number, (rows, columns) in enumerate(steps):
+            seen = self._accumulate(samples, rows, columns)
+            _extend(records, seen)
+            if number == 0:  # no weight has moved yet
+                _extend(records, self.objective.after_first_step(seen))
+            norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
+            records.setdefault("grad_norm", []).append(whole(torch.as_tensor(norm)).detach().to(self.policy.device))
             self.optimizer.step()
             self.optimizer.zero_grad()
+            self.objective.after_step(self.parameters)
             after_step()
-        return statistics
+        return self._sound(compute_all(self.metrics, records), iteration)
 
-    def pairs(self, num_steps: int, iteration: int) -> list[tuple[Tensor, Tensor]]:
-        """This process's (sample, trained step) pairs of each optimiser step of the iteration: int64 `[m]` each, on the device."""
+    def _sound(self, numbers: dict[str, float], iteration: int) -> dict[str, float]:
+        """The numbers to log, of all processes.
+
+        Raises:
+            EtudeError: one of them says that training has diverged.
+        """
+        numbers[LARGEST_WEIGHT.name] = self._largest_weight()
+        processes = self.accelerator.num_processes
+        if processes > 1:
+            columns = gather(self.accelerator, torch.tensor([list(numbers.values())]), processes).unbind(1)
+            numbers = merge(self.metrics, dict(zip(numbers, columns, strict=True)))
+        broken = beyond_limit(self.metrics, numbers)
+        if broken is not None:
+            half = ", or use bfloat16, which has the range of float32," if self.config.dtype == "float16" else ""
+            raise EtudeError(
+                f"training diverged in iteration {iteration}: the {broken.replace('_', ' ')} is {numbers[broken]}; "
+                f"lower optimizer.learning_rate or the clip range{half} and start another run."
+            )
+        logged = {metric.name for metric in self.metrics if metric.logged}
+        return {name: value for name, value in numbers.items() if name in logged}
+
+    def _everywhere(self, answer: Tensor) -> Tensor:
+        """Whether the answer is yes in every process."""
+        processes = self.accelerator.num_processes
+        return answer if processes == 1 else gather(self.accelerator, answer.reshape(1).float(), processes).bool().all()
+
+    def _largest_weight(self) -> float:
+        """The largest magnitude of the trained weights that this process holds; NaN or infinite if any of them is."""
+        local = (held_here(p).detach() for p in self.parameters.values())
+        return float(torch.stack([p.abs().max().float() for p in local if p.numel()]).max())
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The objective's metrics and the common ones."""
+        return (*self.objective.metrics, *COMMON)
+
+    def pairs(self, num_columns: int, iteration: int) -> list[Pairs]:
+        """This process's pairs of each optimiser step of the iteration, on the device."""
         objective, images = self.config.objective, self.config.rollout.images_per_iteration
         generator, pairs = keyed_generator(self.config.seed, "update", iteration), []
         for _ in range(objective.num_inner_epochs):
             for chunk in split_samples(images, objective.updates_per_epoch, generator):
-                drawn = draw_pairs(chunk, num_steps, objective.timestep_fraction, generator)
-                rows, columns = own_pairs(drawn, self.samples)
+                drawn = draw_pairs(chunk, num_columns, objective.timestep_fraction, generator)
+                rows, columns = own_pairs(drawn, self.indices)
                 pairs.append((rows.to(self.policy.device), columns.to(self.policy.device)))
         return pairs
 
-    def _score_again(self, experience: Experience, pairs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Holds the updates' ratios against the replay's own log-probabilities; returns by what ratios these differ from the rollout's."""
+    def _distinct(self, steps: list[Pairs]) -> list[Pairs]:
+        """The optimiser steps whose pairs are no repetition: those of the first pass, if all passes train the same."""
         objective = self.config.objective
-        if objective.timestep_fraction == 1:  # then all passes train the same pairs
-            pairs = pairs[: len(pairs) // objective.num_inner_epochs]
-        return score_again(
-            self.policy,
-            experience.table,
-            experience.trajectory,
-            pairs,
-            experience.conditioning,
-            self.config.sampling.guidance_scale,
-            self.micro_batches,
-            objective.logprob_reduction,
-            on_step=lambda scored: self.on_step(0),
-        )
+        return steps[: len(steps) // objective.num_inner_epochs] if objective.timestep_fraction == 1 else steps
 
-    def _accumulate(self, experience: Experience, rows: Tensor, columns: Tensor) -> UpdateStatistics:
-        """Gradients of the mean loss over the pairs; all over again in smaller micro-batches if one does not fit into memory.
+    def _accumulate(self, samples: Samples, rows: Tensor, columns: Tensor) -> Records:
+        """Gradients of the mean loss over the pairs; returns what is recorded.
 
-        All over again too under a smaller loss scale where float16 overflowed.
+        All is computed again in smaller micro-batches if one does not fit into memory, and under a smaller loss scale where
+        float16 overflowed.
         """
         while True:
             self.loss_scale.begin_step(len(rows))
-            seen = UpdateStatistics()
-            backward = partial(self._backward, experience, rows, columns, seen)
+            records: Records = {}
+            done: list[int] = []
+            backward = partial(self._backward, samples, rows, columns, records, done)
             fits = self.micro_batches.fits(backward, min(self.micro_batches.size, len(rows)))
-            if fits and self.loss_scale.take_back(self.parameters):
-                return seen
+            if fits and self.loss_scale.take_back(self.parameters.values()):
+                return records
             self._forget_gradients()
-            self.on_step(-sum(len(part.ratio) for part in seen.policy))
+            self.on_step(-sum(done))
 
-    def _backward(self, experience: Experience, rows: Tensor, columns: Tensor, statistics: UpdateStatistics) -> None:
+    def _backward(self, samples: Samples, rows: Tensor, columns: Tensor, records: Records, done: list[int]) -> None:
         """Adds the gradients micro-batch by micro-batch.
 
-        Processes exchange them once an optimiser step, in its last micro-batch, when DeepSpeed takes the step, too. There they wait for one
-        that had to halve, and none can go back: a micro-batch that is the last and the first is rehearsed.
+        Processes exchange them once an optimiser step, in its last micro-batch: see `rehearsals`.
         """
         size, total = self.micro_batches.size, torch.zeros((), device=self.policy.device)
         starts = range(0, len(rows), size)
         if self.rehearsals and len(starts) == 1:
             with self._exchange(False):
-                self._differentiate(experience, rows, columns, 1.0)
+                self._differentiate(samples, rows, columns, 1.0)
             self._forget_gradients()
             self.rehearsals -= 1
         for start in starts:
             row, column = rows[start : start + size], columns[start : start + size]
             with self._exchange(start == starts[-1]):
-                result, kl, weighted = self._differentiate(experience, row, column, len(row) / len(rows))
+                seen, weighted = self._differentiate(samples, row, column, len(row) / len(rows))
             total += weighted
-            statistics.policy.append(result)
-            if kl is not None:
-                statistics.reference_kl.append(kl.detach())
+            _extend(records, {name: [value] for name, value in seen.items()})
+            done.append(len(row))
             self.on_step(len(row))
-        statistics.loss.append(total)
+        records["loss"] = [total]
 
     def _exchange(self, now: bool) -> AbstractContextManager[Any]:
         """Inside, several processes bring their gradients together, where a size that does not fit is an error; or each keeps its own."""
@@ -186,32 +198,15 @@ class PolicyUpdate:
         self.optimizer.zero_grad()
 
     def _differentiate(
-        self, experience: Experience, rows: Tensor, columns: Tensor, share_of_step: float
-    ) -> tuple[PolicyLoss, Tensor | None, Tensor]:
-        """Adds the gradients of one micro-batch; returns its policy loss, its KL to the reference, and its part of the step's loss."""
-        result, kl = self._loss(experience, rows, columns)
-        loss = result.loss if kl is None else result.loss + self.config.objective.kl_coef * kl.mean()
-        weighted = loss * share_of_step
+        self, samples: Samples, rows: Tensor, columns: Tensor, share_of_step: float
+    ) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Adds the gradients of one micro-batch; returns its records and its part of the step's loss."""
+        loss = self.objective.loss(self.policy, samples, rows, columns)
+        weighted = loss.value * share_of_step
         self.accelerator.backward(weighted * self.loss_scale.value)
-        return replace(result, loss=result.loss.detach()), kl, weighted.detach()
+        return loss.records, weighted.detach()
 
-    def _loss(self, experience: Experience, rows: Tensor, columns: Tensor) -> tuple[PolicyLoss, Tensor | None]:
-        objective, trajectory, advantages = self.config.objective, experience.trajectory, experience.advantages[rows]
-        transition, target = replay(
-            self.policy,
-            experience.table,
-            trajectory,
-            rows,
-            columns,
-            experience.conditioning,
-            self.config.sampling.guidance_scale,
-        )
-        log_prob, reduction = transition.log_prob(target, objective.logprob_reduction), objective.logprob_reduction
-        if objective.kind == "reinforce":
-            result = reinforce_loss(log_prob, advantages, objective.adv_clip_max)
-        else:
-            old = trajectory.log_prob[rows, columns]
-            result = ppo_loss(log_prob, old, advantages, self.clip_range, objective.adv_clip_max)
-        if trajectory.reference_mean is None:
-            return result, None
-        return result, gaussian_kl(transition.mean, trajectory.reference_mean[rows, columns], transition.std, reduction)
+
+def _extend(records: Records, more: Mapping[str, Iterable[Tensor]]) -> None:
+    for name, values in more.items():
+        records.setdefault(name, []).extend(values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os.path import expanduser
@@ -17,18 +16,13 @@ from etude.batching import is_out_of_memory
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief, brief_value, unknown
 from etude.policies.outline import LIBRARIES, outline_pipeline
+from etude.policies.pipeline import PipelinePolicy
 from etude.policies.single_file import configuration, is_single_file, load_single_file
 from etude.policies.trainable import TrainablePolicy
+from etude.registry import POLICIES
 from etude.sampling.paths import is_flow_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-FAMILIES = {
-    "StableDiffusionPipeline": "etude.policies.stable_diffusion:StableDiffusionPolicy",
-    "StableDiffusionXLPipeline": "etude.policies.stable_diffusion_xl:StableDiffusionXLPolicy",
-    "StableDiffusion3Pipeline": "etude.policies.stable_diffusion_3:StableDiffusion3TrainablePolicy",
-    "FluxPipeline": "etude.policies.flux:FluxPolicy",
-}
-"""Pipeline classes that have an adapter, and where it is."""
 
 
 def load_policy(
@@ -44,6 +38,7 @@ def load_policy(
     outline: bool = False,
     shift: float | None = None,
     variant: str | None = None,
+    family: str | None = None,
 ) -> TrainablePolicy:
     """Loads a model for sampling, and an exported adapter on top of it.
 
@@ -62,6 +57,8 @@ def load_policy(
         outline: read configurations only: an outline of the model on the CPU, shapes without numbers, which takes no memory and no
             weights to download.
         shift: of a flow model's levels, at any resolution; default: the pipeline's own, which may depend on it.
+        family: adapter of the pipeline class: its name in `etude.registry.POLICIES`, or `module:Class`. Default: by the class that
+            model_index.json names.
         variant: of the weights' files, `fp16` for `diffusion_pytorch_model.fp16.safetensors`; default: those without.
 
     Raises:
@@ -85,18 +82,18 @@ def load_policy(
         commit = None if single else _commit(location, revision)
         pinned = commit or revision
         at = {"revision": pinned} if pinned else {}  # all parts of one commit
-        family = str(index.get("_class_name"))
-        if family not in FAMILIES:
-            raise EtudeError(f"model '{model}' is a {family}; the supported pipelines are {', '.join(FAMILIES)}.")
-        adapter = _adapter(family)
+        kind = str(index.get("_class_name"))
+        adapter = _adapter(family or kind, model)
         parts = adapter.load_arguments | {part: None for part in adapter.optional if index.get(part, [None])[0] is None}
         _check_libraries(model, index, parts)
         if outline:
-            pipeline = outline_pipeline(location, index, DTYPES[dtype], parts, single, at)
+            pipeline = outline_pipeline(location, index, adapter.pipeline_class(kind), DTYPES[dtype], parts, single, at)
         elif single:
-            pipeline = load_single_file(name, location, family, adapter.denoiser, parts, DTYPES[dtype])
+            pipeline = load_single_file(
+                name, location, adapter.pipeline_class(kind), adapter.denoiser, parts, DTYPES[dtype]
+            )
         else:
-            pipeline = getattr(diffusers, family).from_pretrained(
+            pipeline = adapter.pipeline_class(kind).from_pretrained(
                 location, dtype=DTYPES[dtype], use_safetensors=True, variant=variant, **at, **parts
             )
         if shift is not None:
@@ -125,6 +122,7 @@ def policy_of(config: TrainConfig, device: torch.device | str | None = None, out
         outline=outline,
         shift=config.sampling.shift,
         variant=config.variant,
+        family=config.family,
     )
 
 
@@ -142,9 +140,17 @@ def _shift(pipeline: Any, shift: float, model: str | Path) -> None:
     )
 
 
-def _adapter(family: str) -> Any:
-    module, _, name = FAMILIES[family].partition(":")
-    return getattr(importlib.import_module(module), name)
+def _adapter(family: str, model: str | Path) -> type[PipelinePolicy]:
+    """The adapter of a pipeline class."""
+    if family not in POLICIES.names() and ":" not in family:
+        raise EtudeError(
+            f"model '{model}' is a {family}; the supported pipelines are {', '.join(POLICIES.names())}, and `family: "
+            "module:Class` adds one of your own."
+        )
+    adapter = POLICIES.get(family)
+    if not (isinstance(adapter, type) and issubclass(adapter, PipelinePolicy)):
+        raise EtudeError(f"family = {family} is {adapter!r}: give {POLICIES.wanted}.")
+    return adapter
 
 
 def split_revision(model: str) -> tuple[str, str | None]:

@@ -28,6 +28,7 @@ LIBRARIES = ("diffusers", "transformers")
 def outline_pipeline(
     location: str,
     index: Mapping[str, Any],
+    kind: Any,
     dtype: torch.dtype,
     left_out: Mapping[str, Any],
     single: bool = False,
@@ -38,6 +39,7 @@ def outline_pipeline(
     Args:
         location: a diffusers directory or hub id; of the hub, configurations and tokenizers are fetched and no weights.
         index: what its model_index.json says.
+        kind: the pipeline's class.
         dtype: of the networks.
         left_out: arguments for the pipeline's class; components among them are not made.
         single: the weights are in a file of their own, so those of a local directory are not looked for.
@@ -46,8 +48,6 @@ def outline_pipeline(
     Raises:
         EtudeError: a component of neither diffusers nor transformers, or without weights in a local directory.
     """
-    import diffusers
-
     parts: dict[str, Any] = dict(left_out)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # as a deep copy does
@@ -62,7 +62,7 @@ def outline_pipeline(
             )
             if isinstance(parts[name], nn.Module):
                 _fill(parts[name], dtype, mode)
-    return getattr(diffusers, str(index["_class_name"]))(**parts)
+    return kind(**parts)
 
 
 def _component(location: str, name: str, library: str, kind: str, single: bool, at: Mapping[str, str]) -> Any:

@@ -66,6 +66,24 @@ class PipelinePolicy(TrainablePolicy):
     optional: ClassVar[tuple[str, ...]] = ()
     """Components that a pipeline may have been saved without, and that `from_pretrained` must then be told are None."""
 
+    @classmethod
+    def pipeline_class(cls, name: str) -> Any:
+        """The class that loads the pipeline, which model_index.json calls `name`. Default: diffusers' class of that name.
+
+        A family whose pipeline lives in another package returns that package's class.
+
+        Raises:
+            EtudeError: diffusers has no such class.
+        """
+        import diffusers
+
+        if not hasattr(diffusers, name):
+            raise EtudeError(
+                f"diffusers {diffusers.__version__} has no {name}: install the version that has, or give `family` an adapter "
+                "whose pipeline_class returns it."
+            )
+        return getattr(diffusers, name)
+
     def __init__(
         self,
         pipeline: Any,

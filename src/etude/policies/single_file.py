@@ -76,20 +76,19 @@ def holds_pipeline(model: str) -> bool:
 
 
 def load_single_file(
-    model: str, location: str, family: str, denoiser: str, parts: dict[str, Any], dtype: torch.dtype
+    model: str, location: str, kind: Any, denoiser: str, parts: dict[str, Any], dtype: torch.dtype
 ) -> Any:
     """The pipeline of a file's weights.
 
     Args:
         location: from `configuration`.
-        family: the pipeline's class.
+        kind: the pipeline's class.
         denoiser: the component that the file holds where it holds only one.
         parts: arguments of `from_pretrained` beside the dtype: components that are left out.
     """
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
-    kind = getattr(diffusers, family)
     try:
         if holds_pipeline(model):
             return kind.from_single_file(model, config=location, torch_dtype=dtype, **parts)
@@ -100,6 +99,6 @@ def load_single_file(
         return kind.from_pretrained(location, torch_dtype=dtype, use_safetensors=True, **parts, **{denoiser: network})
     except SingleFileComponentError as error:
         raise EtudeError(
-            f"model '{model}' does not hold every part of a {family} ({brief(error)}); "
+            f"model '{model}' does not hold every part of a {kind.__name__} ({brief(error)}); "
             "give pipeline_config a local diffusers directory that has the weights of the others."
         ) from error

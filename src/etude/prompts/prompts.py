@@ -30,7 +30,7 @@ LONGEST = 1 << 28
 """Bytes of a file of prompts: a few million."""
 PARTS = ("train", "eval")
 """What may follow a source and a `#`: nine tenths of its prompts, and the others."""
-_RESERVED = {"images", "prompts", "self"}  # what a reward calls its own arguments
+_RESERVED = {"groups", "images", "prompts", "self"}  # what a reward calls its own arguments
 
 
 @dataclass(frozen=True)

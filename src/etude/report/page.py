@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etude.config.algorithm import algorithm
+from etude.learning.metrics import metrics_of
 from etude.measuring.statistics import format_interval
 from etude.rewards import WEIGHTED_SUM
 from etude.runs.reader import Interval, Run, read_run
@@ -16,23 +17,6 @@ from etude.sampling.etas import eta_text, setting_text
 if TYPE_CHECKING:
     from etude.report.figures import Line
 
-DIAGNOSTICS = {
-    "approx_kl": (
-        "Approximate KL to the rollout policy",
-        "How far the updates of one iteration move the policy; it should stay small.",
-    ),
-    "clipfrac": ("Clipped fraction", "The share of (sample, step) pairs whose ratio left the clip range."),
-    "ratio_mean": ("Mean importance ratio", "Should stay near 1."),
-    "ratio_max_deviation": ("Largest deviation of a ratio from 1", "Over all (sample, step) pairs of an iteration."),
-    "grad_norm": ("Gradient norm", "Before clipping."),
-    "loss": ("Policy loss", "PPO's stays near 0, because advantages have mean 0: it is no measure of progress."),
-    "reference_kl": ("KL to the reference model", "Closed form, per step."),
-    "zero_std_ratio": (
-        "Groups without a signal",
-        "The share of groups whose rewards are all equal: they teach nothing.",
-    ),
-}
-FROM_ZERO = {"clipfrac", "ratio_max_deviation", "grad_norm", "zero_std_ratio"}
 GRID_TITLES = {
     "before_ode": ("Before, ODE", "ODE sampler, base model"),
     "after_ode": ("After, ODE", "ODE sampler, tuned model"),
@@ -339,12 +323,14 @@ def _diagnostics(run: Run) -> list[tuple[str, str, str]]:
     from etude.report.figures import Line, line_figure
 
     figures = []
-    for key, (title, note) in DIAGNOSTICS.items():
-        x, y = run.series(key)
+    objective = str((run.config.get("objective") or {}).get("kind", "ppo"))
+    for metric in metrics_of(objective):
+        x, y = run.series(metric.name)
         if x:
+            title = f"{metric.title[:1].upper()}{metric.title[1:]}"
             alt = f"{title}: {_first_to_last(y)} over {len(x)} iterations."
             line = Line(x, y, "train", marks=False)
-            figures.append((title, note, line_figure([line], alt, from_zero=key in FROM_ZERO)))
+            figures.append((title, metric.note, line_figure([line], alt, from_zero=metric.from_zero)))
     return figures
 
 

@@ -128,8 +128,3 @@ def text_features(prompts: list[str]) -> Tensor:
             hidden = model(**tokenizer(prompt, truncation=True, return_tensors="pt")).last_hidden_state
         rows.append(nn.functional.normalize(hidden.mean(1), dim=-1))
     return torch.cat(rows)
-
-
-def load() -> Alignment:
-    """The reward with the weights that ship with etude."""
-    return Alignment()

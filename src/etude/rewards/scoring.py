@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,47 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Images to be scored, and what is known of them.
+
+    Attributes:
+        images: uint8 `[n, 3, h, w]`.
+        prompts: n texts.
+        metadata: by name, a list of n entries.
+        groups: the group of each image, for rewards that compare images of a group. Default: images of equal prompts.
+        offset: index of the first image in the whole batch, for errors.
+
+    Raises:
+        EtudeError: images and prompts do not match, or the groups are not one an image.
+    """
+
+    images: Tensor
+    prompts: list[str]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    groups: Sequence[int] | None = None
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        _check_images(self.images, self.prompts)
+        if self.groups is not None and len(self.groups) != len(self.prompts):
+            raise EtudeError(f"there are {len(self.prompts)} images but {len(self.groups)} groups: give one an image.")
+
+    def arguments(self, function: Callable[..., Any], whole_groups: bool) -> tuple[Tensor, list[str], dict[str, Any]]:
+        """Images, prompts and keywords for one call of a reward, copies of its own: a reward may work in place.
+
+        Args:
+            function: what is called; it gets those keywords of the metadata that it takes.
+            whole_groups: whether it gets `groups`, too.
+        """
+        keywords = copy.deepcopy(dict(_taken(function, self.metadata)))
+        if whole_groups:
+            first: dict[str, int] = {}
+            same = [first.setdefault(prompt, i) for i, prompt in enumerate(self.prompts)]
+            keywords["groups"] = list(same if self.groups is None else self.groups)
+        return self.images.clone(), list(self.prompts), keywords
+
+
 def score(
     name: str,
     reward: Reward,
@@ -24,6 +67,7 @@ def score(
     prompts: list[str],
     metadata: Mapping[str, Any] | None = None,
     *,
+    groups: Sequence[int] | None = None,
     offset: int = 0,
 ) -> Tensor:
     """One reward's scores, float32 [n] on the CPU, checked.
@@ -33,6 +77,7 @@ def score(
         images: uint8 [n, 3, h, w].
         prompts: n texts.
         metadata: by name, a list of n entries; passed on as keyword arguments, of which the reward gets those that it takes.
+        groups: the group of each image, for a reward that compares them. Default: images of equal prompts.
         offset: index of the first image in the whole batch, so that errors count in the batch and not in a slice of it.
 
     Raises:
@@ -41,9 +86,9 @@ def score(
             tensor [n], or a list, tuple or array of n numbers); or if a score is NaN or infinite in float32 (the
             sample and its prompt are named).
     """
-    _check_images(images, prompts)
+    batch = Batch(images, prompts, metadata or {}, groups, offset)
     with _named(name, prompts, offset):
-        scores = _call(reward, images, prompts, metadata)
+        scores = _call(reward, batch)
     return _checked(name, scores, prompts, offset)
 
 
@@ -150,11 +195,20 @@ class WeightedRewards:
             except Exception as error:  # a reward is the user's code: whatever it raises has to say which reward it was
                 raise EtudeError(f"reward '{name}' cannot be used: {brief(error)}") from error
 
+    @property
+    def whole_groups(self) -> bool:
+        """Whether some reward compares the images of a group, and must be given all of them in one call."""
+        return any(getattr(get(name), "whole_groups", False) for name in (*self.weights, *self.held_out))
+
     def __call__(
-        self, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None = None
+        self,
+        images: Tensor,
+        prompts: list[str],
+        metadata: Mapping[str, Any] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         """Scores of the trained rewards, each float32 [n]. Remote rewards are asked first, and the others computed meanwhile."""
-        return self._begin(self.weights, images, prompts, metadata, here=True).result()
+        return self._begin(self.weights, Batch(images, prompts, metadata or {}, groups), here=True).result()
 
     def start(
         self,
@@ -162,18 +216,20 @@ class WeightedRewards:
         prompts: list[str],
         metadata: Mapping[str, Any] | None = None,
         *,
+        groups: Sequence[int] | None = None,
         held_out: bool = False,
         offset: int = 0,
     ) -> Scoring:
         """Begins to score and returns at once: rewards with a method `submit` score by themselves, the others on a thread.
 
-        That thread takes its calls, also those of later starts, one after the other in their order, so no two local rewards run side by
-        side. Neither the images nor the metadata may change until the scores are there.
+        That thread takes its calls, also those of later starts, one after the other in their order, so no two local rewards run
+        side by side. Neither the images nor the metadata may change until the scores are there.
 
         Args:
             images: uint8 [n, 3, h, w].
             prompts: n texts.
             metadata: by name, a list of n entries.
+            groups: the group of each image; a group must be whole. Default: images of equal prompts.
             held_out: measure the held-out rewards too.
             offset: index of the first image in the whole batch, for errors.
 
@@ -181,60 +237,46 @@ class WeightedRewards:
             EtudeError: if images and prompts do not match; anything else is raised by `Scoring.result`.
         """
         names = (*self.weights, *(self.held_out if held_out else ()))
-        return self._begin(names, images, prompts, metadata, here=False, offset=offset)
+        return self._begin(names, Batch(images, prompts, metadata or {}, groups, offset), here=False)
 
     def evaluate(
-        self, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None = None
-    ) -> dict[str, Tensor]:
-        """Scores of trained and held-out rewards, float32 [n]; with several trained ones also their `weighted_sum`."""
-        return self.summed(self._begin((*self.weights, *self.held_out), images, prompts, metadata, here=True).result())
-
-    def _begin(
         self,
-        names: Iterable[str],
         images: Tensor,
         prompts: list[str],
-        metadata: Mapping[str, Any] | None,
-        here: bool,
-        offset: int = 0,
-    ) -> Scoring:
+        metadata: Mapping[str, Any] | None = None,
+        groups: Sequence[int] | None = None,
+    ) -> dict[str, Tensor]:
+        """Scores of trained and held-out rewards, float32 [n]; with several trained ones also their `weighted_sum`."""
+        batch = Batch(images, prompts, metadata or {}, groups)
+        return self.summed(self._begin((*self.weights, *self.held_out), batch, here=True).result())
+
+    def _begin(self, names: Iterable[str], batch: Batch, here: bool) -> Scoring:
         """Starts the rewards that score by themselves, then computes the others: here and now, or on the thread."""
-        _check_images(images, prompts)
-        scoring = Scoring(dict.fromkeys(names), prompts, offset)
+        scoring = Scoring(dict.fromkeys(names), batch.prompts, batch.offset)
         try:
-            submit = partial(
-                self._submit, scoring=scoring, images=images, prompts=prompts, metadata=metadata, offset=offset
-            )
-            for name in [name for name in scoring.futures if not submit(name)]:
-                work = partial(self._compute, name, images, prompts, metadata, offset)
+            for name in [name for name in scoring.futures if not self._submit(name, scoring, batch)]:
+                work = partial(self._compute, name, batch)
                 scoring.futures[name] = _done(work) if here else self._turns.submit(work)
         except BaseException:
             scoring.cancel()
             raise
         return scoring
 
-    def _submit(
-        self,
-        name: str,
-        scoring: Scoring,
-        images: Tensor,
-        prompts: list[str],
-        metadata: Mapping[str, Any] | None,
-        offset: int,
-    ) -> bool:
-        submit = getattr(get(name), "submit", None)
+    def _submit(self, name: str, scoring: Scoring, batch: Batch) -> bool:
+        """Starts a reward that scores by itself; whether it is one."""
+        reward = get(name)
+        submit = getattr(reward, "submit", None)
         if submit is not None:
-            with _named(name, prompts, offset):
-                scoring.futures[name] = submit(images, prompts, **_taken(submit, metadata))
+            with _named(name, batch.prompts, batch.offset):
+                images, prompts, keywords = batch.arguments(submit, getattr(reward, "whole_groups", False))
+                scoring.futures[name] = submit(images, prompts, **keywords)
         return submit is not None
 
-    def _compute(
-        self, name: str, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None, offset: int
-    ) -> Tensor:
+    def _compute(self, name: str, batch: Batch) -> Tensor:
         reward = get(name)
-        with _named(name, prompts, offset):
+        with _named(name, batch.prompts, batch.offset):
             try:
-                return _call(reward, images, prompts, metadata)
+                return _call(reward, batch)
             finally:
                 if self.offload and hasattr(reward, "offload"):
                     reward.offload()
@@ -252,12 +294,13 @@ class WeightedRewards:
         return total
 
 
-def _call(reward: Reward, images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None) -> Any:
+def _call(reward: Reward, batch: Batch) -> Any:
     import torch
 
+    called = reward.forward if isinstance(reward, torch.nn.Module) else reward
+    images, prompts, keywords = batch.arguments(called, getattr(reward, "whole_groups", False))
     with torch.no_grad():
-        called = reward.forward if isinstance(reward, torch.nn.Module) else reward
-        return reward(images, prompts, **_taken(called, metadata))
+        return reward(images, prompts, **keywords)
 
 
 def _taken(function: Callable[..., Any], metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:

@@ -25,13 +25,14 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from etude.errors import EtudeError, unknown
+from etude.errors import EtudeError
+from etude.registry import KERNELS
 from etude.sampling.paths import per_sample
 
 Level = tuple[Tensor | float, Tensor | float]
@@ -118,8 +119,25 @@ class Kernel(ABC):
         """The largest eta this kernel allows over all the given steps."""
         return math.inf
 
+    def beyond(self, limit: float, where: str) -> EtudeError:
+        """The error for an eta above the largest one of some steps.
+
+        Args:
+            limit: `largest_eta` of the steps; rounded down in the message, so that the printed value is legal.
+            where: the steps, in words.
+        """
+        return EtudeError(
+            f"{type(self).__name__} with eta {self.eta:g} {self._beyond}: the largest legal eta for {where} is "
+            f"{math.floor(limit * 1e6) / 1e6:.6f}; lower eta or use the gddim kernel, which allows any."
+        )
+
+    _beyond: ClassVar[str] = "is beyond what its steps allow"
+
     def capped(self) -> Kernel:
-        """The kernel for a step out of pure noise whose noise is finite there: itself, unless it has none."""
+        """The kernel to use on a step out of pure noise under `first_step: capped`.
+
+        Most kernels are finite there and return themselves; `FlowSDE` returns its capped form.
+        """
         return self
 
     def small_step_eta(self, level: Level) -> Tensor:
@@ -197,6 +215,8 @@ class DDIM(Kernel):
         eta: the multiple of the posterior's std, finite and >= 0; anything else is an EtudeError.
     """
 
+    _beyond = "takes the root of a negative number"
+
     def largest_eta(self, source: Level, target: Level) -> float:
         """min over the steps of 1 / sqrt(1 - (lam_u / lam_t)^2); infinity if all of them end without noise."""
         _, s_u, log_ratio = _levels(source, target)
@@ -208,7 +228,7 @@ class DDIM(Kernel):
         a_u, s_u, log_ratio = _levels(source, target)
         limit = self.largest_eta(source, target)
         if self.eta > limit * (1 + 1e-12):  # eta given as exactly the limit is legal despite rounding
-            raise illegal_ddim_eta(self.eta, limit, "this step")
+            raise self.beyond(limit, "this step")
         std = self.eta * s_u * torch.expm1(2 * log_ratio).abs().sqrt()
         return Coefficients(a_u, (s_u * s_u - std * std).clamp(min=0).sqrt(), std)
 
@@ -325,15 +345,6 @@ class DanceSDE(Kernel):
         return self.eta * (a / (2 * s)).sqrt()
 
 
-KERNELS: dict[str, type[Kernel]] = {
-    "gddim": GDDIM,
-    "ddim": DDIM,
-    "flow_sde": FlowSDE,
-    "dance_sde": DanceSDE,
-    "cps": CPS,
-}
-
-
 def equivalent_eta(kernel: Kernel, source: Level, target: Level) -> Tensor:
     """The GDDIM eta whose std at a step is the kernel's.
 
@@ -359,14 +370,6 @@ def equivalent_eta(kernel: Kernel, source: Level, target: Level) -> Tensor:
     share = torch.where(still, 0.0, std / s_u)
     eta = (torch.log1p(-(share * share).clamp(max=1)) / (2 * log_ratio)).sqrt()
     return torch.where(still, 0.0, torch.where(share >= 1, math.inf, eta))
-
-
-def illegal_ddim_eta(eta: float, limit: float, where: str) -> EtudeError:
-    """The error for a DDIM eta above its limit; the limit is rounded down, so that the printed value is legal."""
-    return EtudeError(
-        f"DDIM with eta {eta:g} takes the root of a negative number: the largest legal eta for {where} is "
-        f"{math.floor(limit * 1e6) / 1e6:.6f}; lower eta or use the gddim kernel, which allows any."
-    )
 
 
 def _levels(source: Level, target: Level) -> tuple[Tensor, Tensor, Tensor]:
@@ -413,8 +416,12 @@ def _euler_maruyama(g2: Tensor, sigma: Tensor, sigma_u: Tensor) -> Coefficients:
 
 
 def make_kernel(kernel: str, eta: float) -> Kernel:
-    """A kernel by its name in the configuration."""
-    if kernel not in KERNELS:
-        raise unknown("kernel", kernel, KERNELS)
-    make: Callable[[float], Kernel] = KERNELS[kernel]
-    return make(eta)
+    """The kernel of a name in `etude.registry.KERNELS`, or of `module:Class`, at an eta.
+
+    Raises:
+        EtudeError: the name is unknown, or the kernel refuses the eta.
+    """
+    kind = KERNELS.get(kernel)
+    if not (isinstance(kind, type) and issubclass(kind, Kernel)):
+        raise EtudeError(f"kernel '{kernel}' is {kind!r}: give {KERNELS.wanted}.")
+    return kind(eta)

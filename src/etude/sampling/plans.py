@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from etude.errors import EtudeError
-from etude.sampling.kernels import DDIM, GDDIM, Coefficients, Kernel, Transition, apply, illegal_ddim_eta
+from etude.sampling.kernels import GDDIM, Coefficients, Kernel, Transition, apply
 from etude.sampling.paths import Grid
 
 ODE = GDDIM(eta=0.0)
@@ -180,16 +180,14 @@ class SamplingPlan:
         return kernel.capped() if self.first_step == "capped" else kernel
 
     def _check_etas(self, kernels: list[Kernel], grid: Grid) -> None:
-        limited = {kernel for kernel in kernels if isinstance(kernel, DDIM)}
-        if not limited:
-            return
-        worst = max(limited, key=lambda kernel: kernel.eta)
-        _, source, target = _steps_of(limited, kernels, grid)
-        limit = worst.largest_eta(source, target)
-        for kernel in limited:
-            _, own_source, own_target = _steps_of({kernel}, kernels, grid)
-            if kernel.eta > kernel.largest_eta(own_source, own_target) * (1 + 1e-12):
-                raise illegal_ddim_eta(kernel.eta, limit, f"all DDIM steps of these {self.grid_size}-step samples")
+        """Refuses an eta that its kernel does not allow at some step, and names the one that is legal at all steps of that kernel."""
+        for kernel in set(kernels):
+            _, source, target = _steps_of({kernel}, kernels, grid)
+            if kernel.eta > kernel.largest_eta(source, target) * (1 + 1e-12):
+                alike = {other for other in kernels if type(other) is type(kernel)}
+                _, source, target = _steps_of(alike, kernels, grid)
+                where = f"all {type(kernel).__name__} steps of these {self.grid_size}-step samples"
+                raise kernel.beyond(kernel.largest_eta(source, target), where)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +288,7 @@ def _tail(grid: Grid, start: int, count: int) -> Grid:
 
 
 def _steps_of(
-    chosen: set[Kernel] | set[DDIM], kernels: list[Kernel], grid: Grid
+    chosen: set[Kernel], kernels: list[Kernel], grid: Grid
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The steps that use the chosen kernels, and their source and target levels."""
     at = torch.tensor([i for i, kernel in enumerate(kernels) if kernel in chosen])

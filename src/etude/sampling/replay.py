@@ -45,7 +45,7 @@ def replay(
 
 
 @torch.no_grad()
-def score_again(
+def replay_log_prob(
     policy: Policy,
     table: StepTable,
     trajectory: Trajectory,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from etude.sampling.kernels import KERNELS as KERNELS
 from etude.sampling.kernels import make_kernel
 from etude.sampling.model import Policy
 from etude.sampling.noise import NoiseSource

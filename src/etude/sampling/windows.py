@@ -1,14 +1,13 @@
-"""Where MixGRPO's window of stochastic, trained steps is in each iteration (arXiv 2507.21802).
+"""The place of MixGRPO's window of stochastic, trained steps in each iteration (arXiv 2507.21802).
 
-    progressive   it stays for `iters_per_shift` iterations at each place, then moves on by `stride`
-    decay         the same, but it stays for round(iters_per_shift exp(-k max(0, l - l0))) iterations at left edge l
-    random        its left edge is drawn uniformly in every iteration
-    fixed         it never moves
+    progressive   stays for `iters_per_shift` iterations at each place, then moves on by `stride`
+    decay         stays for round(iters_per_shift exp(-k max(0, l - l0))) iterations at left edge l
+    random        draws its left edge uniformly in every iteration
+    fixed         never moves
 
-Only steps that the sampler can make stochastic are counted, so that no part of a window is lost on a step that has no
-log-probability (the one out of pure noise, the one into clean data): `trainable_range` finds them. The window is always full:
-its last place ends with the last of these steps, also where the stride does not divide the way. From there it goes back to the
-first one (`roll_back`) or stays.
+Only steps that the sampler can make stochastic are counted (`trainable_range`), so that no part of a window is lost on a
+step that has no log-probability: the one out of pure noise, the one into clean data. The window is always full. Its last
+place ends with the last of these steps, also where the stride does not divide the way.
 
 The place is a function of the iteration alone: all processes agree on it, and so does a run that was resumed.
 """
@@ -16,92 +15,111 @@ The place is a function of the iteration alone: all processes agree on it, and s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from etude.errors import EtudeError, unknown
-from etude.sampling.noise import keyed_generator
-from etude.sampling.plans import StepTable
+from etude.errors import EtudeError
+from etude.registry import WINDOWS
 
-STRATEGIES = ("progressive", "random", "decay", "fixed")
+if TYPE_CHECKING:
+    from etude.sampling.plans import StepTable
 
 
 @dataclass(frozen=True)
-class WindowSchedule:
-    """The window's left edge by iteration; the window is the steps `start_at(i) .. start_at(i) + size - 1`.
+class WindowSchedule(ABC):
+    """The left edge of the window by iteration; the window is the steps `start_at(i) .. start_at(i) + size - 1`.
+
+    A strategy is a frozen dataclass with `start_at`; its fields are what a recipe may set. `register_window` gives it a name.
 
     Attributes:
-        strategy: "progressive", "random", "decay" or "fixed".
-        num_steps: where the trainable steps end (`trainable_range(table).stop`).
-        start: the first of them (`.start`), and the left edge of the first window; of every window if fixed.
+        stop: first step after those that can be trained (`trainable_range(table).stop`).
+        start: first step that can be trained.
         size: steps in the window.
-        iters_per_shift: iterations between two moves (progressive), or up to the threshold (decay).
-        stride: steps that it moves by; more than `size` would leave steps out, which is an error.
-        roll_back: after the last place, begin again; False: stay there.
-        seed: of the random strategy.
-        decay_rate: k, per step, at least 0.
-        decay_threshold: l0, the left edge from which on the dwell shrinks; the default is meant for 25 steps.
+        seed: seed of the run, for strategies that draw.
 
     Raises:
-        EtudeError: for an unknown strategy, a window that does not fit, or numbers that make no schedule.
+        EtudeError: the window does not fit the steps that can be trained.
     """
 
-    strategy: str
-    num_steps: int
+    stop: int
     start: int = 0
     size: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.start < 0 or self.start + self.size > self.stop:
+            raise EtudeError(
+                f"a window of size {self.size} does not fit in steps {self.start} to {self.stop - 1}, those that can be "
+                "trained: lower window.size (to at least 1), or raise num_steps."
+            )
+
+    @abstractmethod
+    def start_at(self, iteration: int) -> int:
+        """The left edge in an iteration: from `start` to `stop - size`. Iterations count from 1."""
+
+
+@dataclass(frozen=True)
+class FixedWindow(WindowSchedule):
+    """A window that never moves."""
+
+    def start_at(self, iteration: int) -> int:
+        """`start`, in every iteration."""
+        return self.start
+
+
+@dataclass(frozen=True)
+class RandomWindow(WindowSchedule):
+    """A window whose left edge is uniform over its places in every iteration, keyed by seed and iteration."""
+
+    def start_at(self, iteration: int) -> int:
+        """The left edge drawn for the iteration."""
+        from etude.sampling.noise import keyed_generator
+
+        places = range(self.start, self.stop - self.size + 1)
+        return places[int(keyed_generator(self.seed, "window", iteration).integers(len(places)))]
+
+
+@dataclass(frozen=True)
+class ProgressiveWindow(WindowSchedule):
+    """A window that stays for `iters_per_shift` iterations at each place, then moves on by `stride`.
+
+    Attributes:
+        iters_per_shift: iterations between two moves.
+        stride: steps that the window moves by; at most `size`, so that no step is passed over.
+        roll_back: after the last place, begin again. False: stay there.
+
+    Raises:
+        EtudeError: also for numbers that make no schedule.
+    """
+
     iters_per_shift: int = 25
     stride: int = 1
     roll_back: bool = True
-    seed: int = 0
-    decay_rate: float = 0.1
-    decay_threshold: int = 13
 
     def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise unknown("window strategy", self.strategy, STRATEGIES)
-        if self.size < 1 or self.start < 0 or self.start + self.size > self.num_steps:
-            raise EtudeError(
-                f"a window of {self.size} steps does not fit the steps {self.start} to {self.num_steps - 1} that can be "
-                "trained: make it smaller (at least 1), or take more sampling steps."
-            )
+        super().__post_init__()
         if self.iters_per_shift < 1:
             raise EtudeError(f"iters_per_shift = {self.iters_per_shift}: the window stays for at least 1 iteration.")
         if not 1 <= self.stride <= self.size:
             raise EtudeError(
-                f"a window of {self.size} steps that moves by {self.stride} would never train the steps between two "
-                f"places: give a stride from 1 to {self.size}."
+                f"a window of size {self.size} that moves by stride = {self.stride} would pass over steps and never train "
+                f"them: give a stride from 1 to {self.size}."
             )
-        if not 0 <= self.decay_rate < math.inf:
-            raise EtudeError(f"decay_rate = {self.decay_rate}: give a number of at least 0.")
 
     @property
     def places(self) -> tuple[int, ...]:
-        """The left edges in the order of the visits; any of them for the random strategy."""
-        last = self.num_steps - self.size
-        if self.strategy == "fixed":
-            return (self.start,)
-        if self.strategy == "random":
-            return tuple(range(self.start, last + 1))
+        """The left edges in the order of the visits."""
+        last = self.stop - self.size
         return tuple(dict.fromkeys((*range(self.start, last, self.stride), last)))
 
     def dwell(self, place: int) -> int:
-        """For how many iterations a progressive or decaying window stays at a left edge: at least 1."""
-        if self.strategy != "decay":
-            return self.iters_per_shift
-        beyond = max(0, place - self.decay_threshold)
-        return max(1, round(self.iters_per_shift * math.exp(-self.decay_rate * beyond)))
+        """Number of iterations that the window stays at a left edge, at least 1."""
+        return self.iters_per_shift
 
     def start_at(self, iteration: int) -> int:
-        """The left edge in an iteration; the first one is iteration 1.
-
-        Raises:
-            EtudeError: for an iteration before the first.
-        """
-        if iteration < 1:
-            raise EtudeError(f"iteration {iteration} has no window: training counts its iterations from 1.")
-        if self.strategy == "random":
-            generator = keyed_generator(self.seed, "window", iteration)
-            return self.places[int(generator.integers(len(self.places)))]
+        """The place in whose dwell the iteration falls."""
         dwells = [self.dwell(place) for place in self.places]
         into = iteration - 1
         if self.roll_back:
@@ -113,19 +131,63 @@ class WindowSchedule:
         return self.places[-1]
 
 
+@dataclass(frozen=True)
+class DecayWindow(ProgressiveWindow):
+    """A progressive window that stays ever shorter as it moves on.
+
+        dwell(l) = max(1, round(iters_per_shift exp(-decay_rate max(0, l - decay_threshold))))
+
+    Attributes:
+        decay_rate: k, per step, at least 0.
+        decay_threshold: l0, the left edge from which on the dwell shrinks; the default is meant for 25 steps.
+    """
+
+    decay_rate: float = 0.1
+    decay_threshold: int = 13
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.decay_rate < math.inf:
+            raise EtudeError(f"decay_rate = {self.decay_rate}: give a number of at least 0.")
+
+    def dwell(self, place: int) -> int:
+        """Number of iterations that the window stays at a left edge: see the class."""
+        beyond = max(0, place - self.decay_threshold)
+        return max(1, round(self.iters_per_shift * math.exp(-self.decay_rate * beyond)))
+
+
+def make_window(strategy: str, settings: Mapping[str, Any]) -> WindowSchedule:
+    """The window of a strategy, from those of the settings that it has fields for.
+
+    Args:
+        strategy: name in `WINDOWS`, or `module:Class`.
+        settings: values by field name.
+
+    Raises:
+        EtudeError: the strategy is unknown, or its constructor refuses a value.
+    """
+    kind = WINDOWS.get(strategy)
+    if not (isinstance(kind, type) and issubclass(kind, WindowSchedule)):
+        raise EtudeError(f"window strategy '{strategy}' is {kind!r}: give {WINDOWS.wanted}.")
+    window: WindowSchedule = kind(
+        **{field.name: settings[field.name] for field in fields(kind) if field.name in settings}
+    )
+    return window
+
+
 def trainable_range(table: StepTable) -> range:
     """The steps a window can train, from the table of the plan that would train all of them (`SamplingPlan.sde`).
 
     Raises:
-        EtudeError: if there is none, or a deterministic step lies between them.
+        EtudeError: there is none, or a deterministic step lies between two of them.
     """
     steps = table.trained_steps
     if not steps:
         raise EtudeError(f"none of the {table.num_steps} sampling steps is stochastic: raise eta, or take more steps.")
-    found = range(steps[0], steps[-1] + 1)
-    if len(found) != len(steps):
-        gap = min(set(found) - set(steps))
+    trainable = range(steps[0], steps[-1] + 1)
+    if len(trainable) != len(steps):
+        gap = min(set(trainable) - set(steps))
         raise EtudeError(
             f"step {gap} is deterministic between stochastic ones, so no window can pass it: raise eta there."
         )
-    return found
+    return trainable

@@ -205,14 +205,7 @@ def _configuration(settings: StudyConfig, grid: GridConfig, values: Keys, place:
     tree = copy.deepcopy(base) if isinstance(base, dict) else read_tree(base)
     for key, value in {**settings.overrides, **grid.overrides, **values}.items():
         set_key(tree, key, copy.deepcopy(_readable(key, value)), place)
-    return _without_trained(parse_config(tree, place))
-
-
-def _without_trained(config: TrainConfig) -> TrainConfig:
-    """Rewards that are trained are not held out as well, so that one list of held-out rewards serves every cell."""
-    held_out = [name for name in config.evaluation.held_out_rewards if name not in config.rewards]
-    evaluation = config.evaluation.model_copy(update={"held_out_rewards": held_out})
-    return config.model_copy(update={"evaluation": evaluation})
+    return parse_config(tree, place)
 
 
 def _readable(key: str, value: Any) -> Any:

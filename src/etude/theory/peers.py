@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from etude.errors import EtudeError, unknown
-from etude.sampling.kernels import KERNELS, equivalent_eta
+from etude.sampling.kernels import equivalent_eta, make_kernel
 from etude.sampling.paths import FlowPath, Grid
 
 # Who trains with what: the method, the kernel, its published level, and where it is published.
@@ -32,7 +32,7 @@ class PeerRow:
 
     Attributes:
         method: who uses it.
-        kernel: its name in `etude.sampling.kernels.KERNELS`.
+        kernel: its name in `etude.registry.KERNELS`.
         level: its stochasticity, in its own unit.
         small_step: the eta it amounts to as steps at sigma = 0.5 become short.
         etas: the eta with the same std at each of the steps asked for; infinite where GDDIM has it for none.
@@ -85,9 +85,7 @@ def peer_table(
 
 
 def _row(method: str, kernel: str, level: float, grid: Grid, at: Sequence[int]) -> PeerRow:
-    if kernel not in KERNELS:
-        raise unknown("kernel", kernel, KERNELS)
-    made = KERNELS[kernel](eta=level)
+    made = make_kernel(kernel, level)
     source = torch.tensor(at)
     etas = equivalent_eta(made, (grid.a[source], grid.s[source]), (grid.a[source + 1], grid.s[source + 1]))
     return PeerRow(method, kernel, level, float(made.small_step_eta((0.5, 0.5))), tuple(etas.tolist()))

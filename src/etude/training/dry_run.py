@@ -16,19 +16,27 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from etude.config import TrainConfig
-    from etude.sampling.plans import StepTable
-    from etude.training.trainer import Trainer
+from etude.config import TrainConfig
+from etude.config.algorithm import essence
 
-PARTS = ("rollout", "reference", "replay", "evaluation")
+if TYPE_CHECKING:
+    from etude.learning.objectives import Objective
+    from etude.policies import TrainablePolicy
+    from etude.sampling.plans import StepTable
 
 
 @dataclass(frozen=True)
 class ImageSteps:
-    """The steps of one image while training: `total` of them, the first `prefix` deterministic, `trained` of them trained."""
+    """The steps of one image while training.
+
+    Attributes:
+        total: network evaluations.
+        prefix: deterministic steps before the first stochastic one.
+        trained: trained steps.
+    """
 
     total: int
     prefix: int
@@ -36,19 +44,23 @@ class ImageSteps:
 
     @classmethod
     def of(cls, table: StepTable) -> ImageSteps:
+        """The steps of an image under a plan."""
         return cls(table.num_evaluations, table.prefix_steps, len(table.trained_steps))
 
 
-def evaluations(config: TrainConfig, steps: ImageSteps) -> dict[str, int]:
-    """Network evaluations of one iteration by part, without its evaluation of the gap: see the module."""
-    images, objective = config.rollout.images_per_iteration, config.objective
+def evaluations(config: TrainConfig, objective: Objective, steps: ImageSteps, columns: int) -> dict[str, int]:
+    """Network evaluations of one iteration by part, without its evaluation of the gap: see the module.
+
+    Args:
+        columns: things of each image that an optimiser step may train (`Objective.columns`).
+    """
+    images, settings = config.rollout.images_per_iteration, config.objective
     starts = images // config.rollout.images_per_prompt if config.rollout.shared_noise else images
-    kept = max(1, round(objective.timestep_fraction * steps.trained))
-    return {
-        "rollout": starts * steps.prefix + images * (steps.total - steps.prefix),
-        "reference": images * steps.trained if objective.kl_coef > 0 else 0,
-        "replay": images * kept * objective.num_inner_epochs,
-    }
+    kept = images * max(1, round(settings.timestep_fraction * columns))
+    pairs = kept * settings.num_inner_epochs
+    distinct = kept if settings.timestep_fraction == 1 else pairs
+    rollout = starts * steps.prefix + images * (steps.total - steps.prefix)
+    return {"rollout": rollout, **objective.evaluations(images, steps.trained, distinct, pairs)}
 
 
 def gap_evaluations(config: TrainConfig) -> int:
@@ -61,40 +73,54 @@ def evaluated(config: TrainConfig) -> list[int]:
     return sorted({*range(0, config.iterations + 1, config.evaluation.every), config.iterations})
 
 
-def run_evaluations(config: TrainConfig, steps_at: Callable[[int], ImageSteps]) -> dict[str, tuple[int, int, int]]:
+def run_evaluations(
+    config: TrainConfig, objective: Objective, table_at: Callable[[int], StepTable]
+) -> dict[str, tuple[int, int, int]]:
     """By part: the fewest and the most network evaluations of an iteration, and those of the whole run.
 
     Args:
-        steps_at: the steps of an image in each iteration from 1 on: a window that moves changes them.
+        table_at: plan of each iteration from 1 on: a window that moves changes it.
     """
-    seen = Counter(steps_at(iteration) for iteration in range(1, config.iterations + 1))
-    parts = [(evaluations(config, steps), times) for steps, times in seen.items()]
+    tables = map(table_at, range(1, config.iterations + 1))
+    seen = Counter((ImageSteps.of(table), objective.columns(table)) for table in tables)
+    parts = [(evaluations(config, objective, *what), times) for what, times in seen.items()]
     result = {
         part: (
             min(counts[part] for counts, _ in parts),
             max(counts[part] for counts, _ in parts),
             sum(counts[part] * times for counts, times in parts),
         )
-        for part in PARTS[:-1]
+        for part in parts[0][0]
     }
     one = gap_evaluations(config)
     return result | {"evaluation": (one, one, one * len(evaluated(config)))}
 
 
-def resolved(trainer: Trainer) -> str:
-    """The resolved configuration as YAML, then what the run would take as comments: text that is itself a recipe."""
-    from etude.config.algorithm import essence
+def resolved(config: TrainConfig, out: Path, resume: bool = False, policy: TrainablePolicy | None = None) -> str:
+    """The resolved configuration as YAML, then what the run would take as comments: text that is itself a recipe.
+
+    Args:
+        policy: model to count on. Default: an outline, for which the model's configuration is read and none of its weights.
+
+    Raises:
+        EtudeError: the run would be refused.
+    """
+    from etude.policies.loading import policy_of
+    from etude.training.blueprint import Blueprint
     from etude.training.memory_estimate import memory_estimate
 
-    config, policy = trainer.config, trainer.policy
-    trained = sum(parameter.numel() for parameter in trainer.parameters.values())
+    blueprint = Blueprint.of(config, out, resume)
+    policy = policy or policy_of(config, outline=True)
+    schedule = blueprint.schedule(policy)
+    blueprint.make_trainable(policy)
+    trained = sum(parameter.numel() for parameter in policy.trainable().values())
     whole = sum(parameter.numel() for parameter in policy.network.parameters())
-    counts = run_evaluations(config, lambda iteration: ImageSteps.of(trainer.plans.table_at(iteration)))
+    counts = run_evaluations(config, blueprint.objective, schedule.table_at)
     lines = [
         essence(config),
         f"trained parameters: {trained:,} of the network's {whole:,}",
         *_table(counts, len(evaluated(config)), config.iterations),
-        *_memory(memory_estimate(trainer)),
+        *_memory(memory_estimate(blueprint, policy, schedule)),
         *_models_of_rewards([*config.rewards, *config.evaluation.held_out_rewards]),
     ]
     return config.to_yaml() + "".join(f"# {line}\n" for line in lines)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from etude.batching import MicroBatch
 from etude.config import TrainConfig
-from etude.learning.draws import share
+from etude.learning.exchange import gather, share
 from etude.measuring.gap import Progress, Protocol, Scores, summarise
 from etude.policies import TrainablePolicy
 from etude.prompts import PromptSet, load_prompts, overlap
@@ -38,7 +38,7 @@ from etude.rewards import WeightedRewards
 from etude.sampling.etas import Eta, compact
 from etude.training import finish
 from etude.training.guards import fallen
-from etude.training.processes import failing_together, gather
+from etude.training.processes import failing_together
 from etude.training.reward_queue import Scorer
 
 

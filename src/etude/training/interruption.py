@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from etude.training.processes import gather
+from etude.learning.exchange import gather
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

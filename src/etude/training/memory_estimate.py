@@ -18,15 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from etude.config import OptimizerConfig
-from etude.learning.draws import share
+from etude.config import OptimizerConfig, TrainConfig
+from etude.policies.loading import DTYPES
 from etude.policies.outline import fake_mode
 from etude.policies.pipeline import PipelinePolicy
+from etude.training.schedule import PlanSchedule
 
 if TYPE_CHECKING:
     from etude.policies import TrainablePolicy
     from etude.sampling.plans import StepTable
-    from etude.training.trainer import Trainer
+    from etude.training.blueprint import Blueprint
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -34,22 +35,24 @@ EIGHT_BIT_LEAST, EIGHT_BIT_BLOCK = 4096, 256
 """Of bitsandbytes: numbers of a parameter whose moments are kept in 8 bits, and of a block that shares a scale."""
 
 
-def memory_estimate(trainer: Trainer) -> dict[str, int]:
-    """Bytes by part, of one process; the last is the sum. Parts that take nothing are left out."""
-    config, policy = trainer.config, trainer.policy
-    trained = list(trainer.parameters.values())
+def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: PlanSchedule) -> dict[str, int]:
+    """Bytes by part, of a run in one process; the last is the sum. Parts that take nothing are left out.
+
+    Args:
+        policy: outline of the model, made trainable.
+        schedule: plan of each iteration.
+    """
+    config, reference = blueprint.config, blueprint.objective.needs_reference
+    trained = list(policy.trainable().values())
     trained_bytes = sum(parameter.nbytes for parameter in trained)
     waiting = _waiting(policy)
-    images = len(share(config.rollout.images_per_iteration, trainer.accelerator.num_processes, 0))
-    prompt = trainer.evaluation.protocol.shown([0]).texts
+    images, prompt = config.rollout.images_per_iteration, blueprint.prompts.texts[:1]
     conditioning = policy.encode(prompt).prompt.values()
-    table = max(
-        (trainer.plans.table_at(iteration) for iteration in range(1, config.iterations + 1)), key=_stored_levels
-    )
-    stored = trajectory_floats(table, policy.dimensions, config.objective.kl_coef > 0) * FLOAT
-    copies = config.lora.rank == 0 and config.objective.kl_coef > 0
+    table = max((schedule.table_at(iteration) for iteration in range(1, config.iterations + 1)), key=_stored_levels)
+    stored = trajectory_floats(table, policy.dimensions, reference) * FLOAT
+    copies = config.lora.rank == 0 and reference
     frozen = sum(_bytes(part) for name, part in _parts(policy).items() if name not in waiting) - trained_bytes
-    phases = activations(trainer)
+    phases = activations(config, policy, schedule.table_at(1), prompt)
     largest = max(phases, key=phases.__getitem__)
     parts = {
         "frozen weights": frozen,
@@ -87,28 +90,27 @@ def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     return sum(moments(parameter.numel()) for parameter in parameters)
 
 
-def activations(trainer: Trainer) -> dict[str, int]:
+def activations(config: TrainConfig, policy: TrainablePolicy, table: StepTable, prompt: list[str]) -> dict[str, int]:
     """The most bytes alive at once in one micro-batch of each phase, beside what stays: weights, gradients, trajectory.
 
     An offloaded part counts where it visits the device.
     """
-    policy, replay = trainer.policy, trainer.replay_batches.size
-    images = trainer.config.rollout.images_per_iteration // trainer.accelerator.num_processes
-    sampled = min(trainer.rollout_batches.size, images)
-    trained = list(trainer.parameters.values())
-    told = policy.encode(trainer.evaluation.protocol.shown([0]).texts)
+    images, replay = config.rollout.images_per_iteration, config.objective.batch_size
+    sampled = min(config.rollout.batch_size, images)
+    trained = list(policy.trainable().values())
+    conditioning = policy.encode(prompt)
     mode = fake_mode(policy)
 
     def predict(count: int) -> Tensor:
         x = torch.randn(count, *policy.latent_shape, device=policy.device)
         rows = torch.zeros(count, dtype=torch.int64, device=policy.device)
-        timesteps = trainer.table.timesteps[:1].to(policy.device)[rows]
-        return policy.predict(x, timesteps, told.take(rows), trainer.config.sampling.guidance_scale)
+        timesteps = table.timesteps[:1].to(policy.device)[rows]
+        return policy.predict(x, timesteps, conditioning.take(rows), config.sampling.guidance_scale)
 
     phases = {
         f"replay of {replay}": peak_bytes(lambda: torch.autograd.grad(predict(replay).square().mean(), trained), mode),
     }
-    with policy.precision(trainer.rollout_dtype):
+    with policy.precision(DTYPES[config.rollout.dtype] if config.rollout.dtype else None):
         phases[f"rollout of {sampled}"] = peak_bytes(torch.no_grad()(lambda: predict(sampled)), mode)
     if isinstance(policy, PipelinePolicy):
         count, vae = min(policy.decode_batch.size, images), policy.pipeline.vae

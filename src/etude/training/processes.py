@@ -11,11 +11,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
-    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     gather_object,
@@ -24,12 +23,12 @@ from accelerate.utils import (
     is_trackio_available,
     is_wandb_available,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief
-from etude.training import zero
+from etude.learning.exchange import gather
 
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
 """Whether the package of a tracker, which has its name, is there."""
@@ -43,11 +42,16 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     """The accelerator of a run.
 
     Raises:
-        EtudeError: a tracker's package or DeepSpeed is missing, the launched processes do not form one group, the images of an
-            iteration do not divide among them, or DeepSpeed cannot do what is asked for.
+        EtudeError: a tracker's package is missing, DeepSpeed is asked for, the launched processes do not form one group, the images of an
+            iteration do not divide among them.
     """
     check_trackers(config.trackers)
-    launched, by_deepspeed = get_int_from_env(LAUNCHED, 1), zero.wanted()
+    if _asks_for("DEEPSPEED"):
+        raise EtudeError(
+            "Accelerate's configuration asks for DeepSpeed, which is not supported: use FSDP2, which divides the network and the "
+            "optimiser's moments among the processes (examples/accelerate/fsdp2.yaml)."
+        )
+    launched = get_int_from_env(LAUNCHED, 1)
     # Explicit, so that no environment variable of a launcher scales the loss or changes the precision.
     accelerator = Accelerator(
         # Without it processes that torchrun started where there is no GPU would form no group: each would be a run of its own.
@@ -70,13 +74,7 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
         )
     if torch.distributed.is_initialized():
         _keep_for_good(torch.distributed.group.WORLD)
-    if accelerator.distributed_type == DistributedType.MULTI_CPU:
-        if by_deepspeed:
-            zero.use_on_cpu(accelerator)
-        else:
-            _shard_on_cpu(accelerator)
-    if zero.in_use(accelerator):
-        zero.configure(accelerator, config)
+    _check_sharding(accelerator)
     _check_division(config, accelerator.num_processes)
     return accelerator
 
@@ -107,17 +105,20 @@ def _check_division(config: TrainConfig, processes: int) -> None:
         )
 
 
-def _shard_on_cpu(accelerator: Accelerator) -> None:
-    """Lets FSDP run on the CPU too, where Accelerate, which has it for accelerators only, would leave every process the whole model."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return
-    state = accelerator.state
-    state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    if state.fsdp_plugin.fsdp_version != 2:
+def _check_sharding(accelerator: Accelerator) -> None:
+    """Refuses FSDP where Accelerate would leave every process the whole model, and its first version."""
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and _asks_for("FSDP"):
+        raise EtudeError(
+            "Accelerate's configuration asks for FSDP, which divides a network among accelerators, and this machine has none: use "
+            "examples/accelerate/ddp.yaml."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise EtudeError("FSDP's first version is not supported: set fsdp_version: 2 in Accelerate's configuration.")
-    # The plugin looks at the type where it is used, and at nothing that a CPU lacks.
-    state.distributed_type = DistributedType.FSDP
-    PartialState().distributed_type = DistributedType.FSDP
+
+
+def _asks_for(strategy: str) -> bool:
+    """Whether the launcher's configuration asks for FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{strategy}", "false").lower() == "true"
 
 
 def _keep_for_good(group: object) -> None:
@@ -207,9 +208,3 @@ def check_trackers(names: Iterable[str]) -> None:
             raise EtudeError(
                 f"trackers holds '{name}', whose package is not installed: pip install {name}, or take it out of trackers."
             )
-
-
-def gather(accelerator: Accelerator, values: Tensor, count: int) -> Tensor:
-    """All processes' rows in the order of the samples (`share`), on the CPU: `[count, ...]`."""
-    gathered: Tensor = accelerator.gather(values.to(accelerator.device))
-    return gathered.cpu()[:count]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -32,23 +33,37 @@ class Scorer:
         self.rewards, self.timeout, self.on_wait = rewards, timeout, on_wait
         self._pending: PendingScores | None = None
 
-    def evaluate(self, images: Tensor, prompts: list[str], metadata: Any = None) -> dict[str, Tensor]:
+    def evaluate(
+        self, images: Tensor, prompts: list[str], metadata: Any = None, groups: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
         """As `WeightedRewards.evaluate`."""
-        scoring = self.rewards.start(images, prompts, metadata, held_out=True)
+        scoring = self.rewards.start(images, prompts, metadata, groups=groups, held_out=True)
         try:
             return self.rewards.summed(self.result(scoring))
         finally:
             scoring.cancel()
 
-    def pending(self, prompts: PromptSet, early: bool = True, first: int = 0) -> PendingScores:
+    def pending(
+        self, prompts: PromptSet, early: bool = True, first: int = 0, groups: Sequence[int] | None = None
+    ) -> PendingScores:
         """The scores of an iteration's images, to which batches are then handed in.
 
         Args:
-            first: number of the first of them among those of all processes, for messages.
             early: let the failure of one batch be raised when the next one is handed in.
+            first: number of the first of them among those of all processes, for messages.
+            groups: the group of each image, consecutive and whole. Where a reward compares the images of a group, images wait
+                here until their group is complete. Default: images of equal prompts.
         """
-        self._pending = PendingScores(self, prompts, early, first)
+        self._pending = PendingScores(self, prompts, early, first, groups)
         return self._pending
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Cancels what is under way after a failure."""
+        if kind is not None:
+            self.cancel()
 
     def cancel(self) -> None:
         """Ends the requests that are under way, and what has not begun."""
@@ -76,9 +91,13 @@ class Scorer:
 class PendingScores:
     """The scores of an iteration's images; see `Scorer.pending`."""
 
-    def __init__(self, scorer: Scorer, prompts: PromptSet, early: bool, first: int) -> None:
+    def __init__(
+        self, scorer: Scorer, prompts: PromptSet, early: bool, first: int, groups: Sequence[int] | None = None
+    ) -> None:
         self._scorer, self._prompts, self._early, self._first = scorer, prompts, early, first
+        self._groups = groups if scorer.rewards.whole_groups else None
         self._batches: dict[int, Scoring] = {}
+        self._waiting: dict[int, Tensor] = {}
 
     def begin(self, rows: slice, images: Tensor) -> None:
         """Begins to score the images of some rows, and returns at once.
@@ -89,9 +108,20 @@ class PendingScores:
         if self._early:
             for scoring in filter(_failed, self._batches.values()):
                 scoring.result(timeout=0)
+        if self._groups is None:
+            self._start(rows, images)
+            return
+        self._waiting |= dict(zip(range(rows.start, rows.stop), images, strict=True))
+        for _, members in groupby(range(len(self._groups)), key=self._groups.__getitem__):
+            group = list(members)
+            if all(row in self._waiting for row in group):
+                self._start(slice(group[0], group[-1] + 1), torch.stack([self._waiting.pop(row) for row in group]))
+
+    def _start(self, rows: slice, images: Tensor) -> None:
         some = self._prompts.select(range(rows.start, rows.stop))
+        groups = None if self._groups is None else self._groups[rows]
         self._batches[rows.start] = self._scorer.rewards.start(
-            images, some.texts, some.metadata, offset=self._first + rows.start
+            images, some.texts, some.metadata, groups=groups, offset=self._first + rows.start
         )
 
     def result(self) -> dict[str, Tensor]:

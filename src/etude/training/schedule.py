@@ -1,7 +1,7 @@
-"""Which plan each iteration trains under: every step stochastic (DDPO, Flow-GRPO), or a window that moves (MixGRPO, MixGRPO-Flash).
+"""The plan of each iteration: every step stochastic (DDPO, Flow-GRPO), or a window that moves (MixGRPO, MixGRPO-Flash).
 
-The eta of each step is `etude.sampling.etas`' business: one number, a list over the steps, or a schedule over steps or iterations. A window takes
-from it the etas of the steps it holds.
+`etude.sampling.etas` gives the eta of each step: one number, a list over the steps, or a schedule over steps or iterations.
+A window takes the etas of the steps that it holds.
 """
 
 from __future__ import annotations
@@ -16,22 +16,55 @@ from etude.sampling.etas import compact
 from etude.sampling.kernels import make_kernel
 from etude.sampling.paths import Grid
 from etude.sampling.plans import SamplingPlan, StepTable
-from etude.sampling.windows import WindowSchedule, trainable_range
+from etude.sampling.windows import WindowSchedule, make_window, trainable_range
 
 
-class TrainingPlans:
+def check_sampling(sampling: SamplingConfig, trains_steps: bool) -> None:
+    """Refuses kernels, etas and windows that cannot be trained with, before a model is loaded.
+
+    Args:
+        trains_steps: whether the objective needs the log-probabilities of stochastic steps.
+
+    Raises:
+        EtudeError: the kernel does not exist or refuses an eta, no step is stochastic in some iteration, or there is a window
+            for an objective that trains no steps.
+    """
+    for eta in sampling.all_etas:
+        make_kernel(sampling.kernel, eta)
+    if not trains_steps:
+        if sampling.window is not None:
+            raise EtudeError(
+                "sampling.window is for objectives that train the steps of the sampler, and this one trains on final images: "
+                "set sampling.window to null."
+            )
+        return
+    if max(sampling.all_etas) == 0:
+        raise EtudeError(
+            "sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)."
+        )
+    schedule = sampling.eta_schedule
+    if schedule is not None and schedule.over == "iterations" and min(sampling.all_etas) == 0:
+        key = "eta" if sampling.eta == 0 else "eta_schedule.end"
+        raise EtudeError(
+            f"sampling.{key} = 0 is the ODE, which has no log-probability to train in that iteration; use a value above 0, "
+            "for example 0.1."
+        )
+
+
+class PlanSchedule:
     """The training sampler of each iteration: a function of the iteration alone, so that processes agree and a resumed run too.
 
     Args:
         sampling: kernel, eta and its schedule, steps, first step and window.
-        grid: the levels of its `num_steps` steps.
-        seed: of the random window.
+        grid: levels of its `num_steps` steps.
+        seed: seed of the random window.
         device: where the tables are needed.
-        iterations: of the whole run, over which a schedule of eta may stretch.
+        iterations: iterations of the whole run, over which a schedule of eta may stretch.
+        trains_steps: whether the stochastic steps are trained. False: the rollout keeps final images alone.
 
     Raises:
-        EtudeError: eta is illegal for the kernel at some level in some iteration, no step is stochastic, or the window does not fit
-            those that are.
+        EtudeError: eta is illegal for the kernel at some level in some iteration, no step is stochastic, or the window does
+            not fit those that are.
     """
 
     def __init__(
@@ -41,11 +74,12 @@ class TrainingPlans:
         seed: int,
         device: torch.device | str = "cpu",
         iterations: int = 1,
+        trains_steps: bool = True,
     ) -> None:
-        self.sampling, self.grid, self.device = sampling, grid, device
+        check_sampling(sampling, trains_steps)
+        self.sampling, self.grid, self.device, self.trains_steps = sampling, grid, device, trains_steps
         self.etas = sampling.etas(iterations)
-        everywhere = self._check()
-        self.schedule = self._schedule(everywhere, seed)
+        self.schedule = self._window_schedule(self._check(), seed)
         self._last: tuple[SamplingPlan, StepTable] | None = None
 
     def eta_at(self, iteration: int) -> float | list[float]:
@@ -56,6 +90,8 @@ class TrainingPlans:
         """First step and size of the window in an iteration, whose steps count from 0; None where every step is stochastic."""
         if self.schedule is None:
             return None
+        if iteration < 1:
+            raise EtudeError(f"iteration {iteration} has no window: training counts its iterations from 1.")
         return {"start": self.schedule.start_at(iteration), "size": self.schedule.size}
 
     def table_at(self, iteration: int) -> StepTable:
@@ -82,7 +118,8 @@ class TrainingPlans:
 
     def _everywhere(self, iteration: int) -> SamplingPlan:
         etas, sampling = self.etas.at(iteration, self.sampling.num_steps), self.sampling
-        return SamplingPlan.from_etas(etas, partial(make_kernel, sampling.kernel), first_step=sampling.first_step)
+        kernel = partial(make_kernel, sampling.kernel)
+        return SamplingPlan.from_etas(etas, kernel, self.trains_steps, sampling.first_step)
 
     def _check(self) -> StepTable:
         """The table of the first iteration without a window, once every iteration is known to have one that trains the same steps.
@@ -92,6 +129,8 @@ class TrainingPlans:
         """
         tables = {k: self._everywhere(k).tabulate(self.grid) for k in self.etas.extremes}
         steps = {k: table.trained_steps for k, table in tables.items()}
+        if not self.trains_steps:
+            return tables[1]
         if not steps[1]:
             raise EtudeError(
                 f"sampling.num_steps = {self.sampling.num_steps} leaves no stochastic step to train: use more steps."
@@ -104,22 +143,12 @@ class TrainingPlans:
             )
         return tables[1]
 
-    def _schedule(self, everywhere: StepTable, seed: int) -> WindowSchedule | None:
+    def _window_schedule(self, everywhere: StepTable, seed: int) -> WindowSchedule | None:
         """The window's schedule within the steps that can be stochastic, so that all of a window's steps are trained."""
         window = self.sampling.window
         if window is None:
             return None
-        possible = trainable_range(everywhere)
-        end = possible.stop if window.end is None else min(window.end, possible.stop)
-        return WindowSchedule(
-            strategy=window.strategy,
-            num_steps=end,
-            start=possible.start if window.start is None else max(window.start, possible.start),
-            size=window.size,
-            iters_per_shift=window.iters_per_shift,
-            stride=window.stride,
-            roll_back=window.roll_back,
-            seed=seed,
-            decay_rate=window.decay_rate,
-            decay_threshold=window.decay_threshold,
-        )
+        trainable = trainable_range(everywhere)
+        stop = trainable.stop if window.end is None else min(window.end, trainable.stop)
+        start = trainable.start if window.start is None else max(window.start, trainable.start)
+        return make_window(window.strategy, {**window.settings(), "start": start, "stop": stop, "seed": seed})

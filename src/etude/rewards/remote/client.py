@@ -45,6 +45,8 @@ class RemoteReward:
         concurrency: requests under way at a time, over all calls.
         retries: attempts after the first.
         backoff: seconds before the first retry.
+        whole_groups: 1 if the server's reward compares the images of a group. A request then holds whole groups, as many as
+            `batch_size` has room for and at least one, and says which image belongs to which.
 
     Raises:
         EtudeError: a url or an option that cannot be used; when called, a server that fails.
@@ -59,6 +61,7 @@ class RemoteReward:
         concurrency: int = 4,
         retries: int = 4,
         backoff: float = 1.0,
+        whole_groups: int = 0,
     ) -> None:
         for name, value, least in (
             ("timeout", timeout, 1e-3),
@@ -66,6 +69,7 @@ class RemoteReward:
             ("concurrency", concurrency, 1),
             ("retries", retries, 0),
             ("backoff", backoff, 0),
+            ("whole_groups", whole_groups, 0),
         ):
             if not least <= value < float("inf"):
                 raise EtudeError(
@@ -74,6 +78,7 @@ class RemoteReward:
         self._address = _checked_url(url)
         self.url, self.timeout, self.batch_size = url, timeout, batch_size
         self.concurrency, self.retries, self.backoff = concurrency, retries, backoff
+        self.whole_groups = bool(whole_groups)
         self._token = token_for(self._address.raw_host.decode("ascii"), self._address.port)
         self._verify = self._address.scheme == "https" and ssl.create_default_context()
         self._turns: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
@@ -130,17 +135,34 @@ class RemoteReward:
     async def _all(self, images: Tensor, prompts: list[str], metadata: dict[str, Any]) -> Tensor:
         async with self._client() as client:
             tasks = []
-            for start in range(0, len(prompts), self.batch_size):
-                batch = slice(start, start + self.batch_size)
-                columns = {name: values[batch] for name, values in metadata.items()}
-                tasks.append(asyncio.ensure_future(self._batch(client, images[batch], prompts[batch], columns)))
+            batches = self._batches(len(prompts), metadata.get("groups") if self.whole_groups else None)
+            for rows in batches:
+                columns = {name: [values[row] for row in rows] for name, values in metadata.items()}
+                own = [prompts[row] for row in rows]
+                tasks.append(asyncio.ensure_future(self._batch(client, images[rows], own, columns)))
             try:
-                rows = await asyncio.gather(*tasks)
+                answers = await asyncio.gather(*tasks)
             finally:  # after a failure nobody waits for the others any more
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
-        return torch.tensor([score for row in rows for score in row], dtype=torch.float32)
+        scores = torch.empty(len(prompts), dtype=torch.float32)
+        for rows, answer in zip(batches, answers, strict=True):
+            scores[rows] = torch.tensor(answer, dtype=torch.float32)
+        return scores
+
+    def _batches(self, count: int, groups: list[int] | None) -> list[list[int]]:
+        """The rows of each request: consecutive ones, or those of whole groups."""
+        if groups is None:
+            return [list(range(count))[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
+        batches: list[list[int]] = []
+        for group in dict.fromkeys(groups):
+            rows = [row for row, other in enumerate(groups) if other == group]
+            if batches and len(batches[-1]) + len(rows) <= self.batch_size:
+                batches[-1] += rows
+            else:
+                batches.append(rows)
+        return batches
 
     async def _batch(
         self, client: httpx2.AsyncClient, images: Tensor, prompts: list[str], metadata: dict[str, Any]
@@ -157,7 +179,10 @@ class RemoteReward:
         return self._turns[1]
 
     def _body(self, images: Tensor, prompts: list[str], metadata: dict[str, Any]) -> bytes:
-        message = {"images": [encode_image(image) for image in images], "prompts": prompts, "metadata": metadata}
+        columns = dict(metadata)
+        groups = {"groups": columns.pop("groups")} if self.whole_groups else {}
+        encoded = [encode_image(image) for image in images]
+        message = {"images": encoded, "prompts": prompts, "metadata": columns, **groups}
         try:
             return json.dumps(message, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:

@@ -232,7 +232,14 @@ class _Scorer:
         except EtudeError as error:
             raise _RefusedError(400, str(error)) from None
         try:
-            scores: list[float] = score(self.name, self.reward, images, message.prompts, message.metadata).tolist()
+            if message.groups is None and getattr(self.reward, "whole_groups", False):
+                raise EtudeError(
+                    f"the reward '{self.name}' compares the images of a group and was told no groups: name it with "
+                    "#whole_groups=1 after the url."
+                )
+            scores: list[float] = score(
+                self.name, self.reward, images, message.prompts, message.metadata, groups=message.groups
+            ).tolist()
         except EtudeError as error:
             raise _RefusedError(422, str(error)) from error
         return scores

@@ -33,10 +33,15 @@ class ScoreRequest(BaseModel):
     )
     prompts: list[str] = Field(description="The prompt of each image.")
     metadata: dict[str, list[Any]] = Field({}, description="More about each image: by name, a list with an entry each.")
+    groups: list[int] | None = Field(
+        None,
+        description="For a reward that compares the images of a group: a number for each image, equal within a group.",
+    )
 
     @model_validator(mode="after")
     def _one_of_each(self) -> ScoreRequest:
         columns: dict[str, list[Any]] = {"prompts": self.prompts, **self.metadata}
+        columns |= {} if self.groups is None else {"groups": self.groups}
         for name, column in columns.items():
             if len(column) != len(self.images):
                 raise ValueError(f"there are {len(self.images)} images but {len(column)} entries in '{name}'")

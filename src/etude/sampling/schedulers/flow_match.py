@@ -12,8 +12,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
-from etude.errors import EtudeError, brief, unknown
-from etude.sampling.kernels import KERNELS, Kernel
+from etude.errors import EtudeError, brief
+from etude.sampling.kernels import Kernel, make_kernel
 from etude.sampling.paths import FlowPath, check_mu, flow_grid
 from etude.sampling.plans import SamplingPlan, StepTable
 from etude.sampling.schedulers.kernel_step import Generators, KernelStep
@@ -96,9 +96,7 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
     @property
     def kernel(self) -> Kernel:
         """The config's kernel at the config's eta."""
-        if self.config.kernel not in KERNELS:
-            raise unknown("kernel", str(self.config.kernel), KERNELS)
-        return KERNELS[self.config.kernel](eta=self.config.eta)
+        return make_kernel(self.config.kernel, self.config.eta)
 
     def set_timesteps(
         self,

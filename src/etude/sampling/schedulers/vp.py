@@ -13,8 +13,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from torch import Tensor
 
-from etude.errors import EtudeError, unknown
-from etude.sampling.kernels import KERNELS, Kernel
+from etude.errors import EtudeError
+from etude.sampling.kernels import Kernel, make_kernel
 from etude.sampling.paths import VPPath, is_flow_config, per_sample, scheduler_defaults
 from etude.sampling.plans import SamplingPlan, StepTable
 from etude.sampling.schedulers.kernel_step import Generators, KernelStep
@@ -100,9 +100,7 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
     @property
     def kernel(self) -> Kernel:
         """The config's kernel at the config's eta."""
-        if self.config.kernel not in KERNELS:
-            raise unknown("kernel", str(self.config.kernel), KERNELS)
-        return KERNELS[self.config.kernel](eta=self.config.eta)
+        return make_kernel(self.config.kernel, self.config.eta)
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)

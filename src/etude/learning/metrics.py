@@ -1,0 +1,131 @@
+"""Metrics: the numbers of an iteration, each declared once with its words, its computation and its limit.
+
+The update computes them, the trainer merges them over processes and stops a run that leaves their limits; watch, report and
+the documentation show their words. An objective declares its own (`Objective.metrics`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from etude.errors import EtudeError
+from etude.registry import OBJECTIVES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Records = dict[str, list["Tensor"]]
+"""Detached tensors by name: an entry a micro-batch, or an entry an optimiser step."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of an iteration.
+
+    Attributes:
+        name: key in `metrics.jsonl`.
+        title: name for people.
+        note: one sentence on the meaning.
+        act: when to act, and how; empty if never.
+        compute: the number as a scalar tensor, from the records; None for a number that is computed elsewhere.
+        needs: records without which there is no such number in this iteration.
+        merge: how the numbers of several processes become one.
+        limit: largest magnitude of a run that has not diverged. Default: whatever is finite.
+        from_zero: draw the axis from 0.
+        logged: write the number into `metrics.jsonl`.
+    """
+
+    name: str
+    title: str
+    note: str
+    act: str = ""
+    compute: Callable[[Records], Tensor] | None = None
+    needs: tuple[str, ...] = ()
+    merge: Literal["mean", "max"] = "mean"
+    limit: float = sys.float_info.max
+    from_zero: bool = False
+    logged: bool = True
+
+
+def mean(name: str) -> Callable[[Records], Tensor]:
+    """The mean of a record over everything that was recorded."""
+
+    def compute(records: Records) -> Tensor:
+        values = joined(records[name])
+        return (values if values.is_floating_point() else values.float()).mean()
+
+    return compute
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """The entries of a record as one tensor `[all]`."""
+    import torch
+
+    return torch.cat(parts) if parts[0].ndim else torch.stack(parts)
+
+
+LOSS = Metric(
+    "loss",
+    "loss",
+    "The loss, mean over the optimiser steps. PPO's stays near 0, because advantages have mean 0: it is no measure of progress.",
+    compute=mean("loss"),
+    needs=("loss",),
+)
+GRAD_NORM = Metric(
+    "grad_norm",
+    "gradient norm",
+    "The norm of the gradient before clipping, mean over the optimiser steps.",
+    "often above `optimizer.max_grad_norm`: every step is clipped",
+    compute=mean("grad_norm"),
+    needs=("grad_norm",),
+    from_zero=True,
+)
+LARGEST_WEIGHT = Metric("largest weight", "largest weight", "The largest trained weight.", merge="max", logged=False)
+ZERO_STD_RATIO = Metric(
+    "zero_std_ratio",
+    "groups without a signal",
+    "The share of groups whose rewards are all equal: they teach nothing.",
+    "above a half: larger groups, harder prompts, or a reward with more shades",
+    from_zero=True,
+)
+COMMON = (LOSS, GRAD_NORM, LARGEST_WEIGHT, ZERO_STD_RATIO)
+"""The metrics of every objective."""
+
+
+def metrics_of(objective: str) -> tuple[Metric, ...]:
+    """The metrics of a run with that objective; the common ones alone where the objective is not installed here."""
+    try:
+        own: tuple[Metric, ...] = OBJECTIVES.get(objective).metrics
+    except EtudeError:
+        own = ()
+    return (*own, *COMMON)
+
+
+def compute_all(metrics: Iterable[Metric], records: Records) -> dict[str, float]:
+    """The numbers of those metrics whose records are there; the device is read once."""
+    import torch
+
+    values = {
+        metric.name: metric.compute(records)
+        for metric in metrics
+        if metric.compute is not None and all(records.get(name) for name in metric.needs)
+    }
+    if not values:
+        return {}
+    numbers = torch.stack([value.double() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))
+
+
+def merge(metrics: Iterable[Metric], columns: Mapping[str, Tensor]) -> dict[str, float]:
+    """One number for each metric, from those of all processes `[processes]`."""
+    how = {metric.name: metric.merge for metric in metrics}
+    return {name: float(values.max() if how[name] == "max" else values.mean()) for name, values in columns.items()}
+
+
+def beyond_limit(metrics: Iterable[Metric], numbers: Mapping[str, float]) -> str | None:
+    """The first metric that is not finite or beyond its limit, in the order of the numbers; None if training is sound."""
+    limits = {metric.name: metric.limit for metric in metrics}
+    return next((name for name, value in numbers.items() if not abs(value) <= limits[name]), None)

@@ -1,0 +1,23 @@
+"""Objectives: the losses that an optimiser step minimises, one class a file, by name in `etude.registry.OBJECTIVES`."""
+
+from __future__ import annotations
+
+from etude.config import ObjectiveConfig
+from etude.errors import EtudeError
+from etude.learning.objectives.objective import Keep, Loss, Objective, Samples
+from etude.registry import OBJECTIVES
+
+__all__ = ["Keep", "Loss", "Objective", "Samples", "make_objective"]
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """The objective of a configuration.
+
+    Raises:
+        EtudeError: the name is unknown, or the constructor refuses a value.
+    """
+    kind = OBJECTIVES.get(config.kind)
+    if not (isinstance(kind, type) and issubclass(kind, Objective)):
+        raise EtudeError(f"objective.kind = {config.kind} is {kind!r}: give {OBJECTIVES.wanted}.")
+    objective: Objective = kind.from_config(config)
+    return objective

@@ -1,0 +1,60 @@
+"""REINFORCE: the score-function estimator of DDPO (arXiv 2305.13301)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from etude.config import ObjectiveConfig
+from etude.errors import EtudeError
+from etude.learning.objectives.policy_gradient import (
+    RATIOS,
+    REFERENCE_KL,
+    PolicyGradient,
+    PolicyLoss,
+    check_shapes,
+    clip_advantages,
+    diagnostics,
+)
+from etude.policies import TrainablePolicy
+
+
+class Reinforce(PolicyGradient):
+    """`mean -A log_prob`, valid for one optimiser step on fresh samples: see `reinforce_loss`."""
+
+    label = "REINFORCE"
+    metrics = (*RATIOS, REFERENCE_KL)
+
+    @classmethod
+    def from_config(cls, config: ObjectiveConfig) -> Reinforce:
+        """The objective of a configuration.
+
+        Raises:
+            EtudeError: more than one optimiser step on a rollout, or a ratio, which this objective does not have.
+        """
+        if (config.num_inner_epochs, config.updates_per_epoch) != (1, 1):
+            raise EtudeError(
+                "objective.kind = reinforce is on-policy: num_inner_epochs and updates_per_epoch must be 1, not "
+                f"{config.num_inner_epochs} and {config.updates_per_epoch}."
+            )
+        if config.old_log_prob == "replay":
+            raise EtudeError("objective.kind = reinforce has no ratio: old_log_prob = replay is for ppo; leave it out.")
+        return cls(config.logprob_reduction, config.adv_clip_max, config.kl_coef)
+
+    def surrogate(
+        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, policy: TrainablePolicy
+    ) -> PolicyLoss:
+        return reinforce_loss(log_prob, advantages, self.adv_clip_max)
+
+
+def reinforce_loss(log_prob: Tensor, advantages: Tensor, adv_clip_max: float) -> PolicyLoss:
+    """`mean -A log_prob`: the score-function estimator of DDPO (arXiv 2305.13301), valid for one step on fresh samples.
+
+    `log_prob` and `advantages` are `[n]`. The policy is the one that drew the samples: every `ratio` is 1.
+
+    Raises:
+        EtudeError: the shapes differ.
+    """
+    check_shapes(log_prob=log_prob, advantages=advantages)
+    terms = -clip_advantages(advantages, adv_clip_max, log_prob) * log_prob
+    return PolicyLoss(terms.mean(), *diagnostics(torch.zeros_like(log_prob), 0.0))

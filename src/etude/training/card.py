@@ -1,0 +1,131 @@
+"""The model card beside exported weights: what they are, the two numbers, and how plain diffusers loads them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from etude.config import TrainConfig
+from etude.config.algorithm import algorithm
+from etude.learning.objectives import Objective
+from etude.measuring.statistics import Estimate
+from etude.policies import TrainablePolicy
+from etude.policies.deployment import deployment_snippet, stochastic_scheduler, stochastic_snippet
+from etude.policies.loading import split_revision
+from etude.sampling.etas import eta_text
+from etude.training.best import explain_best
+
+
+def summary_of_the_best(summary: dict[str, Any], config: TrainConfig, policy: TrainablePolicy) -> dict[str, Any]:
+    """The summary of the weights that were best: of an earlier iteration, or of the last."""
+    best = summary["best"]
+    advice = (
+        f"{deployment_advice(config, policy, best['evaluation'])} {explain_best(best)} Of a run of {summary['iterations']} iterations. "
+        "The table is of the evaluation that these weights were chosen by, and figures that a choice rests on flatter: go by those from "
+        "fresh noise, or measure on other prompts with `etude gap --prompts`."
+    )
+    return {**summary, "iterations": best["iteration"], "final": best["evaluation"], "deploy": advice}
+
+
+def deployment_advice(config: TrainConfig, policy: TrainablePolicy, evaluation: dict[str, Any]) -> str:
+    """Which sampler the evidence favours, judged on the first reward that was trained."""
+    reward, eta, kernel = next(iter(config.rewards)), evaluation["eta"], config.sampling.kernel
+    at = f"eta = {eta_text(eta)}"
+    gap = evaluation["gap"][reward]
+    interval = f"gap {Estimate(**gap)}"
+    if gap["low"] > 0:
+        return f"Ship the ODE sampler: it scores higher than the SDE at {at} on {reward} ({interval})."
+    if gap["high"] < 0:
+        stochastic = "draw with `SamplingPlan.from_etas` in Python"
+        if isinstance(eta, int | float):
+            told = f"eta={eta:g}, kernel={kernel!r}, first_step={config.sampling.first_step!r}"
+            stochastic = f"deploy {stochastic_scheduler(policy)} with {told}, as the model card shows,"
+        return (
+            f"The ODE sampler is what etude ships, but the SDE at {at} scores higher on {reward} ({interval}): "
+            f"{stochastic} if that difference matters to you."
+        )
+    return f"Ship the ODE sampler: on {reward} it cannot be told from the SDE at {at} ({interval}), and it is deterministic."
+
+
+def model_card(
+    summary: dict[str, Any], config: TrainConfig, policy: TrainablePolicy, objective: Objective, suffix: str = ""
+) -> str:
+    """The README.md beside the weights: what they are, the two numbers, and how plain diffusers loads them."""
+    final = summary["final"]
+    rows = [
+        f"| {reward}{' (held out)' if reward in summary['held_out_rewards'] else ''} | "
+        + " | ".join(str(Estimate(**final[quantity][reward])) for quantity in ("ode", "sde", "improvement", "gap"))
+        + " |"
+        for reward in final["ode"]
+    ]
+    num_steps = final.get("num_steps", config.sampling.num_steps)
+    snippet = deployment_snippet(
+        policy,
+        config.model,
+        num_steps,
+        config.sampling.guidance_scale,
+        config.dtype,
+        suffix,
+        config.pipeline_config,
+        config.variant,
+    )
+    return f"""---
+base_model: {json.dumps(split_revision(config.model)[0])}
+library_name: diffusers
+tags: [text-to-image, reinforcement-learning, etude]
+---
+
+# {config.model} tuned on {", ".join(config.rewards)}
+
+Fine-tuned by etude {summary["versions"]["etude"]} with {algorithm(config.model_dump())} ({objective.label}) under the
+{config.sampling.kernel} sampler at eta = {config.sampling.eta_text}{_first_step(config)}{_window(config)}: {summary["iterations"]} iterations of
+{config.rollout.images_per_iteration} images, {config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale:g}, seed {config.seed}.
+
+| reward | ODE | SDE, eta = {eta_text(final["eta"])} | improvement | gap |
+| --- | --- | --- | --- | --- |
+{chr(10).join(rows)}
+
+improvement = ODE of this model minus ODE of the base model; gap = ODE minus SDE, both of this model. Means with 95 % bootstrap
+intervals clustered by prompt, {config.evaluation.num_images} pairs of images of {_kind_of_prompts(final)} from the same noise.
+{summary["deploy"]}
+
+```python
+{snippet}
+```
+{_stochastic(final["eta"], num_steps, config, policy)}{_reward_models(summary)}"""
+
+
+def _kind_of_prompts(evaluation: dict[str, Any]) -> str:
+    seen = evaluation.get("prompts_trained_on", 0)
+    return f"prompts of which {seen} were trained on" if seen else "held-out prompts"
+
+
+def _reward_models(summary: dict[str, Any]) -> str:
+    """The hub repositories that the rewards were read from, each with its commit."""
+    read = [
+        f"{name.partition(':')[0]} from "
+        + ", ".join(f"{repository.partition('@')[0]} at {commit}" for repository, commit in commits.items())
+        for name, commits in summary["reward_revisions"].items()
+    ]
+    return f"\nRewards: {'; '.join(read)}.\n" if read else ""
+
+
+def _stochastic(eta: Any, num_steps: int, config: TrainConfig, policy: TrainablePolicy) -> str:
+    """How plain diffusers draws with the SDE of the table; nothing where eta differs by step, which schedulers do not take."""
+    if not isinstance(eta, int | float):
+        return ""
+    sampling = config.sampling
+    lines = stochastic_snippet(
+        policy, num_steps, sampling.guidance_scale, sampling.kernel, float(eta), sampling.first_step
+    )
+    return f"\nThe SDE of the table instead, after these lines:\n\n```python\n{lines}\n```\n"
+
+
+def _first_step(config: TrainConfig) -> str:
+    first_step = config.sampling.first_step
+    return "" if first_step == "ode" else f" (first step {first_step})"
+
+
+def _window(config: TrainConfig) -> str:
+    window = config.sampling.window
+    return "" if window is None else f" in a {window.strategy} window of {window.size} steps"
