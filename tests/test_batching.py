@@ -147,7 +147,7 @@ def sampled(policy, batch_size, on_step=lambda done: None):
         3.0,
         batch_size,
         "mean",
-        reference=policy.reference,
+        policy.reference,
         on_step,
         noise_samples=keys,
         prompts=PROMPTS,

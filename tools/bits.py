@@ -15,11 +15,12 @@ The exit code is 1 if any quantity differs or a case fails, and 0 otherwise.
 Only the command line is called, since its names stay when modules move.
 Nothing of etude is imported here, but the Python that runs this file needs etude's dependencies.
 All cases take about six minutes on two idle cores.
-Only records of one machine and one set of packages can be compared: another processor rounds
-differently.
+Only records of one machine and one set of packages can be compared, because another processor
+rounds differently.
 
-What depends on the clock or the machine is left out: times, memory, versions, and `report.html`,
-which shows them. `etude advise` is left out too, because it sizes its pilots by the clock.
+Times, memory and versions are left out, because they depend on the clock and the machine.
+`report.html` is left out, because it shows them.
+`etude advise` is left out, because it sizes its pilots by the clock.
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ from PIL import Image
 Bits = dict[str, str]
 """SHA-256 of each quantity of one case, by the quantity's name."""
 Settings = dict[str, Any]
+"""Values of `--set`, by key."""
 
 FAILED = "failed"
 """Entry of a case that did not end well. Its value is the reason."""
-UNTOLD = {"seconds", "memory_mb", "peak_memory_mb", "versions", "machine", "started", "finished"}
-"""Keys of JSON that are left out at any depth: they tell of the clock, machine and packages."""
+MACHINE_KEYS = {"seconds", "memory_mb", "peak_memory_mb", "versions", "machine", "started", "finished"}
+"""Keys of JSON that depend on the clock, the machine or its packages, at any depth."""
 ENVIRONMENT = {
     **{f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")},
     "HF_HUB_OFFLINE": "1",
@@ -67,9 +69,9 @@ ENVIRONMENT = {
     "TERM": "dumb",
 }
 """Variables of every case: one thread, so that sums have one order; no hub; one width of print."""
-OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables by which a process takes itself for one of several; cases do not inherit them."""
-PRELOADED = [
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that make a process one of several. Cases do not inherit them."""
+PRELOADS = [
     "__main__",
     "accelerate",
     "diffusers.models.autoencoders.autoencoder_asym_kl",
@@ -89,10 +91,10 @@ PRELOADED = [
     "transformers.models.clip.modeling_clip",
     "typer",
 ]
-"""Modules of other packages whose import would take most of a case's time.
+"""Modules of other packages, whose import would take most of a case's time.
 
-One process imports them once, and each case is a fork of it. A module that is missing is passed
-over, and then each case imports what it needs.
+One process imports them once, and each case is a fork of it.
+A module that does not exist is passed over.
 """
 _FORKS = threading.Lock()
 """Lock around every call of `multiprocessing`, which two threads may not make at once."""
@@ -111,9 +113,9 @@ class Bench:
 
     Attributes:
         checkout: root of the repository whose etude runs.
-        work: directory that all cases of a record share. Every path that a case gives is relative
-            to it, so that what is printed does not depend on where it lies.
-        name: of the case.
+        work: directory that all cases of a record share. A case gives paths relative to it, so that
+            its output does not depend on the place of the directory.
+        name: the case's.
         limit: seconds that each command may take.
     """
 
@@ -131,7 +133,7 @@ class Bench:
         return self.work / self.name
 
     def etude(self, *arguments: str) -> str:
-        """Run `python -m etude ARGUMENTS` to its end and return what it printed.
+        """Run `python -m etude ARGUMENTS` to its end and return its output.
 
         Raises:
             CaseFailedError: it failed or took longer than the limit.
@@ -140,10 +142,10 @@ class Bench:
         return self._log("out").read_text(encoding="utf-8")
 
     def start(self, *arguments: str) -> BaseProcess:
-        """Start `python -m etude ARGUMENTS` as a fork of the process that holds `PRELOADED`."""
+        """Start `python -m etude ARGUMENTS` as a fork of the process that holds `PRELOADS`."""
+        parameters = (str(self.checkout / "src"), str(self.work), str(self._log("")), arguments)
         context = multiprocessing.get_context("forkserver")
-        told = (str(self.checkout / "src"), str(self.work), str(self._log("")), arguments)
-        process = context.Process(target=become_etude, args=told, daemon=True)
+        process = context.Process(target=become_etude, args=parameters, daemon=True)
         with _FORKS:
             process.start()
         return process
@@ -156,32 +158,33 @@ class Bench:
         """
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
         command = [sys.executable, *launcher, "-m", "etude", *arguments]
-        told: dict[str, Any] = {"cwd": self.work, "env": environment(self.checkout), "start_new_session": True}
+        place: dict[str, Any] = {"cwd": self.work, "env": environment(self.checkout), "start_new_session": True}
         with open(self._log("out"), "wb") as out, open(self._log("err"), "wb") as err:
-            launched = subprocess.Popen(command, stdout=out, stderr=err, **told)
+            process = subprocess.Popen(command, stdout=out, stderr=err, **place)
         try:
-            code = launched.wait(self.limit)
+            code = process.wait(self.limit)
         except subprocess.TimeoutExpired:
             raise CaseFailedError(f"took longer than {self.limit:g} s") from None
         finally:
             with suppress(ProcessLookupError):  # the whole session, since workers outlive a killed launcher
-                os.killpg(launched.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
         if code:
             raise CaseFailedError(self._last_words(code))
 
-    def kill_when(self, process: BaseProcess, happened: Callable[[], bool]) -> None:
-        """Kill the process with SIGKILL as soon as something has happened.
+    def kill_when(self, process: BaseProcess, condition: Callable[[], bool]) -> None:
+        """Kill the process with SIGKILL as soon as the condition is true.
 
         Raises:
             CaseFailedError: the process ended before, or the limit passed before.
         """
         deadline = time.monotonic() + self.limit
-        while not happened():
+        while not condition():
             code = _exit_code(process)
             if code is not None:
                 raise CaseFailedError(f"it ended before it was killed: {self._last_words(code)}")
             if time.monotonic() > deadline:
-                raise CaseFailedError(f"had nothing to be killed for within {self.limit:g} s")
+                _kill(process)
+                raise CaseFailedError(f"took longer than {self.limit:g} s to the moment of its kill")
             time.sleep(0.01)
         _kill(process)
 
@@ -201,10 +204,10 @@ class Bench:
 
     def _last_words(self, code: int) -> str:
         """Return the last error on stderr, or its last line."""
-        lines = self._log("err").read_text(errors="replace").split("\n")
-        spoken = [line for line in lines if line.strip()] or ["it said nothing"]
-        errors = [line for line in spoken if line.startswith("error: ")]
-        return f"exit code {code}: {(errors or spoken)[-1]}"
+        text = self._log("err").read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.split("\n") if line.strip()] or ["it said nothing"]
+        errors = [line for line in lines if line.startswith("error: ")]
+        return f"exit code {code}: {(errors or lines)[-1]}"
 
 
 def become_etude(source: str, work: str, log: str, arguments: tuple[str, ...]) -> None:
@@ -212,7 +215,8 @@ def become_etude(source: str, work: str, log: str, arguments: tuple[str, ...]) -
 
     Args:
         source: the checkout's `src`.
-        log: path of the files of stdout and stderr, up to `out` and `err`.
+        work: directory to run in.
+        log: path of the files of stdout and stderr, without their last letters `out` and `err`.
     """
     for descriptor, stream in ((1, "out"), (2, "err")):
         with open(f"{log}{stream}", "wb") as file:
@@ -220,9 +224,9 @@ def become_etude(source: str, work: str, log: str, arguments: tuple[str, ...]) -
     os.chdir(work)
     sys.path.insert(0, source)
     sys.argv = ["etude", *arguments]
-    found = find_spec("etude")
-    if "etude" in sys.modules or found is None or not is_under(found.origin, source):
-        sys.exit(f"etude is not that of {source}")
+    package = find_spec("etude")
+    if "etude" in sys.modules or package is None or not is_under(package.origin, source):
+        sys.exit(f"error: etude is not that of {source}")
     runpy.run_module("etude", run_name="__main__", alter_sys=True)
 
 
@@ -239,8 +243,8 @@ def _kill(process: BaseProcess) -> None:
 
 def environment(checkout: Path) -> dict[str, str]:
     """Return the variables under which a new interpreter runs the checkout's etude."""
-    kept = {name: value for name, value in os.environ.items() if name not in OF_A_LAUNCHER}
-    return kept | ENVIRONMENT | {"PYTHONPATH": str(checkout / "src")}
+    variables = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    return variables | ENVIRONMENT | {"PYTHONPATH": str(checkout / "src")}
 
 
 def is_under(file: str | None, directory: str | Path) -> bool:
@@ -250,16 +254,16 @@ def is_under(file: str | None, directory: str | Path) -> bool:
 
 def check_checkout(checkout: Path) -> None:
     """End the program unless `import etude` gives the checkout's own package."""
-    asked = [sys.executable, "-c", "import etude; print(etude.__file__)"]
-    told: dict[str, Any] = {"env": environment(checkout), "capture_output": True, "text": True}
+    command = [sys.executable, "-c", "import etude; print(etude.__file__)"]
+    options: dict[str, Any] = {"env": environment(checkout), "capture_output": True, "text": True}
     with tempfile.TemporaryDirectory() as elsewhere:
-        found = subprocess.run(asked, cwd=elsewhere, check=False, **told)
-    if found.returncode or not is_under(found.stdout.strip(), checkout):
-        given = found.stdout.strip() or found.stderr.strip()
-        sys.exit(f"error: '{checkout}' is no checkout of etude: importing etude gives {given}")
+        result = subprocess.run(command, cwd=elsewhere, check=False, **options)
+    if result.returncode or not is_under(result.stdout.strip(), checkout):
+        answer = result.stdout.strip() or result.stderr.strip()
+        sys.exit(f"error: '{checkout}' is no checkout of etude: importing etude gives {answer}")
 
 
-# What a case leaves, as hashes.
+# Hashing what a case leaves.
 
 
 def digest(data: bytes) -> str:
@@ -273,14 +277,14 @@ def text_digest(text: str) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """Hash a JSON value without the keys in `UNTOLD`. The order of keys does not count."""
-    return text_digest(json.dumps(_told(value), sort_keys=True, ensure_ascii=False))
+    """Hash a JSON value without the keys in `MACHINE_KEYS`. The order of keys does not count."""
+    return text_digest(json.dumps(_portable(value), sort_keys=True, ensure_ascii=False))
 
 
-def _told(value: Any) -> Any:
+def _portable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _told(each) for key, each in value.items() if key not in UNTOLD}
-    return [_told(each) for each in value] if isinstance(value, list) else value
+        return {key: _portable(each) for key, each in value.items() if key not in MACHINE_KEYS}
+    return [_portable(each) for each in value] if isinstance(value, list) else value
 
 
 def json_file(path: Path) -> str:
@@ -288,36 +292,41 @@ def json_file(path: Path) -> str:
     return json_digest(json.loads(path.read_text(encoding="utf-8")))
 
 
+def text_file(path: Path) -> str:
+    """Hash a text file."""
+    return text_digest(path.read_text(encoding="utf-8"))
+
+
 def tensor_digests(path: Path) -> Bits:
     """Hash the type, the shape and the bytes of each tensor of a safetensors file.
 
-    The file as a whole is not hashed: its metadata and the order of its tensors may change.
+    The file as a whole is not hashed, since its metadata and the order of its tensors may change.
     """
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
-    found = {}
+    bits: Bits = {}
     for name, entry in json.loads(data[8:start]).items():
         if name != "__metadata__":
             begin, end = entry["data_offsets"]
             head = f"{entry['dtype']} {entry['shape']} ".encode()
-            found[name] = digest(head + data[start + begin : start + end])
-    return found
+            bits[name] = digest(head + data[start + begin : start + end])
+    return bits
 
 
 def pixel_digest(path: Path) -> str:
-    """Hash an image's mode, size and pixels."""
+    """Hash the mode, the size and the pixels of an image."""
     with Image.open(path) as image:
         return digest(f"{image.mode} {image.size} ".encode() + image.tobytes())
 
 
 def read_run(place: Path) -> Bits:
-    """Hash what a training run leaves, except `report.html`."""
+    """Hash the files of a training run, except `report.html`."""
     rows = (place / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     bits = {f"metrics.jsonl, row {number}": json_digest(json.loads(row)) for number, row in enumerate(rows)}
-    bits["config.yaml"] = text_digest((place / "config.yaml").read_text(encoding="utf-8"))
+    bits["config.yaml"] = text_file(place / "config.yaml")
     bits["summary.json"] = json_file(place / "summary.json")
-    bits |= {f"samples/{image.name}": pixel_digest(image) for image in place.glob("samples/*.png")}
     bits["samples/prompts.json"] = json_file(place / "samples" / "prompts.json")
+    bits |= {f"samples/{image.name}": pixel_digest(image) for image in place.glob("samples/*.png")}
     for folder in ("lora", "lora-best", "model", "model-best"):
         bits |= _read_export(place, place / folder)
     for checkpoint in sorted(place.glob("checkpoints/iteration-*")):
@@ -326,14 +335,13 @@ def read_run(place: Path) -> Bits:
 
 
 def _read_export(place: Path, folder: Path) -> Bits:
-    """Hash the weights that a run exported, tensor by tensor, and their card."""
+    """Hash the weights that a run exported, tensor by tensor, and their card, less its version."""
     bits: Bits = {}
     for file in sorted(folder.rglob("*.safetensors")):
         bits |= {f"{file.relative_to(place)}, {name}": value for name, value in tensor_digests(file).items()}
     if folder.is_dir():
         card = (folder / "README.md").read_text(encoding="utf-8")
-        unversioned = re.sub(r"(by etude) \d[\w.+-]*", r"\1", card)
-        bits[f"{folder.name}/README.md"] = text_digest(unversioned)
+        bits[f"{folder.name}/README.md"] = text_digest(re.sub(r"(by etude) \d[\w.+-]*", r"\1", card))
     return bits
 
 
@@ -349,11 +357,8 @@ def _read_checkpoint(folder: Path) -> Bits:
 def read_study(place: Path) -> Bits:
     """Hash the results of a study, except `report.html`."""
     bits = {"results.json": json_file(place / "results.json")}
-    for name in ("tables.md", "results.csv"):
-        bits[name] = text_digest((place / name).read_text(encoding="utf-8"))
-    for figure in place.glob("figures/*.svg"):
-        bits[f"figures/{figure.name}"] = digest(figure.read_bytes())
-    return bits
+    bits |= {name: text_file(place / name) for name in ("tables.md", "results.csv")}
+    return bits | {f"figures/{figure.name}": text_file(figure) for figure in place.glob("figures/*.svg")}
 
 
 # The cases.
@@ -366,7 +371,7 @@ class Case:
     """Small use of the command line.
 
     Attributes:
-        act: runs it and returns what it leaves.
+        act: function that runs it and hashes what it leaves.
         needs: name of the case whose files it reads.
     """
 
@@ -450,11 +455,11 @@ name: A study of two cells
 base: emoji-ddpo
 overrides: {iterations: 1, rollout.images_per_iteration: 8, rollout.images_per_prompt: 4, sampling.num_steps: 4,
   objective.updates_per_epoch: 1, evaluation.num_images: 4, evaluation.grid_images: 4, checkpoint.best: colorfulness}
-measurement: {num_images: 4, steps: [4, 6], matrix: {solvers: [heun, dpmsolver++], etas: [0.5]}}
+measurement: {num_images: 4, steps: [6], matrix: {solvers: [heun], etas: [0.5]}}
 grids: [{keys: {sampling.eta: [0.5, 1.0]}}]
 """
 GAP = ("--steps", "4", "--steps", "6", "--samples", "8", "--reward", "colorfulness", "--reward", "alignment")
-HEARTS = ("--prompt", "red heart", "--prompt", "pizza", "--steps", "5")
+DRAWING = ("--prompt", "red heart", "--prompt", "pizza", "--steps", "5")
 THEORIES: dict[str, tuple[str, ...]] = {
     "theory": ("--format", "svg"),
     "theory-score-error": (
@@ -475,82 +480,82 @@ PEERS: dict[str, tuple[str, ...]] = {
 def cases() -> list[Case]:
     """List all cases, long ones first, each after the one that it needs."""
     return [
-        *(Case(f"study-{name}", reported_study(name)) for name in STUDIES[:2]),
-        Case("emoji-ddpo", trained("emoji-ddpo", RECIPES["emoji-ddpo"])),
-        Case("emoji-mixgrpo", trained("emoji-mixgrpo", RECIPES["emoji-mixgrpo"])),
-        Case("two-processes-ddpo", trained("emoji-ddpo", {"advantage.kind": "group"}, processes=2)),
-        Case("two-processes-mixgrpo", trained("emoji-mixgrpo", WINDOW, processes=2)),
-        Case("killed-ddpo", killed("emoji-ddpo"), needs="emoji-ddpo"),
-        Case("killed-mixgrpo", killed("emoji-mixgrpo"), needs="emoji-mixgrpo"),
-        Case("study-tiny", tiny_study),
-        *(Case(name, trained(recipe, settings)) for name, (recipe, settings) in VARIANTS.items()),
-        *(Case(name, trained(name, RECIPES[name])) for name in list(RECIPES)[2:]),
-        Case("gap", measured("emoji-sd", *GAP, "--eta", "0.5", "--eta", "1.2")),
-        Case("gap-lora", measured("emoji-sd", *GAP, "--lora", "emoji-ddpo/lora"), needs="emoji-ddpo"),
-        Case("gap-flux", measured("emoji-flux", *GAP, "--kernel", "dance_sde", "--eta", "0.3", "--eta", "0.5")),
+        *(Case(f"study-{name}", report_study(name)) for name in STUDIES[:2]),
+        Case("emoji-ddpo", train("emoji-ddpo", RECIPES["emoji-ddpo"])),
+        Case("emoji-mixgrpo", train("emoji-mixgrpo", RECIPES["emoji-mixgrpo"])),
+        Case("two-processes-ddpo", train("emoji-ddpo", {"advantage.kind": "group"}, processes=2)),
+        Case("two-processes-mixgrpo", train("emoji-mixgrpo", WINDOW, processes=2)),
+        Case("killed-ddpo", kill_and_resume("emoji-ddpo"), needs="emoji-ddpo"),
+        Case("killed-mixgrpo", kill_and_resume("emoji-mixgrpo"), needs="emoji-mixgrpo"),
+        Case("study-tiny", run_tiny_study),
+        *(Case(name, train(recipe, settings)) for name, (recipe, settings) in VARIANTS.items()),
+        *(Case(name, train(name, RECIPES[name])) for name in list(RECIPES)[2:]),
+        Case("gap", measure_gap("emoji-sd", *GAP, "--eta", "0.5", "--eta", "1.2")),
+        Case("gap-lora", measure_gap("emoji-sd", *GAP, "--lora", "emoji-ddpo/lora"), needs="emoji-ddpo"),
+        Case("gap-flux", measure_gap("emoji-flux", *GAP, "--kernel", "dance_sde", "--eta", "0.3", "--eta", "0.5")),
         *_drawings(),
-        Case(f"study-{STUDIES[2]}", reported_study(STUDIES[2])),
-        *(Case(name, theory(*options)) for name, options in THEORIES.items()),
-        *(Case(name, printed("theory", "peers", *options)) for name, options in PEERS.items()),
-        *(Case(f"dry-run-{name}", printed("train", name, "--dry-run", "--out", "unmade")) for name in RECIPES),
-        Case("recipes", printed("recipes")),
+        Case(f"study-{STUDIES[2]}", report_study(STUDIES[2])),
+        *(Case(name, compute_theory(*options)) for name, options in THEORIES.items()),
+        *(Case(name, show("theory", "peers", *options)) for name, options in PEERS.items()),
+        *(Case(f"dry-run-{name}", show("train", name, "--dry-run", "--out", "unmade")) for name in RECIPES),
+        Case("recipes", show("recipes")),
     ]
 
 
 def _drawings() -> Iterator[Case]:
-    yield Case("sample", drawn("emoji-sd", *HEARTS))
-    yield Case("sample-etas", drawn("emoji-sd", *HEARTS, "--eta", "0", "--eta", "1.2", "--images", "2"))
-    yield Case("sample-lora", drawn("emoji-flux", *HEARTS, "--lora", "emoji-mixgrpo/lora"), needs="emoji-mixgrpo")
+    yield Case("sample", draw("emoji-sd", *DRAWING))
+    yield Case("sample-etas", draw("emoji-sd", *DRAWING, "--eta", "0", "--eta", "1.2", "--images", "2"))
+    yield Case("sample-lora", draw("emoji-flux", *DRAWING, "--lora", "emoji-mixgrpo/lora"), needs="emoji-mixgrpo")
     for model, solvers in (("emoji-sd", ("dpmsolver++", "euler")), ("emoji-flux", ("heun", "unipc"))):
         for solver in solvers:
-            yield Case(f"sample-{solver}", drawn(model, *HEARTS, "--solver", solver))
+            yield Case(f"sample-{solver}", draw(model, *DRAWING, "--solver", solver))
 
 
-def trained(recipe: str, settings: Settings, processes: int = 1) -> Act:
+def train(recipe: str, settings: Settings, processes: int = 1) -> Act:
     """Train a recipe under settings that make it small, in one process or several."""
 
     def act(bench: Bench) -> Bits:
-        arguments = _train(recipe, settings, bench.name)
+        command = _training(recipe, settings, bench.name)
         if processes > 1:
-            bench.launch(processes, *arguments)
+            bench.launch(processes, *command)
         else:
-            bench.etude(*arguments)
+            bench.etude(*command)
         return read_run(bench.place)
 
     return act
 
 
-def _train(recipe: str, settings: Settings, out: str) -> list[str]:
-    told = [word for key, value in {**SMALL, **settings}.items() for word in ("--set", f"{key}={value}")]
-    return ["train", recipe, *told, "--out", out, "--quiet"]
+def _training(recipe: str, settings: Settings, out: str) -> list[str]:
+    options = [word for key, value in {**SMALL, **settings}.items() for word in ("--set", f"{key}={value}")]
+    return ["train", recipe, *options, "--out", out, "--quiet"]
 
 
-def killed(recipe: str) -> Act:
+def kill_and_resume(recipe: str) -> Act:
     """Train a recipe, kill the run once its second row of metrics is written, and resume it.
 
-    It must end with the bits of the run that was not killed, the case of the recipe's name.
+    The resumed run must end with the bits of the case that has the recipe's name.
     """
 
     def act(bench: Bench) -> Bits:
         metrics = bench.place / "metrics.jsonl"
-        process = bench.start(*_train(recipe, RECIPES[recipe], bench.name))
+        process = bench.start(*_training(recipe, RECIPES[recipe], bench.name))
         bench.kill_when(process, lambda: metrics.is_file() and metrics.read_bytes().count(b"\n") >= 2)
         bench.etude("train", "--resume", "--out", bench.name, "--quiet")
         bits = read_run(bench.place)
-        differing = [what for what, _ in differences(bits, read_run(bench.work / recipe))]
-        if differing:
-            bits[FAILED] = f"differs from the run that was not killed in {', '.join(differing[:5])}"
+        quantities = [quantity for quantity, _ in differences(bits, read_run(bench.work / recipe))]
+        if quantities:
+            bits[FAILED] = f"differs from the run that was not killed in {', '.join(quantities[:5])}"
         return bits
 
     return act
 
 
-def measured(model: str, *options: str) -> Act:
+def measure_gap(model: str, *options: str) -> Act:
     """Measure a gap with `etude gap`."""
 
     def act(bench: Bench) -> Bits:
         file = f"{bench.name}.json"
-        bits = {"printed": text_digest(bench.etude("gap", model, *options, "--json", file))}
+        bits = {"output": text_digest(bench.etude("gap", model, *options, "--json", file))}
         report = json.loads((bench.work / file).read_text(encoding="utf-8"))
         bits["settings"] = json_digest(report["settings"])
         for row in report["rows"]:
@@ -560,7 +565,7 @@ def measured(model: str, *options: str) -> Act:
     return act
 
 
-def drawn(model: str, *options: str) -> Act:
+def draw(model: str, *options: str) -> Act:
     """Draw a picture with `etude sample`, and hash the whole file."""
 
     def act(bench: Bench) -> Bits:
@@ -570,22 +575,22 @@ def drawn(model: str, *options: str) -> Act:
     return act
 
 
-def theory(*options: str) -> Act:
-    """Compute `etude theory`, and hash what it prints and every file that it writes."""
+def compute_theory(*options: str) -> Act:
+    """Compute `etude theory`, and hash its output and every file that it writes."""
 
     def act(bench: Bench) -> Bits:
-        bits = {"printed": text_digest(bench.etude("theory", *options, "--out", bench.name))}
+        bits = {"output": text_digest(bench.etude("theory", *options, "--out", bench.name))}
         return bits | {file.name: digest(file.read_bytes()) for file in bench.place.iterdir()}
 
     return act
 
 
-def printed(*arguments: str) -> Act:
-    """Hash what a command prints."""
-    return lambda bench: {"printed": text_digest(bench.etude(*arguments))}
+def show(*arguments: str) -> Act:
+    """Hash the output of a command."""
+    return lambda bench: {"output": text_digest(bench.etude(*arguments))}
 
 
-def reported_study(name: str) -> Act:
+def report_study(name: str) -> Act:
     """Write the results of a study of the checkout anew, from a copy of its cells."""
 
     def act(bench: Bench) -> Bits:
@@ -594,9 +599,8 @@ def reported_study(name: str) -> Act:
             raise CaseFailedError(f"there is no folder studies/{name}")
         shutil.copytree(source, bench.place)
         results = bench.place / "results"
-        unpack(results)
         for old in [*results.glob("results.*"), *results.glob("figures/*"), results / "tables.md"]:
-            old.unlink()  # so that nothing is hashed but what is written now
+            old.unlink()  # so that only files of this run are hashed
         study = f"{bench.name}/study.yaml"
         bench.etude("study", study, "--out", f"{bench.name}/results", "--report-only", "--quiet")
         return read_study(results)
@@ -604,16 +608,8 @@ def reported_study(name: str) -> Act:
     return act
 
 
-def unpack(results: Path) -> None:
-    """Unpack the archive in which a study may keep its cells."""
-    endings = tuple(ending for _, endings, _ in shutil.get_unpack_formats() for ending in endings)
-    for archive in results.iterdir():
-        if archive.name.endswith(endings) and not (results / "cells").is_dir():
-            shutil.unpack_archive(archive, results)
-
-
-def tiny_study(bench: Bench) -> Bits:
-    """Run a study of two cells with all that it measures."""
+def run_tiny_study(bench: Bench) -> Bits:
+    """Run a study of two cells with all its measurements."""
     bench.place.mkdir()
     (bench.place / "study.yaml").write_text(TINY_STUDY, encoding="utf-8")
     bench.etude("study", f"{bench.name}/study.yaml", "--out", f"{bench.name}/results", "--quiet")
@@ -621,7 +617,7 @@ def tiny_study(bench: Bench) -> Bits:
     del bits["results.csv"]  # it has a column of seconds
     for scores in sorted(bench.place.glob("results/cells/*/scores.json")):
         bits[f"{scores.parent.name}, scores.json"] = json_file(scores)
-        bits |= {f"{scores.parent.name}, {what}": value for what, value in read_run(scores.parent).items()}
+        bits |= {f"{scores.parent.name}, {name}": value for name, value in read_run(scores.parent).items()}
     for file in sorted(bench.place.glob("results/base/*.json")):
         bits[f"base/{file.name}"] = json_file(file)
     return bits
@@ -630,37 +626,37 @@ def tiny_study(bench: Bench) -> Bits:
 # Recording and comparing.
 
 
-def chosen(only: Iterable[str]) -> list[Case]:
-    """Return the cases of these names and those that they need, or all if none is named.
+def select(names: Iterable[str]) -> list[Case]:
+    """Return the cases of these names and those that they need, or all if no name is given.
 
     Raises:
-        SystemExit: there is no case of such a name.
+        SystemExit: a name is no case's.
     """
-    known = {case.name: case for case in cases()}
-    wanted = set(only) or set(known)
-    unknown = wanted - set(known)
-    if unknown:
-        sys.exit(f"error: no case is called {', '.join(sorted(unknown))}: the list command names them")
-    wanted |= {needs for name in wanted if (needs := known[name].needs)}
-    return [case for case in known.values() if case.name in wanted]
+    by_name = {case.name: case for case in cases()}
+    selection = set(names) or set(by_name)
+    strangers = selection - set(by_name)
+    if strangers:
+        sys.exit(f"error: no case is called {', '.join(sorted(strangers))}: the list command prints the names")
+    selection |= {needs for name in selection if (needs := by_name[name].needs)}
+    return [case for case in by_name.values() if case.name in selection]
 
 
 def record(checkout: Path, out: Path, only: Iterable[str], jobs: int, limit: float, keep: bool) -> Path:
     """Run the cases on a checkout and write `out/bits.json`. Return its path."""
-    checkout, out, wanted = checkout.resolve(), out.resolve(), chosen(only)
-    work = out / "work"
+    selection, work = select(only), out.resolve() / "work"
     shutil.rmtree(work, ignore_errors=True)
     results: dict[str, Bits] = {}
     with ThreadPoolExecutor(jobs) as pool:
         futures: dict[str, Future[tuple[Bits, float]]] = {}
-        for case in wanted:
-            needed = futures[case.needs] if case.needs else None  # earlier in the queue: waiting for it is safe
-            futures[case.name] = pool.submit(attempt, case, Bench(checkout, work, case.name, limit), needed)
+        for case in selection:
+            source = futures[case.needs] if case.needs else None  # earlier in the queue: no deadlock
+            bench = Bench(checkout.resolve(), work, case.name, limit)
+            futures[case.name] = pool.submit(attempt, case, bench, source)
         names = {future: name for name, future in futures.items()}
         try:
-            for done in as_completed(names):
-                results[names[done]], seconds = done.result()
-                _tell(f"[{len(results)}/{len(names)}]", names[done], results[names[done]], seconds)
+            for future in as_completed(names):
+                results[names[future]], seconds = future.result()
+                _tell(f"[{len(results)}/{len(names)}]", names[future], results[names[future]], seconds)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -671,23 +667,27 @@ def record(checkout: Path, out: Path, only: Iterable[str], jobs: int, limit: flo
     return path
 
 
-def attempt(case: Case, bench: Bench, needed: Future[tuple[Bits, float]] | None) -> tuple[Bits, float]:
-    """Return the bits of a case, or why it failed, and how many seconds it took."""
-    if needed is not None and FAILED in needed.result()[0]:
-        return {FAILED: f"{case.needs}, which it needs, failed"}, 0.0
+def attempt(case: Case, bench: Bench, source: Future[tuple[Bits, float]] | None) -> tuple[Bits, float]:
+    """Return the bits of a case, or the reason of its failure, and the seconds it took.
+
+    Args:
+        source: result of the case that it needs.
+    """
+    if source is not None and FAILED in source.result()[0]:
+        return {FAILED: f"it needs {case.needs}, which failed"}, 0.0
     start = time.monotonic()
     try:
         bits = case.act(bench)
     except CaseFailedError as error:
         bits = {FAILED: str(error)}
-    except (OSError, KeyError, ValueError) as error:  # of a file that it should have left
+    except (OSError, KeyError, ValueError) as error:  # a file is missing or is not what it should be
         bits = {FAILED: f"{type(error).__name__}: {error}"}
     return bits, time.monotonic() - start
 
 
-def _tell(place: str, name: str, bits: Bits, seconds: float) -> None:
-    said = f"failed: {bits[FAILED]}" if FAILED in bits else f"{len(bits)} quantities"
-    print(f"{place} {name}: {said}, {seconds:.0f} s", flush=True)
+def _tell(count: str, name: str, bits: Bits, seconds: float) -> None:
+    state = f"failed: {bits[FAILED]}" if FAILED in bits else f"{len(bits)} quantities"
+    print(f"{count} {name}: {state}, {seconds:.0f} s", flush=True)
 
 
 def differences(a: Bits, b: Bits) -> Iterator[tuple[str, str]]:
@@ -706,35 +706,36 @@ def read_record(path: Path) -> dict[str, Bits]:
     """Read a `bits.json`.
 
     Raises:
-        SystemExit: it is none.
+        SystemExit: the file cannot be read or is no JSON.
     """
     try:
-        cases_of: dict[str, Bits] = json.loads(path.read_text(encoding="utf-8"))
+        bits_by_case: dict[str, Bits] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         sys.exit(f"error: '{path}' is no record: {error}")
-    return cases_of
+    return bits_by_case
 
 
 def compare(first: Path, second: Path) -> int:
     """Print every difference of two records. Return the exit code."""
     a, b = read_record(first), read_record(second)
-    found = [(name, *each) for name in sorted({*a, *b}) for each in differences(a.get(name, {}), b.get(name, {}))]
-    for case, quantity, how in found:
-        print(f"{case}: {quantity}: {how}")
-    if found:
-        count = len({case for case, *_ in found})
-        print(f"{len(found)} differences in {count} of {len({*a, *b})} cases")
+    names = sorted({*a, *b})
+    rows = [(name, *row) for name in names for row in differences(a.get(name, {}), b.get(name, {}))]
+    for name, quantity, how in rows:
+        print(f"{name}: {quantity}: {how}")
+    if rows:
+        print(f"{len(rows)} differences in {len({row[0] for row in rows})} of {len(names)} cases")
         return 1
     print(f"equal: {sum(map(len, a.values()))} quantities of {len(a)} cases")
     return 0
 
 
 def summarise(path: Path) -> int:
-    """Print how much a record holds. Return 1 if a case failed, else 0."""
-    found = read_record(path)
-    failed = [name for name, bits in found.items() if FAILED in bits]
-    print(f"{path}: {sum(map(len, found.values()))} quantities of {len(found)} cases, {len(failed)} failed")
-    return int(bool(failed))
+    """Print the size of a record. Return 1 if a case failed, else 0."""
+    bits_by_case = read_record(path)
+    failures = sum(FAILED in bits for bits in bits_by_case.values())
+    count = sum(map(len, bits_by_case.values()))
+    print(f"{path}: {count} quantities of {len(bits_by_case)} cases, {failures} failed")
+    return int(failures > 0)
 
 
 COMMANDS = ("record", "compare", "list", "both")
@@ -751,48 +752,48 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("checkouts", type=Path, nargs=1, metavar="CHECKOUT", help="root of a checkout of etude")
     one.add_argument("--out", type=Path, required=True, metavar="DIR", help="for bits.json; DIR/work is replaced")
     two = commands.add_parser("compare", help="print every difference of two records; exit code 1 if there is any")
-    two.add_argument("records", type=Path, nargs=2, metavar="BITS_JSON")
+    two.add_argument("records", type=Path, nargs=2, metavar="BITS_JSON", help="files that record wrote")
     commands.add_parser("list", help="print the names of the cases")
     both = commands.add_parser("both", help="record two checkouts, then compare them")
     both.add_argument("checkouts", type=Path, nargs=2, metavar="CHECKOUT", help="root of a checkout of etude")
-    both.add_argument("--out", type=Path, metavar="DIR", help="for DIR/a and DIR/b (default: a temporary directory)")
+    both.add_argument("--out", type=Path, metavar="DIR", help="for DIR/a and DIR/b. Default: a temporary directory")
     for command in (one, both):
         add = command.add_argument
         add("--only", nargs="+", default=[], metavar="NAME", help="run these cases alone, and those that they need")
-        add("--jobs", type=int, default=2, metavar="N", help="cases that run at the same time (default: %(default)s)")
-        add("--limit", type=float, default=900, metavar="S", help="seconds for a command (default: %(default)s)")
-        add("--keep", action="store_true", help="keep what the cases wrote, in `work` beside bits.json")
+        add("--jobs", type=int, default=2, metavar="N", help="cases that run at the same time. Default: %(default)s")
+        add("--limit", type=float, default=1800, metavar="S", help="seconds for a command. Default: %(default)s")
+        add("--keep", action="store_true", help="keep the files of the cases, in `work` beside bits.json")
     return whole
 
 
 def main(arguments: list[str]) -> int:
-    """Do what the arguments ask for. Return the exit code."""
+    """Run the command that the arguments name. Return the exit code."""
     if arguments and arguments[0] not in COMMANDS and not arguments[0].startswith("-"):
         arguments = ["both", *arguments]
-    asked = parser().parse_args(arguments)
-    if asked.command == "list":
+    options = parser().parse_args(arguments)
+    if options.command == "list":
         print("\n".join(case.name for case in cases()))
         return 0
-    if asked.command == "compare":
-        return compare(*asked.records)
-    for checkout in asked.checkouts:
+    if options.command == "compare":
+        return compare(*options.records)
+    for checkout in options.checkouts:
         check_checkout(checkout.resolve())
     prepare()
-    out = asked.out or Path(tempfile.mkdtemp(prefix="bits-"))
-    places = [out] if asked.command == "record" else [out / "a", out / "b"]
+    out = options.out or Path(tempfile.mkdtemp(prefix="bits-"))
+    places = [out] if options.command == "record" else [out / "a", out / "b"]
     records = []
-    for checkout, place in zip(asked.checkouts, places, strict=True):
+    for checkout, place in zip(options.checkouts, places, strict=True):
         print(f"{checkout}: recording into {place}", flush=True)
-        records.append(record(checkout, place, asked.only, asked.jobs, asked.limit, asked.keep))
-    return compare(*records) if asked.command == "both" else summarise(records[0])
+        records.append(record(checkout, place, options.only, options.jobs, options.limit, options.keep))
+    return compare(*records) if options.command == "both" else summarise(records[0])
 
 
 def prepare() -> None:
     """Give this process the variables of `ENVIRONMENT`, which its forks inherit."""
     os.environ.update(ENVIRONMENT)
-    for name in OF_A_LAUNCHER:
+    for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADS)
 
 
 if __name__ == "__main__":

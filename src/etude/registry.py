@@ -50,6 +50,7 @@ class Registry:
     def __init__(self, kind: str, group: str, builtin: Mapping[str, Entry], wanted: str) -> None:
         self.kind, self.group, self.builtin, self.wanted = kind, group, builtin, wanted
         self.registered: dict[str, Any] = {}
+        self._imported: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[ThingT], ThingT]:
         """Decorator that adds a class or function under `name`, for this process.
@@ -91,8 +92,11 @@ class Registry:
             EtudeError: the name is unknown, the module cannot be imported, the attribute is missing or not callable, or two
                 packages offer the name.
         """
-        if name in self.registered:
-            return self.registered[name]
+        if name not in self.registered:
+            self._imported[name] = self._import(name)
+        return self.registered.get(name, self._imported.get(name))
+
+    def _import(self, name: str) -> Any:
         if name in self.builtin:
             return import_callable(self.builtin[name].path, self.kind, self.wanted)
         plugins = tuple(entry_points(group=self.group, name=name))
@@ -102,10 +106,14 @@ class Registry:
         return import_callable(name, self.kind, self.wanted)
 
     def title(self, name: str) -> str:
-        """Published name of the choice: the built-in entry's, or the attribute `title` of what was registered; else the name."""
+        """Published name of the choice: the built-in entry's, or the attribute `title` of what is not built in.
+
+        The name itself stands for what has no title, or has not been imported yet.
+        """
         if name in self.builtin and name not in self.registered:
             return self.builtin[name].title
-        return str(getattr(self.registered.get(name), "title", name.rpartition(":")[2]))
+        thing = self.registered.get(name, self._imported.get(name))
+        return str(getattr(thing, "title", name.rpartition(":")[2]))
 
     def about(self) -> str:
         """The built-in names with a clause each, for help texts."""

@@ -169,12 +169,6 @@ def test_scoring_again_changes_nothing_where_rollout_and_replay_have_the_same_bi
 
 
 def test_settings_that_contradict_one_another_are_one_sentence(settings):
-    for name, sections in {
-        "rollout.dtype = float16 needs weights in float32": {"dtype": "bfloat16", "rollout": {"dtype": "float16"}},
-        "reinforce has no ratio": {
-            "objective": {"kind": "reinforce", "updates_per_epoch": 1, "old_log_prob": "replay"}
-        },
-    }.items():
-        with pytest.raises(EtudeError, match=name):
-            parse_config(sections)
+    with pytest.raises(EtudeError, match=r"rollout\.dtype = float16 needs weights in float32"):
+        parse_config({"dtype": "bfloat16", "rollout": {"dtype": "float16"}})
     assert parse_config({"dtype": "bfloat16", "rollout": {"dtype": "bfloat16"}}).rollout.dtype == "bfloat16"

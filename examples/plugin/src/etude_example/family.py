@@ -1,4 +1,4 @@
-"""A pipeline family: PixArt-Sigma (arXiv 2403.04692), a transformer with a T5 encoder that predicts noise."""
+"""A pipeline family: AuraFlow, a rectified-flow transformer with one text encoder."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from etude.policies.pipeline import PipelinePolicy
-from etude.sampling.paths import VPPath
+from etude.sampling.paths import FlowPath
 
 
-class PixArtSigmaPolicy(PipelinePolicy):
-    """A PixArtSigmaPipeline as a policy.
+class AuraFlowPolicy(PipelinePolicy):
+    """An AuraFlowPipeline as a policy.
 
-    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598). Latents are the autoencoder's, `[c, h, w]`.
+    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), at most 1 means none. Latents are the autoencoder's,
+    `[c, h, w]`.
     """
 
-    path_class = VPPath
+    path_class = FlowPath
     denoiser = "transformer"
     load_arguments: ClassVar[dict[str, Any]] = {}
 
-    def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
-        """The plain pipeline would otherwise draw at the nearest of its training resolutions."""
-        return {**super().call_arguments(guidance_scale), "use_resolution_binning": False}
+    @property
+    def _side_multiple(self) -> int:
+        return int(self.pipeline.vae_scale_factor * self.pipeline.transformer.config.patch_size)
 
     def _default_size(self) -> tuple[int, int]:
         side = self.pipeline.transformer.config.sample_size
@@ -32,10 +33,9 @@ class PixArtSigmaPolicy(PipelinePolicy):
         return (self.pipeline.transformer.config.in_channels, *self.latent_size)
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
-        embedding, mask, _, _ = self.pipeline.encode_prompt([prompt], False, device=self.device)
-        return {"encoder_hidden_states": embedding, "encoder_attention_mask": mask}
+        embedding = self.pipeline.encode_prompt([prompt], None, False, device=self.device)[0]
+        return {"encoder_hidden_states": embedding}
 
     def _forward(self, x: Tensor, timesteps: Tensor, told: dict[str, Tensor], guidance_scale: float) -> Tensor:
-        added = {"resolution": None, "aspect_ratio": None}
-        output: Tensor = self.network(x, timestep=timesteps, added_cond_kwargs=added, return_dict=False, **told)[0]
-        return output.chunk(2, dim=1)[0]  # the other half is a learned variance, which no kernel here uses
+        output: Tensor = self.network(x, timestep=timesteps.to(x.dtype) / 1000, return_dict=False, **told)[0]
+        return output
