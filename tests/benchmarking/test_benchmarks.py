@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+
+from support.benchmark_runs import tiny_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,41 +89,28 @@ def test_the_measuring_process_loads_no_network_library() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@contextmanager
-def _trainer(folder: Path, extra: list[str]) -> Iterator[object]:
-    from benchmarks.against_trl import Comparison, Work, _recipe
-    from benchmarks.workload import save_pipeline
-    from etude.config import load_config
-    from etude.training.trainer import Trainer
-
-    pipeline = save_pipeline(folder / "pipeline", (4, 8), 4)
-    recipe = _recipe(folder, pipeline, Comparison(Work((4, 8), 4, images=4, num_steps=3), (2, 1), (2, 4)), 0)
-    (folder / "run").mkdir()
-    yield Trainer(load_config(recipe, ["iterations=1000", "evaluation.every=1000", *extra]), folder / "run")
-
-
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_bare_calls_are_those_of_the_iteration_and_leave_the_weights_alone(tmp_path: Path, rank: int) -> None:
     """2 batches of 3 guided steps and a decode each, and for each of 2 updates 6 pairs in micro-batches of 4."""
     from benchmarks.bare import record, run_bare
     from benchmarks.etude_side import _iterate
 
-    with _trainer(tmp_path, [f"lora.rank={rank}"]) as trainer:
-        with record(trainer.policy) as calls:
-            _iterate(trainer)
-        kinds = [call.kind for call in calls]
-        assert kinds.count("forward") == 2 * 3
-        assert kinds.count("forward_backward") == 2 * 2
-        assert kinds.count("decode") == 2
-        rows = [len(call.arguments[0]) for call in calls if call.kind == "forward_backward"]
-        assert rows == [8, 4, 8, 4]  # conditional and unconditional together
-        before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
-        timed = run_bare(calls, time.perf_counter)
-        assert all(one.seconds > 0 for one in timed)
-        assert sum(one.calls for one in timed) == len(calls)
-        assert [one.rows for one in timed if one.kind == "forward_backward"] == rows
-        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trainer.parameters.values())
-        assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
+    trainer = tiny_trainer(tmp_path, [f"lora.rank={rank}"])
+    with record(trainer.policy) as calls:
+        _iterate(trainer)
+    kinds = [call.kind for call in calls]
+    assert kinds.count("forward") == 2 * 3
+    assert kinds.count("forward_backward") == 2 * 2
+    assert kinds.count("decode") == 2
+    rows = [len(call.arguments[0]) for call in calls if call.kind == "forward_backward"]
+    assert rows == [8, 4, 8, 4]  # conditional and unconditional together
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    timed = run_bare(calls, time.perf_counter)
+    assert all(one.seconds > 0 for one in timed)
+    assert sum(one.calls for one in timed) == len(calls)
+    assert [one.rows for one in timed if one.kind == "forward_backward"] == rows
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in trainer.parameters.values())
+    assert all(torch.equal(p, before[name]) for name, p in trainer.parameters.items())
 
 
 def test_recording_leaves_the_iteration_as_it_is(tmp_path: Path) -> None:
@@ -133,14 +120,14 @@ def test_recording_leaves_the_iteration_as_it_is(tmp_path: Path) -> None:
     found = []
     for name, recorded in (("with", True), ("without", False)):
         (tmp_path / name).mkdir()
-        with _trainer(tmp_path / name, []) as trainer:
-            if recorded:
-                with record(trainer.policy):
-                    _iterate(trainer)
-            else:
+        trainer = tiny_trainer(tmp_path / name, [])
+        if recorded:
+            with record(trainer.policy):
                 _iterate(trainer)
-            found.append(torch.cat([p.detach().flatten() for p in trainer.parameters.values()]))
-            assert "decode" not in vars(trainer.policy.pipeline.vae)
+        else:
+            _iterate(trainer)
+        found.append(torch.cat([p.detach().flatten() for p in trainer.parameters.values()]))
+        assert "decode" not in vars(trainer.policy.pipeline.vae)
     assert torch.equal(*found)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from support.benchmark_runs import tiny_trainer
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -156,16 +158,14 @@ def test_every_operation_is_in_one_group(operation: str, group: str) -> None:
 
 
 def test_a_profile_leaves_the_iteration_as_it_is_and_finds_all_of_it(tmp_path: Path) -> None:
-    from test_benchmarks import _trainer
-
     from benchmarks.etude_side import _iterate
     from benchmarks.profiled import profile
     from benchmarks.where import parts
 
-    with _trainer(tmp_path, ["lora.rank=2", "objective.kl_coef=0.1"]) as trainer:
-        found = profile(trainer, lambda: _iterate(trainer), time.perf_counter)
-        assert {"decode"} & vars(trainer.policy.pipeline.vae).keys() == set()
-        assert {"step", "_save", "backward"} & (vars(trainer.learner.optimizer).keys() | vars(trainer).keys()) == set()
+    trainer = tiny_trainer(tmp_path, ["lora.rank=2", "objective.kl_coef=0.1"])
+    found = profile(trainer, lambda: _iterate(trainer), time.perf_counter)
+    assert {"decode"} & vars(trainer.policy.pipeline.vae).keys() == set()
+    assert {"step", "_save", "backward"} & (vars(trainer.learner.optimizer).keys() | vars(trainer).keys()) == set()
     each = parts(found)
     assert sum(each.values()) == pytest.approx(found["seconds"])
     assert all(value > 0 for name, value in each.items())

@@ -14,6 +14,7 @@ from etude.cli.app import app
 from etude.errors import EtudeError
 from etude.rewards import register
 from etude.study.directory import StudyDirectory, work
+from etude.study.grid_display import Pace
 from etude.study.measurement import samplers
 from etude.study.runner import run_study, select
 from etude.study.study_file import load_study, parse_study

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,8 @@ def test_a_failure_in_one_process_ends_all_and_loses_no_iteration(
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arguments = ["-m", "etude", "train", "recipe.yaml", "--out", "run", "--quiet"]
-    code, output = launch(2, arguments, timeout=120, PYTHONPATH=str(tmp_path))
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code, output = launch(2, arguments, timeout=120, PYTHONPATH=path)
     assert code != 0
     assert "process 1: reward 'scorer:fails_beside' failed" in output
     assert "the scorer of one process is gone" in output
