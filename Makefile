@@ -1,9 +1,10 @@
-# `make demo` and `make test` need Python 3.10 to 3.13 and nothing else: they build their own environment in .venv.
+# `make demo` and `make test` need Python 3.11 to 3.14 and nothing else: they build their own environment in .venv.
 PYTHON   ?= python3
 VENV     ?= .venv
 PIP_ARGS ?=
 DEMO_OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 TESTS    ?= tests
+WORKERS  ?= auto
 
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
@@ -16,7 +17,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 10) <= sys.version_info < (3, 14) else "etude needs Python 3.10 to 3.13, this is %d.%d: run make PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 15) else "etude needs Python 3.11 to 3.14, this is %d.%d: run make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.core: $(NEEDS) | $(BIN)/python
@@ -37,8 +38,8 @@ $(VENV)/.docs: $(NEEDS) | $(BIN)/python
 demo: $(VENV)/.core  ## fine-tune the embedded model, then show the reward gap (a fresh directory in runs/ each time)
 	$(BIN)/etude train emoji-ddpo --out $(DEMO_OUT)
 
-test: $(VENV)/.dev  ## run every test (TESTS=tests/sampling/test_kernels.py for one file)
-	$(BIN)/python -m pytest $(TESTS)
+test: $(VENV)/.dev  ## run every test, on every core (TESTS=tests/sampling for one folder, WORKERS=0 for one process)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: $(VENV)/.dev  ## check style, formatting and types
 	$(BIN)/ruff check .

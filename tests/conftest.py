@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch, transformers or huggingface_hub are imported: they read these once. Child processes inherit them.
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -23,6 +24,9 @@ from hypothesis import settings
 
 from etude.registry import REWARDS
 from etude.rewards import reward
+from support.fuzzing import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown
+
+__all__ = ["pytest_sessionfinish", "pytest_terminal_summary", "pytest_testnodedown"]
 
 torch.set_num_threads(1)
 
@@ -31,12 +35,20 @@ settings.register_profile("etude", deadline=None, derandomize=True, print_blob=T
 settings.load_profile("etude")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Says how many fuzzed cases ran, where any did."""
-    fuzzing = sys.modules.get("fuzzing")
-    if fuzzing is not None and fuzzing.CASES:
-        subjects = ", ".join(f"{count} {subject}" for subject, count in sorted(fuzzing.CASES.items()))
-        terminalreporter.write_line(f"{fuzzing.CASES.total()} fuzzed cases: {subjects}")
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Gives `--numprocesses auto` a worker for each CPU at hand, 8 at most: each takes 0.7 GB of memory."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first in a worker, so that the last one left to a single worker is short."""
+    if not hasattr(config, "workerinput"):
+        return
+    cost: Counter[Path] = Counter()
+    for item in items:
+        cost[item.path] += 100 if item.get_closest_marker("slow") else 1
+    items.sort(key=lambda item: -cost[item.path])
 
 
 @pytest.fixture(autouse=True)

@@ -267,11 +267,11 @@ def laughs(depth: int, width: int = 10) -> str:
 def test_aliases_cannot_stand_for_more_values_than_a_file_may_hold(place: Path) -> None:
     file = place / "laughs.yaml"
     file.write_text(f"rewards:\n  a: 1\n{laughs(30)}")
-    start = time.monotonic()
+    start = time.process_time()
     message = refused(load_config, str(file))
     assert message is not None
     assert f"stands for more than {MOST_VALUES} values" in message
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert parse_yaml("a: &x [1, 2]\nb: *x", "here") == {"a": [1, 2], "b": [1, 2]}
 
 

@@ -60,9 +60,9 @@ def test_64_rows_of_latents_take_milliseconds():
     keyed_noise(0, "step", 0, range(64), 0, (8, 8, 8))
     times = []
     for step in range(10):
-        start = time.perf_counter()
+        start = time.process_time()
         keyed_noise(0, "step", 0, range(64), step, (8, 8, 8))
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.005
 
 

@@ -11,15 +11,38 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 
 from etude.errors import EtudeError
 
 CASES: Counter[str] = Counter()
-"""How many cases of each subject have run; pytest prints it at the end."""
+"""How many cases of each subject have run; pytest prints the counts at the end."""
 SECONDS = 20
 """In which a single case ends on the slowest machine: it takes milliseconds."""
+_IN_WORKER = "fuzzed cases"
+"""Key of a worker's counts in what it hands to the process that started it."""
 _Test = TypeVar("_Test", bound=Callable[..., Any])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hands the counts of a worker of pytest-xdist to the process that started it."""
+    handed: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+    if handed is not None:
+        handed[_IN_WORKER] = dict(CASES)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Adds the counts of a worker that has ended; a worker that crashed hands over none."""
+    CASES.update(getattr(node, "workeroutput", {}).get(_IN_WORKER, {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints how many fuzzed cases ran, if any did."""
+    if CASES:
+        subjects = ", ".join(f"{count} {subject}" for subject, count in sorted(CASES.items()))
+        terminalreporter.write_line(f"{CASES.total()} fuzzed cases: {subjects}")
 
 
 class _HangError(BaseException):

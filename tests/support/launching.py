@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -30,12 +31,13 @@ def launch(
 ) -> tuple[int, str]:
     """`python ARGUMENTS` in `count` processes that can form a group; returns the exit code and all output.
 
+    One such group runs at a time, whichever workers of pytest-xdist start them: the others wait, and their time does not count.
     By torchrun, or by `accelerate launch` with a shipped example, named by `config`, and more `options`. If the processes do not end in
     time they are ended by SIGABRT, which prints their stacks, and the test fails with those.
     """
     # Everything over the loopback: neither the machine's name nor its interfaces need to be known to anybody.
     given = {"PYTHONFAULTHANDLER": "1", "GLOO_SOCKET_IFNAME": LOOPBACK, "OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile("w+") as output, _launcher(count, config, options) as launcher:
+    with _turn(), tempfile.TemporaryFile("w+") as output, _launcher(count, config, options) as launcher:
         process = subprocess.Popen(
             [sys.executable, "-m", *launcher, *arguments],
             stdout=output,
@@ -49,6 +51,14 @@ def launch(
             process.wait()
             pytest.fail(f"{count} processes did not end within {timeout:g} s:\n{_read(output)[-20_000:]}")
         return process.returncode, _read(output)
+
+
+@contextmanager
+def _turn() -> Iterator[None]:
+    """Waits for the lock that every launch on this checkout takes: this file's own, which its end releases."""
+    with open(__file__, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -196,11 +196,8 @@ def _json(value: Mapping[str, Any], iteration: int) -> bytes:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _clean(root: Path) -> None:

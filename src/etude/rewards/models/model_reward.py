@@ -6,7 +6,7 @@ import inspect
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -16,7 +16,6 @@ from etude.batching import MicroBatch, Progress
 from etude.errors import EtudeError, brief, unknown
 from etude.rewards.models.weights import check_source, revision_read
 
-ModelRewardT = TypeVar("ModelRewardT", bound="ModelReward")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,7 +64,7 @@ class ModelReward(ABC):
         self.network: Any = None
 
     @classmethod
-    def from_options(cls: type[ModelRewardT], text: str = "") -> ModelRewardT:
+    def from_options(cls, text: str = "") -> Self:
         """From what follows the colon of a reward's name: `model`, `key=value`, or several of them with commas.
 
         Raises:

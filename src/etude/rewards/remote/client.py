@@ -208,7 +208,7 @@ class RemoteReward:
                 await asyncio.sleep(self.backoff * 2 ** (attempt - 1))
             try:
                 status, answer = await asyncio.wait_for(self._request(client, method, body), self.timeout)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 problem = f"no answer (it took longer than {self.timeout:g} s)"
                 continue
             except (httpx2.HTTPError, OSError) as error:
