@@ -9,9 +9,10 @@ WORKERS  ?= auto
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
 NEEDS := pyproject.toml constraints.txt
+PYTHONS := 3.11.0 3.12 3.13 3.14
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench torture audit check clean
+.PHONY: help demo test lint format docs bench torture resolve audit check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +59,11 @@ bench: $(VENV)/.dev  ## run every benchmark (BENCH=overhead for one)
 
 torture: $(VENV)/.dev  ## kill, starve and damage small runs: every resumed one must end with the same bits (minutes)
 	$(BIN)/python tests/support/torture.py
+
+resolve: | $(BIN)/python  ## look for a wheel of every pinned package for each supported Python (minutes; nothing is installed)
+	@for version in $(PYTHONS); do \
+		$(PIP) --dry-run --ignore-installed --only-binary :all: --target build/none --python-version $$version '.[dev,docs]' && \
+		echo "Python $$version: every package has a wheel" || exit 1; done
 
 audit: | $(BIN)/python  ## ask PyPI's vulnerability service about every pinned version (AUDIT=--if-reachable passes without it)
 	@test -x $(VENV)/audit/bin/pip-audit || { $(BIN)/python -m venv $(VENV)/audit && \
