@@ -1,4 +1,4 @@
-"""Intervals over seeds and prompts cover what they should, and Holm's correction is the textbook's."""
+"""Intervals over seeds and prompts cover the truth, and Holm's correction is the textbook's."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from etude.study.collect import _implied, collect, conditions
 from etude.study.measurement import samplers
 from etude.study.study_page import write_results
 from etude.study.tables import p_value, tables
-from support.fake_study import BEST, TREE, made_up, write
+from support.fake_study import BEST, SMALL, TREE, made_up, write
 
 
 @pytest.fixture(scope="module")
@@ -172,16 +172,6 @@ def test_a_study_with_nothing_done_says_so(made, tmp_path):
 
 def test_p_values_are_never_zero():
     assert [p_value(p) for p in (None, 1e-12, 0.0123, 0.4)] == ["–", "< 0.001", "0.012", "0.40"]
-
-
-SMALL = {
-    "name": "small",
-    "base": "emoji-ddpo",
-    "overrides": {"iterations": 2, "evaluation.held_out_rewards": ["alignment", "colorfulness"]},
-    "seeds": [0, 1],
-    "grids": [{"keys": {"rewards": ["colorfulness"], "sampling.eta": [0.5, 1.0]}}],
-    "measurement": {"num_images": 16},
-}
 
 
 def small(tmp_path, **changes):

@@ -1,4 +1,4 @@
-"""The directory of a study as trained and measured cells leave it, from made-up scores: for tests of what reads them."""
+"""The directory of a finished study with made-up scores, for tests of its readers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from etude.study.study_file import parse_study
 
 REWARDS = ("alignment", "colorfulness")
 BEST = 2.0
-"""By how much the best weights are better than the last, in every reward."""
+"""Advantage of the best weights over the last, in every reward."""
 TREE = {
     "name": "made up",
     "base": "emoji-ddpo",
@@ -37,15 +37,24 @@ TREE = {
         "shown": 3,
     },
 }
+SMALL = {
+    "name": "small",
+    "base": "emoji-ddpo",
+    "overrides": {"iterations": 2, "evaluation.held_out_rewards": ["alignment", "colorfulness"]},
+    "seeds": [0, 1],
+    "grids": [{"keys": {"rewards": ["colorfulness"], "sampling.eta": [0.5, 1.0]}}],
+    "measurement": {"num_images": 16},
+}
+"""Four cells that are read fast."""
 
 
 def made_up(tree=TREE, gain=lambda eta: 10 * eta - 3 * eta**2, text="name: made up\n"):
-    """The study of that tree; `gain` is what training at an eta adds to the ODE reward."""
+    """A study, and the gain in ODE reward by training at an eta."""
     return parse_study(tree, text=text), gain
 
 
 def write(study, gain, root):
-    """Every cell done."""
+    """Write a directory in which every cell is done."""
     directory = StudyDirectory(root)
     for cell in study.cells:
         _write_cell(cell, directory, gain)

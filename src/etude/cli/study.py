@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from etude.cli.errors import Debug
+from etude.cli.errors import Debug, UsageError
 from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.errors import EtudeError
 
@@ -37,6 +37,10 @@ def study(
     report_only: Annotated[
         bool, typer.Option("--report-only", help="Write tables, figures and the page from what is done; run nothing.")
     ] = False,
+    pack: Annotated[
+        bool,
+        typer.Option("--pack", help="Pack the results of done cells into one file, DIR/cells.tar.xz; run none."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -51,6 +55,8 @@ def study(
     """
     from etude.study.study_file import load_study
 
+    if list_cells + report_only + pack > 1:
+        raise UsageError("give one of --list, --report-only and --pack")
     loaded = load_study(file)
     with heavy_imports():
         quiet_libraries()
@@ -62,6 +68,9 @@ def study(
     cells = select(loaded, only)
     if list_cells:
         _print_cells(cells, directory)
+        return
+    if pack:
+        _pack(cells, directory, quiet)
         return
     failures = {} if report_only else run_study(loaded, cells, directory, launcher, quiet)
     from etude.study.study_page import write_results
@@ -86,6 +95,14 @@ def rebuild(directory: Path) -> Path:
         from etude.study.directory import StudyDirectory
         from etude.study.study_page import write_results
     return write_results(loaded, StudyDirectory(directory))
+
+
+def _pack(cells: list[Cell], directory: StudyDirectory, quiet: bool) -> None:
+    from etude.study.pack import pack
+
+    count, path = pack(cells, directory), directory.archive
+    if not quiet:
+        typer.echo(f"archive: {path} ({count} cell{'' if count == 1 else 's'}, {path.stat().st_size / 1e6:.1f} MB)")
 
 
 def _print_cells(cells: list[Cell], directory: StudyDirectory) -> None:

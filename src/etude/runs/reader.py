@@ -117,7 +117,8 @@ def read_run(directory: Path) -> Run:
         raise EtudeError(f"'{directory}' is not a run: it has no config.yaml; give the output directory of a run.")
     config_text = read_yaml_text(path, f"'{path}'")
     config = parse_yaml(config_text, f"'{path}'")
-    rows, torn = _read_metrics(directory / "metrics.jsonl")
+    metrics = directory / "metrics.jsonl"
+    rows, torn = parse_metrics(_text(metrics), f"'{metrics}'") if metrics.is_file() else ([], False)
     summary = _read_json(directory / "summary.json", {})
     prompts = _read_json(directory / "samples" / "prompts.json", [])
     files = {name: directory / "samples" / f"{name}.png" for name in GRIDS}
@@ -133,11 +134,12 @@ def read_run(directory: Path) -> Run:
     )
 
 
-def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The rows, and whether a last line without its end was left out: a killed run may have been writing it."""
-    if not path.is_file():
-        return [], False
-    text = _text(path)
+def parse_metrics(text: str, place: str) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of `metrics.jsonl`, and whether a last line without its end was left out: a killed run may have been writing it.
+
+    Raises:
+        EtudeError: a line is no row of metrics; `place` names the file.
+    """
     lines = text.split("\n")
     torn = bool(lines.pop())
     rows = []
@@ -146,12 +148,12 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], bool]:
             row = json.loads(line, parse_int=_number)
         except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python reads
             raise EtudeError(
-                f"'{path}' line {number} is not valid JSON ({brief(error, 120)}): repair or delete that line."
+                f"{place} line {number} is not valid JSON ({brief(error, 120)}): repair or delete that line."
             ) from None
         try:
             _Row.model_validate(row)
         except ValidationError as error:
-            raise EtudeError(f"'{path}' line {number} is not a row of metrics: {_problem(error)}.") from None
+            raise EtudeError(f"{place} line {number} is not a row of metrics: {_problem(error)}.") from None
         rows.append(row)
     return rows, torn
 

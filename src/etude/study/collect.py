@@ -12,9 +12,9 @@ from etude.config import TrainConfig, leaves
 from etude.config.sections import PromptsConfig
 from etude.errors import EtudeError, brief
 from etude.rewards.reward import WEIGHTED_SUM
-from etude.runs.reader import read_run
+from etude.runs.reader import parse_metrics
 from etude.sampling.etas import eta_text
-from etude.study.directory import StudyDirectory, read_json
+from etude.study.directory import StudyDirectory
 from etude.study.study_file import Cell, Study
 
 _WATCHING = ("evaluation.every", "evaluation.num_images", "evaluation.held_out_rewards", "evaluation.grid_images")
@@ -148,9 +148,12 @@ def collect(study: Study, directory: StudyDirectory) -> tuple[list[CellResult], 
 
 
 def _result(cell: Cell, directory: StudyDirectory, seconds: float) -> CellResult:
-    run, scores = read_run(directory.cell(cell)), read_json(directory.scores(cell))
-    kept = {name: scores[name] for name in ("samplers", "best", "clusters", "prompts", "levels", "base_image")}
-    return CellResult(cell, run.evaluations, seconds=seconds, **kept)
+    metrics, stored = directory.file(cell, "metrics.jsonl"), directory.file(cell, "scores.json")
+    rows = [] if metrics is None else parse_metrics(metrics.text(), metrics.place)[0]
+    evaluations = [(row["iteration"], row["evaluation"]) for row in rows if row.get("evaluation")]
+    scores = {} if stored is None else stored.mapping()
+    measured = {name: scores[name] for name in ("samplers", "best", "clusters", "prompts", "levels", "base_image")}
+    return CellResult(cell, evaluations, seconds=seconds, **measured)
 
 
 def conditions(results: list[CellResult]) -> list[Condition]:

@@ -1,10 +1,15 @@
-"""What the directory of a study holds: a run per cell, and how far each has come.
+"""The directory of a study: where its files are, and how far each cell has come.
 
-DIR/study.yaml              the file, as given
-DIR/cells/<slug>/           an ordinary run directory
+DIR/study.yaml                  the study's file, as given
+DIR/cells/<slug>/               an ordinary run directory
 DIR/cells/<slug>/scores.json    the measurement after training
-DIR/failures/<slug>.txt     the traceback of a cell that failed, until it succeeds
-DIR/.claims/<slug>          locked while a process works on the cell
+DIR/base/                       the base model's scores and images, which cells share
+DIR/cells.tar.xz                files of cells that were packed: see `etude.study.archive`
+DIR/failures/<slug>.txt         the traceback of a cell that failed, until it succeeds
+DIR/.claims/<slug>              locked while a process works on the cell
+
+A cell whose folder has a `config.yaml` is read from the folder alone. Every other file is read from
+its folder or, where the folder lacks it, from the archive. To a reader, packing changes nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from etude.config import TrainConfig, difference, load_config
+from etude.config import TrainConfig, difference, parse_config
+from etude.config.yaml_text import parse_yaml
 from etude.errors import EtudeError, brief
-from etude.files import try_lock
+from etude.files import reason, try_lock
+from etude.study.archive import ARCHIVE, CELL_FILES, accepts, archived_files
 from etude.study.study_file import Cell
 
 State = Literal["waiting", "part", "trained", "done", "failed", "running"]
@@ -29,11 +36,16 @@ class Progress:
     """How far a cell has come.
 
     Attributes:
-        state: waiting: nothing yet. part: stopped in training. trained: not measured yet, or otherwise than now wanted. done. failed: see `failure`.
-            running: another process works on it.
-        iteration: last finished one, 0 if there is none.
-        seconds: spent on it so far.
-        failure: one sentence.
+        state: one of
+            waiting: nothing was begun;
+            part: training was stopped;
+            trained: the measurement is missing, or differs from the one that the study asks for;
+            done: trained and measured;
+            failed: see `failure`;
+            running: another process works on the cell.
+        iteration: the last one that is finished; 0 if there is none.
+        seconds: time spent on the cell so far.
+        failure: one sentence, empty unless the cell has failed.
     """
 
     state: State
@@ -43,66 +55,152 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class StoredFile:
+    """A file of a study, from a folder or from the archive.
+
+    Attributes:
+        place: where it is, in the words of an error.
+        data: content.
+    """
+
+    place: str
+    data: bytes
+
+    def text(self) -> str:
+        """The content as text.
+
+        Raises:
+            EtudeError: it is not UTF-8.
+        """
+        try:
+            return self.data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise EtudeError(f"{self.place} cannot be read as UTF-8 text: {error}.") from None
+
+    def mapping(self) -> dict[str, Any]:
+        """The content as a mapping, from JSON.
+
+        Raises:
+            EtudeError: it is something else.
+        """
+        try:
+            value = json.loads(self.data)
+        except (ValueError, RecursionError) as error:
+            raise EtudeError(
+                f"{self.place} cannot be read ({brief(error)}): delete it, and run the study again."
+            ) from None
+        if not isinstance(value, dict):
+            raise EtudeError(f"{self.place} holds a {type(value).__name__}: delete it, and run the study again.")
+        return value
+
+
+@dataclass(frozen=True)
 class StudyDirectory:
     """The places in the directory of a study."""
 
     root: Path
+
+    @property
+    def archive(self) -> Path:
+        """The archive of packed cells."""
+        return self.root / ARCHIVE
 
     def cell(self, cell: Cell) -> Path:
         """The run directory of a cell."""
         return self.root / "cells" / cell.slug
 
     def scores(self, cell: Cell) -> Path:
-        """Where the cell's measurement is."""
+        """The file to which the cell's measurement is written."""
         return self.cell(cell) / "scores.json"
 
     def failure(self, cell: Cell) -> Path:
-        """Where the traceback of a cell that failed is."""
+        """The file with the traceback of a cell that failed."""
         return self.root / "failures" / f"{cell.slug}.txt"
 
+    def file(self, cell: Cell, name: str) -> StoredFile | None:
+        """One of `CELL_FILES` of a cell; None if the cell has none.
+
+        Raises:
+            EtudeError: the file or the archive cannot be read.
+        """
+        run = (self.cell(cell) / CELL_FILES[0]).is_file()
+        return self._stored(f"cells/{cell.slug}/{name}", packed=not run)
+
+    def base_file(self, name: str) -> StoredFile | None:
+        """A file of the base model's; None if there is none.
+
+        Raises:
+            EtudeError: the file or the archive cannot be read.
+        """
+        return self._stored(f"base/{name}") if accepts(f"base/{name}") else None
+
+    def _stored(self, name: str, packed: bool = True) -> StoredFile | None:
+        """A file by its name below the root, from its folder or, if `packed`, the archive."""
+        path = self.root / name
+        try:
+            return StoredFile(f"'{path}'", path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            data = archived_files(self.archive).get(name) if packed else None
+            return None if data is None else StoredFile(f"'{name}' in '{self.archive}'", data)
+        except OSError as error:
+            raise EtudeError(f"'{path}' cannot be read ({reason(error)}): check its permissions.") from None
+
     def progress(self, cell: Cell, look_for_others: bool = True) -> Progress:
-        """How far the cell has come; one whose files are damaged, or hold a run of another configuration, has failed."""
+        """How far the cell has come.
+
+        A cell has failed, too, if its files are damaged or belong to another configuration.
+
+        Raises:
+            EtudeError: the archive is damaged, so it is unknown which cells are done.
+        """
+        archived_files(self.archive)
         try:
             return self._progress(cell, look_for_others)
         except EtudeError as error:
             return Progress("failed", 0, 0.0, brief(error))
 
     def _progress(self, cell: Cell, look_for_others: bool) -> Progress:
-        run = self.cell(cell)
-        iteration, seconds = _metrics(run / "metrics.jsonl")
+        iteration, seconds = _time_spent(self.file(cell, "metrics.jsonl"))
         if look_for_others and self._claimed(cell):
             return Progress("running", iteration, seconds)
         if self.failure(cell).is_file():
             text = self.failure(cell).read_text(encoding="utf-8").strip()
             return Progress("failed", iteration, seconds, text.splitlines()[0] if text else "")
-        if not (run / "summary.json").is_file():
-            return Progress("part" if run.is_dir() else "waiting", iteration, seconds)
-        measured = read_json(self.scores(cell)) if self.scores(cell).is_file() else {}
+        if self.file(cell, "summary.json") is None:
+            return Progress("part" if self.cell(cell).is_dir() else "waiting", iteration, seconds)
+        stored = self.file(cell, "scores.json")
+        measured = {} if stored is None else stored.mapping()
         if measured.get("measurement") != cell.measurement.model_dump(mode="json"):
             return Progress("trained", iteration, seconds)
         self.check(cell)
         return Progress("done", iteration, seconds + measured.get("seconds", 0.0))
 
     def check(self, cell: Cell) -> None:
-        """Refuses a run of another configuration: the file was changed after the cell had begun.
+        """Refuse the run of another configuration, as after a change of the study's file.
 
         Raises:
-            EtudeError: naming the key.
+            EtudeError: the configurations differ; the key is named.
         """
-        path = self.cell(cell) / "config.yaml"
-        if not path.is_file():
+        stored = self.file(cell, CELL_FILES[0])
+        if stored is None:
             return
-        found = difference(load_config(str(path)), cell.config)
-        if found is not None:
-            key, old, new = found
+        config = parse_config(parse_yaml(stored.text(), stored.place), stored.place)
+        change = difference(config, cell.config)
+        if change is not None:
+            key, old, new = change
+            packed = not (self.cell(cell) / CELL_FILES[0]).is_file()
+            first = f"unpack '{self.archive}' with tar, delete it, and " if packed else ""
             raise EtudeError(
                 f"cell '{cell.slug}' holds a run with {key} = {old!r}, but the study now says {new!r}: "
-                f"move '{self.cell(cell)}' away to run it again, or give another --out."
+                f"{first}move '{self.cell(cell)}' away to run it again, or give another --out."
             )
 
     @contextmanager
     def claim(self, cell: Cell, patient: bool = True) -> Iterator[bool]:
-        """Whether this process may work on the cell; the claim ends with the process, however that ends."""
+        """Claim a cell for this process; yields whether the claim succeeded.
+
+        The claim ends with the process, however the process ends.
+        """
         path = self.root / ".claims" / cell.slug
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
@@ -116,7 +214,10 @@ class StudyDirectory:
 
 
 def work(config: TrainConfig) -> float:
-    """What a run costs in network calls on one image: a forward counts 1, a forward and backward 3. Only ratios of it are used."""
+    """The cost of a run in network calls on one image. Only ratios of costs are used.
+
+    A forward pass counts 1, a forward and backward pass 3.
+    """
     sampling, rollout, objective = config.sampling, config.rollout, config.objective
     trained = sampling.num_steps if sampling.window is None else sampling.window.size
     replayed = 3 * trained * objective.timestep_fraction * objective.num_inner_epochs
@@ -128,30 +229,15 @@ def work(config: TrainConfig) -> float:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A mapping.
-
-    Raises:
-        EtudeError: the file holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EtudeError(f"'{path}' cannot be read ({error}): delete it, and run the study again.") from None
-    if not isinstance(value, dict):
-        raise EtudeError(f"'{path}' holds a {type(value).__name__}: delete it, and run the study again.")
-    return value
-
-
-def _metrics(path: Path) -> tuple[int, float]:
-    """Last iteration and seconds of all; a line that is being written does not count."""
-    if not path.is_file():
+def _time_spent(metrics: StoredFile | None) -> tuple[int, float]:
+    """The last iteration and the seconds of all. A line that is being written does not count."""
+    if metrics is None:
         return 0, 0.0
     iteration, seconds = 0, 0.0
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], start=1):
+    for number, line in enumerate(metrics.data.decode("utf-8", errors="replace").split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
             iteration, seconds = int(row["iteration"]), seconds + float(row["seconds"]["total"])
         except (ValueError, KeyError, TypeError) as error:
-            raise EtudeError(f"'{path}', line {number} is not a row of metrics ({brief(error)}).") from None
+            raise EtudeError(f"{metrics.place}, line {number} is not a row of metrics ({brief(error)}).") from None
     return iteration, seconds

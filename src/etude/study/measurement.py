@@ -28,7 +28,7 @@ from etude.rewards import WeightedRewards
 from etude.runs.layout import BEST
 from etude.sampling.etas import compact, eta_text
 from etude.sampling.solvers import sample_with_solver
-from etude.study.directory import StudyDirectory, read_json
+from etude.study.directory import StudyDirectory
 from etude.study.study_file import Cell, MeasurementConfig
 
 Scores = dict[str, list[float]]
@@ -147,7 +147,7 @@ class Base:
     """
 
     def __init__(self, cell: Cell, directory: StudyDirectory) -> None:
-        config, self.root = cell.config, directory.root / "base"
+        config, self.directory = cell.config, directory
         self.config, self.image = config, None if cell.measurement.shown == 0 else ""
         self._policy: TrainablePolicy | None = None
         summed = dict(sorted(config.rewards.items())) if len(config.rewards) > 1 else None
@@ -167,19 +167,23 @@ class Base:
         """Of the base model under a sampler."""
         key = {**self._key, "sampler": sampler.settings()}
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        path, picture = self.root / f"{name}.json", self.root / f"{name}-{shown}.png"
-        if not path.is_file() or (shown and not picture.is_file()):
+        file, picture = f"{name}.json", f"{name}-{shown}.png"
+        stored = self.directory.base_file(file)
+        if stored is None or (shown and self.directory.base_file(picture) is None):
             self._policy = self._policy or policy_of(self.config)
             images = sampler.draw(self._policy, protocol)
-            self.root.mkdir(parents=True, exist_ok=True)
+            folder = self.directory.root / "base"
+            folder.mkdir(parents=True, exist_ok=True)
             if shown:
-                atomic_write_bytes(picture, strip(images[:shown]))
+                atomic_write_bytes(folder / picture, strip(images[:shown]))
             text = json.dumps({"key": key, "scores": _scores(protocol, images)}, ensure_ascii=False)
-            atomic_write_text(path, text + "\n")
+            atomic_write_text(folder / file, text + "\n")
+            stored = self.directory.base_file(file)
+            assert stored is not None
         if shown:
-            self.image = picture.name
-        found: Scores = read_json(path)["scores"]
-        return found
+            self.image = picture
+        scores: Scores = stored.mapping()["scores"]
+        return scores
 
 
 def strip(images: Tensor) -> bytes:

@@ -45,8 +45,8 @@ def run_study(
         The reason of each failure, by cell.
     """
     directory.root.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(directory.root / "study.yaml", study.text)
     states = {cell.slug: directory.progress(cell, look_for_others=False).state for cell in cells}
+    atomic_write_text(directory.root / "study.yaml", study.text)
     failures: dict[str, str] = {}
     with GridDisplay(cells, Pace(cells, directory), list(states.values()).count("done"), quiet) as display:
         for cell in cells:
@@ -69,7 +69,7 @@ def _run_cell(cell: Cell, directory: StudyDirectory, display: GridDisplay, launc
         directory.check(cell)
         found = directory.progress(cell, look_for_others=False)
         shown = display.start(cell, found.iteration)
-        if not (directory.cell(cell) / "summary.json").is_file():
+        if directory.file(cell, "summary.json") is None:
             if launcher is None:
                 from etude.training.trainer import Trainer
 

@@ -16,7 +16,7 @@ from etude.report.page import duration
 from etude.study import charts
 from etude.study.analysis import analyse
 from etude.study.collect import SAMPLER_KEYS, CellResult, Condition, collect, conditions, families
-from etude.study.directory import StudyDirectory
+from etude.study.directory import StoredFile, StudyDirectory
 from etude.study.study_file import Study
 from etude.study.tables import basis, count_of, estimate, file_name, markdown, tables
 
@@ -168,14 +168,14 @@ def pictures(results: list[CellResult], directory: StudyDirectory) -> list[tuple
     for label, members in families(conditions(results), SAMPLER_KEYS):
         seed = members[0].seeds[0]
         chosen = [(c, r) for c in members for r in c.results if r.cell.config.seed == seed]
-        strips = [directory.cell(r.cell) / "samples" / "study.png" for _, r in chosen]
         base = chosen[0][1].base_image
         if len(chosen) < 2 or base is None:
             continue
+        strips = [directory.base_file(base), *(directory.file(r.cell, "samples/study.png") for _, r in chosen)]
         measurement = chosen[0][1].cell.measurement
         count = min(measurement.shown, measurement.num_images)
         try:
-            columns = [_images(path, count) for path in (directory.root / "base" / base, *strips)]
+            columns = [_images(strip, count) for strip in strips]
         except OSError:  # one is missing or damaged: nothing to set side by side
             continue
         heads = ["base model", *(_head(c) for c, _ in chosen)]
@@ -190,12 +190,18 @@ def _head(condition: Condition) -> str:
     return f"{'' if sampling.kernel == 'gddim' else sampling.kernel + ' '}η = {sampling.eta_text}"
 
 
-def _images(path: Path, count: int) -> list[str]:
-    """The images of a strip as data URIs."""
+def _images(stored: StoredFile | None, count: int) -> list[str]:
+    """The images of a strip as data URIs.
+
+    Raises:
+        OSError: there is no strip, or it is no image.
+    """
     from PIL import Image
 
+    if stored is None:
+        raise FileNotFoundError
     found = []
-    with Image.open(path) as strip:
+    with Image.open(io.BytesIO(stored.data)) as strip:
         width = strip.width // count
         for index in range(count):
             buffer = io.BytesIO()
