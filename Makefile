@@ -28,7 +28,7 @@ $(VENV)/.core: $(NEEDS) | $(BIN)/python
 
 $(VENV)/.dev: $(NEEDS) | $(BIN)/python
 	@echo "installing etude and its development tools into $(VENV) (about a minute)"
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --editable '.[dev]' --editable examples/plugin
 	@touch $@ $(VENV)/.core
 
 $(VENV)/.docs: $(NEEDS) | $(BIN)/python

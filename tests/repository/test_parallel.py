@@ -37,6 +37,5 @@ def test_the_fuzzed_cases_of_all_workers_add_up(pytester: pytest.Pytester, worke
 
 
 def test_one_launch_of_several_processes_runs_at_a_time() -> None:
-    with open(launching.__file__, "rb") as another:
-        with launching._turn(), pytest.raises(BlockingIOError):
-            fcntl.flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(launching.__file__, "rb") as another, launching._turn(), pytest.raises(BlockingIOError):
+        fcntl.flock(another, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,7 +7,6 @@ import re
 
 import pytest
 import yaml
-from etude.cli.study_display import Pace
 from typer.testing import CliRunner
 
 from etude.cli.app import app
