@@ -27,8 +27,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return told or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
-def _silent(done: int) -> None:
-    """The progress callback of those who do not watch."""
+def silent(done: int) -> None:
+    """Ignore progress: the callback where nobody watches."""
 
 
 class MicroBatch:
@@ -52,7 +52,7 @@ class MicroBatch:
         """The size itself, or one that starts from a number."""
         return size if isinstance(size, MicroBatch) else cls(size, setting)
 
-    def run(self, count: int, work: Callable[[slice, Progress], None], on_step: Progress = _silent) -> None:
+    def run(self, count: int, work: Callable[[slice, Progress], None], on_step: Progress = silent) -> None:
         """Calls `work` with consecutive slices of `count` rows, at most `size` at a time.
 
         Rows that run out of memory are worked through again in smaller slices, so `work` must be able to start over.

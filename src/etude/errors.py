@@ -11,6 +11,14 @@ class EtudeError(ValueError):
 
     Attributes:
         shared: every process of the run raises the same one, so that the first alone need tell it.
+
+    Example:
+        >>> import etude
+        >>> try:
+        ...     etude.CPS(eta=2.0)
+        ... except etude.EtudeError as error:
+        ...     print(error)
+        CPS with eta 2 folds back, to less noise than at 1: give at most 1 (all the noise redrawn).
     """
 
     shared = False

@@ -1,8 +1,11 @@
-"""The terminal: its console, and how times are written there."""
+"""The terminal: its console, and how tables and times are written there."""
 
 from __future__ import annotations
 
-from rich.console import Console
+import io
+
+from rich.console import Console, RenderableType
+from rich.table import Table
 
 PLAIN_WIDTH = 200
 """Columns where there is no terminal to measure."""
@@ -12,6 +15,17 @@ def make_console(stderr: bool = False) -> Console:
     """A console that never folds tables to 80 columns where there is no terminal to measure."""
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=PLAIN_WIDTH)
+
+
+def plain_text(*blocks: RenderableType) -> str:
+    """The blocks as text without colours, one under the other, as a console of PLAIN_WIDTH columns
+    prints them.
+    """
+    console = Console(file=io.StringIO(), width=PLAIN_WIDTH, color_system=None)
+    for block in blocks:
+        console.print(block, soft_wrap=not isinstance(block, Table), highlight=False, markup=False)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def clock(seconds: float) -> str:

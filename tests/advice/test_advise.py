@@ -28,7 +28,7 @@ from etude.advice.rules import (
 from etude.cli.app import app
 from etude.config import parse_config
 from etude.errors import EtudeError
-from etude.measuring.statistics import paired_summary
+from etude.measuring.statistics import estimate_mean
 from etude.rewards import register
 from support.small_runs import redness
 from support.tiny import save_stable_diffusion
@@ -91,10 +91,10 @@ def test_deployment_is_compared_at_the_steps_of_training_first_and_nothing_twice
 
 def test_the_reasons_say_when_nothing_is_significant() -> None:
     values = np.random.default_rng(2).normal(size=32)
-    nothing = paired_summary(values, CLUSTERS)
+    nothing = estimate_mean(values, CLUSTERS)
     row = {"eta": 0.5, "improvement": nothing.to_dict()}
     cell = {"solver": "unipc", "steps": 5, "evaluations": 5}
-    zero = paired_summary(values * 0, CLUSTERS)
+    zero = estimate_mean(values * 0, CLUSTERS)
     text = " ".join(reasons(row, {0.5: nothing, 2.0: zero}, True, None, cell, "alignment"))
     assert "no significant difference between eta = 0.5 and eta = 2" in text
     assert "did not surely improve on the base model" in text

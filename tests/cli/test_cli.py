@@ -20,7 +20,7 @@ from etude.config import TrainConfig, load_config, recipe_names, recipe_text
 from etude.config.algorithm import algorithm
 from etude.policies import load_policy
 from etude.report.grids import image_grid
-from etude.sampling.solvers import sample_with_solver
+from etude.sampling.solvers import Solver
 from etude.training.progress import SilentDisplay
 from support.tiny import save_flux, save_stable_diffusion
 
@@ -354,7 +354,7 @@ def test_sample_draws_what_the_solver_of_that_name_does(
         )
         assert result.exit_code == 0, result.output
         policy = load_policy(directory)
-        expected = image_grid(sample_with_solver(policy, ["a"], solver, 4, seed=0), 1)
+        expected = image_grid(Solver(solver, 4).draw(policy, ["a"]), 1)
         with Image.open(target) as drawn:
             assert drawn.tobytes() == expected.tobytes()
 

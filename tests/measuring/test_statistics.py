@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from etude.errors import EtudeError
-from etude.measuring.statistics import Estimate, format_interval, mean_summary, paired_summary
+from etude.measuring.statistics import Estimate, estimate_mean, format_interval
 
 
 def clustered(rng: np.random.Generator, clusters: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -21,45 +21,45 @@ def clustered(rng: np.random.Generator, clusters: int, spread: float = 1.0) -> t
 
 
 def test_equal_samples_give_exactly_zero() -> None:
-    estimate = paired_summary(np.zeros(64), np.arange(64) % 8)
+    estimate = estimate_mean(np.zeros(64), np.arange(64) % 8)
     assert (estimate.mean, estimate.standard_error, estimate.low, estimate.high) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("value", [0.1, -1 / 3, 1e9 + 0.1])
 def test_a_constant_is_its_own_mean_and_interval(value: float) -> None:
-    estimate = mean_summary([value] * 7, [0, 0, 0, 1, 1, 2, 2])
+    estimate = estimate_mean([value] * 7, [0, 0, 0, 1, 1, 2, 2])
     assert (estimate.mean, estimate.standard_error, estimate.low, estimate.high) == (value, 0, value, value)
 
 
 def test_the_standard_error_of_singletons_is_s_over_root_n() -> None:
     x = np.random.default_rng(1).normal(size=50)
-    estimate = mean_summary(x, np.arange(50))
+    estimate = estimate_mean(x, np.arange(50))
     assert estimate.mean == pytest.approx(x.mean(), abs=1e-14)
     assert estimate.standard_error == pytest.approx(x.std(ddof=1) / np.sqrt(50), rel=1e-12)
 
 
 def test_the_standard_error_of_equal_clusters_is_that_of_their_means() -> None:
     x = np.random.default_rng(2).normal(size=(12, 5))
-    estimate = mean_summary(x.ravel(), np.repeat(np.arange(12), 5))
+    estimate = estimate_mean(x.ravel(), np.repeat(np.arange(12), 5))
     assert estimate.standard_error == pytest.approx(x.mean(axis=1).std(ddof=1) / np.sqrt(12), rel=1e-12)
 
 
 def test_copies_within_a_cluster_add_no_information() -> None:
     x = np.random.default_rng(3).normal(size=30)
-    once, often = mean_summary(x, np.arange(30)), mean_summary(np.repeat(x, 9), np.repeat(np.arange(30), 9))
+    once, often = estimate_mean(x, np.arange(30)), estimate_mean(np.repeat(x, 9), np.repeat(np.arange(30), 9))
     for name in ("mean", "standard_error", "low", "high"):
         assert getattr(often, name) == pytest.approx(getattr(once, name), rel=1e-9)
 
 
 def test_the_bootstrap_of_many_clusters_agrees_with_the_standard_error() -> None:
     x, labels = clustered(np.random.default_rng(4), 400)
-    estimate = mean_summary(x, labels)
+    estimate = estimate_mean(x, labels)
     assert (estimate.high - estimate.low) / (2 * 1.96 * estimate.standard_error) == pytest.approx(1, abs=0.05)
 
 
 def test_two_clusters_give_the_extremes_of_the_bootstrap_as_a_ratio_of_sums() -> None:
     """Resamples of a cluster {0} and a cluster {3, 3, 3} are 0, 9/4 and 3: unequal clusters weigh by what they hold."""
-    estimate = mean_summary([0, 3, 3, 3], ["a", "b", "b", "b"])
+    estimate = estimate_mean([0, 3, 3, 3], ["a", "b", "b", "b"])
     assert (estimate.mean, estimate.low, estimate.high) == (2.25, 0, 3)
     assert (estimate.n, estimate.clusters, estimate.clustered) == (4, 2, True)
 
@@ -69,7 +69,7 @@ def test_the_interval_covers_the_truth_about_95_times_in_100(clusters: int) -> N
     """At least 91 % at 99.9 % confidence: the count over 400 worlds is held above that binomial's 0.1 % quantile."""
     worlds, hits = 400, 0
     for world in range(worlds):
-        estimate = mean_summary(
+        estimate = estimate_mean(
             *clustered(np.random.default_rng([clusters, world]), clusters), seed=world, resamples=800
         )
         hits += estimate.low <= 0 <= estimate.high
@@ -82,20 +82,20 @@ def test_ignoring_the_clusters_would_cover_too_rarely() -> None:
     worlds, hits = 200, 0
     for world in range(worlds):
         x, labels = clustered(np.random.default_rng([1, world]), 20, spread=3.0)
-        estimate = mean_summary(x, np.arange(len(labels)), resamples=400)
+        estimate = estimate_mean(x, np.arange(len(labels)), resamples=400)
         hits += estimate.low <= 0 <= estimate.high
     assert hits < stats.binom.ppf(0.001, worlds, 0.9)
 
 
 def test_the_same_arguments_give_the_same_bits_and_another_seed_does_not() -> None:
     x, labels = clustered(np.random.default_rng(5), 10)
-    assert mean_summary(x, labels) == mean_summary(x, labels)
-    assert mean_summary(x, labels) != mean_summary(x, labels, seed=1)
+    assert estimate_mean(x, labels) == estimate_mean(x, labels)
+    assert estimate_mean(x, labels) != estimate_mean(x, labels, seed=1)
 
 
 def test_one_cluster_resamples_samples_and_says_so() -> None:
     x = np.random.default_rng(6).normal(size=20)
-    one, singletons = mean_summary(x, ["only"] * 20), mean_summary(x, np.arange(20))
+    one, singletons = estimate_mean(x, ["only"] * 20), estimate_mean(x, np.arange(20))
     assert (one.clusters, one.clustered, singletons.clusters, singletons.clustered) == (1, False, 20, True)
     assert (one.mean, one.standard_error, one.low, one.high) == (
         singletons.mean,
@@ -109,8 +109,8 @@ def test_one_cluster_resamples_samples_and_says_so() -> None:
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12), st.floats(-50, 50), st.floats(0.01, 100))
 def test_shifting_and_scaling_the_samples_shifts_and_scales_the_interval(x, shift, scale) -> None:
     labels = np.arange(len(x)) // 2
-    plain = mean_summary(x, labels, resamples=50)
-    moved = mean_summary(scale * np.array(x) + shift, labels, resamples=50)
+    plain = estimate_mean(x, labels, resamples=50)
+    moved = estimate_mean(scale * np.array(x) + shift, labels, resamples=50)
     for name in ("mean", "low", "high"):
         assert getattr(moved, name) == pytest.approx(scale * getattr(plain, name) + shift, rel=1e-6, abs=1e-6)
     assert moved.standard_error == pytest.approx(scale * plain.standard_error, rel=1e-6, abs=1e-6)
@@ -129,11 +129,11 @@ def test_shifting_and_scaling_the_samples_shifts_and_scales_the_interval(x, shif
 )
 def test_values_without_an_interval_are_refused(values: list[float], clusters: list[int], message: str) -> None:
     with pytest.raises(EtudeError, match=message):
-        paired_summary(values, clusters)
+        estimate_mean(values, clusters)
 
 
 def test_an_estimate_survives_json() -> None:
-    estimate = mean_summary([1.0, 2.0, 4.0], [0, 1, 1])
+    estimate = estimate_mean([1.0, 2.0, 4.0], [0, 1, 1])
     assert Estimate.from_dict(json.loads(json.dumps(estimate.to_dict()))) == estimate
 
 

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from etude.config import TrainConfig, parse_config
 from etude.errors import EtudeError
 from etude.policies import load_policy
-from etude.policies.loading import policy_of
+from etude.policies.loading import load_source
+from etude.policies.source import ModelSource
 from etude.training.dry_run import resolved
 from support.tiny import flux, save_stable_diffusion, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
@@ -47,7 +48,7 @@ def config(model: Path, **changes: Any) -> TrainConfig:
 def test_a_dry_run_of_the_outline_says_what_one_of_the_model_says(name: str, tmp_path: Path) -> None:
     FAMILIES[name]().save_pretrained(tmp_path / "model")
     settings = config(tmp_path / "model", memory={"offload": True, "gradient_checkpointing": True})
-    outline, model = policy_of(settings, outline=True), policy_of(settings, "cpu")
+    outline, model = load_source(ModelSource.of(settings), outline=True), load_source(ModelSource.of(settings), "cpu")
     said = [resolved(settings, tmp_path / "run", policy=policy) for policy in (outline, model)]
     assert said[0] == said[1]
     assert all(isinstance(p, FakeTensor) for name, p in outline.network.named_parameters() if "lora" not in name)
@@ -56,7 +57,8 @@ def test_a_dry_run_of_the_outline_says_what_one_of_the_model_says(name: str, tmp
 def test_full_fine_tuning_is_reckoned_from_the_outline_too(tmp_path: Path) -> None:
     settings = config(save_stable_diffusion(tmp_path / "model"), lora={"rank": 0}, dtype="float32")
     said = [
-        resolved(settings, tmp_path / "run", policy=policy_of(settings, "cpu", outline)) for outline in (True, False)
+        resolved(settings, tmp_path / "run", policy=load_source(ModelSource.of(settings), "cpu", outline))
+        for outline in (True, False)
     ]
     assert said[0] == said[1]
 

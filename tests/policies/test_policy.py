@@ -13,6 +13,7 @@ from etude.policies import load_policy
 from etude.policies.deployment import deployment_snippet
 from etude.policies.flux import FluxPolicy
 from etude.policies.prompt_cache import PromptCache
+from etude.policies.source import ModelSource
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_3 import StableDiffusion3Policy
 from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
@@ -235,7 +236,7 @@ def test_what_is_neither_on_disk_nor_a_revision_of_the_hub_is_one_clear_error(hu
 
 def test_the_snippet_of_an_adapter_loads_that_revision_and_variant(policy):
     policy.add_lora(LoraConfig(rank=2), seed=0)
-    snippet = deployment_snippet(policy, "owner/tiny@v1", 4, 5.0, variant="fp16")
+    snippet = deployment_snippet(policy, ModelSource("owner/tiny@v1", variant="fp16"), 4, 5.0)
     assert "from_pretrained('owner/tiny', revision='v1', variant='fp16')" in snippet
 
 

@@ -25,7 +25,8 @@ from etude.config import LoraConfig, parse_config
 from etude.errors import EtudeError
 from etude.policies import Policy, load_policy
 from etude.policies.deployment import ddim_visits, deployment_snippet
-from etude.policies.loading import policy_of
+from etude.policies.loading import load_source
+from etude.policies.source import ModelSource
 from etude.sampling.noise import NoiseSource
 from etude.sampling.paths import VPPath
 from etude.sampling.plans import SamplingPlan
@@ -139,7 +140,7 @@ def ship(case: Case, directory: Path) -> None:
     policy.export(directory / policy.export_name)
     np.savez(directory / "etude.npz", untuned=untuned, tuned=images(policy, case.guidance_scale))
     np.save(directory / "noise.npy", NoiseSource(0, "evaluation").initial([0, 1, 2], policy.latent_shape).numpy())
-    snippet = deployment_snippet(policy, "base", STEPS, case.guidance_scale)
+    snippet = deployment_snippet(policy, ModelSource("base"), STEPS, case.guidance_scale)
     assert snippet.count('pipe("a prompt", ') == snippet.count(".images[0]") == 1
     snippet = snippet.replace('"a prompt"', f"{PROMPTS}, latents=noise, output_type='np'").replace(
         ".images[0]", ".images"
@@ -197,7 +198,9 @@ def test_the_card_changes_the_scheduler_only_where_the_models_own_is_not_the_ode
 def test_a_shift_of_ones_own_moves_every_level_whatever_the_pipelines(make, tmp_path):
     make().save_pretrained(tmp_path)
     own = load_policy(tmp_path, device="cpu")
-    shifted = policy_of(parse_config({"model": str(tmp_path), "sampling": {"shift": 5.0, "num_steps": 4}}), "cpu")
+    shifted = load_source(
+        ModelSource.of(parse_config({"model": str(tmp_path), "sampling": {"shift": 5.0, "num_steps": 4}})), "cpu"
+    )
     for steps in (4, 10):
         # FLUX spaces levels evenly down to 1 / N, SD3's scheduler down to its last level, which the shift has moved.
         even = torch.linspace(1, 1 / steps if make is flux else 0.005 / 1.004, steps, dtype=torch.float64)
@@ -216,7 +219,7 @@ def test_a_flux_card_says_its_size_guidance_and_sequence_length():
 
     policy = FluxPolicy(flux())
     policy.add_lora(LoraConfig(), seed=0)
-    lines = deployment_snippet(policy, "someone/flux", 25, 3.5, "bfloat16").splitlines()
+    lines = deployment_snippet(policy, ModelSource("someone/flux", dtype="bfloat16"), 25, 3.5).splitlines()
     assert lines[0] == "import torch"
     assert "pipe = FluxPipeline.from_pretrained('someone/flux', torch_dtype=torch.bfloat16)" in lines
     assert lines[-1] == (
@@ -227,7 +230,7 @@ def test_a_flux_card_says_its_size_guidance_and_sequence_length():
 def test_the_card_of_an_embedded_model_finds_it_in_the_package():
     policy = load_policy("emoji-sd", device="cpu")
     policy.add_lora(LoraConfig(), seed=0)
-    lines = deployment_snippet(policy, "emoji-sd", 20, 5.0).splitlines()
+    lines = deployment_snippet(policy, ModelSource("emoji-sd"), 20, 5.0).splitlines()
     assert "from etude import zoo" in lines
     assert "pipe = StableDiffusionPipeline.from_pretrained(zoo.path('emoji-sd'))" in lines
     assert type(policy.pipeline).from_pretrained(zoo.path("emoji-sd")) is not None

@@ -14,12 +14,13 @@ import torch
 from diffusers import EulerDiscreteScheduler, PNDMScheduler
 
 from etude.config import LoraConfig, parse_config
-from etude.measuring.statistics import paired_summary
+from etude.measuring.statistics import estimate_mean
 from etude.policies import Policy, load_policy
 from etude.policies.deployment import deployment_snippet, stochastic_snippet
+from etude.policies.source import ModelSource
 from etude.sampling.noise import NoiseSource
 from etude.sampling.rollout import rollout
-from etude.sampling.sampler import make_plan
+from etude.sampling.sampler import SDE
 from etude.training.finish import _deployment_advice, model_card
 from support.tiny import flux, stable_diffusion, stable_diffusion_3
 
@@ -90,12 +91,12 @@ def test_the_stochastic_lines_draw_what_the_runs_sde_draws(
     make, guidance, kernel, eta, first_step, shift = CASES[name]
     monkeypatch.chdir(tmp_path)
     policy = tuned(make, tmp_path, shift)
-    table = make_plan(kernel, eta, STEPS, first_step).tabulate(policy.grid(STEPS))
+    table = SDE(eta, STEPS, kernel, first_step).plan().tabulate(policy.grid(STEPS))
     ours = policy.decode(rollout(policy, table, policy.encode(PROMPTS), NOISE, [0, 1], guidance, 2).latents)
     lines = stochastic_snippet(policy, STEPS, guidance, kernel, eta, first_step)
     assert f"eta={eta}, kernel='{kernel}', first_step='{first_step}')" in lines
     text = (
-        deployment_snippet(policy, "base", STEPS, guidance)
+        deployment_snippet(policy, ModelSource("base"), STEPS, guidance)
         + "\n"
         + lines.replace("image =", "patch(pipe.scheduler)\nimage =")
     )
@@ -111,7 +112,7 @@ def test_the_pipeline_goes_where_the_run_was_and_a_home_directory_is_spelt_out(
 ) -> None:
     policy = tuned(stable_diffusion, tmp_path, None)
     monkeypatch.setenv("HOME", os.fspath(tmp_path))
-    lines = deployment_snippet(policy, "~/base", STEPS, 3.0).splitlines()
+    lines = deployment_snippet(policy, ModelSource("~/base"), STEPS, 3.0).splitlines()
     assert f"pipe = StableDiffusionPipeline.from_pretrained('{tmp_path}/base')" in lines
     assert lines.index('pipe.to("cuda" if torch.cuda.is_available() else "cpu")') > lines.index(
         "pipe.load_lora_weights('lora')"
@@ -122,7 +123,7 @@ def test_the_card_names_the_algorithm_and_the_sde_with_its_kernel_and_first_step
     policy = tuned(flux, tmp_path, None)
     sampling = {"kernel": "dance_sde", "eta": 0.3, "num_steps": STEPS, "first_step": "sde"}
     config = parse_config({"model": "base", "rewards": {"colorfulness": 1.0}, "sampling": sampling})
-    worse = {"colorfulness": paired_summary(np.array([-1.2, -0.8, -1.1, -0.9]), [0, 1, 2, 3]).to_dict()}
+    worse = {"colorfulness": estimate_mean(np.array([-1.2, -0.8, -1.1, -0.9]), [0, 1, 2, 3]).to_dict()}
     final = {"eta": 0.3, "num_steps": STEPS, **dict.fromkeys(("ode", "sde", "improvement", "gap"), worse)}
     summary = {
         "final": final,

@@ -18,11 +18,12 @@ from etude.errors import EtudeError
 from etude.policies import Policy, load_policy
 from etude.policies.deployment import deployment_snippet
 from etude.policies.flux import FluxPolicy
-from etude.policies.loading import policy_of
+from etude.policies.loading import load_source
+from etude.policies.source import ModelSource
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 from etude.sampling.noise import NoiseSource
-from etude.sampling.sampler import make_plan, sample_images
+from etude.sampling.sampler import ODE
 from support.single_file import write_single_file
 from support.tiny import flux, stable_diffusion, stable_diffusion_xl
 
@@ -33,7 +34,7 @@ FAMILIES = {
 
 
 def images(policy: Policy) -> torch.Tensor:
-    return sample_images(policy, ["red heart", "pizza"], make_plan("gddim", 0.0, 3), guidance_scale=3.0)
+    return ODE(3, 3.0).draw(policy, ["red heart", "pizza"])
 
 
 def without_weights(directory: Path) -> Path:
@@ -132,7 +133,7 @@ def test_the_cards_lines_load_the_file_and_the_adapter(pipeline, write, tmp_path
         for parameter in policy.trainable().values():
             parameter.add_(0.1)
     policy.export(Path("lora"))
-    snippet = deployment_snippet(policy, "model.safetensors", 3, 3.0, pipeline_config="config")
+    snippet = deployment_snippet(policy, ModelSource("model.safetensors", pipeline_config="config"), 3, 3.0)
     assert snippet.count("config=") == snippet.count("from_single_file(") == 1
     noise = NoiseSource(0, "evaluation").initial([0, 1], policy.latent_shape)
     call = "['red heart', 'pizza'], latents=NOISE, output_type='np'"
@@ -147,7 +148,7 @@ def test_a_configuration_trains_from_a_file(tmp_path):
     stable_diffusion().save_pretrained(tmp_path / "config")
     file = write_single_file(stable_diffusion(), tmp_path / "model.safetensors")
     config = parse_config({"model": str(file), "pipeline_config": str(tmp_path / "config"), "dtype": "bfloat16"})
-    policy = policy_of(config, "cpu")
+    policy = load_source(ModelSource.of(config), "cpu")
     assert policy.dtype == torch.bfloat16
     assert {p.dtype for p in policy.network.parameters()} == {torch.bfloat16}
 

@@ -15,6 +15,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import etude
 from etude.cli.app import app
 from etude.config import load_config, parse_rewards
 from support.tiny import save_families
@@ -50,6 +51,37 @@ def test_the_code_of_a_how_to_page_runs(page: Path, tmp_path: Path, monkeypatch:
     finally:
         for name in files:
             sys.modules.pop(name.removesuffix(".py"), None)
+
+
+SMALL = {"iterations": 1, "sampling.num_steps": 2, "rollout.images_per_iteration": 8}
+SMALL |= {"evaluation.num_images": 2, "evaluation.held_out_rewards": []}
+
+
+def test_the_readmes_python_trains_samples_and_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is printed, but for the sizes of the runs and of the measurement."""
+    train, reward_gap = etude.train, etude.reward_gap
+
+    def small_train(recipe: str, out: str, overrides: dict[str, Any]) -> Any:
+        return train(recipe, out, SMALL | overrides)
+
+    def small_gap(policy: Any, rewards: list[str], etas: list[float]) -> Any:
+        measurement = etude.Measurement.of(rewards, num_images=2)
+        return reward_gap(policy, etas=etas, steps=[2], measurement=measurement)
+
+    monkeypatch.setattr(etude, "train", small_train)
+    monkeypatch.setattr(etude, "reward_gap", small_gap)
+    monkeypatch.chdir(tmp_path)
+    _, program = _blocks(ROOT / "README.md")
+    (tmp_path / "readme.py").write_text(program, encoding="utf-8")
+    names = runpy.run_path(str(tmp_path / "readme.py"))
+    assert names["images"].shape == names["deployed"].shape == (1, 3, 64, 64)
+    assert names["run"]["brightness"].improvement.n == 2
+    assert names["pipe"].scheduler.config.eta == 1.2
+    shown = capsys.readouterr().out
+    for text in ("run: runs/first", "gap (ODE - SDE)", "improvement (ODE)", str(names["gap"]["colorfulness", 1.2].gap)):
+        assert text in shown
 
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

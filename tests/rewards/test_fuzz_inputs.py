@@ -24,7 +24,7 @@ from etude.report.grids import image_grid
 from etude.rewards import get, register
 from etude.rewards.remote.server import _RefusedError, _Scorer
 from etude.rewards.remote.wire import ScoreAnswer, decode_images, encode_image
-from etude.rewards.scoring import WeightedRewards, score
+from etude.rewards.scoring import WeightedRewards, score_one
 from support.fuzzing import fuzz, refused
 
 anything = st.recursive(
@@ -190,7 +190,7 @@ def test_whatever_a_reward_returns_is_refused_in_a_sentence_or_is_three_finite_s
     images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
 
     def scored() -> None:
-        scores = score("mine", lambda images, prompts, **_: value, images, ["a", "b", "c"], offset=offset)
+        scores = score_one("mine", lambda images, prompts, **_: value, images, ["a", "b", "c"], offset=offset)
         assert (scores.shape, scores.dtype, scores.is_sparse, scores.requires_grad) == (
             (3,),
             torch.float32,
@@ -228,7 +228,7 @@ def test_whatever_a_reward_raises_names_the_reward(raised: BaseException) -> Non
     register("broken")(broken)
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     for call in (
-        lambda: score("broken", broken, images, ["a"]),
+        lambda: score_one("broken", broken, images, ["a"]),
         lambda: WeightedRewards({"broken": 1.0})(images, ["a"]),
     ):
         assert "reward 'broken' failed" in (refused(call) or "")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from etude.errors import EtudeError
-from etude.rewards import WeightedRewards, get, names, register, revisions, score
+from etude.rewards import WeightedRewards, get, names, register, revisions, score_one
 from etude.rewards.models.clip import PickScore
 from etude.rewards.models.preprocessing import MEAN, STD, crop_to_square, pad_to_square
 
@@ -480,7 +480,7 @@ def test_offloading_moves_a_reward_off_the_device_after_each_use(clip: tuple[CLI
 def test_weights_are_read_at_first_use_frozen_and_in_evaluation_mode(clip: tuple[CLIPModel, Path]) -> None:
     reward: Any = get(f"pickscore:{clip[1]}")
     assert reward.network is None
-    scores = score("pickscore", reward, IMAGES, PROMPTS)
+    scores = score_one("pickscore", reward, IMAGES, PROMPTS)
     assert not scores.requires_grad
     assert not reward.network.training
     assert not any(p.requires_grad for p in reward.network.parameters())

@@ -24,7 +24,7 @@ from PIL import Image
 
 from etude.config import parse_config
 from etude.errors import EtudeError
-from etude.rewards import WeightedRewards, get, register, score
+from etude.rewards import WeightedRewards, get, register, score_one
 from etude.rewards.remote.client import RemoteReward
 from etude.rewards.remote.server import address, build_app, listen, make_server
 from etude.rewards.remote.wire import ScoreRequest, decode_images, encode_image
@@ -118,10 +118,10 @@ def test_a_png_file_returns_every_byte() -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
 def test_a_round_trip_gives_the_scores_of_the_reward_itself(checksum: str, batch_size: int) -> None:
     metadata = {"offset": [0.5, 1.5, 2.5, 3.5, 4.5]}
-    expected = score(checksum, get(checksum), IMAGES, PROMPTS, metadata)
+    expected = score_one(checksum, get(checksum), IMAGES, PROMPTS, metadata)
     with serving(checksum) as url:
         remote = get(f"{url}/score#batch_size={batch_size},concurrency=3,retries=0")
-        assert torch.equal(score("remote", remote, IMAGES, PROMPTS, metadata), expected)
+        assert torch.equal(score_one("remote", remote, IMAGES, PROMPTS, metadata), expected)
         assert remote(IMAGES[:0], []).shape == (0,)
         health = httpx2.get(f"{url}/health", verify=False)
         assert (health.status_code, health.json()) == (200, {"status": "ok"})

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from etude.errors import EtudeError
-from etude.rewards import get, names, register, score
+from etude.rewards import get, names, register, score_one
 
 IMAGES = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
 
@@ -49,7 +49,7 @@ def _install(site: Path, distribution: str, module: str, entries: dict[str, str]
 
 def test_a_function_of_a_package_is_a_reward_and_a_class_is_built_once(packages: Path) -> None:
     assert {"plug_area", "plug_built", "plug_broken"} <= set(names())
-    assert score("plug_area", get("plug_area"), IMAGES, ["a", "b"]).tolist() == [5.0, 5.0]
+    assert score_one("plug_area", get("plug_area"), IMAGES, ["a", "b"]).tolist() == [5.0, 5.0]
     for _ in range(2):
         assert get("plug_built")(IMAGES, ["a", "b"]).tolist() == [1.0, 1.0]
 

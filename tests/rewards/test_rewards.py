@@ -21,7 +21,7 @@ from etude.rewards import (
     register,
     register_factory,
     score,
-    score_all,
+    score_one,
 )
 
 IMAGES = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -92,7 +92,7 @@ def test_an_import_path_finds_a_module_beside_the_recipe(tmp_path: Path, monkeyp
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert score("area", get("my_scorer_module:area"), IMAGES, PROMPTS).tolist() == [5.0] * 3
+    assert score_one("area", get("my_scorer_module:area"), IMAGES, PROMPTS).tolist() == [5.0] * 3
     with pytest.raises(EtudeError, match="no attribute 'volume'"):
         get("my_scorer_module:volume")
     with pytest.raises(EtudeError, match="not callable"):
@@ -110,7 +110,7 @@ def test_a_reward_finds_the_helpers_beside_it_when_it_is_called(
     monkeypatch.setattr(sys, "path", list(sys.path))
     reward = get("my_late_scorer:mean")
     assert sys.path[-1] == str(tmp_path)  # last, so that nothing installed is shadowed
-    assert score("mean", reward, IMAGES, PROMPTS).shape == (3,)
+    assert score_one("mean", reward, IMAGES, PROMPTS).shape == (3,)
 
 
 def test_a_module_that_exits_when_it_is_imported_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_a_raising_reward_names_itself_and_keeps_the_original_error() -> None:
     with pytest.raises(
         EtudeError, match=r"reward 'boom' failed on samples 8 to 10 .*RuntimeError: out of tokens"
     ) as caught:
-        score("boom", boom, IMAGES, PROMPTS, offset=8)
+        score_one("boom", boom, IMAGES, PROMPTS, offset=8)
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
@@ -161,7 +161,7 @@ def test_a_raising_reward_names_itself_and_keeps_the_original_error() -> None:
 )
 def test_a_wrong_shape_or_type_is_refused(returned: object, message: str) -> None:
     with pytest.raises(EtudeError, match=message) as caught:
-        score("odd", lambda images, prompts, **m: returned, IMAGES, PROMPTS)
+        score_one("odd", lambda images, prompts, **m: returned, IMAGES, PROMPTS)
     assert "'odd'" in str(caught.value)
 
 
@@ -176,7 +176,7 @@ def test_a_wrong_shape_or_type_is_refused(returned: object, message: str) -> Non
     ],
 )
 def test_numbers_are_scores_whatever_holds_them(returned: object) -> None:
-    scores = score("numbers", lambda images, prompts: returned, IMAGES, PROMPTS)
+    scores = score_one("numbers", lambda images, prompts: returned, IMAGES, PROMPTS)
     assert torch.equal(scores, torch.tensor([0.0, 0.5, 1.0]))
 
 
@@ -190,23 +190,23 @@ def test_a_reward_gets_the_metadata_that_it_has_a_keyword_for() -> None:
 
     metadata = {"tag": [1, 2, 3], "size": ["a", "b", "c"]}
     for plain in (lambda images, prompts: [1.0] * len(images), Network()):
-        assert score("plain", plain, IMAGES, PROMPTS, metadata).tolist() == [1.0] * 3
-    assert score("asks", asks, IMAGES, PROMPTS, metadata).tolist() == [1.0, 2.0, 3.0]
-    assert score("all", lambda images, prompts, **m: [len(m)] * 3, IMAGES, PROMPTS, metadata).tolist() == [2.0] * 3
+        assert score_one("plain", plain, IMAGES, PROMPTS, metadata).tolist() == [1.0] * 3
+    assert score_one("asks", asks, IMAGES, PROMPTS, metadata).tolist() == [1.0, 2.0, 3.0]
+    assert score_one("all", lambda images, prompts, **m: [len(m)] * 3, IMAGES, PROMPTS, metadata).tolist() == [2.0] * 3
     with pytest.raises(EtudeError, match=r"reward 'asks' failed .*'tag'"):
-        score("asks", asks, IMAGES, PROMPTS)
+        score_one("asks", asks, IMAGES, PROMPTS)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
 def test_a_score_that_is_not_finite_names_the_sample_and_its_prompt(value: float) -> None:
     scores = torch.tensor([0.0, value, 1.0], dtype=torch.float64)
     with pytest.raises(EtudeError, match=r"reward 'odd' returned .* for sample 5, prompt 'a red <car>'"):
-        score("odd", lambda images, prompts, **m: scores, IMAGES, PROMPTS, offset=4)
+        score_one("odd", lambda images, prompts, **m: scores, IMAGES, PROMPTS, offset=4)
 
 
 def test_scores_are_detached_float32_and_metadata_arrives() -> None:
     weight = torch.ones((), requires_grad=True)
-    result = score(
+    result = score_one(
         "x", lambda images, prompts, k, **m: weight * k * torch.ones(3, dtype=torch.bfloat16), IMAGES, PROMPTS, {"k": 2}
     )
     assert result.dtype == torch.float32
@@ -216,9 +216,9 @@ def test_scores_are_detached_float32_and_metadata_arrives() -> None:
 
 def test_one_prompt_per_uint8_image_is_required() -> None:
     with pytest.raises(EtudeError, match="3 images but 2 prompts"):
-        score("x", get("colorfulness"), IMAGES, PROMPTS[:2])
+        score_one("x", get("colorfulness"), IMAGES, PROMPTS[:2])
     with pytest.raises(EtudeError, match="uint8"):
-        score("x", get("colorfulness"), IMAGES.float(), PROMPTS)
+        score_one("x", get("colorfulness"), IMAGES.float(), PROMPTS)
 
 
 def test_jpeg_rewards_are_minus_and_plus_the_kilobytes_at_quality_95() -> None:
@@ -227,7 +227,7 @@ def test_jpeg_rewards_are_minus_and_plus_the_kilobytes_at_quality_95() -> None:
         buffer = BytesIO()
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=95)
         sizes.append(buffer.tell() / 1000)
-    more, less = (score(n, get(n), IMAGES, PROMPTS) for n in ("jpeg_incompressibility", "jpeg_compressibility"))
+    more, less = (score_one(n, get(n), IMAGES, PROMPTS) for n in ("jpeg_incompressibility", "jpeg_compressibility"))
     assert torch.equal(more, torch.tensor(sizes))
     assert torch.equal(less, -more)
     assert get("jpeg_compressibility")(solid(9, 9, 9), ["grey"]).item() > less.max().item()
@@ -264,10 +264,10 @@ def test_weighted_rewards_stay_apart_until_they_are_combined() -> None:
     assert set(WeightedRewards({"colorfulness": 1.0}).evaluate(IMAGES, PROMPTS)) == {"colorfulness"}
 
 
-def test_score_all_is_score_of_each_name() -> None:
+def test_score_is_the_score_of_each_name() -> None:
     chosen = ["colorfulness", "jpeg_compressibility"]
-    for name, scores in score_all(chosen, IMAGES, PROMPTS).items():
-        assert torch.equal(scores, score(name, get(name), IMAGES, PROMPTS))
+    for name, scores in score(chosen, IMAGES, PROMPTS).items():
+        assert torch.equal(scores, score_one(name, get(name), IMAGES, PROMPTS))
 
 
 def test_weighted_rewards_check_their_names_at_once() -> None:

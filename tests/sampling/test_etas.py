@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 
 from etude.config import SamplingConfig, load_config, parse_config
 from etude.errors import EtudeError
-from etude.measuring.gap import Protocol
-from etude.prompts import PromptSet
 from etude.rewards import register
 from etude.sampling.etas import Etas, compact, eta_text
 from etude.sampling.kernels import GDDIM, make_kernel
 from etude.sampling.paths import FlowPath, Grid
 from etude.sampling.plans import SamplingPlan, StepTable
+from etude.sampling.sampler import SDE
 from etude.training.finish import flatten
 from etude.training.schedule import PlanSchedule, check_sampling
 from etude.training.trainer import Trainer
@@ -190,10 +189,9 @@ def test_the_configuration_says_its_etas_in_words_and_trackers_get_numbers() -> 
     assert flatten({"eta": [1.0, 0.5], "loss": 2.0}) == {"eta/0": 1.0, "eta/1": 0.5, "loss": 2.0}
 
 
-def test_the_protocol_of_the_gap_takes_a_list_as_its_plan() -> None:
-    protocol = Protocol(PromptSet(["a"]), lambda *_: {}, 2, 1.0, kernel="gddim")
+def test_a_sampler_takes_a_list_as_its_plan_of_which_nothing_is_trained() -> None:
     expected = SamplingPlan.from_etas([1.0, 0.0, 0.5], trained=False)
-    assert protocol.plan([1.0, 0.0, 0.5], 3) == expected
+    assert SDE([1.0, 0.0, 0.5], steps=3).plan() == expected
 
 
 @pytest.fixture

@@ -335,5 +335,5 @@ def test_a_pipeline_saves_and_loads_with_its_eta(pipe, tmp_path):
     loaded.set_progress_bar_config(disable=True)
     assert isinstance(loaded.scheduler, FlowMatchGDDIMScheduler)
     assert (loaded.scheduler.eta, loaded.scheduler.config.kernel) == (1.4, "dance_sde")
-    assert '"etude.sampling.schedulers"' in (tmp_path / "model_index.json").read_text()
+    assert '"etude",' in (tmp_path / "model_index.json").read_text()
     assert torch.equal(sample(loaded, loaded.scheduler), sample(pipe, scheduler))

@@ -27,8 +27,8 @@ from etude.sampling.noise import NoiseSource
 from etude.sampling.paths import FlowPath, Grid, VPPath, flow_grid, to_x0_eps
 from etude.sampling.plans import SamplingPlan
 from etude.sampling.rollout import rollout
-from etude.sampling.sampler import sample_images
-from etude.sampling.solvers import SOLVERS, sample_with_solver
+from etude.sampling.sampler import ODE
+from etude.sampling.solvers import SOLVERS, Solver
 from etude.sampling.tail import multistep_tail
 from support.gaussian_policy import GaussianPolicy, flow_path
 from support.tiny import flux, stable_diffusion, stable_diffusion_3
@@ -221,7 +221,7 @@ def test_a_flash_rollouts_tail_of_three_steps_or_more_is_diffusers_second_order_
 def test_a_solver_that_runs_out_of_memory_goes_on_in_smaller_batches(solver, monkeypatch):
     policy, taken, steps = GaussianPolicy(*DATA, flow_path()), [], []
     monkeypatch.setattr(policy, "decode", lambda latents: latents)
-    whole = sample_with_solver(policy, ["a"] * 7, solver, 5, batch_size=2)
+    whole = Solver(solver, 5).draw(policy, ["a"] * 7, batch_size=2)
     predict = policy.predict
 
     def limited(x, *rest):
@@ -232,11 +232,9 @@ def test_a_solver_that_runs_out_of_memory_goes_on_in_smaller_batches(solver, mon
 
     monkeypatch.setattr(policy, "predict", limited)
     batches = MicroBatch(4, "batch_size")
-    assert torch.equal(
-        sample_with_solver(policy, ["a"] * 7, solver, 5, batch_size=batches, on_step=steps.append), whole
-    )
+    assert torch.equal(Solver(solver, 5).draw(policy, ["a"] * 7, batch_size=batches, on_step=steps.append), whole)
     assert batches.size == 2
-    assert sum(steps) == sum(taken) == 7 * SOLVERS[solver].evaluations(5)
+    assert sum(steps) == sum(taken) == 7 * Solver(solver, 5).evaluations
 
 
 PROMPTS = ["red heart", "pizza"]
@@ -259,8 +257,8 @@ def assert_plain_pipeline_agrees(policy, solver, scheduler, monkeypatch, num_ste
     """The final latents of the plain pipeline with that scheduler, from the same noise."""
     with monkeypatch.context() as patch:
         patch.setattr(policy, "decode", lambda latents: latents)
-        found = sample_with_solver(policy, PROMPTS, solver, num_steps, guidance_scale, seed=3)
-        ode = sample_images(policy, PROMPTS, SamplingPlan.ode(num_steps), guidance_scale, seed=3)
+        found = Solver(solver, num_steps, guidance_scale).draw(policy, PROMPTS, seed=3)
+        ode = ODE(num_steps, guidance_scale).draw(policy, PROMPTS, seed=3)
         patch.setattr(policy.pipeline, "scheduler", scheduler)
         policy.pipeline.set_progress_bar_config(disable=True)
         height, width = policy.image_size
@@ -328,17 +326,20 @@ def test_the_models_levels_are_diffusers_own_for_that_solver_to_a_few_thousandth
 def test_progress_counts_the_evaluations_and_images_do_not_depend_on_the_batch_size(kind, solver, num_steps):
     policy = FluxPolicy(flux()) if kind == "flux" else StableDiffusionPolicy(stable_diffusion())
     prompts, steps = ["sun", "moon", "car"], []
-    images = sample_with_solver(policy, prompts, solver, num_steps, 2.0, batch_size=2, on_step=steps.append)
-    assert sum(steps) == 3 * SOLVERS[solver].evaluations(num_steps)
+    sampler = Solver(solver, num_steps, 2.0)
+    images = sampler.draw(policy, prompts, batch_size=2, on_step=steps.append)
+    assert sum(steps) == 3 * sampler.evaluations
     assert images.shape == (3, 3, 8, 8)
     assert images.dtype == torch.uint8
-    whole = sample_with_solver(policy, prompts, solver, num_steps, 2.0)
+    whole = sampler.draw(policy, prompts)
     assert (images.int() - whole.int()).abs().max() <= 1
 
 
 def test_an_unknown_solver_and_too_many_steps_are_refused():
     policy = StableDiffusionPolicy(stable_diffusion())
     with pytest.raises(EtudeError, match="did you mean 'unipc'"):
-        sample_with_solver(policy, PROMPTS, "unipcc", 4)
+        Solver("unipcc", 4)
     with pytest.raises(EtudeError, match="from 1 to 1000"):
-        sample_with_solver(policy, PROMPTS, "euler", 1001)
+        Solver("euler", 1001).check(policy)
+    with pytest.raises(EtudeError, match="from 1 to 1000"):
+        Solver("euler", 1001).draw(policy, PROMPTS)

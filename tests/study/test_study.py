@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from etude.cli.app import app
 from etude.errors import EtudeError
 from etude.rewards import register
+from etude.sampling.sampler import ODE
 from etude.study.directory import StudyDirectory, work
 from etude.study.grid_display import Pace
 from etude.study.measurement import samplers
@@ -89,7 +90,7 @@ def test_the_ode_at_the_cells_own_steps_is_measured_first_and_nothing_twice():
     tree = MINIMAL | {"measurement": {"steps": [5, 10], "matrix": {"solvers": ["heun"], "etas": [1.0, 2.0]}}}
     config, measurement = parse_study(tree).cells[0].config, parse_study(tree).cells[0].measurement
     found = samplers(config, measurement)
-    assert (found[0].kind, found[0].steps) == ("ode", config.sampling.num_steps)
+    assert found[0] == ODE(config.sampling.num_steps, config.sampling.guidance_scale)
     assert len(found) == len(set(found)) == 8
 
 

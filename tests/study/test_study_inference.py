@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from etude.errors import EtudeError
-from etude.measuring.statistics import paired_summary
+from etude.measuring.statistics import estimate_mean
 from etude.study.inference import effect, holm
 
 
@@ -48,7 +48,7 @@ def test_one_seed_gives_the_standard_error_clustered_by_prompt():
     rng = np.random.default_rng(3)
     clusters = np.tile(np.arange(20), 4)
     values = rng.standard_normal(80) + np.arange(20)[clusters] / 5
-    found, known = effect([values], clusters), paired_summary(values, clusters)
+    found, known = effect([values], clusters), estimate_mean(values, clusters)
     assert found.mean == pytest.approx(known.mean)
     assert found.standard_error == pytest.approx(known.standard_error, rel=1e-9)
     assert (found.low, found.high) == pytest.approx((known.low, known.high), abs=0.25 * known.standard_error)

@@ -8,9 +8,9 @@ import json
 import numpy as np
 from PIL import Image
 
-from etude.measuring.gap import summarise
+from etude.measuring.gap import by_quantity, compare
 from etude.study.directory import StudyDirectory
-from etude.study.measurement import samplers
+from etude.study.measurement import sampler_settings, samplers
 from etude.study.study_file import parse_study
 
 REWARDS = ("alignment", "colorfulness")
@@ -78,12 +78,13 @@ def _write_cell(cell, directory, gain):
 
     rows = []
     for sampler in samplers(config, cell.measurement):
-        at, strange = sampler.eta, 0.4 * (sampler.kind == "solver")
+        settings = sampler_settings(sampler)
+        at, strange = settings["eta"], 0.4 * (settings["kind"] == "solver")
         both = {
             name: {r: scores(r, at, tuned, strange).tolist() for r in REWARDS}
             for name, tuned in (("scores", True), ("base", False))
         }
-        rows.append({**sampler.settings(), **both})
+        rows.append({**settings, **both})
     levels = {}
     for count in {row["steps"] for row in rows}:
         a = np.linspace(0.1, 1, count + 1)
@@ -107,6 +108,6 @@ def _write_cell(cell, directory, gain):
             share = iteration / config.iterations
             ode = {r: base[r] + share * (gain(eta) if r in config.rewards else 0) for r in REWARDS}
             sde = {r: v - 20 * eta**2 / steps * (1 - share / 2) for r, v in ode.items()}
-            row["evaluation"] = {"eta": eta, "num_steps": steps, **summarise(ode, sde, base, clusters)}
+            row["evaluation"] = {"eta": eta, "num_steps": steps, **by_quantity(compare(ode, sde, base, clusters))}
         lines.append(json.dumps(row))
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")

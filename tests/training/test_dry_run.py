@@ -11,7 +11,8 @@ import yaml
 
 from etude.config import TrainConfig, load_config, parse_config
 from etude.learning.objectives import make_objective
-from etude.policies.loading import policy_of
+from etude.policies.loading import load_source
+from etude.policies.source import ModelSource
 from etude.training import dry_run
 from etude.training.dry_run import (
     ImageSteps,
@@ -150,7 +151,7 @@ def test_models_of_rewards_are_named_with_what_they_add() -> None:
 
 def test_what_is_printed_is_a_recipe_of_the_same_run_with_its_cost(settings: dict[str, Any], tmp_path: Path) -> None:
     config = parse_config({**settings, "sampling": {**settings["sampling"], "window": MOVING}})
-    policy = policy_of(config)
+    policy = load_source(ModelSource.of(config))
     text = resolved(config, tmp_path / "run", policy=policy)
     (tmp_path / "mine.yaml").write_text(text)
     assert load_config(str(tmp_path / "mine.yaml")) == config

@@ -10,11 +10,11 @@ import torch
 from etude.config import TrainConfig, parse_config
 from etude.errors import EtudeError
 from etude.learning.exchange import gather, share
-from etude.measuring.gap import Protocol
+from etude.measuring.gap import Measurement
 from etude.policies.flux import FluxPolicy
 from etude.prompts import PromptSet
 from etude.rewards import WeightedRewards, register
-from etude.sampling.sampler import make_plan, sample_images
+from etude.sampling.sampler import SDE
 from etude.training import processes
 from etude.training.evaluation import Evaluation
 from etude.training.processes import check_trackers
@@ -69,7 +69,7 @@ def test_both_sides_take_the_whole_trajectory_whatever_was_trained(policy, tmp_p
     found = evaluation(windowed, policy, tmp_path).measure(lambda images: None)
     captions = [PROMPTS[i % 3] for i in range(7)]
     for side, eta in (("ode", 0.0), ("sde", 1.2)):
-        images = sample_images(policy, captions, make_plan("gddim", eta, 5), 2.0)
+        images = SDE(eta, 5, guidance=2.0).draw(policy, captions)
         expected = brightness(images, captions).double().mean().item()
         assert found[side]["brightness"]["mean"] == pytest.approx(expected, rel=1e-6)
     assert (found["eta"], found["num_steps"]) == (1.2, 5)
@@ -106,10 +106,10 @@ def test_gathered_rows_lose_the_padding(tmp_path):
     assert gather(Processes(2, 0, []), torch.arange(4), 7).tolist() == [0, 1, 2, 3, 0, 1, 2]  # type: ignore[arg-type]
 
 
-def test_any_images_of_a_protocol_are_those_images(policy):
-    protocol = Protocol(PromptSet(PROMPTS), lambda images, prompts, metadata: {}, 5, 2.0)
-    whole = protocol.images(policy, 1.2, 3)
-    some = protocol.images(policy, 1.2, 3, samples=[3, 1])
+def test_any_images_of_a_measurement_are_those_images(policy):
+    measurement = Measurement(PromptSet(PROMPTS), lambda images, prompts, metadata: {}, 5)
+    whole = measurement.images(policy, SDE(1.2, 3, guidance=2.0))
+    some = measurement.images(policy, SDE(1.2, 3, guidance=2.0), samples=[3, 1])
     assert (some.int() - whole[[3, 1]].int()).abs().max() <= 1
 
 

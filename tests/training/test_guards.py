@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from etude.config import TrainConfig, load_config, parse_config, parse_rewards
 from etude.errors import EtudeError
-from etude.measuring.statistics import mean_summary, paired_summary
+from etude.measuring.statistics import estimate_mean
 from etude.rewards import register
 from etude.training.best import BestWeights, confirmation
 from etude.training.guards import explain_stop, fallen
@@ -26,7 +26,7 @@ def measured(**changes: float) -> dict[str, Any]:
     """An evaluation in which each reward changed by that much, give or take a little."""
     around = torch.tensor([-0.1, 0.1] * 8)
     values = {
-        name: mean_summary((change + around).numpy(), list(range(16))).to_dict() for name, change in changes.items()
+        name: estimate_mean((change + around).numpy(), list(range(16))).to_dict() for name, change in changes.items()
     }
     return {"ode": values, "improvement": values}
 
@@ -205,11 +205,11 @@ def test_fresh_noise_takes_from_the_best_of_many_what_luck_gave_it() -> None:
     generator, clusters = np.random.default_rng(0), list(range(16))
     seen = generator.normal(size=(200, 16))  # 200 evaluations of weights that are all worth 0
     chosen = int(seen.mean(1).argmax())
-    assert mean_summary(seen[chosen], clusters).low > 0  # the figure that the choice rests on excludes the truth
+    assert estimate_mean(seen[chosen], clusters).low > 0  # the figure that the choice rests on excludes the truth
     fresh = generator.normal(size=(2, 16))
     found = confirmation({"best": {"a": fresh[0]}, "last": {"a": fresh[1]}}, clusters)
     assert found["ode"]["a"]["low"] < 0 < found["ode"]["a"]["high"]
-    assert found["over_last"]["a"] == paired_summary(fresh[0] - fresh[1], clusters).to_dict()
+    assert found["over_last"]["a"] == estimate_mean(fresh[0] - fresh[1], clusters).to_dict()
     assert "improvement" not in found
 
 

@@ -24,7 +24,7 @@ from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import SamplingPlan, StepTable
 from etude.sampling.replay import replay
 from etude.sampling.rollout import denoise, rollout
-from etude.sampling.sampler import make_plan
+from etude.sampling.sampler import SDE
 from etude.theory import (
     Gaussian,
     QuadraticReward,
@@ -58,7 +58,7 @@ LIMIT = float(stats.norm.isf((1 - CONFIDENCE) / TESTS / 2))
 def sampled(spacing, kernel, steps, eta):
     """Final latents of `rollout` by channel, float64 [c, n]; each case has its own noise."""
     policy = GaussianPolicy(MEANS, VARIANCES, sd_path(spacing), SIZE)
-    table = make_plan(kernel, eta, steps).tabulate(policy.path.grid(steps))
+    table = SDE(eta, steps, kernel).plan().tabulate(policy.path.grid(steps))
     noise = NoiseSource(0, "law", CASES.index((spacing, kernel, steps, eta)))
     trajectory = rollout(policy, table, policy.encode([""] * SAMPLES), noise, list(range(SAMPLES)), 1.0, SAMPLES)
     return trajectory.latents.double().transpose(0, 1).flatten(1).numpy()

@@ -15,12 +15,12 @@ import typer
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from etude.measuring.statistics import mean_summary
+from etude.measuring.statistics import estimate_mean
 from etude.policies import load_policy
 from etude.prompts import load_prompts
 from etude.report.grids import image_grid
 from etude.rewards import get
-from etude.sampling.sampler import make_plan, sample_images
+from etude.sampling.sampler import ODE
 from tools.zoo.emoji_data import EmojiSet, load_emoji
 
 NUM_STEPS, GUIDANCE_SCALE, PER_PROMPT = 20, 4.0, 4
@@ -35,7 +35,7 @@ DATA = [
 def alignment_quality(model: Path, data: EmojiSet, prompts: list[str]) -> dict[str, Any]:
     """Alignment of generated and of real pictures with their prompts, and with each other's (chance)."""
     captions = [prompt for prompt in prompts for _ in range(PER_PROMPT)]
-    generated = sample_images(load_policy(model), captions, make_plan("gddim", 0.0, NUM_STEPS), GUIDANCE_SCALE)
+    generated = ODE(NUM_STEPS, GUIDANCE_SCALE).draw(load_policy(model), captions)
     rows = [np.flatnonzero(data.emoji == data.names.index(prompt)) for prompt in prompts]
     real = torch.from_numpy(data.images[np.concatenate(rows)])
     real_captions = [prompt for prompt, found in zip(prompts, rows, strict=True) for _ in found]
@@ -51,7 +51,7 @@ def alignment_quality(model: Path, data: EmojiSet, prompts: list[str]) -> dict[s
 
 def _score(images: Tensor, captions: list[str]) -> dict[str, Any]:
     clusters = [captions.index(caption) for caption in captions]
-    return mean_summary(get("alignment")(images, captions).double().numpy(), clusters).to_dict()
+    return estimate_mean(get("alignment")(images, captions).double().numpy(), clusters).to_dict()
 
 
 def write_card(model: Path, quality: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def main(
     prompts = load_prompts("emoji-40").texts
     quality = alignment_quality(model, load_emoji(cache), prompts)
     write_card(model, quality)
-    images = sample_images(load_policy(model), prompts, make_plan("gddim", 0.0, NUM_STEPS), GUIDANCE_SCALE)
+    images = ODE(NUM_STEPS, GUIDANCE_SCALE).draw(load_policy(model), prompts)
     image_grid(images, columns=8, scale=2, labels=prompts).save(grid)
     print(json.dumps(quality, indent=2))
 

@@ -1,16 +1,19 @@
-"""Which eta to train with, and what to deploy, from short pilot runs and the theory: evidence with intervals, within a budget of time.
+"""Suggest an eta to train with and a sampler to deploy, from pilot runs within a budget of time.
 
-1. The base model draws held-out images under the ODE. They are what pilots are compared with, and their latents' moments make the Gaussian
-   for which `etude.theory.recommended_eta` is asked.
+1. The base model draws held-out images under the ODE. Pilots are compared with these images, and
+   their latents' moments make the Gaussian for which `etude.theory.recommended_eta` is asked.
 2. One iteration is timed, and the pilots are sized so that all of them end within the budget.
-3. First round: a short run at every eta. Second round: the better half again with another seed, so that a lucky run does not win.
-4. Every pilot is measured under the ODE on the same prompts and the same noise, which its training never saw. The suggested eta is the smallest
-   that is not significantly worse than the best: less noise means a smaller gap to the ODE, and nothing speaks for more. If no pilot surely
-   improved on the base model, nothing tells etas apart, and it is the one nearest to 1.
-5. The pilot at that eta is drawn with several solvers and step counts. The suggestion is the cheapest that surely keeps
-   most of the improvement.
+3. First round: a short run at every eta. Second round: the better half again with another seed, so
+   that a lucky run does not win.
+4. Every pilot is measured under the ODE on the same prompts and the same noise, which its training
+   never saw. The suggested eta is the smallest that is not significantly worse than the best: less
+   noise means a smaller gap to the ODE, and nothing speaks for more. If no pilot surely improved on
+   the base model, nothing tells etas apart, and the eta nearest to 1 is suggested.
+5. The pilot at that eta is drawn with several solvers and step counts. The suggestion is the
+   cheapest that surely keeps most of the improvement.
 
-A pilot is an ordinary run of the trainer in a directory of its own. Given the same directory again, advice goes on where it was stopped.
+A pilot is an ordinary run of the trainer in a directory of its own. Given the same directory again,
+advice continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -41,57 +44,56 @@ from etude.advice.rules import (
 from etude.config import TrainConfig, difference, load_config, parse_config, recipe_names
 from etude.errors import EtudeError
 from etude.files import atomic_write_text
-from etude.measuring.gap import Protocol as Measurement
-from etude.measuring.gap import Scores
-from etude.measuring.statistics import Estimate, mean_summary, paired_summary
-from etude.policies import TrainablePolicy
-from etude.policies.loading import policy_of
+from etude.measuring.gap import Measurement, Scores
+from etude.measuring.statistics import Estimate, estimate_mean
+from etude.policies.loading import load_source
+from etude.policies.source import ModelSource
 from etude.policies.trainable import swapped
 from etude.prompts import load_prompts
 from etude.rewards import WEIGHTED_SUM, WeightedRewards
 from etude.runs.layout import holds_something
-from etude.sampling.noise import NoiseSource
-from etude.sampling.plans import SamplingPlan
-from etude.sampling.rollout import rollout
-from etude.sampling.solvers import SOLVERS, sample_with_solver
+from etude.sampling.sampler import ODE
+from etude.sampling.solvers import Solver
 from etude.theory import Gaussian, recommended_eta
 from etude.theory.finite_step import ScoreError
 from etude.training.progress import Display, SilentDisplay
 from etude.training.trainer import Trainer
 
 ETAS = (0.5, 1.0, 1.5, 2.0)
-"""What is tried by default, beside what the theory recommends; in gDDIM's unit."""
+"""Default etas of the pilots in gDDIM's unit; the theory's recommendation is added."""
 STREAM = "advice"
-"""Of the noise that pilots are compared on."""
+"""Stream of the noise that pilots are compared on."""
 DIMENSIONS = 256
-"""Of the latents, at most, that the theory's Gaussian is made of."""
+"""Largest number of latent dimensions in the theory's Gaussian."""
 
 
 class Watcher(Protocol):
-    """What is told about the progress."""
+    """Receiver of the progress."""
 
     def note(self, text: str) -> None:
-        """Something is known, in a sentence."""
+        """Show a sentence."""
 
     def pilot(self, label: str, done: int, total: int, iterations: int) -> Display:
-        """Pilot `done + 1` of `total` begins; what it tells is shown by the display."""
+        """Return the display of pilot `done + 1` of `total`, which begins."""
 
 
 class SilentWatcher:
-    """Shows nothing."""
+    """A receiver that shows nothing."""
 
     def note(self, text: str) -> None:
-        """Shows nothing."""
+        """Show nothing."""
 
     def pilot(self, label: str, done: int, total: int, iterations: int) -> Display:
-        """Shows nothing."""
+        """Return a display that shows nothing."""
         return SilentDisplay()
 
 
 def base_config(
     model: str, rewards: dict[str, float], recipe: str | None = None, overrides: Sequence[str] = ()
 ) -> TrainConfig:
-    """The settings that all pilots share: those of a recipe, by default the first built-in one for that model with gDDIM.
+    """The settings that all pilots share, taken from a recipe.
+
+    Default: the first built-in recipe for that model with gDDIM.
 
     Raises:
         EtudeError: no recipe is for the model, and none was given.
@@ -112,14 +114,15 @@ class Adviser:
     """Advice on one model and reward.
 
     Args:
-        config: what all pilots share (`base_config`); its eta and seed are where they differ.
-        minutes: the budget.
+        config: settings of all pilots (`base_config`), which differ in eta and seed.
+        minutes: budget.
         out: directory of the pilots; advice that it holds already is continued.
-        etas: to try; default: ETAS and the theory's.
-        watcher: shows the progress.
+        etas: stochasticities to try. Default: ETAS and the theory's.
+        watcher: receiver of the progress. Default: nobody.
 
     Raises:
-        EtudeError: the etas do not suit the kernel, or the directory is of another advice.
+        EtudeError: the etas do not suit the kernel, or the directory holds advice on something
+            else.
     """
 
     def __init__(
@@ -143,24 +146,20 @@ class Adviser:
         self.watcher = watcher or SilentWatcher()
         self.rewards = WeightedRewards(config.rewards, held_out=config.evaluation.held_out_rewards)
         self.reward = next(iter(config.rewards)) if len(config.rewards) == 1 else WEIGHTED_SUM
-        count = config.evaluation.num_images
         self.measurement = Measurement(
-            prompts=load_prompts(config.prompts.evaluation).head(count),
-            score=self.rewards.evaluate,
-            num_images=count,
-            guidance_scale=config.sampling.guidance_scale,
-            kernel=config.sampling.kernel,
-            seed=config.seed,
-            batch_size=config.rollout.batch_size,
-            first_step=config.sampling.first_step,
-            stream=STREAM,
+            load_prompts(config.prompts.evaluation),
+            self.rewards.evaluate,
+            config.evaluation.num_images,
+            config.seed,
+            STREAM,
+            config.rollout.batch_size,
         )
-        self.steps = config.evaluation.num_steps or config.sampling.num_steps
+        self.ode = ODE(config.evaluation.num_steps or config.sampling.num_steps, config.sampling.guidance_scale)
 
     def advise(self) -> dict[str, Any]:
-        """Runs what is not done yet; returns the advice, which is also written to `advice.json`."""
+        """Run what is not done yet; return the advice, which is also written to `advice.json`."""
         started = time.monotonic()
-        self.rewards.load()  # before anything is written: a reward that cannot be used leaves nothing to clear away
+        self.rewards.load()  # first: a reward that cannot be used leaves nothing to clear away
         self._check_directory()
         base = self._kept("base.json", self._measure_base)
         sized = self._kept("sizes.json", lambda: self._size(base, started))
@@ -189,7 +188,7 @@ class Adviser:
         return advice
 
     def _check_directory(self) -> None:
-        """Makes the directory, or finds in it what was asked for here."""
+        """Make the directory, or check that it holds the same request."""
         asked = {
             "config": self.config.model_dump(mode="json"),
             "etas": self.etas and list(self.etas),
@@ -201,7 +200,7 @@ class Adviser:
             other = (
                 difference(parse_config(before["config"], f"the configuration in '{file}'"), self.config) is not None
             )
-            # Nothing rests on the budget before the pilots are sized: one that proved too small may be raised.
+            # Before the pilots are sized nothing depends on the budget, so it may be raised.
             resized = before["minutes"] != self.minutes and (self.out / "sizes.json").is_file()
             if other or before["etas"] != asked["etas"] or resized:
                 raise EtudeError(
@@ -213,34 +212,26 @@ class Adviser:
         atomic_write_text(file, json.dumps(asked, indent=2) + "\n")
 
     def _kept(self, name: str, make: Any) -> dict[str, Any]:
-        """What a file of the directory holds; made and written first if there is none."""
+        """Read a file of the directory; where there is none, write the result of `make` first."""
         file = self.out / name
         if not file.is_file():
             started = time.monotonic()
-            made = make()
-            made["seconds_spent"] = time.monotonic() - started
-            atomic_write_text(file, json.dumps(made, indent=2) + "\n")
-        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return kept
+            result = make()
+            result["seconds_spent"] = time.monotonic() - started
+            atomic_write_text(file, json.dumps(result, indent=2) + "\n")
+        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return stored
 
     def _measure_base(self) -> dict[str, Any]:
-        """The base model's scores under the ODE, how long they took, and what the theory makes of its latents."""
-        policy, count = policy_of(self.config), self.measurement.num_images
-        grid, texts = policy.grid(self.steps), self.measurement.shown().texts
-        conditioning = policy.encode(texts)
+        """The base model's scores under the ODE, their cost, and the theory's advice."""
+        policy, of = load_source(ModelSource.of(self.config)), self.measurement
+        texts = of.shown().texts
+        policy.encode_ahead(texts)  # which is not part of the time
         started = time.monotonic()
-        latents = rollout(
-            policy,
-            SamplingPlan.ode(self.steps).tabulate(grid).to(policy.device),
-            conditioning,
-            NoiseSource(self.config.seed, STREAM),
-            list(range(count)),
-            self.measurement.guidance_scale,
-            self.config.rollout.batch_size,
-        ).latents
-        scores = self.measurement.scores(policy.decode(latents))
+        latents = self.ode.latents(policy, texts, of.seed, stream=of.stream, batch_size=of.batch_size)
+        scores = of.scores(policy.decode(latents))
         seconds = time.monotonic() - started
-        flat = latents.double().cpu().numpy().reshape(count, -1)
+        flat = latents.double().cpu().numpy().reshape(of.num_images, -1)
         training = policy.grid(self.config.sampling.num_steps)
         theory = (
             _theory(flat, training.a.numpy(), training.s.numpy()) if self.config.sampling.kernel == "gddim" else None
@@ -248,7 +239,7 @@ class Adviser:
         return {"seconds": seconds, "theory": theory, "scores": {name: v.tolist() for name, v in scores.items()}}
 
     def _size(self, base: dict[str, Any], started: float) -> dict[str, Any]:
-        """Times a run of one iteration, and sizes the pilots by it."""
+        """Time a run of one iteration, and size the pilots by it."""
         etas = sorted(set(self.etas if self.etas is not None else _with_theory(ETAS, base["theory"])))
         timing = self._kept("timing.json", lambda: self._time(min(etas, key=lambda eta: abs(math.log(eta)))))
         iteration, fixed = timing["iteration"], timing["fixed"] + base["seconds"]
@@ -258,7 +249,7 @@ class Adviser:
         return {"iterations": sizes.iterations, "etas": list(sizes.etas)}
 
     def _time(self, eta: float) -> dict[str, Any]:
-        """Seconds of an iteration, and of all else in a run of one: loading, two evaluations, exports, the report."""
+        """Seconds of an iteration, and of the rest: loading, evaluations, exports, report."""
         run = self.out / "timing"
         shutil.rmtree(run, ignore_errors=True)
         begun = time.monotonic()
@@ -269,7 +260,7 @@ class Adviser:
         return {"iteration": iteration, "fixed": whole - iteration}
 
     def _config(self, eta: float, seed: int, iterations: int) -> TrainConfig:
-        """A pilot's configuration: evaluated at its begin and end."""
+        """A pilot's configuration, with evaluations at its beginning and end."""
         tree = self.config.model_dump(mode="json")
         tree |= {"seed": seed, "iterations": iterations}
         tree["sampling"] |= {"eta": eta, "eta_schedule": None}
@@ -278,7 +269,7 @@ class Adviser:
         return parse_config(tree, f"the pilot at eta = {eta:g}")
 
     def _pilot(self, eta: float, seed: int, iterations: int, done: int, total: int) -> dict[str, Any]:
-        """A pilot's scores under the ODE, image by image, and its gap; trained unless that is done."""
+        """A pilot's scores under the ODE, image by image, and its gap; train it if need be."""
         run = self.out / f"eta-{eta:g}-seed-{seed}"
         label = f"eta {eta:g}, seed {seed}"
 
@@ -287,7 +278,7 @@ class Adviser:
             trainer = Trainer(self._config(eta, seed, iterations), run, resume=True, display=display)
             summary = trainer.train()
             with swapped(trainer.parameters, trainer.ema):
-                scores = self.measurement.scores(self.measurement.images(trainer.policy, 0.0, self.steps))
+                scores = self.measurement.scores(self.measurement.images(trainer.policy, self.ode))
             return {"gap": summary["final"]["gap"], "scores": {name: v.tolist() for name, v in scores.items()}}
 
         run.mkdir(exist_ok=True)
@@ -299,7 +290,7 @@ class Adviser:
     def _row(
         self, eta: float, runs: dict[tuple[float, int], dict[str, Any]], base: dict[str, Any], behind: Estimate | None
     ) -> dict[str, Any]:
-        """What is known of an eta: over both seeds where there are two."""
+        """The figures of an eta, over both seeds where there are two."""
         own = {seed: run for (at, seed), run in runs.items() if at == eta}
         clusters, before = self.measurement.clusters, _array(base, self.reward)
         values = {seed: _array(run, self.reward) for seed, run in own.items()}
@@ -307,9 +298,9 @@ class Adviser:
         return {
             "eta": eta,
             "seeds": list(own),
-            "ode": mean_summary(mean, clusters).to_dict(),
-            "improvement": paired_summary(mean - before, clusters).to_dict(),
-            "improvement_by_seed": [paired_summary(v - before, clusters).to_dict() for v in values.values()],
+            "ode": estimate_mean(mean, clusters).to_dict(),
+            "improvement": estimate_mean(mean - before, clusters).to_dict(),
+            "improvement_by_seed": [estimate_mean(v - before, clusters).to_dict() for v in values.values()],
             "gap": own[self.config.seed]["gap"][self.reward],
             "behind_best": behind.to_dict() if behind is not None else None,
         }
@@ -317,40 +308,23 @@ class Adviser:
     def _deployment(
         self, eta: float, base: dict[str, Any], seconds: float, rows: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        """Solvers at several step counts on the pilot at that eta, as many as the time allows, by their cost."""
-        policy = self._tuned(self.out / f"eta-{eta:g}-seed-{self.config.seed}")
-        texts, clusters = self.measurement.shown().texts, self.measurement.clusters
-        per_evaluation = base["seconds"] / self.steps
+        """Measure solvers and step counts on the pilot at that eta, as many as the time allows."""
+        run = self.out / f"eta-{eta:g}-seed-{self.config.seed}"
+        policy = load_source(ModelSource.tuned(self.config, run))
+        per_evaluation = base["seconds"] / self.ode.steps
         scores: dict[tuple[str, int], Scores] = {}
-        for solver, steps in deployment_cells(self.steps):
-            cost = SOLVERS[solver].evaluations(steps) * per_evaluation
-            if len(scores) >= 2 and cost > seconds:
+        for name, steps in deployment_cells(self.ode.steps):
+            solver = Solver(name, steps, self.ode.guidance)
+            if len(scores) >= 2 and solver.evaluations * per_evaluation > seconds:
                 continue
-            self.watcher.note(f"drawing with {solver}, {steps} steps")
+            self.watcher.note(f"drawing with {name}, {steps} steps")
             begun = time.monotonic()
-            images = sample_with_solver(
-                policy,
-                texts,
-                solver,
-                steps,
-                self.measurement.guidance_scale,
-                self.config.seed,
-                self.config.rollout.batch_size,
-                STREAM,
-            )
-            scores[solver, steps] = self.measurement.scores(images)
+            scores[name, steps] = self.measurement.scores(self.measurement.images(policy, solver))
             seconds -= time.monotonic() - begun
         improvement = next(row["improvement"]["mean"] for row in rows if row["eta"] == eta)
-        rewards = {cell: found[self.reward] for cell, found in scores.items()}
-        return {"cells": rank_samplers(rewards, clusters, ("ddim", self.steps), improvement)}
-
-    def _tuned(self, run: Path) -> TrainablePolicy:
-        """The model as that pilot left it."""
-        if not self.config.lora.rank:
-            return policy_of(self.config.model_copy(update={"model": str(run / "model"), "pipeline_config": None}))
-        policy = policy_of(self.config)
-        policy.load_lora(run / "lora")
-        return policy
+        rewards = {cell: by_reward[self.reward] for cell, by_reward in scores.items()}
+        reference = ("ddim", self.ode.steps)
+        return {"cells": rank_samplers(rewards, self.measurement.clusters, reference, improvement)}
 
     def _advice(
         self,
@@ -391,7 +365,8 @@ class Adviser:
 def _theory(latents: np.ndarray, a: np.ndarray, s: np.ndarray) -> dict[str, float]:
     """The recommended eta on these levels for independent Gaussians with the latents' moments.
 
-    An error of the noise prediction is not defined at a = 0, where a rectified flow begins: with it the levels begin one step later.
+    An error of the noise prediction is not defined at a = 0, where a rectified flow begins. The eta
+    with such an error is therefore for the levels from the next one on.
     """
     chosen = np.linspace(0, latents.shape[1] - 1, min(DIMENSIONS, latents.shape[1])).astype(int)
     law = Gaussian(latents[:, chosen].mean(0), latents[:, chosen].var(0, ddof=1))
@@ -404,10 +379,10 @@ def _theory(latents: np.ndarray, a: np.ndarray, s: np.ndarray) -> dict[str, floa
 
 
 def _with_theory(etas: Iterable[float], theory: dict[str, float] | None) -> list[float]:
-    """The etas and the theory's, if that is not next to one of them."""
+    """The etas, and the theory's unless it is next to one of them."""
     known = list(etas)
-    found = 0.0 if theory is None else round(theory["with_error"], 1)
-    return [*known, found] if found > 0 and min(abs(found - eta) for eta in known) > 0.2 else known
+    advised = 0.0 if theory is None else round(theory["with_error"], 1)
+    return [*known, advised] if advised > 0 and min(abs(advised - eta) for eta in known) > 0.2 else known
 
 
 def _array(run: dict[str, Any], reward: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from etude.errors import EtudeError
-from etude.measuring.statistics import Estimate, mean_summary, paired_summary
+from etude.measuring.statistics import Estimate, estimate_mean
 from etude.sampling.solvers import SOLVERS
 
 MIN_ITERATIONS = 4
@@ -71,13 +71,13 @@ def choose_smallest(scores: dict[float, np.ndarray], clusters: list[int]) -> tup
     Significantly: the 95 % interval of the paired difference, best minus it, lies above 0.
     """
     best = max(scores, key=lambda key: float(scores[key].mean()))
-    behind = {key: paired_summary(scores[best] - values, clusters) for key, values in scores.items()}
+    behind = {key: estimate_mean(scores[best] - values, clusters) for key, values in scores.items()}
     return min(key for key, difference in behind.items() if difference.low <= 0), behind
 
 
 def improved(scores: np.ndarray, base: np.ndarray, clusters: list[int]) -> bool:
     """Whether scores are surely above the base model's of the same noise: the 95 % interval of the paired difference lies above 0."""
-    return paired_summary(scores - base, clusters).low > 0
+    return estimate_mean(scores - base, clusters).low > 0
 
 
 def choose_eta(
@@ -112,14 +112,14 @@ def rank_samplers(
     """
     cost = {cell: SOLVERS[cell[0]].evaluations(cell[1]) for cell in scores}
     order = sorted(scores, key=lambda cell: (cost[cell], cell != reference))
-    behind = {cell: paired_summary(scores[reference] - scores[cell], clusters) for cell in order}
+    behind = {cell: estimate_mean(scores[reference] - scores[cell], clusters) for cell in order}
     suggested = next(cell for cell in order if cell == reference or behind[cell].high <= LOSS * max(improvement, 0.0))
     return [
         {
             "solver": cell[0],
             "steps": cell[1],
             "evaluations": cost[cell],
-            "ode": mean_summary(scores[cell], clusters).to_dict(),
+            "ode": estimate_mean(scores[cell], clusters).to_dict(),
             "behind_reference": behind[cell].to_dict(),
             "suggested": cell == suggested,
         }

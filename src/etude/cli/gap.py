@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from etude.cli import options
 from etude.cli.errors import Debug
-from etude.cli.run_settings import choose_sampler
+from etude.cli.run_settings import choose_settings
 from etude.cli.waiting import heavy_imports, progress, quiet_libraries
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from etude.terminal import make_console
 
 
 def gap(
@@ -54,68 +51,50 @@ def gap(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure the reward gap of any model, E r(ODE) - E r(SDE at eta), paired on prompt and noise, with 95 % intervals.
+    """Measure the reward gap of any model, E r(ODE) - E r(SDE at eta), with 95 % intervals.
 
-    With --lora the improvement of the adapter over the base model, both under the ODE, is measured too, and the sampler is that
-    of the run the adapter comes from, except for what is given here.
+    Both samplers draw the same prompts from the same noise, so the gap is a mean of paired
+    differences. With --lora the improvement of the adapter over the base model, both under the ODE,
+    is measured too. The sampler is then that of the run the adapter comes from, except where an
+    option says otherwise.
 
-    Example: `etude gap emoji-sd --lora runs/first/lora --eta 0.5 --eta 1.2 --reward alignment --json gap.json`
+    Example: `etude gap emoji-sd --lora runs/first/lora --eta 0.5 --eta 1.2 --json gap.json`
     """
     options.check_target(json, "--json")
-    sampler = choose_sampler(
-        model,
-        lora,
-        kernel=kernel,
-        etas=eta,
-        guidance_scale=guidance,
-        steps=steps,
-        first_step=first_step,
-        resolution=resolution,
-        dtype=dtype,
-        shift=shift,
-        variant=variant,
-        without_run=[1.2],
-    )
     with heavy_imports():
         quiet_libraries()
         from etude.files import atomic_write_text
-        from etude.measuring.gap import reward_gap
-    options.check_names(sampler.kernel)
-    with progress("sampling") as (start, step):
+        from etude.measuring.gap import Measurement, reward_gap
+        from etude.policies.source import ModelSource
+    source = ModelSource(
+        model,
+        lora=lora,
+        resolution=resolution,
+        shift=shift,
+        variant=variant,
+        pipeline_config=pipeline_config,
+        offload=offload,
+    )
+    chosen = choose_settings(
+        source,
+        kernel=kernel,
+        etas=eta,
+        guidance=guidance,
+        steps=steps,
+        first_step=first_step,
+        dtype=dtype,
+        without_run=[1.2],
+    )
+    measurement = Measurement.of(reward or "alignment", prompts, samples, seed, batch_size)
+    with progress("sampling") as advance:
         report = reward_gap(
-            model,
-            lora=lora,
-            rewards=reward,
-            prompts=prompts,
-            num_images=samples,
-            seed=seed,
-            batch_size=batch_size,
-            offload=offload,
-            pipeline_config=pipeline_config,
-            on_start=start,
-            on_step=step,
-            **asdict(sampler),
+            chosen.source,
+            etas=chosen.etas,
+            steps=chosen.steps,
+            sampler=chosen.sampler,
+            measurement=measurement,
+            on_progress=advance,
         )
-    from etude.terminal import make_console
-
-    make_console().print(_table(report.rows))
+    make_console().print(report.table())
     if json is not None:
         atomic_write_text(json, report.to_json())
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    from etude.measuring.statistics import format_interval
-
-    quantities = [q for q in ("ode", "sde", "gap", "improvement") if q in rows[0]]
-    titles = {"ode": "ODE", "sde": "SDE", "gap": "gap (ODE - SDE)", "improvement": "improvement (ODE)"}
-    caption = "means with 95 % intervals, clustered by prompt"
-    table = Table("steps", "eta", "reward", *(titles[q] for q in quantities), "pairs", box=None, caption=caption)
-    for row in rows:
-        cells = [
-            format_interval(row[q]["mean"], row[q]["low"], row[q]["high"], signed=q in {"gap", "improvement"})
-            for q in quantities
-        ]
-        table.add_row(str(row["num_steps"]), f"{row['eta']:g}", row["reward"], *cells, str(row["gap"]["n"]))
-    return table

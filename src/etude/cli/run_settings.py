@@ -1,11 +1,14 @@
-"""Which sampler `etude gap` and `etude sample` use: what was given, else that of the run an adapter comes from, else the defaults."""
+"""Choose the settings of `etude gap` and `etude sample`: the options', else a run's, else defaults.
+
+The run is the one that exported the adapter, or the model where there is no adapter.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
@@ -13,92 +16,89 @@ from etude.errors import EtudeError
 
 if TYPE_CHECKING:
     from etude.config import TrainConfig
+    from etude.policies.source import ModelSource
+    from etude.sampling.sampler import SDE
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """Everything that images depend on beside the model, the prompts and the seed."""
+class Choice(NamedTuple):
+    """The settings that a command works with.
 
-    kernel: str
+    Attributes:
+        source: the model.
+        sampler: the sampler at the first eta and step count.
+        etas: stochasticities, one or more.
+        steps: step counts, one or more.
+    """
+
+    source: ModelSource
+    sampler: SDE
     etas: list[float]
-    guidance_scale: float
     steps: list[int]
-    first_step: str
-    resolution: int | None
-    dtype: str
-    shift: float | None = None
-    variant: str | None = None
 
 
-def choose_sampler(
-    model: str,
-    lora: Path | None,
+def choose_settings(
+    source: ModelSource,
     *,
     kernel: str | None,
     etas: list[float] | None,
-    guidance_scale: float | None,
+    guidance: float | None,
     steps: list[int] | None,
     first_step: str | None,
-    resolution: int | None,
     dtype: str | None,
-    shift: float | None,
-    variant: str | None = None,
     without_run: list[float],
     etas_of_run: bool = True,
-) -> Sampler:
-    """Fills in what was not given (None), and says on stderr where a run's settings were taken.
+) -> Choice:
+    """Fill in what no option says (None), and tell stderr where a run's settings were taken.
 
     Args:
-        without_run: the etas where neither the user nor a run gives any.
-        etas_of_run: whether a run's eta is a default at all. It is none for another kernel, which counts eta in a unit of its own,
-            nor if it changes over the run or over the steps.
+        source: the model with the options' resolution, shift and variant; its dtype is `dtype`.
+        without_run: the etas where neither an option nor a run gives any.
+        etas_of_run: whether a run's eta is a default. It never is under another kernel, which
+            counts eta in its own unit, nor where it changes over the run or over the steps.
     """
-    config = run_of(model, lora)
+    from etude.sampling.sampler import SDE
+
+    config = run_of(source)
+    defaults: dict[str, Any] = {"kernel": "gddim", "guidance": 5.0, "first_step": "ode"}
     if config is None:
-        return Sampler(
-            kernel or "gddim",
-            etas or without_run,
-            5.0 if guidance_scale is None else guidance_scale,
-            steps or [20],
-            first_step or "ode",
-            resolution,
-            dtype or "float32",
-            shift,
-            variant,
+        source = replace(source, dtype=dtype or "float32")
+        etas, steps = etas or without_run, steps or [20]
+    else:
+        sampling = config.sampling
+        same_unit = kernel in (None, sampling.kernel) and not sampling.eta_schedule
+        if etas_of_run and same_unit and isinstance(sampling.eta, float):
+            without_run = [sampling.eta]
+        etas, steps = etas or without_run, steps or [config.evaluation.num_steps or sampling.num_steps]
+        defaults = {
+            "kernel": sampling.kernel, "guidance": sampling.guidance_scale, "first_step": sampling.first_step,
+        }  # fmt: skip
+        source = replace(
+            source,
+            dtype=dtype or config.dtype,
+            resolution=source.resolution or config.resolution,
+            shift=source.shift or sampling.shift,
+            # The weight files that a run exports have no suffix.
+            variant=source.variant or (config.variant if source.lora else None),
         )
-    sampling = config.sampling
-    trained = without_run
-    if (
-        etas_of_run
-        and kernel in (None, sampling.kernel)
-        and isinstance(sampling.eta, float)
-        and not sampling.eta_schedule
-    ):
-        trained = [sampling.eta]
-    chosen = Sampler(
-        kernel or sampling.kernel,
-        etas or trained,
-        sampling.guidance_scale if guidance_scale is None else guidance_scale,
-        steps or [config.evaluation.num_steps or sampling.num_steps],
-        first_step or sampling.first_step,
-        resolution or config.resolution,
-        dtype or config.dtype,
-        shift or sampling.shift,
-        variant or (None if lora is None else config.variant),  # what a run exports has none
-    )
-    typer.echo(f"as in the run of {lora or model} where no option says otherwise: {_said(chosen)}", err=True)
-    return chosen
+    options = {"kernel": kernel, "guidance": guidance, "first_step": first_step}
+    given = {name: value for name, value in options.items() if value is not None}
+    choice = Choice(source, SDE(etas[0], steps[0], **(defaults | given)), etas, steps)
+    if config is not None:
+        place = source.lora or source.name
+        typer.echo(f"as in the run of {place} where no option says otherwise: {_summary(choice)}", err=True)
+    return choice
 
 
-def run_of(model: str, lora: Path | None) -> TrainConfig | None:
-    """The configuration of the run that exported an adapter, or a model without one: `config.yaml` beside the directory.
+def run_of(source: ModelSource) -> TrainConfig | None:
+    """The configuration of the run that exported a model: `config.yaml` beside its directory.
 
-    None where there is no such file, or one that is no run's, which stderr is told.
+    None where there is no such file. A file that is no run's configuration is None too, with a
+    warning on stderr.
     """
     from etude.config import load_config
 
-    exported = lora if lora is not None else Path(os.path.expanduser(model))
-    if lora is None and not (exported.is_dir() and exported.resolve().name in {"model", "model-best"}):
+    exported = Path(os.path.expanduser(source.lora or source.name))
+    if source.lora is None and not (exported.is_dir() and exported.resolve().name in {"model", "model-best"}):
         return None
     place = exported.resolve().parent / "config.yaml"
     if not place.is_file():
@@ -110,11 +110,12 @@ def run_of(model: str, lora: Path | None) -> TrainConfig | None:
         return None
 
 
-def _said(sampler: Sampler) -> str:
-    etas, steps = (", ".join(f"{value:g}" for value in values) for values in (sampler.etas, sampler.steps))
-    size = "" if sampler.resolution is None else f", resolution {sampler.resolution}"
-    shift = "" if sampler.shift is None else f", shift {sampler.shift:g}"
+def _summary(choice: Choice) -> str:
+    source, sampler = choice.source, choice.sampler
+    etas, steps = (", ".join(f"{value:g}" for value in values) for values in (choice.etas, choice.steps))
+    size = "" if source.resolution is None else f", resolution {source.resolution}"
+    shift = "" if source.shift is None else f", shift {source.shift:g}"
     return (
-        f"kernel {sampler.kernel}, eta {etas}, steps {steps}, guidance {sampler.guidance_scale:g}, "
-        f"first step {sampler.first_step}{shift}{size}, {sampler.dtype}."
+        f"kernel {sampler.kernel}, eta {etas}, steps {steps}, guidance {sampler.guidance:g}, "
+        f"first step {sampler.first_step}{shift}{size}, {source.dtype}."
     )

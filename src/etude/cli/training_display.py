@@ -14,10 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from etude.config import TrainConfig
-from etude.measuring.statistics import format_interval
 from etude.sampling.etas import eta_text
 from etude.terminal import clock, make_console
-from etude.training.best import explain_best
+from etude.training.run import estimate_text, estimates_table, summary_blocks
 
 
 class TrainingDisplay:
@@ -89,26 +88,9 @@ class TrainingDisplay:
             self.console.print(" | ".join(self._plain(row)), soft_wrap=True, highlight=False, markup=False)
 
     def summary_table(self, summary: Mapping[str, Any]) -> None:
-        """The last evaluation as a table, the advice that follows from it, and where the time went."""
-        final = summary["final"]
-        table = _table(
-            ["reward", "ODE", f"SDE, eta = {eta_text(final['eta'])}", "improvement (ODE)", "gap (ODE - SDE)", "pairs"]
-        )
-        for reward in final["ode"]:
-            cells = [_cell(final, quantity, reward) for quantity in ("ode", "sde", "improvement", "gap")]
-            table.add_row(_label(reward, summary), *cells, str(final["gap"][reward]["n"]))
-        self.console.print(table)
-        note = "means with 95 % intervals; improvement over the base model and gap are paired on prompt and noise"
-        self.console.print(Text(note, style="dim"), soft_wrap=True)
-        if summary.get("stopped"):
-            self.console.print(Text(summary["stopped"]), soft_wrap=True)
-        if summary.get("best"):
-            self.console.print(Text(explain_best(summary["best"])), soft_wrap=True)
-        if summary.get("deploy"):
-            self.console.print(Text(summary["deploy"]), soft_wrap=True)
-        total = summary.get("seconds", {}).get("total")
-        if total is not None:
-            self.console.print(Text(f"time {clock(total)}, of which {_shares(summary['seconds'])}"), soft_wrap=True)
+        """Print the last evaluation as a table, the advice that follows from it, and where the time went."""
+        for block in summary_blocks(summary):
+            self.console.print(block, soft_wrap=isinstance(block, Text))
 
     def _plain(self, row: Mapping[str, Any]) -> Iterator[str]:
         yield f"iteration {row['iteration']}/{self.total}"
@@ -138,7 +120,7 @@ class TrainingDisplay:
 
     def _numbers(self) -> Table:
         at = self._evaluation
-        table = _table(
+        table = estimates_table(
             [
                 "reward",
                 f"training {_sampler(self.config)}, eta = {self._eta}",
@@ -150,29 +132,13 @@ class TrainingDisplay:
         for reward in at.get("ode", self._rewards):
             mean = f"{self._rewards[reward]['mean']:.4g}" if reward in self._rewards else "-"
             table.add_row(
-                _name(reward, self.config), mean, *(_cell(at, q, reward) for q in ("ode", "gap", "improvement"))
+                _name(reward, self.config), mean, *(estimate_text(at, q, reward) for q in ("ode", "gap", "improvement"))
             )
         return table
 
 
-def _table(columns: list[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    return table
-
-
-def _cell(evaluation: Mapping[str, Any], quantity: str, reward: str) -> str:
-    estimate = evaluation.get(quantity, {}).get(reward)
-    return "-" if estimate is None else _interval(estimate, signed=quantity in {"gap", "improvement"})
-
-
-def _interval(estimate: Mapping[str, Any], signed: bool) -> str:
-    return format_interval(estimate["mean"], estimate["low"], estimate["high"], signed)
-
-
 def _readable(evaluation: Mapping[str, Any], reward: str) -> str:
-    parts = [f"{label} {_cell(evaluation, quantity, reward)}" for quantity, label in _PARTS]
+    parts = [f"{label} {estimate_text(evaluation, quantity, reward)}" for quantity, label in _PARTS]
     return ", ".join(part for part in parts if not part.endswith(" -"))
 
 
@@ -186,11 +152,3 @@ def _sampler(config: TrainConfig) -> str:
 
 def _name(reward: str, config: TrainConfig) -> str:
     return f"{reward} (held out)" if reward in config.evaluation.held_out_rewards else reward
-
-
-def _label(reward: str, summary: Mapping[str, Any]) -> str:
-    return f"{reward} (held out)" if reward in summary.get("held_out_rewards", ()) else reward
-
-
-def _shares(seconds: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {clock(value)}" for name, value in seconds.items() if name != "total")

@@ -1,16 +1,15 @@
-"""What the terminal shows while the command line works, and what libraries may not show."""
+"""Show on the terminal that the command line works, and keep libraries quiet."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Says on a terminal that something happens while torch loads."""
+    """Show on a terminal that something happens while torch loads."""
     from etude.terminal import make_console
 
     console = make_console(stderr=True)
@@ -19,7 +18,9 @@ def heavy_imports() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Leaves stderr to this program: no advice and no bars for reading from the disk. Downloads keep their bars."""
+    """Keep stderr for this program: no advice of libraries, no bars for reading from disk.
+    Downloads keep their bars.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, which already warns
     import diffusers.utils.logging
     import huggingface_hub.utils
@@ -32,8 +33,12 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[tuple[Any, Any]]:
-    """A bar on stderr where that is a terminal; yields what to call with the total and with each advance."""
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr where that is a terminal.
+
+    Yields:
+        Function to call with the work that was just done and the total.
+    """
     from rich.progress import Progress
 
     from etude.terminal import make_console
@@ -41,4 +46,4 @@ def progress(title: str) -> Iterator[tuple[Any, Any]]:
     console = make_console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda total: bar.update(task, total=total), lambda n: bar.advance(task, n)
+        yield lambda done, total: bar.update(task, total=total, advance=done)

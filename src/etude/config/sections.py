@@ -403,7 +403,14 @@ class MemoryConfig(Section):
 
 
 class TrainConfig(Section):
-    """Everything that determines a run."""
+    """Everything that determines a run: one tree, whose keys `etude recipes --keys` explains.
+
+    Example:
+        >>> import etude
+        >>> config = etude.TrainConfig(iterations=10, sampling={"eta": 1.5})
+        >>> config.sampling.eta, config.model
+        (1.5, 'emoji-sd')
+    """
 
     model: str = Field(
         "emoji-sd",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -23,22 +23,36 @@ _BY_REWARD = ("rewards", "evaluation.stop_on_fall")
 
 
 def load_config(
-    source: str, overrides: list[str] | None = None, rewards: Mapping[str, float] | None = None
+    source: str | TrainConfig,
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
+    rewards: Mapping[str, float] | None = None,
 ) -> TrainConfig:
-    """Reads a built-in recipe's name or a YAML file, applies `a.b=value` overrides and validates.
+    """Read a recipe or a YAML file, apply overrides and validate the result.
 
     Args:
+        source: built-in recipe, YAML file, or a configuration to start from.
+        overrides: values by dotted key, `{"sampling.eta": 1.2}`, or the texts that `--set` takes, `["sampling.eta=1.2"]`.
         rewards: weights by name that take the place of the recipe's; one that the recipe holds out is then trained instead.
 
     Raises:
         EtudeError: naming the key, the value and the remedy.
+
+    Example:
+        >>> import etude
+        >>> config = etude.load_config("emoji-ddpo", {"sampling.eta": 1.5})
+        >>> config.sampling.eta
+        1.5
     """
-    tree = read_tree(source)
+    tree = source.model_dump(mode="json") if isinstance(source, TrainConfig) else read_tree(source)
     if rewards:
         tree["rewards"] = dict(rewards)
-    for item in overrides or []:
-        _apply_override(tree, item)
-    return parse_config(tree, f"'{source}'")
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            set_key(tree, key, value, f"the override of {key}")
+    else:
+        for item in overrides or []:
+            _apply_override(tree, item)
+    return parse_config(tree, "the configuration" if isinstance(source, TrainConfig) else f"'{source}'")
 
 
 def parse_rewards(items: list[str]) -> dict[str, float]:

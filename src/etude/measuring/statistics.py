@@ -1,4 +1,4 @@
-"""Means with honest intervals: samples of one prompt are not independent, so prompts are what is resampled.
+"""Means with honest intervals: images of one prompt are not independent, so prompts are resampled.
 
 For n values x_i in G clusters (prompts) of sizes n_g,
 
@@ -6,9 +6,9 @@ For n values x_i in G clusters (prompts) of sizes n_g,
     standard error  se = sqrt(G / (G - 1) * sum_g u_g^2) / n,   u_g = sum_{i in g} (x_i - m)
     bootstrap       m* = sum_j S_{g_j} / sum_j n_{g_j},          g_1..g_G drawn with replacement, S_g = sum_{i in g} x_i
 
-With one sample in each cluster, se is the usual s / sqrt(n). The interval takes quantiles of m*, at levels widened for
-the number of clusters: the expanded percentile interval of Hesterberg (arXiv 1411.5279), because plain percentiles are
-too narrow when there are few clusters.
+With one sample in each cluster, se is the usual s / sqrt(n). The interval takes quantiles of m*, at
+levels widened for the number of clusters: the expanded percentile interval of Hesterberg (arXiv
+1411.5279), because plain percentiles are too narrow when there are few clusters.
 """
 
 from __future__ import annotations
@@ -35,13 +35,20 @@ class Estimate:
     """A mean with its 95 % interval.
 
     Attributes:
-        mean: the mean of the samples.
-        standard_error: cluster-robust.
+        mean: mean of the values.
+        standard_error: standard error of the mean, robust to clusters.
         low: lower end of the 95 % bootstrap interval.
-        high: upper end.
-        n: samples.
-        clusters: distinct prompts.
-        clustered: whether prompts were resampled; False when there is only one, and samples were resampled instead.
+        high: upper end of the interval.
+        n: number of values.
+        clusters: number of distinct prompts.
+        clustered: whether prompts were resampled. False where there is one prompt only: then values
+            were resampled.
+
+    Example:
+        >>> import etude
+        >>> gap = etude.Estimate(1.27, 0.12, low=1.02, high=1.51, n=64, clusters=16, clustered=True)
+        >>> print(gap)
+        +1.27 [+1.02, +1.51]
     """
 
     mean: float
@@ -58,7 +65,7 @@ class Estimate:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Estimate:
-        """The inverse of `to_dict`."""
+        """Rebuild an estimate from the values of `to_dict`."""
         return cls(**values)
 
     def __str__(self) -> str:
@@ -69,33 +76,35 @@ class Estimate:
         return format_interval(self.mean, self.low, self.high, signed)
 
 
-def paired_summary(
-    differences: ArrayLike, clusters: Sequence[Any] | NDArray[Any], *, seed: int = 0, resamples: int = RESAMPLES
+def estimate_mean(
+    values: ArrayLike, clusters: Sequence[Any] | NDArray[Any], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Estimate:
-    """The mean of paired differences, with its cluster-robust standard error and 95 % interval.
+    """Estimate a mean with its cluster-robust standard error and 95 % interval.
 
     Args:
-        differences: [n], one per pair of samples from the same prompt and noise. All zeros give exactly 0 [0, 0].
-        clusters: [n], which prompt each belongs to: integers or strings.
-        seed: of the resampling; the result is a pure function of the arguments.
-        resamples: bootstrap draws.
+        values: `[n]`, one for each image, or for each pair of images from the same prompt and noise
+            their difference. All zeros give exactly 0 [0, 0].
+        clusters: `[n]`, the prompt of each value, as integers or strings.
+        seed: seed of the resampling; the result is a pure function of the arguments.
+        resamples: number of bootstrap draws.
 
     Raises:
-        EtudeError: for fewer than 2 values, a value that is not finite, or another number of clusters than of values.
+        EtudeError: for fewer than 2 values, a value that is not finite, or another number of
+            clusters than of values.
     """
-    values, group = _checked(differences, clusters)
+    x, group = _checked(values, clusters)
     prompts = int(group.max()) + 1
     clustered = prompts > 1
     if not clustered:
-        group = np.arange(len(values))
-    origin = values[0]  # so that equal values have exactly their value as mean, and an interval of no width
-    values = values - origin
-    mean = values.mean()
+        group = np.arange(len(x))
+    origin = x[0]  # equal values then have exactly their value as mean, and an interval of no width
+    x = x - origin
+    mean = x.mean()
     sizes = np.bincount(group)
     count = len(sizes)
-    residuals = np.bincount(group, weights=values - mean)
-    error = math.sqrt(count / (count - 1) * float(residuals @ residuals)) / len(values)
-    sums = np.asarray(np.bincount(group, weights=values), dtype=np.float64)
+    residuals = np.bincount(group, weights=x - mean)
+    error = math.sqrt(count / (count - 1) * float(residuals @ residuals)) / len(x)
+    sums = np.asarray(np.bincount(group, weights=x), dtype=np.float64)
     means = _bootstrap(sums, sizes, resamples, np.random.default_rng(seed))
     tail = _tail(count)
     low, high = np.quantile(means, [tail, 1 - tail])
@@ -104,21 +113,17 @@ def paired_summary(
         standard_error=error,
         low=float(origin + low),
         high=float(origin + high),
-        n=len(values),
+        n=len(x),
         clusters=prompts,
         clustered=clustered,
     )
 
 
-def mean_summary(
-    values: ArrayLike, clusters: Sequence[Any] | NDArray[Any], *, seed: int = 0, resamples: int = RESAMPLES
-) -> Estimate:
-    """The mean of samples [n] that come in clusters; estimator, arguments and errors are those of `paired_summary`."""
-    return paired_summary(values, clusters, seed=seed, resamples=resamples)
-
-
 def format_interval(mean: float, low: float, high: float, signed: bool = True) -> str:
-    """`+1.27 [+1.02, +1.51]`: two digits of the interval's half-width and nothing finer; four of a point."""
+    """Write `+1.27 [+1.02, +1.51]`, rounded to two digits of the interval's half-width.
+
+    Where the interval has no width, the mean keeps four digits.
+    """
     half = (high - low) / 2
     scale = half / 10 if half > 0 else abs(mean) / 1000
     decimals = max(0, -math.floor(math.log10(scale))) if scale > 0 else 0
@@ -149,7 +154,9 @@ def _checked(values: ArrayLike, clusters: Sequence[Any] | NDArray[Any]) -> tuple
 
 
 def _bootstrap(sums: Floats, sizes: NDArray[np.intp], resamples: int, rng: np.random.Generator) -> Floats:
-    """[resamples] means of G clusters drawn with replacement, as ratios of sums: a cluster weighs what it holds."""
+    """[resamples] means of G clusters drawn with replacement, as ratios of sums: a cluster weighs
+    what it holds.
+    """
     count = len(sums)
     rows = max(1, _BLOCK // count)
     means = []
@@ -160,10 +167,12 @@ def _bootstrap(sums: Floats, sizes: NDArray[np.intp], resamples: int, rng: np.ra
 
 
 def _tail(count: int) -> float:
-    """Phi(-sqrt(G / (G - 1)) t), t the 97.5 % quantile of Student's t with G - 1 degrees of freedom: 0.025 for large G.
+    """The level of the interval's lower end, 0.025 for large G: Phi(-sqrt(G / (G - 1)) t).
 
-    The quantile is its Cornish-Fisher expansion to third order: within 0.1 % from 6 clusters on. With 2 or 3 clusters
-    no bootstrap interval is trustworthy; the tail is then so small that the extremes of the bootstrap are taken.
+    Here t is the 97.5 % quantile of Student's t with G - 1 degrees of freedom. The quantile is its
+    Cornish-Fisher expansion to third order: within 0.1 % from 6 clusters on. With 2 or 3 clusters
+    no bootstrap interval is trustworthy; the tail is then so small that the extremes of the
+    bootstrap are taken.
     """
     z, nu = NormalDist().inv_cdf(0.975), count - 1
     first = (z**3 + z) / 4

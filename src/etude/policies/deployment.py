@@ -9,18 +9,12 @@ from etude import zoo
 from etude.policies import TrainablePolicy
 from etude.policies.loading import split_revision
 from etude.policies.single_file import configuration, holds_pipeline, is_single_file
+from etude.policies.source import ModelSource
 from etude.sampling.paths import VPPath
 
 
 def deployment_snippet(
-    policy: TrainablePolicy,
-    model: str,
-    num_steps: int,
-    guidance_scale: float,
-    dtype: str = "float32",
-    suffix: str = "",
-    pipeline_config: str | None = None,
-    variant: str | None = None,
+    policy: TrainablePolicy, source: ModelSource, num_steps: int, guidance_scale: float, suffix: str = ""
 ) -> str:
     """Python that loads what `policy` exports and draws one picture with the ODE at the levels that etude visits.
 
@@ -29,28 +23,26 @@ def deployment_snippet(
 
     Args:
         policy: after training; its `export_name` tells an adapter from a whole model.
-        model: name or place of the base model, which an adapter is loaded on top of; an embedded one comes from the package.
-        num_steps: of the ODE.
-        guidance_scale: of training.
-        dtype: of the frozen weights in training.
-        suffix: what the directory is called beyond `export_name`.
-        pipeline_config: where the configuration of a single-file model came from, if that was said.
-        variant: of the base model's files.
+        source: the base model, which an adapter is loaded on top of. An embedded one comes from the package.
+        num_steps: number of steps of the ODE.
+        guidance_scale: guidance scale of training.
+        suffix: end of the directory's name after `export_name`.
     """
-    model, pipeline_config = expanduser(model), pipeline_config and expanduser(pipeline_config)
+    model, config = expanduser(source.name), source.pipeline_config
+    pipeline_config = None if config is None else expanduser(config)
     adapter, tuned = policy.export_name == "lora", f"{policy.export_name}{suffix}"
-    loading: dict[str, Any] = {} if dtype == "float32" else {"torch_dtype": f"torch.{dtype}"}
+    loading: dict[str, Any] = {} if source.dtype == "float32" else {"torch_dtype": f"torch.{source.dtype}"}
     loading |= {name: repr(value) for name, value in policy.loading_arguments().items()}
     embedded = adapter and model in zoo.names()
     model, revision = split_revision(model)
-    published = {"revision": revision, "variant": variant} if adapter else {}
+    published = {"revision": revision, "variant": source.variant} if adapter else {}
     loading |= {name: repr(value) for name, value in published.items() if value is not None}
     if adapter and is_single_file(model):
         classes, load = _single_file(policy, model, pipeline_config, loading)
     else:
-        source = f"zoo.path({model!r})" if embedded else repr(model if adapter else tuned)
+        place = f"zoo.path({model!r})" if embedded else repr(model if adapter else tuned)
         classes = [policy.pipeline_name]
-        load = [f"pipe = {policy.pipeline_name}.from_pretrained({', '.join([source, *_keywords(loading)])})"]
+        load = [f"pipe = {policy.pipeline_name}.from_pretrained({', '.join([place, *_keywords(loading)])})"]
     if adapter:
         load.append(f"pipe.load_lora_weights({tuned!r})")
     load.append('pipe.to("cuda" if torch.cuda.is_available() else "cpu")')
@@ -63,7 +55,7 @@ def deployment_snippet(
 
 
 def stochastic_scheduler(policy: TrainablePolicy) -> str:
-    """The scheduler of `etude.sampling.schedulers` that draws as the SDE on the model's path."""
+    """The scheduler of etude that draws as the SDE on the model's path."""
     return "GDDIMScheduler" if isinstance(policy.path, VPPath) else "FlowMatchGDDIMScheduler"
 
 
@@ -83,7 +75,7 @@ def stochastic_snippet(
     arguments = ", ".join(_keywords({key: repr(value) for key, value in settings.items()}))
     return "\n".join(
         [
-            f"from etude.sampling.schedulers import {name}",
+            f"from etude import {name}",
             "",
             f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {arguments})",
             _picture(policy, num_steps, guidance_scale),
@@ -150,7 +142,7 @@ def _vp_scheduler(path: VPPath, policy: TrainablePolicy, num_steps: int) -> tupl
         name, package, why = "DDIMScheduler", "diffusers", "# DDIM at eta 0 is the ODE."
     else:
         settings["eta"] = 0.0
-        name, package = "GDDIMScheduler", "etude.sampling.schedulers"
+        name, package = "GDDIMScheduler", "etude"
         why = (
             f"# The ODE. Under {path.timestep_spacing} spacing diffusers' DDIM steps to levels that the next step does not "
             "start from."

@@ -1,4 +1,7 @@
-"""From a model's name to its policy: embedded name, local directory, file or hub id; the pipeline's class chooses the adapter."""
+"""Load a model as a policy: an embedded name, a local directory, a file or a hub id.
+
+The class of the pipeline chooses the adapter.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from huggingface_hub import try_to_load_from_cache
 
 from etude import zoo
 from etude.batching import is_out_of_memory
-from etude.config import TrainConfig
 from etude.errors import EtudeError, brief, brief_value, unknown
 from etude.policies.outline import LIBRARIES, outline_pipeline
 from etude.policies.pipeline import PipelinePolicy
 from etude.policies.single_file import configuration, is_single_file, load_single_file
+from etude.policies.source import ModelSource
 from etude.policies.trainable import TrainablePolicy
 from etude.registry import POLICIES
 from etude.sampling.paths import is_flow_config
@@ -40,39 +43,76 @@ def load_policy(
     variant: str | None = None,
     family: str | None = None,
 ) -> TrainablePolicy:
-    """Loads a model for sampling, and an exported adapter on top of it.
+    """Load a model for sampling, and an exported adapter on top of it.
 
     Args:
-        model: embedded name, local diffusers directory, single safetensors file or hub id, of which `owner/name@revision` names a branch,
-            tag or commit; a leading `~` is the home, as in every path.
+        model: embedded name, local diffusers directory, single safetensors file or hub id.
+            `owner/name@revision` names a branch, tag or commit of a hub id. A leading `~` is the
+            home, as in every path.
         lora: directory that a run exported its adapter to.
-        dtype: `float32`, `bfloat16` or `float16`.
-        device: default: a GPU where there is one.
-        resolution: side of the images in pixels; default: the pipeline's own.
-        pipeline_config: of a single file: the local diffusers directory or hub id that its configuration and missing parts come
-            from. Default: what diffusers infers from the weights, from the hub.
-        decode_batch_size: images decoded at a time; default: 32, and at most 2 million pixels.
+        dtype: precision of the weights: `float32`, `bfloat16` or `float16`.
+        device: where the model runs. Default: a GPU where there is one.
+        resolution: side of the images in pixels. Default: the pipeline's own.
+        pipeline_config: for a single file, the local diffusers directory or hub id with its
+            configuration and missing parts. Default: what diffusers infers from the weights, from
+            the hub.
+        decode_batch_size: number of images decoded at a time. Default: 32, and at most 2 million
+            pixels.
         offload: keep text encoders and autoencoder on the CPU while they are not needed.
-        prompt_cache_mb: MiB of encoded prompts that are kept in the machine's memory; default: 4096.
-        outline: read configurations only: an outline of the model on the CPU, shapes without numbers, which takes no memory and no
-            weights to download.
-        shift: of a flow model's levels, at any resolution; default: the pipeline's own, which may depend on it.
-        family: adapter of the pipeline class: its name in `etude.registry.POLICIES`, or `module:Class`. Default: by the class that
-            model_index.json names.
-        variant: of the weights' files, `fp16` for `diffusion_pytorch_model.fp16.safetensors`; default: those without.
+        prompt_cache_mb: MiB of encoded prompts kept in the machine's memory. Default: 4096.
+        outline: read configurations only. The result is an outline of the model on the CPU, shapes
+            without numbers, which takes no memory and downloads no weights.
+        shift: shift of a flow model's levels, at any resolution. Default: the pipeline's own, which
+            may depend on the resolution.
+        variant: suffix of the weight files: `fp16` reads
+            `diffusion_pytorch_model.fp16.safetensors`. Default: no suffix.
+        family: adapter of the pipeline class: its name in `etude.registry.POLICIES`, or
+            `module:Class`. Default: by the class that model_index.json names.
+
+    Returns:
+        The model as a policy. Its `source` and `adapter` say what was loaded.
 
     Raises:
-        EtudeError: the model does not exist, is of a class without an adapter, its files cannot be read, it cannot make images of
-            that resolution, or it has no levels to shift.
+        EtudeError: the model does not exist, is of a class without an adapter, its files cannot be
+            read, it cannot make images of that resolution, or it has no levels to shift.
+
+    Example:
+        >>> import etude
+        >>> policy = etude.load_policy("emoji-sd")
+        >>> policy.image_size
+        (64, 64)
     """
+    source = ModelSource(
+        model,
+        lora=lora,
+        dtype=dtype,
+        resolution=resolution,
+        shift=shift,
+        variant=variant,
+        pipeline_config=pipeline_config,
+        offload=offload,
+        decode_batch_size=decode_batch_size,
+        prompt_cache_mb=prompt_cache_mb,
+        family=family,
+    )
+    return load_source(source, device, outline)
+
+
+def load_source(
+    source: ModelSource, device: torch.device | str | None = None, outline: bool = False
+) -> TrainablePolicy:
+    """Load what a source names; device, outline and errors as in `load_policy`."""
     import diffusers
 
     target = "cpu" if outline else device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name, pipeline_config = expanduser(model), pipeline_config and expanduser(pipeline_config)
+    if source.dtype not in DTYPES:
+        raise unknown("dtype", source.dtype, DTYPES)
+    model, dtype = source.name, DTYPES[source.dtype]
+    name, pipeline_config = expanduser(model), source.pipeline_config and expanduser(source.pipeline_config)
     single = is_single_file(name)
     if pipeline_config is not None and not single:
         raise EtudeError(f"pipeline_config is for a single safetensors file, and model '{name}' is none: leave it out.")
-    if variant is not None and single:
+    if source.variant is not None and single:
         raise EtudeError(
             f"variant is for a diffusers directory or hub id, and model '{name}' is a single file: leave it out."
         )
@@ -83,51 +123,31 @@ def load_policy(
         pinned = commit or revision
         at = {"revision": pinned} if pinned else {}  # all parts of one commit
         kind = str(index.get("_class_name"))
-        adapter = _adapter(family or kind, model)
+        adapter = _adapter(source.family or kind, model)
         parts = adapter.load_arguments | {part: None for part in adapter.optional if index.get(part, [None])[0] is None}
         _check_libraries(model, index, parts)
         if outline:
-            pipeline = outline_pipeline(location, index, adapter.pipeline_class(kind), DTYPES[dtype], parts, single, at)
+            pipeline = outline_pipeline(location, index, adapter.pipeline_class(kind), dtype, parts, single, at)
         elif single:
-            pipeline = load_single_file(
-                name, location, adapter.pipeline_class(kind), adapter.denoiser, parts, DTYPES[dtype]
-            )
+            pipeline = load_single_file(name, location, adapter.pipeline_class(kind), adapter.denoiser, parts, dtype)
         else:
             pipeline = adapter.pipeline_class(kind).from_pretrained(
-                location, dtype=DTYPES[dtype], use_safetensors=True, variant=variant, **at, **parts
+                location, dtype=dtype, use_safetensors=True, variant=source.variant, **at, **parts
             )
-        if shift is not None:
-            _shift(pipeline, shift, model)
-        limits = {} if prompt_cache_mb is None else {"prompt_cache_mb": prompt_cache_mb}
+        if source.shift is not None:
+            _shift(pipeline, source.shift, model)
+        limits = {} if source.prompt_cache_mb is None else {"prompt_cache_mb": source.prompt_cache_mb}
         policy: TrainablePolicy = adapter(
-            pipeline, DTYPES[dtype], target, resolution, decode_batch_size, offload, **limits
+            pipeline, dtype, target, source.resolution, source.decode_batch_size, source.offload, **limits
         )
-    policy.shift, policy.revision = shift, commit
-    if lora is not None:
-        _load_lora(policy, Path(expanduser(lora)))
+    policy.source, policy.shift, policy.revision = source, source.shift, commit
+    if source.lora is not None:
+        _load_lora(policy, Path(expanduser(source.lora)))
     return policy
 
 
-def policy_of(config: TrainConfig, device: torch.device | str | None = None, outline: bool = False) -> TrainablePolicy:
-    """The model of a run, as its configuration wants it loaded, or its outline."""
-    return load_policy(
-        config.model,
-        dtype=config.dtype,
-        device=device,
-        resolution=config.resolution,
-        pipeline_config=config.pipeline_config,
-        decode_batch_size=config.memory.decode_batch_size,
-        offload=config.memory.offload,
-        prompt_cache_mb=config.memory.prompt_cache_mb,
-        outline=outline,
-        shift=config.sampling.shift,
-        variant=config.variant,
-        family=config.family,
-    )
-
-
 def _shift(pipeline: Any, shift: float, model: str | Path) -> None:
-    """Gives the pipeline the scheduler of that shift, so that all that asks it for levels gets the same ones."""
+    """Give the pipeline the scheduler of that shift, from which everything takes its levels."""
     import diffusers
 
     config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
@@ -154,13 +174,13 @@ def _adapter(family: str, model: str | Path) -> type[PipelinePolicy]:
 
 
 def split_revision(model: str) -> tuple[str, str | None]:
-    """Name and revision of a hub id, `owner/name@revision`; what is on disk has none."""
+    """Name and revision of a hub id, `owner/name@revision`; a path on disk has no revision."""
     name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
     return name, revision or None
 
 
 def _locate(model: str) -> tuple[str, str | None]:
-    """Directory or hub id, and the revision that was asked for."""
+    """Directory or hub id, and the revision in the name."""
     if model in zoo.names():
         return str(zoo.path(model)), None
     directory = Path(model)
@@ -177,18 +197,17 @@ def _locate(model: str) -> tuple[str, str | None]:
 
 
 def _commit(location: str, revision: str | None) -> str | None:
-    """The commit of a hub id whose model_index.json was just read; None for what is on disk."""
+    """The commit of a hub id whose model_index.json was just read; None for a path on disk."""
     if Path(location).exists():
         return None
-    found = try_to_load_from_cache(location, "model_index.json", revision=revision)
-    return (
-        Path(found).parent.name if isinstance(found, str) else None
-    )  # the cache keeps each in a directory of its name
+    file = try_to_load_from_cache(location, "model_index.json", revision=revision)
+    # The cache keeps each commit in a directory of its name.
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 @contextmanager
 def _explained(model: str | Path) -> Iterator[None]:
-    """Of files that anybody may have written, the libraries raise whatever their readers stumble over."""
+    """Explain in one sentence whatever the libraries raise on files of unknown origin."""
     try:
         yield
     except EtudeError:
@@ -209,7 +228,7 @@ def _explained(model: str | Path) -> Iterator[None]:
 
 
 def _check_libraries(model: str | Path, index: Mapping[str, Any], left_out: Mapping[str, Any]) -> None:
-    """Refuses a component of any other library: diffusers would import the module of that name, whichever it is."""
+    """Refuse parts of other libraries: diffusers would import whichever module the file names."""
     for name, value in index.items():
         listed = isinstance(value, list | tuple) and len(value) == 2 and not name.startswith("_")
         if listed and name not in left_out and value[0] is not None and value[0] not in LIBRARIES:

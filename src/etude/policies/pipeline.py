@@ -353,6 +353,10 @@ class PipelinePolicy(TrainablePolicy):
                 self._trained_network.enable_adapters()
 
     @property
+    def has_reference(self) -> bool:
+        return self._initial is not None or bool(getattr(self._trained_network, "peft_config", None))
+
+    @property
     def export_name(self) -> str:
         return "model" if self._trains_everything else "lora"
 
@@ -380,3 +384,4 @@ class PipelinePolicy(TrainablePolicy):
         taken = get_peft_model_state_dict(network, adapter_name=ADAPTER) if loaded else {}
         check_taken(given, taken, self.denoiser, directory)
         network.requires_grad_(False)
+        self.adapter = directory

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from etude.config import LoraConfig
 from etude.errors import EtudeError
 from etude.policies.sharding import part
+from etude.policies.source import ModelSource
 from etude.sampling.model import Policy
 
 
@@ -26,11 +27,15 @@ class TrainablePolicy(Policy):
 
     Attributes:
         network: the denoiser, possibly wrapped by Accelerate: every forward that needs gradients goes through it.
+        source: where the model was loaded from. None for a policy that was made around a pipeline.
+        adapter: directory of the adapter that was loaded on top. None where there is none.
         shift: of a flow model's levels, where it is not the published pipeline's own; already part of `path`.
         revision: the commit of the hub repository that the model was read from; None for what was on disk.
     """
 
     network: nn.Module
+    source: ModelSource | None = None
+    adapter: Path | None = None
     shift: float | None = None
     revision: str | None = None
 
@@ -64,6 +69,11 @@ class TrainablePolicy(Policy):
     @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
         """Context manager inside which the network is the reference model: the one before training."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether `reference` is another model than the policy itself. Default: something is trained."""
+        return bool(self.trainable())
 
     def enable_gradient_checkpointing(self) -> None:
         """From now on the network keeps few activations for its gradients and computes the others again.

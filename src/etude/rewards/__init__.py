@@ -7,7 +7,7 @@ path `package.module:attribute`. Nothing is imported before it is asked for by n
 from __future__ import annotations
 
 from etude.rewards.reward import WEIGHTED_SUM, Reward, get, names, register, register_factory
-from etude.rewards.scoring import Scoring, WeightedRewards, revisions, score, score_all
+from etude.rewards.scoring import Scoring, WeightedRewards, revisions, score, score_one
 
 __all__ = [
     "WEIGHTED_SUM",
@@ -20,5 +20,5 @@ __all__ = [
     "register_factory",
     "revisions",
     "score",
-    "score_all",
+    "score_one",
 ]

@@ -52,6 +52,14 @@ def register(name: str) -> Callable[[RewardT], RewardT]:
 
     Raises:
         EtudeError: the name cannot be one (empty, or with a colon, which marks an import path).
+
+    Example:
+        >>> import etude, torch
+        >>> @etude.register_reward("brightness")
+        ... def brightness(images, prompts, **metadata):
+        ...     return images.float().mean(dim=(1, 2, 3)) / 255
+        >>> etude.score(["brightness"], torch.full((1, 3, 8, 8), 255, dtype=torch.uint8), ["snow"])
+        {'brightness': tensor([1.])}
     """
     _check_name(name)
     add = REWARDS.register(name)

@@ -60,7 +60,7 @@ class Batch:
         return self.images.clone(), list(self.prompts), keywords
 
 
-def score(
+def score_one(
     name: str,
     reward: Reward,
     images: Tensor,
@@ -92,15 +92,31 @@ def score(
     return _checked(name, scores, prompts, offset)
 
 
-def score_all(
-    rewards: Iterable[str], images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None = None
+def score(
+    rewards: str | Iterable[str], images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None = None
 ) -> dict[str, Tensor]:
-    """The scores of several rewards by name (or import path), each float32 [n] and checked as by `score`.
+    """Score images by one or several rewards.
+
+    Args:
+        rewards: names, import paths or urls, or one of them.
+        images: uint8 `[n, 3, h, w]`.
+        prompts: n texts.
+        metadata: by name, a list of n entries.
+
+    Returns:
+        By reward, float32 `[n]` on the CPU, checked as by `score_one`.
 
     Raises:
-        EtudeError: if a name is unknown, and whatever `score` raises.
+        EtudeError: a name is unknown, and whatever `score_one` raises.
+
+    Example:
+        >>> import etude, torch
+        >>> black = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+        >>> etude.score(["colorfulness"], black, ["night", "coal"])
+        {'colorfulness': tensor([0., 0.])}
     """
-    return {name: score(name, get(name), images, prompts, metadata) for name in rewards}
+    names = [rewards] if isinstance(rewards, str) else rewards
+    return {name: score_one(name, get(name), images, prompts, metadata) for name in names}
 
 
 def revisions(rewards: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -131,7 +147,7 @@ class Scoring:
                 future.cancel()
 
     def result(self, timeout: float | None = None) -> dict[str, Tensor]:
-        """Waits for the scores, by the reward's name float32 [n] on the CPU, checked as by `score`.
+        """Waits for the scores, by the reward's name float32 [n] on the CPU, checked as by `score_one`.
 
         The first reward that fails ends the waiting, and the requests of the others. A remote reward ends by its own time-outs.
 

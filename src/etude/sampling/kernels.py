@@ -185,6 +185,14 @@ class GDDIM(Kernel):
 
     Args:
         eta: the noise level, finite and >= 0; anything else is an EtudeError.
+
+    Example:
+        >>> import etude, torch
+        >>> x0_hat, eps_hat, noise = torch.randn(3, 2, 4, 8, 8)
+        >>> step = etude.GDDIM(eta=1.2).transition(x0_hat, eps_hat, source=(0.6, 0.8), target=(0.8, 0.6))
+        >>> x = step.sample(noise)
+        >>> step.log_prob(x).shape
+        torch.Size([2])
     """
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
@@ -213,6 +221,11 @@ class DDIM(Kernel):
 
     Args:
         eta: the multiple of the posterior's std, finite and >= 0; anything else is an EtudeError.
+
+    Example:
+        >>> import etude
+        >>> round(etude.DDIM(eta=1.0).largest_eta(source=(0.6, 0.8), target=(0.8, 0.6)), 3)
+        1.209
     """
 
     _beyond = "takes the root of a negative number"
@@ -250,6 +263,11 @@ class CPS(Kernel):
     Args:
         eta: from 0, the ODE, to 1, which keeps nothing of the current noise; anything else is an EtudeError (beyond 1
             the sine falls again).
+
+    Example:
+        >>> import etude
+        >>> round(float(etude.CPS(eta=0.5).coefficients(source=(0.6, 0.8), target=(0.8, 0.6)).std), 3)
+        0.424
     """
 
     def __post_init__(self) -> None:
@@ -295,6 +313,11 @@ class FlowSDE(Kernel):
     Args:
         eta: the noise level, finite and >= 0; anything else is an EtudeError.
         cap: whether a step from sigma = 1 is capped; otherwise it is an EtudeError. Other steps do not change.
+
+    Example:
+        >>> import etude
+        >>> round(float(etude.FlowSDE(eta=0.7).coefficients(source=(0.4, 0.6), target=(0.5, 0.5)).std), 3)
+        0.271
     """
 
     cap: bool = False
@@ -332,6 +355,11 @@ class DanceSDE(Kernel):
 
     Args:
         eta: the noise of a unit of time, finite and >= 0; anything else is an EtudeError.
+
+    Example:
+        >>> import etude
+        >>> round(float(etude.DanceSDE(eta=0.3).coefficients(source=(0.4, 0.6), target=(0.5, 0.5)).std), 3)
+        0.095
     """
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:

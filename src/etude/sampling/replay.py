@@ -35,6 +35,19 @@ def replay(
         rows: int64 `[m]`, which samples.
         columns: int64 `[m]`, which of the trained steps: indices into `trajectory.steps`.
         conditioning: of all samples of the trajectory.
+
+    Example:
+        >>> import etude, torch
+        >>> from etude.sampling.noise import NoiseSource
+        >>> from etude.sampling.plans import SamplingPlan
+        >>> policy, plan = etude.load_policy("emoji-sd"), SamplingPlan.sde(2, etude.GDDIM(eta=1.2))
+        >>> table = plan.tabulate(policy.grid(2)).to(policy.device)
+        >>> conditioning, noise = policy.encode(["red heart"]), NoiseSource(0, "training")
+        >>> trajectory = etude.rollout(policy, table, conditioning, noise, [0], guidance_scale=5.0, batch_size=1)
+        >>> row, column = torch.tensor([0]), torch.tensor([1])  # the second trained step of the first image
+        >>> step, x = etude.replay(policy, table, trajectory, row, column, conditioning, 5.0, with_gradient=False)
+        >>> torch.equal(step.log_prob(x), trajectory.log_prob[row, column])
+        True
     """
     steps, levels = trajectory.step_index[columns], trajectory.level_index[columns]
     with nullcontext() if with_gradient else torch.no_grad():

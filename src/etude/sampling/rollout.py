@@ -106,6 +106,17 @@ def rollout(
 
     Raises:
         EtudeError: if `noise_samples` or `prompts` is not one a row.
+
+    Example:
+        >>> import etude
+        >>> from etude.sampling.noise import NoiseSource
+        >>> from etude.sampling.plans import SamplingPlan
+        >>> policy, plan = etude.load_policy("emoji-sd"), SamplingPlan.sde(2, etude.GDDIM(eta=1.2))
+        >>> table = plan.tabulate(policy.grid(2)).to(policy.device)
+        >>> conditioning, noise = policy.encode(["red heart"]), NoiseSource(0, "training")
+        >>> trajectory = etude.rollout(policy, table, conditioning, noise, [0], guidance_scale=5.0, batch_size=1)
+        >>> trajectory.steps, trajectory.log_prob.shape
+        ((0, 1), torch.Size([1, 2]))
     """
     keys = samples if noise_samples is None else noise_samples
     if len(keys) != len(samples):

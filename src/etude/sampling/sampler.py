@@ -1,48 +1,358 @@
-"""Images from a policy under any plan, without training."""
+"""Samplers: one value says how images are drawn from a model, and draws them.
+
+    ODE(steps)                  the probability-flow ODE: deployment
+    SDE(eta, steps)             every step a stochastic kernel at eta, or at an eta of its own
+    Window(eta, start, size)    stochastic steps in a window and the ODE elsewhere (MixGRPO)
+    Solver(name, steps)         a deterministic solver of diffusers (`etude.sampling.solvers`)
+
+A sampler knows its steps, its guidance scale and what happens in each step. It knows neither the
+model, nor the prompts, nor the seed: these are arguments of `draw`. Image i starts from the noise
+keyed by (seed, stream, i) under every sampler, so the images of two samplers are pairs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from etude.sampling.kernels import make_kernel
-from etude.sampling.model import Policy
+from etude.batching import MicroBatch, Progress, silent
+from etude.errors import EtudeError
+from etude.sampling.etas import Eta, eta_text
+from etude.sampling.kernels import Kernel, make_kernel
+from etude.sampling.model import Conditioning, Policy
 from etude.sampling.noise import NoiseSource
-from etude.sampling.plans import SamplingPlan
+from etude.sampling.plans import SamplingPlan, Step, StepTable
 from etude.sampling.rollout import rollout
 
-
-def make_plan(kernel: str, eta: float, num_steps: int, first_step: str = "ode") -> SamplingPlan:
-    """The plan of every step under one kernel; eta = 0 is the ODE. Nothing of it is trained."""
-    if eta == 0:
-        return SamplingPlan.ode(num_steps)
-    return SamplingPlan.sde(num_steps, make_kernel(kernel, eta), trained=False, first_step=first_step)
+KernelChoice = str | Callable[[float], Kernel]
+"""A kernel by its registered name, or what makes one from an eta: a class such as `etude.CPS`."""
+STREAM = "evaluation"
+"""Stream of the noise that images are drawn from outside training."""
 
 
-def sample_images(
-    policy: Policy,
-    prompts: list[str],
-    plan: SamplingPlan,
-    guidance_scale: float = 5.0,
-    seed: int = 0,
-    batch_size: int = 32,
-    stream: str = "evaluation",
-    on_step: Callable[[int], None] = lambda images: None,
-) -> Tensor:
-    """uint8 images `[len(prompts), 3, h, w]`.
+class Sampler(ABC):
+    """How images are drawn: everything they depend on beside the model, the prompts and the seed.
 
-    Image i starts from the noise keyed by (seed, stream, i), whatever the plan: two plans give pairs.
+    A subclass is a frozen dataclass that checks its own values when it is made.
+
+    Attributes:
+        steps: number of denoising steps.
+        guidance: guidance scale, as the plain pipeline takes it. At most 1 switches classifier-free
+            guidance off.
     """
-    table = plan.tabulate(policy.grid(plan.grid_size)).to(policy.device)
-    trajectory = rollout(
-        policy,
-        table,
-        policy.encode(prompts),
-        NoiseSource(seed, stream),
-        list(range(len(prompts))),
-        guidance_scale,
-        batch_size,
-        on_step=on_step,
-    )
-    return policy.decode(trajectory.latents)
+
+    steps: int
+    guidance: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise EtudeError(f"guidance = {self.guidance}: give a finite number of at least 0.")
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """Name for a caption: `ODE`, `eta 1.2`, `dpmsolver++`."""
+
+    @property
+    @abstractmethod
+    def evaluations(self) -> int:
+        """Number of network evaluations of one image, not counting guidance's second one."""
+
+    @abstractmethod
+    def check(self, policy: Policy) -> None:
+        """Refuse a sampler that the policy's levels do not allow, without calling the network.
+
+        Raises:
+            EtudeError: the number of steps does not fit the model, or an eta is illegal on one of
+                its levels.
+        """
+
+    @abstractmethod
+    def _walk(
+        self,
+        policy: Policy,
+        conditioning: Conditioning,
+        noise: NoiseSource,
+        samples: list[int],
+        batch_size: int | MicroBatch,
+        on_step: Progress,
+    ) -> Tensor:
+        """Final latents of the samples, one for each row of the conditioning."""
+
+    @torch.no_grad()
+    def latents(
+        self,
+        policy: Policy,
+        prompts: Sequence[str],
+        seed: int = 0,
+        *,
+        samples: Sequence[int] | None = None,
+        stream: str = STREAM,
+        batch_size: int | MicroBatch = 32,
+        on_step: Progress = silent,
+    ) -> Tensor:
+        """The latents that `draw` decodes, fp32 `[n, *policy.latent_shape]`; arguments as there."""
+        self.check(policy)
+        keys = list(range(len(prompts)) if samples is None else samples)
+        conditioning = policy.encode(list(prompts))
+        return self._walk(policy, conditioning, NoiseSource(seed, stream), keys, batch_size, on_step)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        policy: Policy,
+        prompts: Sequence[str],
+        seed: int = 0,
+        *,
+        samples: Sequence[int] | None = None,
+        stream: str = STREAM,
+        batch_size: int | MicroBatch = 32,
+        on_step: Progress = silent,
+    ) -> Tensor:
+        """Draw one image for each prompt.
+
+        Args:
+            policy: the model (`etude.load_policy`).
+            prompts: n texts.
+            seed: key of the noise.
+            samples: index of each image, which keys its noise together with seed and stream.
+                Default: 0 .. n - 1.
+            stream: name of the noise's stream; another name is fresh noise under the same seed.
+            batch_size: largest number of images in a network call, halved where they do not fit
+                into memory.
+            on_step: called with the number of images that just made one step.
+
+        Returns:
+            uint8 `[n, 3, h, w]` on the CPU.
+
+        Raises:
+            EtudeError: see `check`.
+        """
+        return policy.decode(
+            self.latents(policy, prompts, seed, samples=samples, stream=stream, batch_size=batch_size, on_step=on_step)
+        )
+
+
+class PlannedSampler(Sampler):
+    """A sampler whose steps are transitions of kernels, listed in a plan without trained steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.plan()
+
+    @abstractmethod
+    def plan(self) -> SamplingPlan:
+        """The kernel of every step."""
+
+    @property
+    def evaluations(self) -> int:
+        """One a step, and one for each step of a compressed tail."""
+        return self.plan().num_steps
+
+    def check(self, policy: Policy) -> None:
+        """See `Sampler.check`."""
+        self._table(policy)
+
+    def _walk(
+        self,
+        policy: Policy,
+        conditioning: Conditioning,
+        noise: NoiseSource,
+        samples: list[int],
+        batch_size: int | MicroBatch,
+        on_step: Progress,
+    ) -> Tensor:
+        table = self._table(policy).to(policy.device)
+        return rollout(policy, table, conditioning, noise, samples, self.guidance, batch_size, on_step=on_step).latents
+
+    def _table(self, policy: Policy) -> StepTable:
+        plan = self.plan()
+        return plan.tabulate(policy.grid(plan.grid_size))
+
+
+@dataclass(frozen=True)
+class ODE(PlannedSampler):
+    """The probability-flow ODE in every step, DDIM at eta 0: the sampler of deployment.
+
+    Args:
+        steps: number of denoising steps.
+        guidance: guidance scale.
+
+    Raises:
+        EtudeError: the number of steps or the guidance scale cannot be one.
+
+    Example:
+        >>> import etude
+        >>> etude.ODE(steps=20).evaluations
+        20
+    """
+
+    steps: int = 20
+    guidance: float = 5.0
+
+    @property
+    def label(self) -> str:
+        """`ODE`."""
+        return "ODE"
+
+    def plan(self) -> SamplingPlan:
+        """The ODE at every step."""
+        return SamplingPlan.ode(self.steps)
+
+
+@dataclass(frozen=True)
+class SDE(PlannedSampler):
+    """A stochastic kernel in every step.
+
+    Args:
+        eta: stochasticity in the kernel's own unit, one number or one for each step. 0 is the ODE
+            under every kernel.
+        steps: number of denoising steps.
+        kernel: registered name ("gddim", "ddim", "cps"; for flow models also "flow_sde",
+            "dance_sde"), or a class of kernels.
+        first_step: treatment of a step that starts from pure noise, as in flow models. "ode" makes
+            it deterministic, "sde" leaves it to the kernel, "capped" does the same and caps noise
+            that would be infinite there.
+        guidance: guidance scale.
+
+    Raises:
+        EtudeError: unknown kernel or first_step, an eta that the kernel never allows, or a list of
+            another length than steps.
+
+    Example:
+        >>> import etude
+        >>> etude.SDE(eta=1.2, steps=20).label
+        'eta 1.2'
+        >>> sampler = etude.SDE(eta=[1.0, 0.5, 0.0], steps=3, kernel="cps")
+    """
+
+    eta: Eta
+    steps: int = 20
+    kernel: KernelChoice = "gddim"
+    first_step: str = "ode"
+    guidance: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.eta, int | float):
+            object.__setattr__(self, "eta", tuple(self.eta))
+        super().__post_init__()
+
+    @property
+    def label(self) -> str:
+        """`eta 1.2`, or `ODE` at eta 0."""
+        return f"eta {eta_text(self.eta)}" if self.eta else "ODE"
+
+    def plan(self) -> SamplingPlan:
+        """The kernel at every step, at the step's own eta where etas are listed."""
+        if not isinstance(self.eta, int | float):
+            if len(self.eta) != self.steps:
+                raise EtudeError(f"eta lists {len(self.eta)} values for {self.steps} steps: give one for each step.")
+            make = _maker(self.kernel)
+            return SamplingPlan.from_etas(self.eta, make, trained=False, first_step=self.first_step)
+        kernel = _maker(self.kernel)(self.eta)
+        plan = SamplingPlan.sde(self.steps, kernel, trained=False, first_step=self.first_step)
+        return plan if self.eta else SamplingPlan.ode(self.steps)
+
+
+@dataclass(frozen=True)
+class Window(PlannedSampler):
+    """A stochastic kernel in a window of steps and the ODE elsewhere (MixGRPO, arXiv 2507.21802).
+
+    Args:
+        eta: stochasticity inside the window, in the kernel's own unit, one number or one for each
+            step of the window.
+        start: first step of the window, counted from 0.
+        size: number of steps in the window.
+        steps: number of denoising steps.
+        kernel: as in `SDE`.
+        first_step: as in `SDE`.
+        compression: share of the steps after the window that MixGRPO-Flash keeps, in (0, 1]; they
+            are steps of DPM-Solver++(2M). Default: all steps, as ODE steps.
+        guidance: guidance scale.
+
+    Raises:
+        EtudeError: a window that does not fit the steps, and whatever `SDE` refuses.
+
+    Example:
+        >>> import etude
+        >>> etude.Window(eta=1.2, start=2, size=4, steps=20).label
+        'eta 1.2 in steps 2..5'
+        >>> etude.Window(eta=1.2, start=2, size=4, steps=20, compression=0.5).evaluations
+        13
+    """
+
+    eta: Eta
+    start: int = 0
+    size: int = 4
+    steps: int = 20
+    kernel: KernelChoice = "gddim"
+    first_step: str = "ode"
+    compression: float | None = None
+    guidance: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.eta, int | float):
+            object.__setattr__(self, "eta", tuple(self.eta))
+        super().__post_init__()
+
+    @property
+    def label(self) -> str:
+        """`eta 1.2 in steps 2..5`."""
+        return f"eta {eta_text(self.eta)} in steps {self.start}..{self.start + self.size - 1}"
+
+    def plan(self) -> SamplingPlan:
+        """The kernel inside the window, the ODE before and after, or a compressed tail after."""
+        make = _maker(self.kernel)
+        kernel = make(self.eta) if isinstance(self.eta, int | float) else [make(eta) for eta in self.eta]
+        plan = SamplingPlan.window(self.steps, kernel, self.start, self.size, self.first_step, self.compression)
+        return replace(plan, steps=tuple(Step(step.kernel) for step in plan.steps))
+
+
+def sample(
+    policy: Policy,
+    prompts: str | Sequence[str],
+    sampler: Sampler = ODE(),
+    *,
+    seed: int = 0,
+    batch_size: int | MicroBatch = 32,
+    on_step: Progress = silent,
+) -> Tensor:
+    """Draw one image for each prompt.
+
+    Image i starts from the same noise under every sampler, so two calls that differ in the sampler
+    alone give pairs.
+
+    Args:
+        policy: the model (`etude.load_policy`).
+        prompts: n texts, or one.
+        sampler: how the images are drawn: `etude.ODE`, `etude.SDE`, `etude.Window` or
+            `etude.Solver`. Default: the ODE in 20 steps.
+        seed: key of the noise; the same seed gives the same images.
+        batch_size: largest number of images in a network call, halved where they do not fit into
+            memory.
+        on_step: called with the number of images that just made one step.
+
+    Returns:
+        uint8 `[n, 3, h, w]` on the CPU.
+
+    Raises:
+        EtudeError: the sampler does not fit the model's levels.
+
+    Example:
+        >>> import etude
+        >>> policy = etude.load_policy("emoji-sd")
+        >>> etude.sample(policy, ["red heart"], etude.SDE(eta=1.2, steps=4), seed=0).shape
+        torch.Size([1, 3, 64, 64])
+    """
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    return sampler.draw(policy, texts, seed, batch_size=batch_size, on_step=on_step)
+
+
+def _maker(kernel: KernelChoice) -> Callable[[float], Kernel]:
+    """The function that makes the chosen kernel from an eta."""
+    return (lambda eta: make_kernel(kernel, eta)) if isinstance(kernel, str) else kernel

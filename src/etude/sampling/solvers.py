@@ -1,11 +1,7 @@
-"""diffusers' own ODE solvers: the compressed tail of MixGRPO-Flash, and what a tuned model is deployed with.
+"""diffusers' own deterministic solvers, with which a tuned model may be deployed.
 
-Nothing is integrated here. A solver of diffusers is told the levels and what the network says, in the two ways that the package
-needs one:
-
-* `multistep_tail` takes a batch from the end of a window to the last level in a few steps of DPM-Solver++(2M) (arXiv 2211.01095).
-  Its history is empty at the start: what the network said before the last injection of noise belongs to another path.
-* `sample_with_solver` makes images as the plain pipeline does with another scheduler put in.
+Nothing is integrated here. A scheduler of diffusers is told the levels and the network's output, as
+the plain pipeline tells a scheduler that was put in.
 """
 
 from __future__ import annotations
@@ -19,20 +15,21 @@ from torch import Tensor
 
 from etude.batching import MicroBatch, Progress
 from etude.errors import EtudeError, unknown
-from etude.sampling.model import Policy
+from etude.sampling.model import Conditioning, Policy
 from etude.sampling.noise import NoiseSource, to_device
 from etude.sampling.paths import FlowPath, Grid
+from etude.sampling.sampler import Sampler
 from etude.sampling.tail import pinned_scheduler, scheduler_class
 
 
 @dataclass(frozen=True)
-class Solver:
-    """The diffusers schedulers of one name.
+class SolverSchedulers:
+    """The diffusers schedulers of one solver.
 
     Attributes:
         vp: class for variance preserving models.
         flow: class for rectified flow.
-        evaluations: of the network, from the number of steps.
+        evaluations: number of network evaluations for a number of steps.
     """
 
     vp: str
@@ -40,84 +37,110 @@ class Solver:
     evaluations: Callable[[int], int] = lambda num_steps: num_steps
 
 
-SOLVERS: dict[str, Solver] = {
-    "ddim": Solver("DDIMScheduler", "FlowMatchEulerDiscreteScheduler"),  # on rectified flow DDIM is Euler's method
-    "euler": Solver("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
-    "heun": Solver("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", lambda num_steps: 2 * num_steps - 1),
-    "dpmsolver++": Solver("DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler"),
-    "unipc": Solver("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
+SOLVERS: dict[str, SolverSchedulers] = {
+    # On rectified flow DDIM is Euler's method.
+    "ddim": SolverSchedulers("DDIMScheduler", "FlowMatchEulerDiscreteScheduler"),
+    "euler": SolverSchedulers("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
+    "heun": SolverSchedulers("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", lambda steps: 2 * steps - 1),
+    "dpmsolver++": SolverSchedulers("DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler"),
+    "unipc": SolverSchedulers("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
 }
-"""What models are deployed with, by name."""
+"""The solvers of deployment, by name."""
 
 
-@torch.no_grad()
-def sample_with_solver(
-    policy: Policy,
-    prompts: list[str],
-    solver: str,
-    num_steps: int,
-    guidance_scale: float = 5.0,
-    seed: int = 0,
-    batch_size: int | MicroBatch = 32,
-    stream: str = "evaluation",
-    on_step: Progress = lambda images: None,
-) -> Tensor:
-    """uint8 images `[len(prompts), 3, h, w]`, as the plain pipeline makes them with that scheduler.
+@dataclass(frozen=True)
+class Solver(Sampler):
+    """A deterministic solver of diffusers: the plain pipeline with that scheduler put in.
 
-    On VP the solver picks its levels itself, as it does after `pipeline.scheduler = Scheduler.from_config(...)`. On rectified flow
-    every solver visits the levels of the model's own pipeline, whatever shift makes them, so that solvers differ in nothing else.
+    On VP the solver picks its levels itself, as after `pipeline.scheduler =
+    Scheduler.from_config(...)`. On rectified flow every solver visits the levels of the model's own
+    pipeline, with its shift, so that solvers differ in nothing else.
 
     Args:
-        solver: a name in SOLVERS.
-        batch_size: images in a network call, at most; halved where they do not fit into memory, like that of `sample_images`.
-        num_steps: Heun's method takes the network twice in every one but the last.
-        on_step: called with the number of images after every evaluation of the network.
-
-    Image i starts from the same noise as in `sample_images`, so that the two give pairs.
+        name: "ddim", "euler", "heun", "dpmsolver++" (arXiv 2211.01095) or "unipc".
+        steps: number of denoising steps. Heun's method calls the network twice in each step but the
+            last.
+        guidance: guidance scale.
 
     Raises:
-        EtudeError: for an unknown solver, or a number of steps that it cannot take.
+        EtudeError: for an unknown solver, and from `check` and `draw` for a number of steps that
+            the solver refuses.
+
+    Example:
+        >>> import etude
+        >>> etude.Solver("heun", steps=10).evaluations
+        19
     """
-    if solver not in SOLVERS:
-        raise unknown("solver", solver, SOLVERS)
-    policy.grid(num_steps)  # refuses a number of steps with this project's own words
-    conditioning, noise = policy.encode(prompts), NoiseSource(seed, stream)
-    latents: list[Tensor] = []
 
-    def work(rows: slice, report: Progress) -> None:
-        scheduler = _scheduler(policy, solver, num_steps)
-        told = conditioning.take(rows)
-        x = to_device(noise.initial(list(range(len(prompts)))[rows], policy.latent_shape), policy.device)
-        x = x * getattr(scheduler, "init_noise_sigma", 1.0)
-        scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
-        for timestep in scheduler.timesteps.to(policy.device):
-            output = policy.predict(scale(x, timestep), timestep.expand(len(x)), told, guidance_scale)
-            x = scheduler.step(output, timestep, x, return_dict=False)[0]
-            report(len(x))
-        latents.append(x)
+    name: str
+    steps: int = 20
+    guidance: float = 5.0
 
-    MicroBatch.of(batch_size).run(len(prompts), work, on_step)
-    return policy.decode(torch.cat(latents))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name not in SOLVERS:
+            raise unknown("solver", self.name, SOLVERS)
 
+    @property
+    def label(self) -> str:
+        """The solver's name."""
+        return self.name
 
-def _scheduler(policy: Policy, solver: str, num_steps: int) -> Any:
-    """A fresh scheduler of that name, ready for the first step."""
-    if isinstance(policy.path, FlowPath):
-        grid = policy.grid(num_steps)
-        if solver == "heun":
-            return _pinned_heun(grid)
-        return pinned_scheduler(scheduler_class(SOLVERS[solver].flow), grid, policy, prediction_type="flow_prediction")
-    options = {"algorithm_type": "dpmsolver++"} if solver == "dpmsolver++" else {}
-    scheduler = scheduler_class(SOLVERS[solver].vp).from_config(policy.scheduler_config, **options)
-    try:
-        scheduler.set_timesteps(num_steps, device=policy.device)
-    except (ValueError, IndexError) as error:
-        raise EtudeError(f"the {solver} solver refuses {num_steps} steps ({error}): take another number.") from error
-    return scheduler
+    @property
+    def evaluations(self) -> int:
+        """One a step, or two under Heun's method, whose last step takes one."""
+        return SOLVERS[self.name].evaluations(self.steps)
+
+    def check(self, policy: Policy) -> None:
+        """See `Sampler.check`."""
+        self._scheduler(policy)
+
+    def _walk(
+        self,
+        policy: Policy,
+        conditioning: Conditioning,
+        noise: NoiseSource,
+        samples: list[int],
+        batch_size: int | MicroBatch,
+        on_step: Progress,
+    ) -> Tensor:
+        latents: list[Tensor] = []
+
+        def work(rows: slice, report: Progress) -> None:
+            scheduler, told = self._scheduler(policy), conditioning.take(rows)
+            x = to_device(noise.initial(samples[rows], policy.latent_shape), policy.device)
+            x = x * getattr(scheduler, "init_noise_sigma", 1.0)
+            scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
+            for timestep in scheduler.timesteps.to(policy.device):
+                output = policy.predict(scale(x, timestep), timestep.expand(len(x)), told, self.guidance)
+                x = scheduler.step(output, timestep, x, return_dict=False)[0]
+                report(len(x))
+            latents.append(x)
+
+        MicroBatch.of(batch_size).run(len(samples), work, on_step)
+        return torch.cat(latents)
+
+    def _scheduler(self, policy: Policy) -> Any:
+        """A fresh scheduler, ready for the first step."""
+        grid = policy.grid(self.steps)  # refuses a number of steps in this project's own words
+        if isinstance(policy.path, FlowPath):
+            if self.name == "heun":
+                return _pinned_heun(grid)
+            kind = scheduler_class(SOLVERS[self.name].flow)
+            return pinned_scheduler(kind, grid, policy, prediction_type="flow_prediction")
+        options = {"algorithm_type": "dpmsolver++"} if self.name == "dpmsolver++" else {}
+        scheduler = scheduler_class(SOLVERS[self.name].vp).from_config(policy.scheduler_config, **options)
+        try:
+            scheduler.set_timesteps(self.steps, device=policy.device)
+        except (ValueError, IndexError) as error:
+            raise EtudeError(
+                f"the {self.name} solver refuses {self.steps} steps ({error}): take another number."
+            ) from error
+        return scheduler
 
 
 def _pinned_heun(grid: Grid) -> Any:
-    """The same for Heun's method, which lists every inner level twice."""
+    """Heun's scheduler on the grid's very levels, of which it lists every inner one twice."""
     scheduler = scheduler_class("FlowMatchHeunDiscreteScheduler")()
     scheduler.set_timesteps(grid.num_steps)  # makes its state empty
     sigmas, timesteps = grid.s.float(), grid.timesteps

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from etude.measuring.statistics import Estimate, mean_summary, paired_summary
+from etude.measuring.statistics import Estimate, estimate_mean
 from etude.policies.sharding import whole
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ def confirmation(scores: Mapping[str, Scores], clusters: list[int]) -> dict[str,
         Estimates by reward: `ode` of the best, `over_last` and `improvement`, its paired differences from the last and the base.
     """
     best = scores["best"]
-    result = {"ode": {reward: mean_summary(values, clusters).to_dict() for reward, values in best.items()}}
+    result = {"ode": {reward: estimate_mean(values, clusters).to_dict() for reward, values in best.items()}}
     for other, quantity in (("last", "over_last"), ("base", "improvement")):
         if other in scores:
             result[quantity] = {
-                reward: paired_summary(values - scores[other][reward], clusters).to_dict()
+                reward: estimate_mean(values - scores[other][reward], clusters).to_dict()
                 for reward, values in best.items()
             }
     return result

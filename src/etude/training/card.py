@@ -12,6 +12,7 @@ from etude.measuring.statistics import Estimate
 from etude.policies import TrainablePolicy
 from etude.policies.deployment import deployment_snippet, stochastic_scheduler, stochastic_snippet
 from etude.policies.loading import split_revision
+from etude.policies.source import ModelSource
 from etude.sampling.etas import eta_text
 from etude.training.best import explain_best
 
@@ -59,16 +60,7 @@ def model_card(
         for reward in final["ode"]
     ]
     num_steps = final.get("num_steps", config.sampling.num_steps)
-    snippet = deployment_snippet(
-        policy,
-        config.model,
-        num_steps,
-        config.sampling.guidance_scale,
-        config.dtype,
-        suffix,
-        config.pipeline_config,
-        config.variant,
-    )
+    snippet = deployment_snippet(policy, ModelSource.of(config), num_steps, config.sampling.guidance_scale, suffix)
     return f"""---
 base_model: {json.dumps(split_revision(config.model)[0])}
 library_name: diffusers

@@ -105,12 +105,13 @@ def resolved(config: TrainConfig, out: Path, resume: bool = False, policy: Train
     Raises:
         EtudeError: the run would be refused.
     """
-    from etude.policies.loading import policy_of
+    from etude.policies.loading import load_source
+    from etude.policies.source import ModelSource
     from etude.training.blueprint import Blueprint
     from etude.training.memory_estimate import memory_estimate
 
     blueprint = Blueprint.of(config, out, resume)
-    policy = policy or policy_of(config, outline=True)
+    policy = policy or load_source(ModelSource.of(config), outline=True)
     schedule = blueprint.schedule(policy)
     blueprint.make_trainable(policy)
     trained = sum(parameter.numel() for parameter in policy.trainable().values())

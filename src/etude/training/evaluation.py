@@ -1,17 +1,23 @@
-"""What training is judged by: held-out images of the current weights under the ODE and under the SDE, from the same noise.
+"""Evaluate training: held-out images of the current weights under the ODE and under the SDE, from
+the same noise.
 
     improvement = E r(ODE, tuned) - E r(ODE, base)          gap = E r(ODE, tuned) - E r(SDE_eta, tuned)
 
-Both samplers take `evaluation.num_steps` steps (by default those of training) over the same levels, with the guidance of training.
-The ODE is what is deployed. The SDE side has every step stochastic, with the training kernel at the eta of the iteration that it follows
-(the base model's at that of the first one), except those that are deterministic by nature (the one into clean data; the one out of pure
-noise unless `sampling.first_step` is "sde"). For DDPO and GRPO that is the training sampler. For MixGRPO it is not: there is no window and
-no compressed tail in it, so the gap is that between the ODE and the fully stochastic sampler, as for every other run, and not that of the
-mixed sampler, whose few stochastic steps lie somewhere between the two.
+Both samplers take `evaluation.num_steps` steps (default: those of training) over the same levels,
+with the guidance of training. The ODE is deployed. On the SDE side every step is stochastic, with
+the training kernel at the eta of the iteration that the evaluation follows; the base model is
+evaluated at the eta of the first iteration. Two steps are deterministic by nature: the one into
+clean data, and the one out of pure noise unless `sampling.first_step` is "sde" or "capped".
 
-Under `sampling.eta_schedule` over iterations the SDE side thus moves: each evaluation says which eta it took, the last one has the last
-iteration's, and its gap narrows for two reasons when eta falls. The ODE reward and the improvement do not depend on it; `etude gap` measures any
-run at any one eta. Over steps the schedule is stretched to the evaluation's number of steps. A list of etas by step is taken as it is.
+For DDPO and GRPO the SDE side is the training sampler. For MixGRPO it is not: it has no window and
+no compressed tail. The gap is then, as for every other run, between the ODE and the fully
+stochastic sampler. The mixed sampler, with its few stochastic steps, lies somewhere between the
+two.
+
+Under `sampling.eta_schedule` over iterations the SDE side moves. Each evaluation records its eta,
+and the last one has the last iteration's, so a gap may narrow because eta falls. The ODE reward and
+the improvement do not depend on eta; `etude gap` measures any run at any one eta. A schedule over
+steps is stretched to the evaluation's number of steps. A list of etas is taken as it is.
 """
 
 from __future__ import annotations
@@ -28,14 +34,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from etude.batching import MicroBatch
+from etude.batching import MicroBatch, Progress
 from etude.config import TrainConfig
 from etude.learning.exchange import gather, share
-from etude.measuring.gap import Progress, Protocol, Scores, summarise
+from etude.measuring.gap import Measurement, Scores, by_quantity, compare
 from etude.policies import TrainablePolicy
 from etude.prompts import PromptSet, load_prompts, overlap
 from etude.rewards import WeightedRewards
 from etude.sampling.etas import Eta, compact
+from etude.sampling.sampler import ODE, SDE, Sampler
 from etude.training import finish
 from etude.training.guards import fallen
 from etude.training.processes import failing_together
@@ -43,19 +50,22 @@ from etude.training.reward_queue import Scorer
 
 
 class Evaluation:
-    """The evaluations of one run; they share prompts and noise, and the first one is the base model's.
+    """The evaluations of one run, which share prompts and noise; the first one is the base model's.
 
-    Every process makes a share of the images and has all the results.
+    Every process draws a share of the images and gets all results.
 
     Args:
-        batches: the size of the micro-batches of sampling, which a rollout may share; default: `rollout.batch_size`.
-        trained: the prompts of training. Evaluating on any of them is said, in a warning and in every result.
+        batches: size of the micro-batches of sampling, which the rollout may share. Default:
+            `rollout.batch_size`.
+        trained: prompts of training. Evaluating on any of them gives a warning and is counted in
+            every result.
 
     Attributes:
-        num_steps: steps of both samplers.
-        work: image steps that one evaluation costs this process.
-        base_scores: rewards of the base model's ODE images, by name, once measured.
-        last: the newest result.
+        num_steps: number of steps of both samplers.
+        measurement: prompts, rewards and noise of every evaluation.
+        work: number of image steps that one evaluation costs this process.
+        base_scores: rewards of the base model's ODE images by name, once measured.
+        last: newest result.
     """
 
     def __init__(
@@ -71,19 +81,17 @@ class Evaluation:
         self.config, self.policy, self.accelerator, self.out = config, policy, accelerator, out
         sampling, evaluation = config.sampling, config.evaluation
         self.num_steps = evaluation.num_steps or sampling.num_steps
-        self.protocol = Protocol(
-            prompts=load_prompts(config.prompts.evaluation).head(evaluation.num_images),
-            score=rewards.evaluate,
-            num_images=evaluation.num_images,
-            guidance_scale=sampling.guidance_scale,
-            kernel=sampling.kernel,
-            seed=config.seed,
+        self.measurement = Measurement(
+            load_prompts(config.prompts.evaluation),
+            rewards.evaluate,
+            evaluation.num_images,
+            config.seed,
             batch_size=batches or config.rollout.batch_size,
-            first_step=sampling.first_step,
         )
+        self.ode = ODE(self.num_steps, sampling.guidance_scale)
         self.etas = sampling.etas(config.iterations)
         for iteration in self.etas.extremes:
-            self.protocol.plan(self._eta(iteration), self.num_steps).tabulate(policy.grid(self.num_steps))
+            self._sde(self._eta(iteration)).check(policy)
         self.prompts_trained_on = self._trained_on(trained or PromptSet([]))
         self.samples = share(evaluation.num_images, accelerator.num_processes, accelerator.process_index)
         self.work = 2 * len(self.samples) * self.num_steps
@@ -91,8 +99,8 @@ class Evaluation:
         self.last: dict[str, Any] = {}
 
     def _trained_on(self, trained: PromptSet) -> int:
-        """How many of the prompts that are evaluated are trained on too."""
-        seen, count = overlap(trained, self.protocol.prompts), len(set(self.protocol.prompts.texts))
+        """Count the evaluated prompts that are trained on too."""
+        seen, count = overlap(trained, self.measurement.prompts), len(set(self.measurement.prompts.texts))
         if seen and self.accelerator.is_main_process:
             warnings.warn(
                 f"{len(seen)} of the {count} prompts in prompts.evaluation are trained on ({seen[0]!r}), so the figures say little about new ones: "
@@ -103,61 +111,75 @@ class Evaluation:
 
     @property
     def fallen(self) -> str | None:
-        """The reward that has fallen further than `evaluation.stop_on_fall` allows, in the newest result."""
+        """The reward that has fallen further than `evaluation.stop_on_fall` allows, in the newest
+        result.
+        """
         return fallen(self.last, self.config.evaluation.stop_on_fall)
 
     def measure(self, on_step: Progress, grids: str | None = None, iteration: int = 0) -> dict[str, Any]:
-        """Evaluates the policy as it is.
+        """Evaluate the policy with its present weights.
 
         Args:
             on_step: called with the number of images that just made one step.
-            iteration: that it follows, which determines the SDE side's eta.
-            grids: "before" or "after": also write pictures of both samplers under that name. Without it an evaluation in which a reward
-                has fallen too far, which is the last, writes those of "after".
+            iteration: iteration that the evaluation follows, which determines the SDE side's eta.
+            grids: "before" or "after": also write pictures of both samplers under that name. An
+                evaluation in which a reward has fallen too far ends the run and always writes those
+                of "after".
 
         Returns:
-            `eta` (a list where it differs by step), `num_steps`, `prompts_trained_on` (how many of the prompts are not held out), and
-            the estimates of `summarise` by quantity and reward.
+            `eta` (a list where it differs by step), `num_steps`, `prompts_trained_on` (number of
+            prompts that are not held out), and the estimates of `compare` by quantity and reward,
+            as plain values.
         """
         eta = self._eta(iteration)
-        ode_images, ode = self._images(0.0, on_step)
-        sde_images, sde = self._images(eta, on_step)
+        ode_images, ode = self._images(self.ode, on_step)
+        sde_images, sde = self._images(self._sde(eta), on_step)
         if self.base_scores is None:
             self.base_scores = {name: values.tolist() for name, values in ode.items()}
         base = {name: np.array(values) for name, values in self.base_scores.items()}
-        summary = summarise(ode, sde, base, self.protocol.clusters)
-        self.last = {"eta": eta, "num_steps": self.num_steps, "prompts_trained_on": self.prompts_trained_on, **summary}
+        estimates = by_quantity(compare(ode, sde, base, self.measurement.clusters))
+        settings = {"eta": eta, "num_steps": self.num_steps, "prompts_trained_on": self.prompts_trained_on}
+        self.last = {**settings, **estimates}
         if grids is None and self.fallen is not None:
             grids = "after"
         if grids is not None:
             count = self.config.evaluation.grid_images
             ode_shown, sde_shown = self._gather(ode_images)[:count], self._gather(sde_images)[:count]
             if self.accelerator.is_main_process:
-                finish.write_grids(self.out, grids, ode_shown, sde_shown, self.protocol.shown().head(count).texts)
+                finish.write_grids(self.out, grids, ode_shown, sde_shown, self.measurement.shown().head(count).texts)
         return self.last
 
     def again(self, states: Mapping[str, AbstractContextManager[Any]], on_step: Progress) -> dict[str, Scores]:
-        """Rewards under the ODE of every image from noise that no evaluation has seen, by the name of the weights.
+        """Score the ODE images of several weights, all from fresh noise that no evaluation has
+        seen.
 
         Args:
-            states: context managers inside which the policy has those weights.
+            states: by the name of the weights, the context manager inside which the policy has
+                them.
+            on_step: called with the number of images that just made one step.
         """
-        fresh, scores = replace(self.protocol, stream="confirmation"), {}
+        fresh, scores = replace(self.measurement, stream="confirmation"), {}
         for name, weights in states.items():
             with weights:
-                scores[name] = self._images(0.0, on_step, fresh)[1]
+                scores[name] = self._images(self.ode, on_step, fresh)[1]
         return scores
 
     def _eta(self, iteration: int) -> float | list[float]:
         return compact(self.etas.at(iteration, self.num_steps))
 
-    def _images(self, eta: Eta, on_step: Progress, protocol: Protocol | None = None) -> tuple[Tensor, Scores]:
+    def _sde(self, eta: Eta) -> SDE:
+        sampling = self.config.sampling
+        return SDE(eta, self.num_steps, sampling.kernel, sampling.first_step, sampling.guidance_scale)
+
+    def _images(
+        self, sampler: Sampler, on_step: Progress, measurement: Measurement | None = None
+    ) -> tuple[Tensor, Scores]:
         """This process's images, and every image's scores."""
-        protocol = protocol or self.protocol
-        images = protocol.images(self.policy, eta, self.num_steps, on_step, self.samples)
+        measurement = measurement or self.measurement
+        images = measurement.images(self.policy, sampler, on_step, self.samples)
         with failing_together(self.accelerator):
-            own = protocol.scores(images, self.samples)
+            own = measurement.scores(images, self.samples)
         return images, {name: self._gather(torch.from_numpy(values)).numpy() for name, values in own.items()}
 
     def _gather(self, values: Tensor) -> Tensor:
-        return gather(self.accelerator, values, self.protocol.num_images)
+        return gather(self.accelerator, values, self.measurement.num_images)

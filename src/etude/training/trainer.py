@@ -26,8 +26,9 @@ from etude.learning.objectives import Samples
 from etude.learning.optimizers import make_optimizer
 from etude.learning.update import Learner
 from etude.policies import TrainablePolicy
-from etude.policies.loading import DTYPES, policy_of
+from etude.policies.loading import DTYPES, load_source
 from etude.policies.sharding import assembled, sharded
+from etude.policies.source import ModelSource
 from etude.policies.trainable import swapped
 from etude.runs.checkpoint import Checkpoints
 from etude.runs.layout import BEST, clear_half_written, truncate_metrics
@@ -66,6 +67,14 @@ class Trainer:
     Raises:
         EtudeError: for anything the user can mend; what was finished before stays in `out`.
         Interrupted: from `train`, after SIGINT or SIGTERM, with every finished iteration saved.
+
+    Example:
+        >>> import etude
+        >>> small = {"iterations": 1, "sampling.num_steps": 2, "rollout.images_per_iteration": 8}
+        >>> small |= {"evaluation.num_images": 2, "evaluation.held_out_rewards": []}
+        >>> trainer = etude.Trainer(etude.load_config("emoji-ddpo", small), "runs/first")
+        >>> trainer.train()["iterations"]
+        1
     """
 
     def __init__(
@@ -85,7 +94,7 @@ class Trainer:
         self.formed = not torch.distributed.is_initialized()  # then the group of processes is this run's to dissolve
         self.accelerator = make_accelerator(config, self.out)
         self.blueprint.check_groups(self.accelerator.num_processes)
-        self.policy = policy or policy_of(config, self.accelerator.device)
+        self.policy = policy or load_source(ModelSource.of(config), self.accelerator.device)
         self.schedule = self.blueprint.schedule(self.policy)
         self.rollout_dtype = DTYPES[config.rollout.dtype] if config.rollout.dtype else None
         self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size")
@@ -294,7 +303,7 @@ class Trainer:
     def _encode_ahead(self) -> None:
         """Encodes every prompt that this process will show, after which the text encoders are no longer needed."""
         self.display.phase("encoding")
-        texts = dict.fromkeys(self.evaluation.protocol.shown(self.evaluation.samples).texts)
+        texts = dict.fromkeys(self.evaluation.measurement.shown(self.evaluation.samples).texts)
         for iteration in range(self.ledger.iteration + 1, self.config.iterations + 1):
             texts |= dict.fromkeys(self._draw(iteration).own.texts)
         self.policy.encode_ahead(texts)
@@ -327,4 +336,4 @@ class Trainer:
             states["base"] = self.policy.reference()
         with self.supervisor.phase("confirmation", len(states) * self.evaluation.work // 2):
             scores = self.evaluation.again(states, self.supervisor.advance)
-        return confirmation(scores, self.evaluation.protocol.clusters)
+        return confirmation(scores, self.evaluation.measurement.clusters)

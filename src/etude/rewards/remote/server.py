@@ -222,7 +222,7 @@ class _Scorer:
         from pydantic import ValidationError
 
         from etude.rewards.remote.wire import ScoreRequest, decode_images, explain
-        from etude.rewards.scoring import score
+        from etude.rewards.scoring import score_one
 
         try:
             message = ScoreRequest.model_validate_json(body)
@@ -237,7 +237,7 @@ class _Scorer:
                     f"the reward '{self.name}' compares the images of a group and was told no groups: name it with "
                     "#whole_groups=1 after the url."
                 )
-            scores: list[float] = score(
+            scores: list[float] = score_one(
                 self.name, self.reward, images, message.prompts, message.metadata, groups=message.groups
             ).tolist()
         except EtudeError as error:

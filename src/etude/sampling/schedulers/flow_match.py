@@ -45,6 +45,14 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
 
     Raises:
         EtudeError: for an illegal eta, kernel or first_step, and as `FlowPath.from_config`.
+
+    Example:
+        >>> import etude
+        >>> pipe = etude.load_policy("emoji-flux").pipeline  # any FLUX or Stable Diffusion 3 pipeline of diffusers
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe.scheduler = etude.FlowMatchGDDIMScheduler.from_config(pipe.scheduler.config, eta=1.2)
+        >>> pipe("red heart", height=64, width=64, num_inference_steps=2).images[0].size
+        (64, 64)
     """
 
     timesteps: Tensor

@@ -44,6 +44,14 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
 
     Raises:
         EtudeError: for an illegal eta, kernel, schedule, prediction type or spacing.
+
+    Example:
+        >>> import etude
+        >>> pipe = etude.load_policy("emoji-sd").pipeline  # any Stable Diffusion pipeline of diffusers
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe.scheduler = etude.GDDIMScheduler.from_config(pipe.scheduler.config, eta=1.2)
+        >>> pipe("red heart", num_inference_steps=2).images[0].size
+        (64, 64)
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]  # noqa: RUF012 (diffusers' own form)
