@@ -85,7 +85,7 @@ def test_overrides_are_values_by_dotted_key_on_a_recipe_or_a_configuration(tmp_p
     texts = ["sampling.eta=1.5", "rewards={'module.name:reward': 2}", "objective.clip_nats=1.0"]
     assert config == load_config("emoji-ddpo", texts) == load_config(load_config("emoji-ddpo"), changed)
     assert load_config(TrainConfig()) == TrainConfig()
-    with pytest.raises(EtudeError, match="did you mean 'sampling.eta'"):
+    with pytest.raises(EtudeError, match=r"did you mean 'sampling.eta'"):
         train("emoji-ddpo", tmp_path / "run", {"sampling.etta": 1.0})
     with pytest.raises(EtudeError, match=r"the override of seed.eta: 'seed' is a value"):
         train(TrainConfig(), tmp_path / "run", {"seed.eta": 1.0})

@@ -143,6 +143,9 @@ class PlannedSampler(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        eta = getattr(self, "eta", 0.0)
+        if not isinstance(eta, int | float):
+            object.__setattr__(self, "eta", tuple(eta))  # a list would make no key
         self.plan()
 
     @abstractmethod
@@ -151,11 +154,9 @@ class PlannedSampler(Sampler):
 
     @property
     def evaluations(self) -> int:
-        """One a step, and one for each step of a compressed tail."""
         return self.plan().num_steps
 
     def check(self, policy: Policy) -> None:
-        """See `Sampler.check`."""
         self._table(policy)
 
     def _walk(
@@ -197,11 +198,9 @@ class ODE(PlannedSampler):
 
     @property
     def label(self) -> str:
-        """`ODE`."""
         return "ODE"
 
     def plan(self) -> SamplingPlan:
-        """The ODE at every step."""
         return SamplingPlan.ode(self.steps)
 
 
@@ -237,18 +236,11 @@ class SDE(PlannedSampler):
     first_step: str = "ode"
     guidance: float = 5.0
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.eta, int | float):
-            object.__setattr__(self, "eta", tuple(self.eta))
-        super().__post_init__()
-
     @property
     def label(self) -> str:
-        """`eta 1.2`, or `ODE` at eta 0."""
         return f"eta {eta_text(self.eta)}" if self.eta else "ODE"
 
     def plan(self) -> SamplingPlan:
-        """The kernel at every step, at the step's own eta where etas are listed."""
         if not isinstance(self.eta, int | float):
             if len(self.eta) != self.steps:
                 raise EtudeError(f"eta lists {len(self.eta)} values for {self.steps} steps: give one for each step.")
@@ -295,18 +287,11 @@ class Window(PlannedSampler):
     compression: float | None = None
     guidance: float = 5.0
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.eta, int | float):
-            object.__setattr__(self, "eta", tuple(self.eta))
-        super().__post_init__()
-
     @property
     def label(self) -> str:
-        """`eta 1.2 in steps 2..5`."""
         return f"eta {eta_text(self.eta)} in steps {self.start}..{self.start + self.size - 1}"
 
     def plan(self) -> SamplingPlan:
-        """The kernel inside the window, the ODE before and after, or a compressed tail after."""
         make = _maker(self.kernel)
         kernel = make(self.eta) if isinstance(self.eta, int | float) else [make(eta) for eta in self.eta]
         plan = SamplingPlan.window(self.steps, kernel, self.start, self.size, self.first_step, self.compression)

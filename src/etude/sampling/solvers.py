@@ -83,16 +83,13 @@ class Solver(Sampler):
 
     @property
     def label(self) -> str:
-        """The solver's name."""
         return self.name
 
     @property
     def evaluations(self) -> int:
-        """One a step, or two under Heun's method, whose last step takes one."""
         return SOLVERS[self.name].evaluations(self.steps)
 
     def check(self, policy: Policy) -> None:
-        """See `Sampler.check`."""
         self._scheduler(policy)
 
     def _walk(
