@@ -16,8 +16,7 @@ from etude.policies.loading import load_policy
 from etude.registry import KERNELS, OBJECTIVES, POLICIES, REWARDS, WINDOWS
 from etude.rewards import get, score
 from etude.sampling.kernels import make_kernel
-from etude.sampling.plans import SamplingPlan
-from etude.sampling.sampler import sample_images
+from etude.sampling.sampler import ODE
 from etude.sampling.windows import make_window
 from etude.training.trainer import Trainer
 from support.launching import launch
@@ -187,7 +186,7 @@ def test_a_family_draws_the_pictures_of_its_plain_pipeline(models: dict[str, str
     policy, plain = load_policy(models["aura"]), AuraFlowPipeline.from_pretrained(models["aura"])
     from etude.sampling.noise import NoiseSource
 
-    images = sample_images(policy, ["red heart", "a"], SamplingPlan.ode(4), guidance_scale=3.0)
+    images = ODE(4, 3.0).draw(policy, ["red heart", "a"])
     noise = NoiseSource(0, "evaluation").initial([0, 1], policy.latent_shape)
     call = {**policy.call_arguments(3.0), "height": 8, "width": 8, "num_inference_steps": 4, "output_type": "pt"}
     theirs = [plain(prompt, latents=noise[i : i + 1], **call).images[0] for i, prompt in enumerate(["red heart", "a"])]
