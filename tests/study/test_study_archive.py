@@ -136,6 +136,20 @@ def test_a_kill_while_files_are_removed_loses_nothing(study, directory, monkeypa
     assert list(content(directory.root)) == ["cells.tar.xz"]
 
 
+def test_a_reader_that_meets_packing_halfway_reads_on_in_the_archive(study, directory, monkeypatch):
+    read, begun = Path.read_bytes, []
+
+    def late(path):
+        if path.name == "summary.json" and not begun:
+            begun.append(path)
+            pack(list(study.cells), directory)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", late)
+    assert directory.progress(study.cells[0]).state == "done"
+    assert begun
+
+
 def test_nothing_is_removed_where_the_archive_cannot_be_written_or_read_back(study, directory, monkeypatch):
     before = content(directory.root)
     monkeypatch.setattr(archive, "archive_bytes", lambda files: archive_bytes(dict(list(files.items())[1:])))

@@ -1,4 +1,4 @@
-"""`etude study`: a grid of runs."""
+"""`etude study`: a grid of training runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 STUDY_FILE = "study.yaml"
-"""The study's file, as its directory keeps it."""
+"""Name of the study's file in its directory."""
 
 
 def study(
@@ -27,15 +27,16 @@ def study(
         typer.Option(help="Directory of the study. Default: `runs/<name of the file>`.", show_default=False),
     ] = None,
     only: Annotated[
-        str | None, typer.Option(metavar="PATTERN", help="Only cells whose name holds this; * and ? are wildcards.")
+        str | None,
+        typer.Option(metavar="PATTERN", help="Only cells whose name contains PATTERN; * and ? are wildcards."),
     ] = None,
     launcher: Annotated[
         str | None,
-        typer.Option(help='Train each cell in processes of its own, for example with "accelerate launch".'),
+        typer.Option(help='Command that trains each cell in processes of its own, as "accelerate launch".'),
     ] = None,
-    list_cells: Annotated[bool, typer.Option("--list", help="Print the cells and how far they are; run none.")] = False,
+    list_cells: Annotated[bool, typer.Option("--list", help="Print the cells and their progress; run none.")] = False,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Write tables, figures and the page from what is done; run nothing.")
+        bool, typer.Option("--report-only", help="Write tables, figures and the page from done cells; run none.")
     ] = False,
     pack: Annotated[
         bool,
@@ -46,10 +47,11 @@ def study(
 ) -> None:
     """Run a grid of training runs, and compare them with intervals, tables, figures and a page.
 
-    Each cell is an ordinary run directory under DIR/cells. A study that was stopped goes on when the same command is given
-    again; a cell that failed is tried again and keeps no other from running. Several processes may be given the same command
-    at once: each takes cells that no other has. report.html, tables.md, results.csv and results.json are of all cells that are
-    done, whatever --only says.
+    Each cell is an ordinary run directory under DIR/cells. The same command continues a study that
+    was stopped, and tries failed cells again. A cell that fails does not stop the others. Several
+    processes may run the same command at once: each takes cells that no other process has.
+    report.html, tables.md, results.csv and results.json cover all cells that are done, with and
+    without --only.
 
     Example: `etude study studies/eta/study.yaml --out runs/eta`
     """
@@ -81,13 +83,13 @@ def study(
     if failures:
         names = ", ".join(f"'{name}'" for name in list(failures)[:3]) + (", ..." if len(failures) > 3 else "")
         raise EtudeError(
-            f"{len(failures)} of {len(cells)} cells failed ({names}): '{directory.root / 'failures'}' says why, and the same "
-            "command tries them again."
+            f"{len(failures)} of {len(cells)} cells failed ({names}): '{directory.root / 'failures'}' holds the reasons, "
+            "and the same command tries them again."
         )
 
 
 def rebuild(directory: Path) -> Path:
-    """Writes tables, figures and the page of a study from its directory alone; returns the page's path."""
+    """Write the results of a study from its directory alone, and return the path of the page."""
     from etude.study.study_file import load_study
 
     loaded = load_study(directory / STUDY_FILE)
@@ -112,8 +114,8 @@ def _print_cells(cells: list[Cell], directory: StudyDirectory) -> None:
 
     table = Table("cell", "grid", "state", "iterations", "time", box=None)
     for cell in cells:
-        found = directory.progress(cell)
-        state = f"{found.state}: {found.failure}" if found.failure else found.state
-        time = clock(found.seconds) if found.seconds else ""
-        table.add_row(cell.slug, cell.grid, state, f"{found.iteration}/{cell.config.iterations}", time)
+        progress = directory.progress(cell)
+        state = f"{progress.state}: {progress.failure}" if progress.failure else progress.state
+        time = clock(progress.seconds) if progress.seconds else ""
+        table.add_row(cell.slug, cell.grid, state, f"{progress.iteration}/{cell.config.iterations}", time)
     make_console().print(table)

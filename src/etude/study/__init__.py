@@ -1,3 +1,6 @@
-"""Grids of runs: what a setting does, measured over seeds. `etude study FILE` is this package on the command line."""
+"""Studies: grids of training runs that measure the effect of a setting over seeds.
+
+`etude study FILE` runs a study from the command line.
+"""
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""From the scores of the cells to what the study says: estimates, paired comparisons, the discretisation's part, the matrix."""
+"""Analysis of the scores of a study, from cells to the numbers of its tables and figures.
+
+It estimates rewards and gaps over seeds and prompts, compares conditions with their baseline pair
+by pair, sets the gap before training beside the theory's, and fills the sampler matrix.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ import numpy as np
 
 from etude.config import leaves
 from etude.errors import EtudeError
-from etude.study.collect import SAMPLER_KEYS, CellResult, Condition, conditions, families, sampler_label
+from etude.study.collect import SAMPLER_KEYS, CellResult, Condition, conditions, families
 from etude.study.inference import Effect, effect, holm
+from etude.study.labels import sampler_label
 from etude.study.study_file import Study
 from etude.theory.exact_gap import gap_split
 from etude.theory.levels import explicit
@@ -22,9 +27,9 @@ Row = dict[str, Any]
 
 
 def analyse(study: Study, results: list[CellResult]) -> Row:
-    """Everything that tables, figures and files say, as plain values (JSON)."""
-    found = conditions(results)
-    compared, discretised = _comparisons(study, found), _discretisation(found)
+    """Analyse a study: all that its tables, figures and files say, as plain values (JSON)."""
+    groups = conditions(results)
+    compared, discretised = _comparisons(study, groups), _discretisation(groups)
     _correct([row["difference"] for row in compared])
     _correct([row["gap_change"] for row in discretised])
     return {
@@ -32,23 +37,26 @@ def analyse(study: Study, results: list[CellResult]) -> Row:
         "cells": len(study.cells),
         "done": len(results),
         "seconds": sum(result.seconds for result in results),
-        "conditions": [_condition(condition) for condition in found],
+        "conditions": [_condition(condition) for condition in groups],
         "comparisons": compared,
         "discretisation": discretised,
-        "matrix": _matrix(found),
+        "matrix": _matrix(groups),
         "rows": [row for result in results for row in _cell_rows(result)],
     }
 
 
 def _correct(effects: list[Row | None]) -> None:
-    """Adds Holm's adjusted p-value, `p_holm`, to effects that are looked at together."""
+    """Add Holm's adjusted p-value, `p_holm`, to effects of one family of comparisons."""
     present = [each for each in effects if each is not None]
     for each, adjusted in zip(present, holm([each["p"] for each in present]), strict=True):
         each["p_holm"] = adjusted
 
 
 def _pooled(condition: Condition, value: Callable[[CellResult], Any], first: int = 0) -> Effect | None:
-    """The mean over seeds, prompts and images, from the `first` on, of what `value` takes from each cell; None where one lacks it."""
+    """The mean of a `value` `[n]` of each cell over seeds, prompts and images from the `first` on.
+
+    None where a cell has no such value, or no image is left.
+    """
     values = [value(result) for result in condition.results]
     if any(each is None for each in values) or first >= len(condition.clusters):
         return None
@@ -56,7 +64,7 @@ def _pooled(condition: Condition, value: Callable[[CellResult], Any], first: int
 
 
 def _scores(row: Row | None, reward: str, base: bool = False) -> Any:
-    """`[n]` scores of one sampler; None where it was not measured."""
+    """The scores `[n]` of one sampler; None where it was not measured."""
     return None if row is None else np.array(row["base" if base else "scores"][reward])
 
 
@@ -64,12 +72,12 @@ def _less(a: Any, b: Any) -> Any:
     return None if a is None or b is None else a - b
 
 
-def _dict(found: Effect | None) -> Row | None:
-    return None if found is None else found.to_dict()
+def _dict(mean: Effect | None) -> Row | None:
+    return None if mean is None else mean.to_dict()
 
 
 def _estimates(condition: Condition, steps: int, reward: str) -> Row:
-    """The quantities of one reward at one number of steps."""
+    """The quantities of one reward at one number of steps, by name."""
 
     def ode(result: CellResult, base: bool = False) -> Any:
         return _scores(result.find("ode", steps), reward, base)
@@ -77,7 +85,7 @@ def _estimates(condition: Condition, steps: int, reward: str) -> Row:
     def sde(result: CellResult, base: bool = False) -> Any:
         return _scores(_own_sde(result, steps), reward, base)
 
-    found: dict[str, Callable[[CellResult], Any]] = {
+    quantities: dict[str, Callable[[CellResult], Any]] = {
         "base": lambda result: ode(result, True),
         "ode": ode,
         "sde": sde,
@@ -89,11 +97,14 @@ def _estimates(condition: Condition, steps: int, reward: str) -> Row:
             _less(ode(result), sde(result)), _less(ode(result, True), sde(result, True))
         ),
     }
-    return {name: _dict(_pooled(condition, value)) for name, value in found.items()}
+    return {name: _dict(_pooled(condition, value)) for name, value in quantities.items()}
 
 
 def _best_weights(condition: Condition) -> Row | None:
-    """The weights that `checkpoint.best` kept against the last, in the reward that chose them, on images that did not choose."""
+    """The best weights (`checkpoint.best`) against the last ones, in the reward that chose them.
+
+    Only images that did not take part in the choice count.
+    """
     reward, evaluation = condition.config.checkpoint.best, condition.config.evaluation
     if reward is None:
         return None
@@ -110,7 +121,7 @@ def _best_weights(condition: Condition) -> Row | None:
 
 
 def _own_sde(result: CellResult, steps: int) -> Row | None:
-    """The SDE that the cell was trained with: the first of its kernel, as the samplers are listed."""
+    """The row of the cell's training SDE, the first among the samplers of its kernel."""
     return result.find("sde", steps, result.cell.config.sampling.kernel)
 
 
@@ -139,13 +150,17 @@ def _condition(condition: Condition) -> Row:
 
 
 def _spread(condition: Condition, reward: str) -> float:
-    """Standard deviation of the base model's ODE scores over images: the unit of effect sizes."""
+    """The unit of effect sizes: the standard deviation of the base model's ODE scores."""
     scores = [_scores(result.find("ode", condition.steps), reward, True) for result in condition.results]
     return float(np.concatenate(scores).std(ddof=1))
 
 
 def _curves(condition: Condition, reward: str) -> Row:
-    """Means over the seeds of each quantity while training; the band is 1.96 mean standard errors of a seed, since prompts are shared."""
+    """The mean over seeds of each quantity during training.
+
+    The band is 1.96 standard errors of one seed, averaged over seeds. Seeds share their prompts, so
+    more seeds do not narrow it.
+    """
     curves: Row = {}
     for quantity in ("ode", "sde", "gap", "improvement"):
         series = [
@@ -164,15 +179,18 @@ def _curves(condition: Condition, reward: str) -> Row:
     return curves
 
 
-def _comparisons(study: Study, found: list[Condition]) -> list[Row]:
-    """Each condition against the baseline that agrees with it in all but the baseline's keys, seed by seed and image by image."""
+def _comparisons(study: Study, members: list[Condition]) -> list[Row]:
+    """Compare each condition with its baseline, seed by seed and image by image.
+
+    The baseline of a condition agrees with it in all but the baseline's keys.
+    """
     baseline, rows = study.settings.baseline, []
-    for family, members in families(found, (*baseline, "sampling.eta_schedule")):
-        reference = next((c for c in members if _has(c, baseline)), None)
-        for condition in members if reference is not None else []:
+    for label, family in families(members, (*baseline, "sampling.eta_schedule")):
+        reference = next((c for c in family if _has(c, baseline)), None)
+        for condition in family if reference is not None else []:
             if condition is not reference:
                 assert reference is not None
-                rows += [_compare(family, condition, reference, reward) for reward in condition.trained]
+                rows += [_compare(label, condition, reference, reward) for reward in condition.trained]
     return [row for row in rows if row]
 
 
@@ -183,7 +201,7 @@ def _has(condition: Condition, baseline: Row) -> bool:
 
 
 def _compare(family: str, condition: Condition, reference: Condition, reward: str) -> Row:
-    """The paired difference of the ODE rewards; empty where no seed is shared."""
+    """The paired difference of two conditions in ODE reward; empty where they share no seed."""
     pairs = [(a, b) for a in condition.results for b in reference.results if a.cell.config.seed == b.cell.config.seed]
     if not pairs or condition.clusters != reference.clusters:
         return {}
@@ -207,10 +225,13 @@ def _compare(family: str, condition: Condition, reference: Condition, reward: st
     }
 
 
-def _discretisation(found: list[Condition]) -> list[Row]:
-    """The gap before training, what training adds to it, and the theory's for a standard normal target at the same levels."""
+def _discretisation(members: list[Condition]) -> list[Row]:
+    """The gap of every condition before training and its change by training.
+
+    Beside them stands the theory's gap for a standard normal target at the same levels.
+    """
     rows = []
-    for condition in found:
+    for condition in members:
         for steps in dict.fromkeys(row["steps"] for row in condition.results[0].samplers):
             if _own_sde(condition.results[0], steps) is not None:
                 rows += [_before_training(condition, steps, reward) for reward in condition.trained]
@@ -233,7 +254,10 @@ def _before_training(condition: Condition, steps: int, reward: str) -> Row:
 
 
 def _theory(condition: Condition, steps: int) -> Row | None:
-    """The gap of r(x) = -x^2 for x ~ N(0, 1) at the model's levels, split; None for a kernel or a schedule that the theory lacks."""
+    """The parts of the gap of r(x) = -x^2 for x ~ N(0, 1) at the model's levels.
+
+    None for a kernel or a schedule of eta that the theory does not cover.
+    """
     kernel, eta = condition.config.sampling.kernel, condition.eta
     if kernel not in _THEORY_KERNELS or eta is None:
         return None
@@ -241,24 +265,27 @@ def _theory(condition: Condition, steps: int) -> Row | None:
     grid = explicit(levels["a"], levels["s"])
     try:
         parts = gap_split(Gaussian(0.0, 1.0), grid, QuadraticReward(1.0), eta, kernel=kernel)
-    except EtudeError:  # an eta that the kernel has not at these levels
+    except EtudeError:  # the kernel does not allow this eta at these levels
         return None
     return {name: float(value) for name, value in parts.as_dict().items()}
 
 
-def _matrix(found: list[Condition]) -> list[Row]:
-    """For every family, reward and number of steps: the reward of each training condition under each deployed sampler."""
+def _matrix(members: list[Condition]) -> list[Row]:
+    """The tables of conditions (rows) under samplers of deployment (columns).
+
+    There is one for every family, reward and number of steps.
+    """
     tables = []
-    for family, members in families(found, SAMPLER_KEYS):
-        rich = [c for c in members if len(c.results[0].samplers) > 2 * len({r["steps"] for r in c.results[0].samplers})]
+    for label, family in families(members, SAMPLER_KEYS):
+        rich = [c for c in family if len(c.results[0].samplers) > 2 * len({r["steps"] for r in c.results[0].samplers})]
         for reward in rich[0].trained if rich else []:
             for count in dict.fromkeys(row["steps"] for row in rich[0].results[0].samplers):
-                tables.append(_matrix_table(family, rich, reward, count))
+                tables.append(_matrix_table(label, rich, reward, count))
     return tables
 
 
 def _matrix_table(family: str, members: Sequence[Condition], reward: str, steps: int) -> Row:
-    """Rows are the base model and the conditions; columns the samplers that every one of them was measured with."""
+    """One table; its columns are the samplers with which all conditions were measured."""
     listed: dict[str, list[Row]] = {}
     for condition in members:
         for row in condition.results[0].samplers:
@@ -292,7 +319,7 @@ def _first(eta: Any) -> float:
 
 
 def _cell_rows(result: CellResult) -> list[Row]:
-    """A cell's rows for `results.csv`: its evaluations while training, and the measurement after it."""
+    """The rows of a cell in `results.csv`: evaluations during training, measurement after it."""
     config = result.cell.config
     head = {
         "cell": result.cell.slug,
@@ -313,8 +340,8 @@ def _cell_rows(result: CellResult) -> list[Row]:
     alone = Condition([], (result,))
     for count in dict.fromkeys(row["steps"] for row in result.samplers):
         for reward in alone.rewards:
-            found = _estimates(alone, count, reward)
-            quantities = {name: found[name] for name in ("base", "ode", "sde", "improvement", "gap")}
+            estimates = _estimates(alone, count, reward)
+            quantities = {name: estimates[name] for name in ("base", "ode", "sde", "improvement", "gap")}
             place = {"evaluation": "final", "iteration": config.iterations, "steps": count}
             rows.append({**head, **place, "reward": reward, **quantities, "seconds": result.seconds})
     return rows

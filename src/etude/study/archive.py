@@ -30,7 +30,9 @@ ARCHIVE = "cells.tar.xz"
 CELL_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "scores.json", "samples/study.png")
 """Files of a cell from which results are made. The first marks its folder as a run."""
 MOST = 100_000
+"""Files of an archive."""
 LARGEST = 1 << 30
+"""Bytes of an archive, packed and unpacked."""
 _MEMORY = 1 << 28  # bytes that decompression may use
 _PART = r"[A-Za-z0-9_+][A-Za-z0-9._+-]*"
 _NAME = re.compile(rf"base/{_PART}|cells/{_PART}/(?:{'|'.join(map(re.escape, CELL_FILES))})")
@@ -73,7 +75,7 @@ def archive_bytes(files: Mapping[str, bytes]) -> bytes:
 
 
 def write_archive(path: Path, files: Mapping[str, bytes]) -> None:
-    """Writes an archive beside its place, reads it back, and only then puts it there.
+    """Write an archive beside its place, read it back, and only then put it there.
 
     Raises:
         EtudeError: the archive cannot be written, or reads back otherwise. The old one stays.

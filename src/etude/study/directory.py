@@ -75,7 +75,7 @@ class StoredFile:
         try:
             return self.data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise EtudeError(f"{self.place} cannot be read as UTF-8 text: {error}.") from None
+            raise EtudeError(f"{self.place} is not UTF-8 text ({error}): restore or delete it.") from None
 
     def mapping(self) -> dict[str, Any]:
         """The content as a mapping, from JSON.
@@ -123,8 +123,11 @@ class StudyDirectory:
         Raises:
             EtudeError: the file or the archive cannot be read.
         """
-        run = (self.cell(cell) / CELL_FILES[0]).is_file()
-        return self._stored(f"cells/{cell.slug}/{name}", packed=not run)
+        place = f"cells/{cell.slug}/{name}"
+        stored = self._loose(place)
+        if stored is None and not self._is_run(cell):  # asked last: packing removes config.yaml first
+            stored = self._packed(place)
+        return stored
 
     def base_file(self, name: str) -> StoredFile | None:
         """A file of the base model's; None if there is none.
@@ -132,18 +135,24 @@ class StudyDirectory:
         Raises:
             EtudeError: the file or the archive cannot be read.
         """
-        return self._stored(f"base/{name}") if accepts(f"base/{name}") else None
+        place = f"base/{name}"
+        return (self._loose(place) or self._packed(place)) if accepts(place) else None
 
-    def _stored(self, name: str, packed: bool = True) -> StoredFile | None:
-        """A file by its name below the root, from its folder or, if `packed`, the archive."""
+    def _is_run(self, cell: Cell) -> bool:
+        return (self.cell(cell) / CELL_FILES[0]).is_file()
+
+    def _loose(self, name: str) -> StoredFile | None:
         path = self.root / name
         try:
             return StoredFile(f"'{path}'", path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            data = archived_files(self.archive).get(name) if packed else None
-            return None if data is None else StoredFile(f"'{name}' in '{self.archive}'", data)
+            return None
         except OSError as error:
             raise EtudeError(f"'{path}' cannot be read ({reason(error)}): check its permissions.") from None
+
+    def _packed(self, name: str) -> StoredFile | None:
+        data = archived_files(self.archive).get(name)
+        return None if data is None else StoredFile(f"'{name}' in '{self.archive}'", data)
 
     def progress(self, cell: Cell, look_for_others: bool = True) -> Progress:
         """How far the cell has come.
@@ -188,11 +197,10 @@ class StudyDirectory:
         change = difference(config, cell.config)
         if change is not None:
             key, old, new = change
-            packed = not (self.cell(cell) / CELL_FILES[0]).is_file()
-            first = f"unpack '{self.archive}' with tar, delete it, and " if packed else ""
+            unpack = "" if self._is_run(cell) else f"unpack '{self.archive}' with tar, delete it, and "
             raise EtudeError(
                 f"cell '{cell.slug}' holds a run with {key} = {old!r}, but the study now says {new!r}: "
-                f"{first}move '{self.cell(cell)}' away to run it again, or give another --out."
+                f"{unpack}move '{self.cell(cell)}' away to run it again, or give another --out."
             )
 
     @contextmanager

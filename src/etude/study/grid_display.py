@@ -1,4 +1,7 @@
-"""What a study shows while it runs: the grid, the cell at work and the time left; one line a cell where there is no terminal."""
+"""Display of a running study: the grid, the current cell and the time left.
+
+Without a terminal it prints one line a cell.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ from etude.training.progress import SilentDisplay
 
 
 class Pace:
-    """The time left, from what finished cells of this study took for their work.
+    """An estimate of the time left, from the time that the finished part of the study took.
 
     Args:
-        cells: all that are to be done.
-        directory: says what earlier sessions took.
+        cells: cells to run.
+        directory: directory with the times of earlier work.
     """
 
     def __init__(self, cells: list[Cell], directory: StudyDirectory) -> None:
@@ -31,37 +34,39 @@ class Pace:
         self.share = dict.fromkeys(self.cost, 0.0)
         self.seconds = dict.fromkeys(self.cost, 0.0)
         for cell in cells:
-            found = directory.progress(cell, look_for_others=False)
-            self.note(cell, 1.0 if found.state == "done" else self._part(cell, found.iteration), found.seconds)
+            progress = directory.progress(cell, look_for_others=False)
+            share = 1.0 if progress.state == "done" else self._part(cell, progress.iteration)
+            self.note(cell, share, progress.seconds)
 
     def note(self, cell: Cell, share: float, seconds: float) -> None:
-        """A share of a cell is done, and took that long in all."""
+        """Record the share of a cell that is done, and the time that it took in all."""
         self.share[cell.slug], self.seconds[cell.slug] = share, seconds
 
     def iteration(self, cell: Cell, iteration: int, seconds: float) -> None:
-        """An iteration of a cell is done, and took that long."""
+        """Record an iteration of a cell, and the time that it took."""
         self.note(cell, self._part(cell, iteration), self.seconds[cell.slug] + seconds)
 
     def left(self) -> float | None:
-        """Seconds; None while nothing has been done."""
+        """The seconds left; None while nothing is done."""
         done = sum(self.cost[slug] * share for slug, share in self.share.items())
         if done == 0:
             return None
         return sum(self.seconds.values()) / done * (sum(self.cost.values()) - done)
 
     def _part(self, cell: Cell, iteration: int) -> float:
-        """The measurement after training is what the last bit is for."""
+        """The share of a cell after some iterations. The measurement makes the last 3 %."""
         return 0.97 * iteration / self.planned[cell.slug]
 
 
 class GridDisplay:
-    """Progress of a study.
+    """The progress of a study.
 
     Args:
-        cells: all that are to be done.
-        pace: estimates the time left.
-        done: how many of them are done already.
+        cells: cells to run.
+        pace: estimate of the time left.
+        done: number of cells that are done already.
         quiet: show nothing.
+        console: place of the display. Default: standard output.
     """
 
     def __init__(
@@ -93,7 +98,7 @@ class GridDisplay:
             self._live.stop()
 
     def start(self, cell: Cell, iteration: int) -> CellDisplay:
-        """Work on a cell begins; what is returned shows its iterations."""
+        """Begin a cell, and return the display of its iterations."""
         self._started = time.monotonic()
         self._progress.reset(
             self._cell, description=cell.slug, total=cell.config.iterations, completed=iteration, visible=True
@@ -101,32 +106,32 @@ class GridDisplay:
         return CellDisplay(self, cell)
 
     def advance(self, cell: Cell, row: Mapping[str, Any]) -> None:
-        """An iteration of the cell is done."""
+        """Show an iteration of the cell."""
         self.pace.iteration(cell, row["iteration"], row["seconds"]["total"])
         self._progress.update(self._cell, completed=row["iteration"], note=_gain(row))
         self._note()
 
     def phase(self, name: str) -> None:
-        """What the cell is at."""
+        """Show the phase of the cell: training, or the sampler that is being measured."""
         self._progress.update(self._cell, note=name)
 
     def finish(self, cell: Cell, seconds: float, words: str) -> None:
-        """The cell is done; `words` is its result."""
+        """Show that the cell is done; `words` is its result."""
         self.done += 1
         self.pace.note(cell, 1.0, seconds)
         self._say(cell, f"{words}, {clock(time.monotonic() - self._started)}")
 
     def fail(self, cell: Cell, reason: str) -> None:
-        """The cell failed."""
+        """Show that the cell failed."""
         self.failed += 1
         self._say(cell, f"failed: {reason}")
 
     def skip(self, cell: Cell) -> None:
-        """Another process has the cell."""
+        """Show that another process works on the cell."""
         self._say(cell, "another process works on it")
 
-    def found(self, cell: Cell, seconds: float) -> None:
-        """Another process has done the cell since."""
+    def finish_elsewhere(self, cell: Cell, seconds: float) -> None:
+        """Show that another process has done the cell since this one began."""
         self.done += 1
         self.pace.note(cell, 1.0, seconds)
         self._say(cell, "done by another process")
@@ -152,16 +157,16 @@ class GridDisplay:
 
 
 class CellDisplay(SilentDisplay):
-    """Tells the display of the grid what the trainer does."""
+    """The trainer's display inside a study: it passes iterations on to the display of the grid."""
 
     def __init__(self, grid: GridDisplay, cell: Cell) -> None:
         self.grid, self.cell = grid, cell
 
     def iteration(self, row: Mapping[str, Any]) -> None:
-        """One more is done."""
+        """Show an iteration."""
         self.grid.advance(self.cell, row)
 
 
 def _gain(row: Mapping[str, Any]) -> str:
-    """The newest training reward."""
+    """The training rewards of an iteration in words."""
     return ", ".join(f"{name} {value['mean']:.4g}" for name, value in (row.get("reward") or {}).items())

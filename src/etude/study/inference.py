@@ -1,84 +1,83 @@
-"""What a study may say about a mean: over seeds, prompts and images, and how many comparisons were made.
+"""Inference on means over seeds, prompts and images: intervals, p-values, Holm's correction.
 
-Every seed is measured on the same prompts, so seeds s and prompts p are crossed and images lie within both. With m_sp the mean of
-the images of a prompt in a seed,
+Every seed is measured on the same prompts: seeds s and prompts p are crossed, and images lie within
+both. Let m_sp be the mean of the images of a prompt in a seed. Then
 
     m_sp = mu + a_s + b_p + e_sp,        mean = sum_sp m_sp / (S P)
-    se^2 = (MS_seed + MS_prompt - MS_rest) / (S P)          mean squares of the two-way table, E se^2 = Var mean
+    se^2 = (MS_seed + MS_prompt - MS_rest) / (S P)      from the mean squares of the two-way table
 
-and the degrees of freedom are Satterthwaite's. The interval is a hierarchical bootstrap, stretched to that width:
+with E se^2 = Var mean, and Satterthwaite's degrees of freedom. The interval is a hierarchical
+bootstrap, stretched to that width:
 
-    m*   = mean over seeds, prompts and images drawn anew: seed effects from N(0, sigma_seed^2), because the few seeds that
-           anybody runs cannot be resampled (three know ten samples); prompts with replacement, the same in every seed; the
-           images of each with replacement
+    m*   = mean over redrawn seeds, prompts and images
     ends = mean + (quantile* - mean*) (se / sd*) (t_df / z)
 
-The shape comes from the bootstrap, and se and Student's t make up for what resampling few seeds and prompts leaves out.
+Seed effects are drawn from N(0, sigma_seed^2), since few seeds cannot be resampled (three allow ten
+samples). Prompts are drawn with replacement, the same in every seed, and so are the images of each
+prompt. The bootstrap gives the shape of the interval; se and Student's t restore the width that
+resampling few seeds and prompts loses.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from etude.errors import EtudeError
+from etude.measuring.statistics import Estimate
 
 RESAMPLES = 1_000
-_BLOCK = 4_000_000
+_BLOCK = 4_000_000  # images drawn at a time: bounds the memory
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Effect:
-    """A mean over seeds and prompts.
+class Effect(Estimate):
+    """A mean over seeds and prompts, in which each seed and each prompt weighs the same.
 
     Attributes:
-        mean: each seed and each prompt weighs the same.
-        standard_error: of the mean, seeds and prompts being samples.
-        low: lower end of the 95 % interval.
-        high: upper end.
-        p: two-sided, that the mean is 0; None where nothing varies.
+        p: two-sided p-value of a mean of 0; None where nothing varies.
         degrees: Satterthwaite's degrees of freedom.
-        seeds: how many.
-        clusters: prompts.
-        n: images in all.
+        seeds: number of seeds.
     """
 
-    mean: float
-    standard_error: float
-    low: float
-    high: float
     p: float | None
     degrees: float
     seeds: int
-    clusters: int
-    n: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
+        """Plain values for JSON. `clustered` is left out: it is true for more than one prompt."""
+        names = ("mean", "standard_error", "low", "high", "p", "degrees", "seeds", "clusters", "n")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Effect:
+        """Rebuild an effect from the values of `to_dict`."""
+        return cls(**values, clustered=values["clusters"] > 1)
 
 
 def effect(
     values: Sequence[ArrayLike], clusters: Sequence[Any], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Effect:
-    """The mean of values of several seeds, which show the same prompts, with its 95 % interval and p-value.
+    """Estimate a mean over seeds that show the same prompts, with its 95 % interval and p-value.
+
+    With one seed the interval is over prompts alone. Equal values give exactly their value, and an
+    interval of no width.
 
     Args:
-        values: of each seed `[n]`: scores, or differences of scores from the same prompt and noise.
-        clusters: `[n]`, which prompt each shows; the same for every seed.
-        seed: of the resampling.
-        resamples: bootstrap draws.
-
-    With one seed the interval is over prompts alone. Equal values give exactly their value and no width.
+        values: `[n]` for each seed: scores, or differences of scores of the same prompt and noise.
+        clusters: `[n]`, the prompt of each image, equal for all seeds.
+        seed: seed of the resampling.
+        resamples: number of bootstrap draws.
 
     Raises:
-        EtudeError: the seeds have other numbers of images, there are fewer than 2 prompts and seeds, or a value is not finite.
+        EtudeError: seeds differ in the number of images, there are only one prompt and one seed, or
+            a value is not finite.
     """
     table, counts = _table(values, clusters)
     seeds, prompts, _ = table.shape
@@ -87,27 +86,29 @@ def effect(
     means = _cell_means(table, counts)
     center = float(means.mean())
     error, degrees, seed_error = _standard_error(means)
-    n = seeds * int(counts.sum())
-    if error == 0:
-        mean = float(origin + center)
-        return Effect(mean, 0.0, mean, mean, None, degrees, seeds, prompts, n)
-    from scipy import stats
-
-    t = float(stats.t.ppf(0.975, degrees))
-    drawn = _bootstrap(table, counts, seed_error, resamples, np.random.default_rng(seed))
-    stretch = error / float(drawn.std()) * t / float(stats.norm.ppf(0.975))
-    low, high = center + (np.quantile(drawn, [0.025, 0.975]) - drawn.mean()) * stretch
     mean = float(origin + center)
-    p = float(2 * stats.t.sf(abs(mean) / error, degrees))
-    return Effect(mean, error, float(origin + low), float(origin + high), p, degrees, seeds, prompts, n)
+    low, high, p = mean, mean, None
+    if error > 0:
+        from scipy import stats
+
+        t = float(stats.t.ppf(0.975, degrees))
+        drawn = _bootstrap(table, counts, seed_error, resamples, np.random.default_rng(seed))
+        stretch = error / float(drawn.std()) * t / float(stats.norm.ppf(0.975))
+        ends = center + (np.quantile(drawn, [0.025, 0.975]) - drawn.mean()) * stretch
+        low, high = float(origin + ends[0]), float(origin + ends[1])
+        p = float(2 * stats.t.sf(abs(mean) / error, degrees))
+    n = seeds * int(counts.sum())
+    return Effect(mean, error, low, high, n, prompts, clustered=prompts > 1, p=p, degrees=degrees, seeds=seeds)
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjusted p-values: reject those below alpha, and the chance of any false rejection is at most alpha.
+    """Adjust p-values by Holm's method.
+
+    Rejecting those below alpha makes a false rejection with a chance of at most alpha:
 
         p~_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)),    p_(1) <= ... <= p_(m)
 
-    None (nothing varied) stays None and is no comparison.
+    None stands where nothing varied. It stays None and does not count as a comparison.
     """
     order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     adjusted: list[float | None] = [None] * len(p_values)
@@ -119,7 +120,10 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def _table(values: Sequence[ArrayLike], clusters: Sequence[Any]) -> tuple[Floats, NDArray[np.intp]]:
-    """`[S, P, I]` values and `[P]` numbers of images; what lies beyond a prompt's number is not used."""
+    """The values `[S, P, I]` and the number of images of each prompt `[P]`.
+
+    Entries beyond that number are 0 and not used.
+    """
     arrays = [np.asarray(each, dtype=np.float64) for each in values]
     group = np.unique(np.asarray(clusters), return_inverse=True)[1]
     if not arrays or any(each.shape != group.shape for each in arrays):
@@ -145,9 +149,9 @@ def _cell_means(table: Floats, counts: NDArray[np.intp]) -> Floats:
 
 
 def _standard_error(means: Floats) -> tuple[float, float, float]:
-    """Of the mean of the table `[S, P]`, its degrees of freedom, and the part that seeds add to it.
+    """The standard error of the mean of `[S, P]`, its degrees of freedom, and the seeds' part.
 
-    Never below what prompts or seeds alone give.
+    The error is never below the one from prompts alone or from seeds alone.
     """
     seeds, prompts = means.shape
     if seeds == 1 or prompts == 1:
@@ -169,10 +173,10 @@ def _standard_error(means: Floats) -> tuple[float, float, float]:
 def _bootstrap(
     table: Floats, counts: NDArray[np.intp], seed_error: float, resamples: int, rng: np.random.Generator
 ) -> Floats:
-    """`[resamples]` means: a normal part for the seeds, and prompts and their images with replacement."""
+    """Draw means `[resamples]`: prompts and images with replacement, seed effects as normal."""
     seeds, prompts, images = table.shape
     block = max(1, _BLOCK // table.size)
-    found = []
+    draws = []
     for start in range(0, resamples, block):
         size = min(block, resamples - start)
         shown = rng.integers(prompts, size=(size, prompts)) if prompts > 1 else np.zeros((size, 1), dtype=np.intp)
@@ -181,5 +185,5 @@ def _bootstrap(
         picked = table[np.arange(seeds)[:, None, None], shown[:, None, :, None], drawn]
         inside = np.arange(images) < many
         means = (np.where(inside, picked, 0.0).sum(axis=3) / many[..., 0]).mean(axis=(1, 2))
-        found.append(means + seed_error * rng.standard_normal(size))
-    return np.concatenate(found)
+        draws.append(means + seed_error * rng.standard_normal(size))
+    return np.concatenate(draws)

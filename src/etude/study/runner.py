@@ -1,4 +1,4 @@
-"""Runs the cells of a study, each to its end or to its failure, none twice."""
+"""Run the cells of a study, each to its end or to its failure, none twice."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from etude.study.study_file import Cell, Study
 
 
 def select(study: Study, pattern: str | None) -> list[Cell]:
-    """The cells whose name holds `pattern`, or matches it where it has wildcards.
+    """Select the cells whose name contains `pattern`, or matches it if it has wildcards.
+
+    None selects all cells.
 
     Raises:
-        EtudeError: there is none.
+        EtudeError: no cell matches.
     """
     if pattern is None:
         return list(study.cells)
@@ -35,14 +37,18 @@ def select(study: Study, pattern: str | None) -> list[Cell]:
 def run_study(
     study: Study, cells: list[Cell], directory: StudyDirectory, launcher: str | None = None, quiet: bool = False
 ) -> dict[str, str]:
-    """Trains and measures every cell that is not done; several processes may share the work.
+    """Train and measure every cell that is not done. Several processes may share the work.
 
     Args:
-        cells: those of the study that are wanted.
-        launcher: command that a `-m etude train ...` is appended to, one process a cell; None trains here, one after another.
+        cells: cells of the study to run.
+        launcher: command to which `-m etude train ...` is appended, once for each cell.
+            Default: train in this process, one cell after another.
 
     Returns:
         The reason of each failure, by cell.
+
+    Raises:
+        EtudeError: the directory cannot be written, or its archive is damaged.
     """
     directory.root.mkdir(parents=True, exist_ok=True)
     states = {cell.slug: directory.progress(cell, look_for_others=False).state for cell in cells}
@@ -51,24 +57,23 @@ def run_study(
     with GridDisplay(cells, Pace(cells, directory), list(states.values()).count("done"), quiet) as display:
         for cell in cells:
             with directory.claim(cell) as mine:
-                found = directory.progress(cell, look_for_others=False)
+                progress = directory.progress(cell, look_for_others=False)
                 if not mine:
                     display.skip(cell)
-                elif found.state != "done":
+                elif progress.state != "done":
                     failure = _run_cell(cell, directory, display, launcher)
                     if failure is not None:
                         failures[cell.slug] = failure
                 elif states[cell.slug] != "done":
-                    display.found(cell, found.seconds)
+                    display.finish_elsewhere(cell, progress.seconds)
     return failures
 
 
 def _run_cell(cell: Cell, directory: StudyDirectory, display: GridDisplay, launcher: str | None) -> str | None:
-    """One cell, as far as it still has to go; the reason if it failed."""
+    """Run the rest of one cell. Returns the reason of its failure, or None."""
     try:
         directory.check(cell)
-        found = directory.progress(cell, look_for_others=False)
-        shown = display.start(cell, found.iteration)
+        shown = display.start(cell, directory.progress(cell, look_for_others=False).iteration)
         if directory.file(cell, "summary.json") is None:
             if launcher is None:
                 from etude.training.trainer import Trainer
@@ -79,7 +84,7 @@ def _run_cell(cell: Cell, directory: StudyDirectory, display: GridDisplay, launc
         display.phase("measuring")
         measure(cell, directory, display.phase)
         gc.collect()  # the network and its optimiser refer to one another
-    except Exception as error:  # one cell's failure, whatever it is, leaves the others to run
+    except Exception as error:  # any failure of one cell leaves the other cells to run
         reason = brief(error) if isinstance(error, EtudeError) else f"{type(error).__name__}: {brief(error)}"
         path = directory.failure(cell)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,10 +97,10 @@ def _run_cell(cell: Cell, directory: StudyDirectory, display: GridDisplay, launc
 
 
 def _launch(cell: Cell, directory: StudyDirectory, launcher: str) -> None:
-    """Trains one cell in processes of its own.
+    """Train one cell in processes of its own.
 
     Raises:
-        EtudeError: the command cannot be started or fails; its last line is repeated.
+        EtudeError: the command cannot be started, or it fails; the error quotes its last line.
     """
     config: Path = directory.root / "configs" / f"{cell.slug}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
@@ -107,5 +112,5 @@ def _launch(cell: Cell, directory: StudyDirectory, launcher: str) -> None:
         raise EtudeError(f"--launcher '{launcher}' cannot be started: {brief(error)}.") from error
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-        told = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
-        raise EtudeError(f"the launched run ended with code {done.returncode}: {told.removeprefix('error: ')}")
+        last = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+        raise EtudeError(f"the launched run ended with code {done.returncode}: {last.removeprefix('error: ')}")

@@ -1,7 +1,8 @@
-"""The file of a study: what it holds, and the cells that it stands for.
+"""The file of a study, read, checked, and laid out as cells.
 
-A study is a base configuration, overrides, and grids. A grid maps dotted keys to lists of values and stands for their Cartesian
-product; `cells` lists single ones. Every combination is run with every seed. Two cells of one configuration are one cell.
+A study is a base configuration, overrides, and grids. A grid maps dotted keys to lists of values
+and stands for their Cartesian product; `cells` lists single combinations. Every combination is run
+with every seed. Two combinations of one configuration are one cell.
 """
 
 from __future__ import annotations
@@ -24,16 +25,15 @@ from etude.config.yaml_text import parse_yaml, read_yaml_text
 from etude.errors import EtudeError
 
 SolverName = Literal["ddim", "euler", "heun", "dpmsolver++", "unipc"]
-_LONGEST = 120
-_UNSAFE = re.compile(r"[^A-Za-z0-9.+-]+")
+_LONGEST = 120  # characters of a cell's name before it is cut and gets a hash
 Keys = dict[str, Any]
 
 
 class MatrixConfig(Section):
-    """The samplers that every tuned model is deployed with, beside the ODE and the SDE that it was trained with."""
+    """Samplers of deployment for every tuned model, beside the ODE and the SDE of its training."""
 
     solvers: list[SolverName] = Field([], description="Deterministic solvers of diffusers.")
-    etas: list[float] = Field([], description="Stochastic samplers: gddim at these values of eta.")
+    etas: list[float] = Field([], description="Stochastic samplers: gDDIM at these values of eta.")
 
     @field_validator("etas")
     @classmethod
@@ -44,13 +44,13 @@ class MatrixConfig(Section):
 
 
 class MeasurementConfig(Section):
-    """What is measured of every cell once it is trained, on images of its own: all cells of a seed share prompts and noise."""
+    """The measurement of a trained cell. All cells of a seed share prompts and noise."""
 
     num_images: int = Field(128, ge=4, description="Images per sampler, spread over the prompts.")
-    prompts: str | None = Field(None, description="Prompts shown; null is the cell's prompts.evaluation.")
+    prompts: str | None = Field(None, description="Prompts of the images. null: the cell's `prompts.evaluation`.")
     steps: list[int] | None = Field(None, description="Further step counts of the samplers, beside the cell's own.")
     matrix: MatrixConfig = MatrixConfig()
-    shown: int = Field(8, ge=0, description="Images kept of each cell for the picture that compares them.")
+    shown: int = Field(8, ge=0, description="Images of each cell that the page shows beside those of other cells.")
 
     @field_validator("steps")
     @classmethod
@@ -61,13 +61,13 @@ class MeasurementConfig(Section):
 
 
 class GridConfig(Section):
-    """A Cartesian product."""
+    """A Cartesian product of values."""
 
-    name: str | None = Field(None, description="What the grid is called in tables; a prefix of nothing.")
-    keys: dict[str, list[Any]] = Field(min_length=1, description="Dotted key of the configuration to list of values.")
-    overrides: Keys = Field({}, description="Dotted keys that hold in this grid alone.")
-    base: str | Keys | None = Field(None, description="Recipe of this grid; null is the study's.")
-    measurement: MeasurementConfig | None = Field(None, description="In place of the study's.")
+    name: str | None = Field(None, description="Name in tables and listings. It is no part of a cell's name.")
+    keys: dict[str, list[Any]] = Field(min_length=1, description="Lists of values by dotted key of the configuration.")
+    overrides: Keys = Field({}, description="Values by dotted key that hold in this grid alone.")
+    base: str | Keys | None = Field(None, description="Base configuration of this grid. null: the study's.")
+    measurement: MeasurementConfig | None = Field(None, description="Measurement of this grid. null: the study's.")
 
     @field_validator("keys")
     @classmethod
@@ -79,17 +79,17 @@ class GridConfig(Section):
 
 
 class StudyConfig(Section):
-    """The tree of a study's file."""
+    """The settings of a study, as its file holds them."""
 
     name: str = Field(description="Title of the report.", min_length=1)
     base: str | Keys = Field(description="Built-in recipe, YAML file, or the configuration itself.")
-    overrides: Keys = Field({}, description="Dotted keys that hold in every cell.")
-    seeds: list[int] = Field([0], min_length=1, description="Every combination is run with each of these.")
-    grids: list[GridConfig] = Field([], description="Cartesian products.")
-    cells: list[Keys] = Field([], description="Single combinations, as dotted keys.")
+    overrides: Keys = Field({}, description="Values by dotted key that hold in every cell.")
+    seeds: list[int] = Field([0], min_length=1, description="Seeds with each of which every combination is run.")
+    grids: list[GridConfig] = Field([], description="Cartesian products of values.")
+    cells: list[Keys] = Field([], description="Single combinations: values by dotted key.")
     baseline: Keys = Field(
         {"sampling.kernel": "gddim", "sampling.eta": 1.0},
-        description="What cells are compared with: the cell that has these values and agrees in everything else.",
+        description="Values of the cells with which others are compared. A cell's baseline agrees with it in all else.",
     )
     measurement: MeasurementConfig = MeasurementConfig()
 
@@ -112,11 +112,11 @@ class Cell:
     """One run of a study.
 
     Attributes:
-        slug: name of its directory; does not change when the study's file grows.
-        config: of the run.
-        values: what the study says about it, by dotted key, seed included.
-        grid: name of the grid that it comes from.
-        measurement: what is measured of it.
+        slug: name of the cell and of its directory. It does not change when the study's file grows.
+        config: configuration of the run.
+        values: values that the study gives the cell, by dotted key, seed included.
+        grid: name of the cell's grid.
+        measurement: settings of the measurement after training.
     """
 
     slug: str
@@ -128,12 +128,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study's file, read.
+    """A study, as its file describes it.
 
     Attributes:
-        settings: its tree.
-        cells: without repetitions, in the order of the file.
-        text: of the file.
+        settings: settings of the file.
+        cells: cells without repetitions, in the order of the file.
+        text: text of the file.
     """
 
     settings: StudyConfig
@@ -142,10 +142,10 @@ class Study:
 
 
 def load_study(path: Path) -> Study:
-    """Reads a study's file and lays out its cells.
+    """Read a study's file and lay out its cells.
 
     Raises:
-        EtudeError: the file, a key, or a cell's configuration cannot be used; the place is named.
+        EtudeError: the file, a key, or the configuration of a cell cannot be used.
     """
     place = f"study file '{path}'"
     if not path.is_file():
@@ -159,10 +159,10 @@ def load_study(path: Path) -> Study:
 
 
 def parse_study(tree: Mapping[str, Any], place: str = "study", text: str = "") -> Study:
-    """A study from its tree; `place` names it in errors.
+    """Lay out a study from the values of its file; `place` names the file in errors.
 
     Raises:
-        EtudeError: as `load_study`.
+        EtudeError: a key or the configuration of a cell cannot be used.
     """
     try:
         settings = StudyConfig.model_validate(tree)
@@ -185,7 +185,7 @@ def parse_study(tree: Mapping[str, Any], place: str = "study", text: str = "") -
 
 
 def _cells(settings: StudyConfig, place: str) -> Iterator[Cell]:
-    """Every combination of every grid with every seed, repetitions included."""
+    """Yield every combination of every grid with every seed, repetitions included."""
     single = [
         GridConfig(name="cells", keys={k: [v] for k, v in values.items()} or {"seed": settings.seeds})
         for values in settings.cells
@@ -195,7 +195,7 @@ def _cells(settings: StudyConfig, place: str) -> Iterator[Cell]:
         keys.setdefault("seed", settings.seeds)
         for combination in itertools.product(*keys.values()):
             values = {key: _readable(key, value) for key, value in zip(keys, combination, strict=True)}
-            slug = _slug(values)
+            slug = cell_name(values)
             config = _configuration(settings, grid, values, f"{place}, cell '{slug}'")
             yield Cell(slug, config, values, grid.name or f"grid {number}", grid.measurement or settings.measurement)
 
@@ -209,7 +209,7 @@ def _configuration(settings: StudyConfig, grid: GridConfig, values: Keys, place:
 
 
 def _readable(key: str, value: Any) -> Any:
-    """`rewards` may be one name, or a list of names of weight 1."""
+    """Replace names under `rewards` by weights of 1; leave other values as they are."""
     if key == "rewards" and isinstance(value, str):
         return {value: 1.0}
     if key == "rewards" and isinstance(value, list):
@@ -217,10 +217,17 @@ def _readable(key: str, value: Any) -> Any:
     return value
 
 
-def _slug(values: Keys) -> str:
-    """`eta-1.2_alignment_seed-0`: readable, safe in any file system, and short enough."""
-    parts = [_part(key, value) for key, value in values.items()]
-    slug = "_".join(_UNSAFE.sub("-", part).strip("-.") for part in parts)
+def file_name(text: str, also: str = "") -> str:
+    """A name that is safe in any file system: `colorfulness-10-steps` of `colorfulness, 10 steps`.
+
+    Every run of characters other than letters, digits, dots and those of `also` becomes one hyphen.
+    """
+    return re.sub(rf"[^A-Za-z0-9.{re.escape(also)}]+", "-", text).strip("-.")
+
+
+def cell_name(values: Keys) -> str:
+    """The name of a cell, as `alignment_eta-1.2_seed-0`, safe in any file system."""
+    slug = "_".join(file_name(_part(key, value), also="+-") for key, value in values.items())
     if len(slug) > _LONGEST:
         slug = f"{slug[:_LONGEST]}-{hashlib.sha256(slug.encode()).hexdigest()[:8]}"
     return slug
@@ -238,5 +245,5 @@ def _part(key: str, value: Any) -> str:
 
 
 def _number(value: Any) -> str:
-    """Shortest, if it is one."""
+    """A number as short as it can be written; any other value as Python prints it."""
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

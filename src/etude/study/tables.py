@@ -1,13 +1,16 @@
-"""The tables of a study, as Markdown and as cells of the page; no digit finer than the interval beside it."""
+"""Tables of a study, as Markdown and as cells of the page.
+
+No digit is finer than the interval beside it.
+"""
 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from etude.measuring.statistics import format_interval
+from etude.study.study_file import file_name
 
 Row = dict[str, Any]
 
@@ -18,10 +21,10 @@ class Table:
 
     Attributes:
         title: heading.
-        note: what the columns mean.
-        columns: heads; the first column holds words, the others numbers.
+        note: meaning of the columns.
+        columns: heads. The first column holds words, all others numbers.
         rows: cells as text.
-        best: of each row the cell to emphasise, or None.
+        best: index of the cell to emphasise in each row, or None.
     """
 
     title: str
@@ -31,53 +34,61 @@ class Table:
     best: list[int | None] | None = None
 
     def markdown(self) -> str:
-        """Note and cells in GitHub's dialect."""
+        """The note and the cells in GitHub's dialect of Markdown."""
         align = ["---"] + ["---:"] * (len(self.columns) - 1)
         lines = [self.columns, align, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
         body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
         return f"{self.note}\n\n{body}\n"
 
 
-def tables(found: Row) -> list[Table]:
-    """All that have something to say."""
-    made: list[Table | None] = [_results(found, reward) for reward in _trained(found)]
-    made += [_comparisons(found), _best_weights(found), _discretisation(found), _held_out(found)]
-    made += [_matrix(each) for each in found["matrix"]]
-    return [table for table in made if table is not None and table.rows]
+def tables(analysis: Row) -> list[Table]:
+    """All tables that have rows, from the values of `etude.study.analysis.analyse`."""
+    candidates: list[Table | None] = [_results(analysis, reward) for reward in trained_rewards(analysis)]
+    candidates += [_comparisons(analysis), _best_weights(analysis), _discretisation(analysis), _held_out(analysis)]
+    candidates += [_matrix(each) for each in analysis["matrix"]]
+    return [table for table in candidates if table is not None and table.rows]
 
 
-def markdown(found: Row) -> str:
-    """`tables.md`; what it rests on and the tables without their headings are sections that a page can include (PyMdown's snippets)."""
-    parts = [f"# {found['name']}: tables\n", section("basis", basis(found))]
-    for table in tables(found):
-        parts += [f"## {table.title}\n", section(file_name(table.title), table.markdown())]
+def markdown(analysis: Row) -> str:
+    """The text of `tables.md`.
+
+    The basis and each table without its heading are sections that another page can include by name
+    (PyMdown's snippets).
+    """
+    parts = [f"# {analysis['name']}: tables\n", section("basis", basis(analysis))]
+    for table in tables(analysis):
+        parts += [f"## {table.title}\n", section(anchor(table.title), table.markdown())]
     return "\n".join(parts)
 
 
 def section(name: str, text: str) -> str:
-    """The text between marks that are invisible in Markdown."""
+    """A text between marks that Markdown does not show."""
     return f"<!-- --8<-- [start:{name}] -->\n{text.strip()}\n<!-- --8<-- [end:{name}] -->\n"
 
 
-def file_name(text: str) -> str:
-    """`colorfulness-reward-gap-over-training`: lower case, without what file systems mind."""
-    return re.sub(r"[^a-z0-9.]+", "-", text.replace("η", "eta").lower()).strip("-.")
+def anchor(title: str) -> str:
+    """The name of a section or a figure: `colorfulness-eta-1` of `Colorfulness, η = 1`."""
+    return file_name(title.replace("η", "eta").lower())
 
 
-def basis(found: Row) -> str:
-    """What the numbers rest on, in one or two sentences."""
-    done = f"{found['done']} of {found['cells']} cells" if found["done"] < found["cells"] else f"{found['cells']} cells"
-    if not found["conditions"]:
+def basis(analysis: Row) -> str:
+    """The cells, seeds, images and prompts behind the numbers, in one or two sentences."""
+    done = (
+        f"{analysis['done']} of {analysis['cells']} cells"
+        if analysis["done"] < analysis["cells"]
+        else f"{analysis['cells']} cells"
+    )
+    if not analysis["conditions"]:
         return f"{done} are done."
-    counts = [len(c["seeds"]) for c in found["conditions"]]
+    counts = [len(c["seeds"]) for c in analysis["conditions"]]
     fewest, most = min(counts), max(counts)
     seeds = (
         f"{most} seed{'s' if most > 1 else ''} of each condition"
         if fewest == most
         else f"{fewest} to {most} seeds of a condition"
     )
-    images = max(_any(c)["n"] // len(c["seeds"]) for c in found["conditions"])
-    prompts = " or ".join(str(n) for n in sorted({_any(c)["clusters"] for c in found["conditions"]}))
+    images = max(_own(c)["n"] // len(c["seeds"]) for c in analysis["conditions"])
+    prompts = " or ".join(str(n) for n in sorted({_own(c)["clusters"] for c in analysis["conditions"]}))
     luck = (
         " Where there is one seed they are over prompts alone, and leave out training's own luck."
         if fewest == 1
@@ -91,29 +102,37 @@ def basis(found: Row) -> str:
 
 
 def estimate(value: Row | None, signed: bool = False) -> str:
-    """`+1.27 [+1.02, +1.51]` with real minus signs, or a dash."""
+    """An estimate as `+1.27 [+1.02, +1.51]`, with true minus signs; a dash for None."""
     if value is None:
         return "–"
     return format_interval(value["mean"], value["low"], value["high"], signed).replace("-", "−")
 
 
-def _any(condition: Row) -> Row:
-    found: Row = condition["estimates"][str(condition["steps"])][condition["rewards"][0]]["ode"]
-    return found
+def final(condition: Row, reward: str) -> Row:
+    """The estimates of a condition for one reward, at its own number of steps."""
+    estimates: Row = condition["estimates"][str(condition["steps"])][reward]
+    return estimates
 
 
-def _trained(found: Row) -> list[str]:
-    return list(dict.fromkeys(reward for c in found["conditions"] for reward in c["trained"]))
+def trained_rewards(analysis: Row) -> list[str]:
+    """The rewards by which conditions are judged, each once, in order."""
+    return list(dict.fromkeys(reward for c in analysis["conditions"] for reward in c["trained"]))
+
+
+def _own(condition: Row) -> Row:
+    """The ODE estimate of the reward by which a condition is judged."""
+    ode: Row = final(condition, condition["rewards"][0])["ode"]
+    return ode
 
 
 def _at(label: str, own: int, steps: int) -> str:
-    """The condition's label, with the number of steps it is drawn in where that is not its own."""
+    """The label of a condition, with the number of steps where that is not its own."""
     return label if steps == own else f"{label}, at {steps} steps"
 
 
-def _results(found: Row, reward: str) -> Table:
+def _results(analysis: Row, reward: str) -> Table:
     rows = []
-    for condition in found["conditions"]:
+    for condition in analysis["conditions"]:
         if reward not in condition["trained"]:
             continue
         for steps, by_reward in condition["estimates"].items():
@@ -122,14 +141,14 @@ def _results(found: Row, reward: str) -> Table:
             cells += [estimate(e["improvement"], True), estimate(e["gap"], True), str(len(condition["seeds"]))]
             rows.append([_at(condition["label"], condition["steps"], int(steps)), *cells])
     note = "improvement: ODE of the tuned minus ODE of the base model. gap: ODE minus SDE, both of the tuned model."
-    if any(reward in c["trained"] and c["eta"] is None for c in found["conditions"]):
+    if any(reward in c["trained"] and c["eta"] is None for c in analysis["conditions"]):
         note += " Where η moves, the SDE is the one of the last iteration."
     columns = ["condition", "ODE, base", "ODE", "SDE", "improvement", "gap", "seeds"]
     return Table(f"Trained on {reward}", note, columns, rows)
 
 
-def _comparisons(found: Row) -> Table | None:
-    if not found["comparisons"]:
+def _comparisons(analysis: Row) -> Table | None:
+    if not analysis["comparisons"]:
         return None
     rows = [
         [
@@ -140,7 +159,7 @@ def _comparisons(found: Row) -> Table | None:
             p_value(row["difference"]["p"]),
             p_value(row["difference"]["p_holm"]),
         ]
-        for row in found["comparisons"]
+        for row in analysis["comparisons"]
     ]
     note = (
         "Difference of the ODE rewards, paired by seed, prompt and noise. Effect size: in standard deviations of the base model's "
@@ -151,10 +170,10 @@ def _comparisons(found: Row) -> Table | None:
     )
 
 
-def _best_weights(found: Row) -> Table:
-    """What keeping the checkpoint with the best held-out ODE reward brings over keeping the last (`checkpoint.best`)."""
+def _best_weights(analysis: Row) -> Table:
+    """The gain of the checkpoint with the best ODE reward over the last one (`checkpoint.best`)."""
     rows = []
-    for c in found["conditions"]:
+    for c in analysis["conditions"]:
         kept = c["best_weights"]
         if kept is not None:
             cells = [estimate(kept["last"]), estimate(kept["best"]), estimate(kept["gain"], True)]
@@ -166,9 +185,9 @@ def _best_weights(found: Row) -> Table:
     return Table("Best checkpoint", note, ["condition", "chosen by", "last", "best", "best minus last", "seeds"], rows)
 
 
-def _discretisation(found: Row) -> Table | None:
+def _discretisation(analysis: Row) -> Table | None:
     rows = []
-    for row in found["discretisation"]:
+    for row in analysis["discretisation"]:
         theory = row["theory"]
         share = None if theory is None else theory["discretisation"] / (theory["total"] or math.nan)
         rows.append(
@@ -200,11 +219,11 @@ def _discretisation(found: Row) -> Table | None:
     return Table("The gap before training", note, columns, rows) if rows else None
 
 
-def _held_out(found: Row) -> Table | None:
-    """What became of the rewards that were not trained on."""
-    names = list(dict.fromkeys(r for c in found["conditions"] for r in c["rewards"]))
+def _held_out(analysis: Row) -> Table | None:
+    """The improvement of every measured reward, trained or not."""
+    names = list(dict.fromkeys(r for c in analysis["conditions"] for r in c["rewards"]))
     rows = []
-    for c in found["conditions"]:
+    for c in analysis["conditions"]:
         by_reward = c["estimates"][str(c["steps"])]
         cells = [
             estimate(by_reward[r]["improvement"], True) + (" (trained)" if r in c["trained"] else "")
@@ -225,17 +244,18 @@ def _matrix(each: Row) -> Table:
 
 
 def best(cells: list[Row | None]) -> int | None:
-    """Of the highest mean."""
+    """The index of the cell with the highest mean; None where no cell has one."""
     means = [-math.inf if cell is None else cell["mean"] for cell in cells]
     return means.index(max(means)) if means and max(means) > -math.inf else None
 
 
 def count_of(number: int, what: str) -> str:
+    """A number and its noun: `1 comparison`, `2 comparisons`."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def p_value(p: float | None) -> str:
-    """Two digits, and never a zero."""
+    """A p-value in two digits, never 0; a dash for None."""
     if p is None:
         return "–"
     return "< 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
