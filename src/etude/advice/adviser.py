@@ -54,8 +54,7 @@ from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import SamplingPlan
 from etude.sampling.rollout import rollout
 from etude.sampling.solvers import SOLVERS, sample_with_solver
-from etude.theory import Gaussian, recommended_eta
-from etude.theory.finite_step import ScoreError
+from etude.theory import Gaussian, ScoreError, recommended_eta
 from etude.training.progress import Display, SilentDisplay
 from etude.training.trainer import Trainer
 

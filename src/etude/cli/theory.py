@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from etude.errors import EtudeError
+from etude.registry import KERNELS
 
 app = typer.Typer(
     add_completion=False,
@@ -66,8 +67,7 @@ def theory(
     kernel: Annotated[
         str,
         typer.Option(
-            help="Kernel: gddim (any eta), ddim (eta up to about 1), cps (eta up to 1), flow_sde or dance_sde "
-            "(schedule flow), or euler-maruyama.",
+            help=f"{KERNELS.about()}; euler-maruyama: of the theory alone; or module:Class.",
             rich_help_panel=_SAMPLER,
         ),
     ] = "gddim",

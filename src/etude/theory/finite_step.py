@@ -43,7 +43,7 @@ def finite_step_law(
         eta: the stochasticity in the kernel's unit. Default: that of the kernel or of the table.
         steps: N, on a path.
         spacing: as in `levels`.
-        kernel: a name of `etude.sampling.kernels.KERNELS`, "euler-maruyama", or a `Kernel`.
+        kernel: a name of `etude.registry.KERNELS`, "euler-maruyama", an import path, or a `Kernel`.
         start: "prior", or "exact" for the law of x_T itself.
         score_error: error of the noise prediction. Default: none.
         prior_variance: as in `levels`.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from etude.errors import EtudeError, unknown
+from etude.errors import EtudeError
 from etude.theory.arrays import Array, Numbers, array, nonnegative
 from etude.theory.continuous_paths import ContinuousPath
 from etude.theory.levels import Levels, levels
@@ -63,7 +63,7 @@ def sampler_steps(
             Default: that of the kernel or of the table.
         steps: as in `levels`.
         spacing: as in `levels`.
-        kernel: a name of `etude.sampling.kernels.KERNELS`, "euler-maruyama", or a `Kernel`.
+        kernel: a name of `etude.registry.KERNELS`, "euler-maruyama", an import path, or a `Kernel`.
         prior_variance: as in `levels`.
 
     Raises:
@@ -114,16 +114,14 @@ def _steps_above_noise(grid: Levels) -> tuple[Any, tuple[Tensor, Tensor], tuple[
 
 def kernel_at(kernel: KernelChoice, eta: float) -> Kernel:
     """Return the kernel at an eta; EtudeError if the kernel is unknown or has no such eta."""
-    from etude.sampling.kernels import KERNELS, Kernel, make_kernel
+    from etude.sampling.kernels import Kernel, make_kernel
     from etude.theory.euler_maruyama import EulerMaruyama
 
     if isinstance(kernel, Kernel):
         return replace(kernel, eta=eta)
-    if kernel == EULER_MARUYAMA:
-        return EulerMaruyama(eta)
-    if kernel not in KERNELS:
-        raise unknown("kernel", str(kernel), (*KERNELS, EULER_MARUYAMA))
-    return make_kernel(kernel, eta)
+    if not isinstance(kernel, str):
+        raise EtudeError(f"the kernel is a {type(kernel).__name__}: pass a name, or a kernel such as GDDIM(1.2).")
+    return EulerMaruyama(eta) if kernel == EULER_MARUYAMA else make_kernel(kernel, eta)
 
 
 def eta_of(kernel: KernelChoice, eta: Numbers | None) -> Array:
@@ -137,12 +135,9 @@ def eta_of(kernel: KernelChoice, eta: Numbers | None) -> Array:
 
 def _check_eta(kernel: Kernel, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
     """Refuse an eta above the largest that the kernel has on these steps."""
-    largest = kernel.largest_eta(source, target) if source[0].numel() else math.inf
-    if kernel.eta > largest * (1 + 1e-12):
-        raise EtudeError(
-            f"{type(kernel).__name__} does not exist at eta = {kernel.eta:g} on this grid: use an eta of at most "
-            f"{math.floor(largest * 1e4) / 1e4:.4f}, or the kernel 'gddim', which takes any eta."
-        )
+    limit = kernel.largest_eta(source, target) if source[0].numel() else math.inf
+    if kernel.eta > limit * (1 + 1e-12):
+        raise kernel.beyond(limit, "this grid")
 
 
 def largest_eta(grid: Levels, kernel: KernelChoice) -> float:
