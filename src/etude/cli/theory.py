@@ -1,4 +1,4 @@
-"""`etude theory`: the reward gap of a Gaussian model, its parts, its rates, its bounds and the best eta."""
+"""`etude theory`: the gap of a Gaussian model, its parts, rates and bounds, and the best eta."""
 
 from __future__ import annotations
 
@@ -93,18 +93,22 @@ def theory(
     ] = True,
     format: Annotated[str, typer.Option(help="Format of the figures: png or svg.", rich_help_panel=_OUTPUT)] = "png",
 ) -> None:
-    """Compute the reward gap E r(ODE) - E r(SDE at eta) exactly, for a Gaussian model tuned on a quadratic reward.
+    """Compute the reward gap E r(ODE) - E r(SDE at eta) of a Gaussian model exactly.
 
-    The base model's law is N(mean, variance). Tuning with a KL penalty moves it to p* = p exp(r / beta), a Gaussian again.
-    Both samplers start from noise and follow p*'s exact score (plus the score error you give). The command prints and writes:
+    The model is tuned on a quadratic reward. The base model's law is N(mean, variance). Tuning with
+    a KL penalty moves it to p* = p exp(r / beta), a Gaussian again. Both samplers start from noise
+    and follow p*'s exact score (plus the score error you give). The command prints and writes:
 
-    * the rate at which the continuous-time gap closes with the horizon T, for VE (a power) and VP (exponential), beside the
-      asymptote; eta is in gDDIM's unit there;
-    * the gap with N steps, split into the wrong start (prior), the steps (discretisation) and the score error;
+    * the rate at which the continuous-time gap closes with the horizon T, for VE (a power) and VP
+      (exponential), beside the asymptote; eta is in gDDIM's unit there;
+    * the gap with N steps, split into the wrong start (prior), the steps (discretisation) and the
+      score error;
     * bounds that need a few constants only, beside the exact gap, also for a mixture of two modes;
-    * the eta whose sampler comes closest to p*: a small eta loses less to the steps, a large eta corrects start and score.
+    * the eta whose sampler comes closest to p*: a small eta loses less to the steps, a large eta
+      corrects start and score.
 
-    A negative gap means that the stochastic sampler shows a higher reward than the ODE you would ship.
+    A negative gap means that the stochastic sampler shows a higher reward than the ODE you would
+    ship.
 
     Examples:
 
@@ -170,12 +174,13 @@ def peers(
 ) -> None:
     """Translate the peers' noise levels to the gDDIM eta they amount to.
 
-    Every method of reinforcement learning on flow models has its own unit of noise. The table gives the eta of gDDIM with the
-    same standard deviation: for short steps (at sigma = 0.5), and at the first, middle and last stochastic step of a sampler.
-    The step that starts at pure noise and the step that ends without noise are left out, because they are deterministic.
+    Every method of reinforcement learning on flow models has its own unit of noise. The table gives
+    the eta of gDDIM with the same standard deviation: for short steps (at sigma = 0.5), and at the
+    first, middle and last stochastic step of a sampler. The step that starts at pure noise and the
+    step that ends without noise are left out, because they are deterministic.
 
-    ∞ means a step with at least as much fresh noise as its target level has in all: gDDIM redraws all of it there, and has no
-    eta for more.
+    ∞ means a step with at least as much fresh noise as its target level has in all: gDDIM redraws
+    all of it there, and has no eta for more.
 
     Examples:
 
@@ -237,7 +242,10 @@ def _steps(value: int) -> int:
 
 @contextmanager
 def _directory(out: Path) -> Iterator[None]:
-    """Make the directory before anything is computed; remove the new directories if the work fails."""
+    """Make the directory before anything is computed.
+
+    Remove the new directories if the work fails.
+    """
     new: list[Path] = []
     try:
         if out.is_file():

@@ -44,7 +44,10 @@ def _exact_score(settings: dict[str, Any]) -> str:
 
 
 def _continuous_time(settings: dict[str, Any]) -> str:
-    """Describe the samplers of a continuous-time table: their score, and the unit of eta where the kernel has its own."""
+    """Describe the score of a continuous-time table's samplers, and the unit of its eta.
+
+    The unit is named where the kernel has its own.
+    """
     unit = "" if settings["kernel"] in GDDIM_UNIT else ", eta in gDDIM's unit"
     return _exact_score(settings) + unit
 

@@ -1,4 +1,4 @@
-"""The reward gap between stochastic and deterministic samplers, exact and executable (arXiv 2510.10767)."""
+"""The exact reward gap between stochastic and deterministic samplers (arXiv 2510.10767)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""General bounds on the reward gap, valid for VP, VE and rectified flow, evaluated from a few constants.
+"""General bounds on the reward gap for VP, VE and rectified flow, from a few constants.
 
-They assume the exact score and a sampler that starts from N(0, tau I); each docstring adds the rest. No
-bound assumes that the drift is dissipative in x, which is false for VP; in y = x/a the drift contracts on
-the class p = N(0, C) * mu, mu in a ball of radius R.
+They assume the exact score and a sampler that starts from N(0, tau I); each docstring adds the
+rest. No bound assumes that the drift is dissipative in x, which is false for VP; in y = x/a the
+drift contracts on the class p = N(0, C) * mu, mu in a ball of radius R.
 
     density ratio   any target with two moments     |gap| <= sd(r) chi (1 + Gamma_eta)
     coupling        the class                       |gap| <= sum over ODE, SDE of (G W + L1/2 W^2),  W = Phibar W_T
@@ -39,9 +39,9 @@ from etude.theory.targets import Gaussian, GaussianMixture
 def forgetting(k: Constants, V: float, eta: float) -> float:
     """Compute `Gamma_eta >= exp(-eta^2/2 int_0^V dq / C_P(p_q))`, C_P the Poincare constant of p_q.
 
-    On the class `1/C_P(p_q) >= 1/(c_max + q) - R^2/(c_min + q)^2` (Bakry-Emery) where that is positive. From any
-    level on, `C_P(p_q)` grows by at most the added noise; the function searches for the best level to start from.
-    Gamma is 1 outside the class.
+    On the class `1/C_P(p_q) >= 1/(c_max + q) - R^2/(c_min + q)^2` (Bakry-Emery) where that is
+    positive. From any level on, `C_P(p_q)` grows by at most the added noise; the function searches
+    for the best level to start from. Gamma is 1 outside the class.
     """
     if not np.isfinite(k.R) or eta == 0.0:
         return 1.0
@@ -56,17 +56,20 @@ def forgetting(k: Constants, V: float, eta: float) -> float:
 
 
 def density_ratio_bound(k: Constants, start: Start, eta: float, chi2: float) -> float:
-    """Compute `sd(r) chi (1 + Gamma_eta)`, with chi^2 = chi^2(prior || p_V) or an upper bound of it.
+    """Compute the bound `sd(r) chi (1 + Gamma_eta)`, with chi^2(prior || p_V) <= chi2.
 
-    It holds for any target with two moments and any r with a second moment. Proof: the density ratio h of the
-    sampler's law to p_q obeys `d/dq int h^2 p_q = eta^2 int |grad h|^2 p_q`; Poincare's inequality and
-    Cauchy-Schwarz follow, for the ODE (Gamma = 1) and for the SDE.
+    It holds for any target with two moments and any r with a second moment. Proof: the density
+    ratio h of the sampler's law to p_q obeys `d/dq int h^2 p_q = eta^2 int |grad h|^2 p_q`;
+    Poincare's inequality and Cauchy-Schwarz follow, for the ODE (Gamma = 1) and for the SDE.
     """
     return k.sd * chi2**0.5 * (1.0 + forgetting(k, float(start.V), eta))
 
 
 def contraction_bound(k: Constants, V: float, eta: float) -> float:
-    """Compute `Phibar_eta = (c_max/(c_max + V))^(kappa/2) exp(kappa/2 R^2 (1/c_min - 1/(c_min + V)))` on the class."""
+    """Compute Phibar_eta, the factor by which the sampler contracts distances on the class:
+
+    Phibar_eta = (c_max/(c_max + V))^(kappa/2) exp(kappa/2 R^2 (1/c_min - 1/(c_min + V)))
+    """
     kappa = 1.0 + eta**2
     if not np.isfinite(k.R) or (k.R > 0 and k.c_min == 0.0):
         return INFINITE
@@ -78,7 +81,9 @@ def contraction_bound(k: Constants, V: float, eta: float) -> float:
 
 
 def start_distance(target: Gaussian | GaussianMixture, k: Constants, start: Start) -> float:
-    """Compute an upper bound of W2(prior, p_V), `(|m|^2 + (w + sqrt(d) |sqrt(tau) - sqrt(V)|)^2)^(1/2)`.
+    """Compute an upper bound of W2(prior, p_V):
+
+        (|m|^2 + (w + sqrt(d) |sqrt(tau) - sqrt(V)|)^2)^(1/2)
 
     `w = min(sqrt(tr Cov), sqrt(2 V log E exp(x.x'/V)))` for the centred target (Talagrand).
     """
@@ -99,7 +104,8 @@ def reward_change(k: Constants, W: float) -> float:
 def coupling_bound(k: Constants, start: Start, eta: float, W: float) -> float:
     """Bound the gap by synchronous coupling of ODE and SDE with the exact reverse process.
 
-    W2 shrinks by Phibar from W = W2(prior, p_V). It holds on the class, for r Lipschitz or with a Lipschitz gradient.
+    W2 shrinks by Phibar from W = W2(prior, p_V). It holds on the class, for r Lipschitz or with a
+    Lipschitz gradient.
     """
     factors = [contraction_bound(k, float(start.V), e) for e in (0.0, eta)]
     return INFINITE if INFINITE in factors else sum(reward_change(k, f * W) for f in factors)
@@ -108,8 +114,8 @@ def coupling_bound(k: Constants, start: Start, eta: float, W: float) -> float:
 def vanishing_bound(k: Constants, start: Start, eta: float, chi2: float) -> float:
     """Compute `eta/2 G chi (int_0^V Phibar_0(q)^2 dq)^(1/2)`, the bound that goes to zero with eta.
 
-    It holds on the class. Proof: `gap = eta^2/2 int_0^V E_(p_q)[grad h . grad r_q] dq` exactly, with r_q the reward
-    pulled back by the flow.
+    It holds on the class. Proof: `gap = eta^2/2 int_0^V E_(p_q)[grad h . grad r_q] dq` exactly,
+    with r_q the reward pulled back by the flow.
     """
     V = float(start.V)
     if not np.isfinite(k.R) or not np.isfinite(chi2) or (k.R > 0 and k.c_min == 0.0):
@@ -159,7 +165,7 @@ class GapBounds:
 
     @property
     def few_constants(self) -> float:
-        """Best of the bounds that need no integral over the target: coupling, and both with Jensen's chi^2."""
+        """Best of the bounds without integrals of the target: coupling, and both with Jensen."""
         return min(self.bounds[name] for name in ("density ratio, Jensen", "coupling", "vanishing, Jensen"))
 
     @property
@@ -171,10 +177,12 @@ class GapBounds:
 def gap_bounds(target: Gaussian | GaussianMixture, path: ContinuousPath | str, reward: Reward, eta: float) -> GapBounds:
     """Compute every bound of the continuous-time gap at one eta and one horizon, beside the gap.
 
-    In d > 1 a mixture's chi^2 is bounded (Jensen, hypercontractivity) and not computed, and its gap is simulated.
+    In d > 1 a mixture's chi^2 is bounded (Jensen, hypercontractivity) and not computed, and its gap
+    is simulated.
 
     Raises:
-        EtudeError: the path has several horizons, or starts from pure noise, where there is nothing to bound.
+        EtudeError: the path has several horizons, or starts from pure noise, where there is nothing
+            to bound.
     """
     return gap_bounds_at(target, path, reward, [eta])[0]
 
@@ -182,7 +190,7 @@ def gap_bounds(target: Gaussian | GaussianMixture, path: ContinuousPath | str, r
 def gap_bounds_at(
     target: Gaussian | GaussianMixture, path: ContinuousPath | str, reward: Reward, etas: Sequence[float]
 ) -> list[GapBounds]:
-    """Compute `gap_bounds` at several etas, which share the constants and the mixture's probability flow."""
+    """Compute `gap_bounds` at several etas, which share the constants and the mixture's flow."""
     start = as_path(path).start()
     strengths = [float(nonnegative(number(eta, "eta"), "eta")) for eta in etas]
     if start.V.ndim:
@@ -216,14 +224,14 @@ def finite_step_bound(
     spacing: str = "trailing",
     denoiser_error: Numbers = 0.0,
 ) -> float:
-    """Bound the N-step gap of gDDIM from the prior, on the class, by a recursion of the Wasserstein distance W:
+    """Bound the N-step gap of gDDIM from the prior, on the class, by a recursion of W2:
 
         W <- ([w + (1 - w) l(q)] W + (1 - w) e)^2 + (1 - w)^2 mmse(q)  (square root),     w = (v_u/v_t)^(1 + eta^2),
         l(q) = c_max/(c_max + q) + q R^2/(c_min + q)^2
 
-    It follows from the coupling of the ODE and of the SDE with the exact reverse chain. The larger linear mmse,
-    tr(C q (C + q)^-1) with C the covariance, stands for mmse(q). `denoiser_error` is the L2 error e of x0_hat, a
-    number or one per step. The bound decays like N^(-1/2) only.
+    It follows from the coupling of the ODE and of the SDE with the exact reverse chain. The larger
+    linear mmse, tr(C q (C + q)^-1) with C the covariance, stands for mmse(q). `denoiser_error` is
+    the L2 error e of x0_hat, a number or one per step. The bound decays like N^(-1/2) only.
 
     Raises:
         EtudeError: the grid has several horizons, starts at a = 0 or does not end at s = 0.

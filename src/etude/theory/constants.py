@@ -22,8 +22,9 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(8)
 class Constants:
     """Constants of a target and of a reward under it.
 
-    The target's class is p = N(0, C) * mu with c_min <= C <= c_max and mu in a ball of radius R. At R = 0 the
-    class is that of every 1/c_max-strongly log-concave law; R is infinite for a target outside the class.
+    The target's class is p = N(0, C) * mu with c_min <= C <= c_max and mu in a ball of radius R. At
+    R = 0 the class is that of every 1/c_max-strongly log-concave law; R is infinite for a target
+    outside the class.
 
     Attributes:
         d: number of dimensions.
@@ -51,7 +52,10 @@ class Constants:
 
 
 def constants_of(target: Gaussian | GaussianMixture, reward: Reward) -> Constants:
-    """Compute the constants of a target and a reward; a Lipschitz reward's sd is bounded by L (tr Cov)^(1/2)."""
+    """Compute the constants of a target and a reward.
+
+    A Lipschitz reward's sd is bounded by L (tr Cov)^(1/2).
+    """
     reward = as_reward(reward)
     m, trace = target.mu, float(np.trace(target.matrix))
     c_min, c_max, R = _class(target)
@@ -67,7 +71,10 @@ def constants_of(target: Gaussian | GaussianMixture, reward: Reward) -> Constant
 
 
 def _class(target: Gaussian | GaussianMixture) -> tuple[float, float, float]:
-    """Return (c_min, c_max, R); R is infinite for a mixture whose components differ in covariance."""
+    """Return (c_min, c_max, R).
+
+    R is infinite for a mixture whose components differ in covariance.
+    """
     if isinstance(target, Gaussian):
         return float(target.spectrum.min()), float(target.spectrum.max()), 0.0
     first = target.components[0]
@@ -81,8 +88,8 @@ def _class(target: Gaussian | GaussianMixture) -> tuple[float, float, float]:
 def chi2_exact(target: Gaussian | GaussianMixture, start: Start) -> float:
     """Compute `chi^2(N(0, tau) || p_V)`; infinite if it diverges.
 
-    A Gaussian has a closed form. For a mixture on the line it is a quadrature plus its error estimate, so an
-    upper bound, and infinite where it would overflow.
+    A Gaussian has a closed form. For a mixture on the line it is a quadrature plus its error
+    estimate, so an upper bound, and infinite where it would overflow.
 
     Raises:
         EtudeError: the target is a mixture in d > 1, which has `chi2_jensen` and `chi2_sharp` only.
@@ -104,9 +111,9 @@ def chi2_exact(target: Gaussian | GaussianMixture, start: Start) -> float:
 def _chi2_line(parts: Components, V: float, excess: float) -> float:
     """Integrate (prior - p_V)^2 / p_V and add the quadrature's error estimate.
 
-    The result is infinite from just before the integrand's tails diverge. The integrand is computed in logarithms,
-    because it is at its largest where p_V underflows. Panels are doubled until the change is below 1e-9 of the
-    integral; that change is the error estimate.
+    The result is infinite from just before the integrand's tails diverge. The integrand is computed
+    in logarithms, because it is at its largest where p_V underflows. Panels are doubled until the
+    change is below 1e-9 of the integral; that change is the error estimate.
     """
     tau, k = V + excess, V + parts.c
     if tau >= 1.9 * k.max():
@@ -130,8 +137,9 @@ def _chi2_line(parts: Components, V: float, excess: float) -> float:
 def _reach(parts: Components, tau: float, k: Array) -> float:
     """Return half the range that holds the integrand.
 
-    `p_V >= w N(m, k)` for the widest component, and prior^2 / N(m, k) is a Gaussian with mean -m tau/(2k - tau)
-    and variance k tau/(2k - tau). Nothing is left beyond 40 deviations of this Gaussian and of p_V.
+    `p_V >= w N(m, k)` for the widest component, and prior^2 / N(m, k) is a Gaussian with mean -m
+    tau/(2k - tau) and variance k tau/(2k - tau). Nothing is left beyond 40 deviations of this
+    Gaussian and of p_V.
     """
     widest = int(np.argmax(k))
     room = float(2.0 * k[widest] - tau)
@@ -161,8 +169,8 @@ def chi2_jensen(k: Constants, start: Start) -> float:
     """Compute an upper bound of chi^2 from |m|^2, E|x0|^2 and d alone.
 
     Jensen gives `p_V >= N(0, V) exp(y.m/V - E|x0|^2/(2V))`, so with e = tau - V
-    `1 + chi^2 <= (1 - e^2/V^2)^(-d/2) exp(tau |m|^2 / (2 V (V - e)) + E|x0|^2 / (2 V))` for e < V (VE always;
-    VP if abar_T < 1/2), and the bound is infinite otherwise.
+    `1 + chi^2 <= (1 - e^2/V^2)^(-d/2) exp(tau |m|^2 / (2 V (V - e)) + E|x0|^2 / (2 V))` for e < V
+    (VE always; VP if abar_T < 1/2), and the bound is infinite otherwise.
     """
     V, e = float(start.V), float(start.excess)
     if e >= V:
@@ -178,7 +186,8 @@ def chi2_jensen(k: Constants, start: Start) -> float:
 def chi2_sharp(target: Gaussian | GaussianMixture, k: Constants, start: Start) -> float:
     """Compute an upper bound of chi^2 by hypercontractivity, for VE and VP starts.
 
-    It has the right order V^-2 for centred targets. With x' an independent copy of x and M Mehler's kernel,
+    It has the right order V^-2 for centred targets. With x' an independent copy of x and M Mehler's
+    kernel,
 
         VE                             (E exp(3 x.x'/V) - 1) exp(|m|^2/V + E|x0|^2/(2V))
         VP (a^2 = 1/(1 + V) < 1/3)     (E M_(3a^2)(x, x') - 1) [(1 - a^2)^d (1 - 2/V)^(-d/2) exp(...)]^(1/2)
@@ -204,9 +213,10 @@ def chi2_sharp(target: Gaussian | GaussianMixture, k: Constants, start: Start) -
 def pair_expectation(
     target: Gaussian | GaussianMixture, cross: float, own: float, log_factor: float = 0.0, centred: bool = False
 ) -> float:
-    """Compute `E exp(cross x.x' + own (|x|^2 + |x'|^2) + log_factor) - 1` for two independent draws x and x'.
+    """Compute `E exp(cross x.x' + own (|x|^2 + |x'|^2) + log_factor) - 1`, x and x' independent.
 
-    `centred` subtracts the target's mean from both. The result is infinite if the expectation diverges.
+    `centred` subtracts the target's mean from both. The result is infinite if the expectation
+    diverges.
     """
     parts = target.components if isinstance(target, GaussianMixture) else [target]
     weights = target.weights if isinstance(target, GaussianMixture) else np.ones(1)

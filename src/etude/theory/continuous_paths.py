@@ -29,7 +29,7 @@ from etude.theory.arrays import Array, Numbers, array, nonnegative, positive, re
 
 @dataclass(frozen=True)
 class Start:
-    """Start of a sampler in units of `y = x/a`: `V = (s/a)^2`, `excess = tau - V`, and the scale `a`."""
+    """Start of a sampler in `y = x/a`: `V = (s/a)^2`, `excess = tau - V`, and the scale `a`."""
 
     V: Array
     excess: Array
@@ -93,8 +93,8 @@ class VE(ContinuousPath):
     sigma="sqrt"       sigma(t) = sqrt(t)                             (Brownian motion)
     sigma="geometric"  sigma(t)^2 = m^2 [(M/m)^(2t/T) - 1]            (arXiv 2011.13456, eq. 30)
 
-    with m = sigma_min and M = sigma_max. Only "geometric" reads them. Default of `sigma_max`: T, so that
-    `VE(T, "t")` and `VE(T, "geometric")` end near the same noise level.
+    with m = sigma_min and M = sigma_max. Only "geometric" reads them. Default of `sigma_max`: T, so
+    that `VE(T, "t")` and `VE(T, "geometric")` end near the same noise level.
     """
 
     name = "ve"
@@ -156,7 +156,9 @@ class VE(ContinuousPath):
 
 
 class VP(ContinuousPath):
-    """Variance preserving: `a = exp(-B/2)`, `s = sqrt(1 - exp(-B))`, `B(t) = int_0^t beta`, started from N(0, 1).
+    """Variance preserving: `a = exp(-B/2)`, `s = sqrt(1 - exp(-B))`, started from N(0, 1).
+
+    `B(t) = int_0^t beta`, with beta in one of these forms:
 
     VP(beta=1.0, T=4.0)                       constant beta
     VP(beta_min=0.1, beta_max=12.0, T=1.0)    linear from beta_min at t = 0 to beta_max at t = T
@@ -219,7 +221,10 @@ class VP(ContinuousPath):
 
     @classmethod
     def ddpm(cls) -> VP:
-        """Make the path of DDPM (arXiv 2006.11239): beta linear from 1e-4 to 0.02 over 1000 levels."""
+        """Make the path of DDPM (arXiv 2006.11239).
+
+        beta is linear from 1e-4 to 0.02 over 1000 levels.
+        """
         return cls.discrete(np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000)), label="ddpm")
 
     def __repr__(self) -> str:
@@ -256,7 +261,10 @@ class VP(ContinuousPath):
 
     @cached_property
     def total(self) -> Array:
-        """Integral of beta over [0, T]; a continuous-time law depends on a VP path through it alone."""
+        """Integral of beta over [0, T].
+
+        A continuous-time law depends on a VP path through it alone.
+        """
         return self.integral(self.T)
 
     def a(self, t: Numbers) -> Array:
@@ -288,8 +296,8 @@ class RectifiedFlow(ContinuousPath):
     """Rectified flow: `a = 1 - sigma`, `s = sigma`, started at sigma = 1 - delta from N(0, 1).
 
     delta = 0 starts from pure noise, where the prior is exact. `shift` is the time change of SD3
-    (arXiv 2403.03206), sigma(t) = shift t / (1 + (shift - 1) t). It moves the steps of a sampler and
-    leaves the continuous-time law as it is.
+    (arXiv 2403.03206), sigma(t) = shift t / (1 + (shift - 1) t). It moves the steps of a sampler
+    and leaves the continuous-time law as it is.
     """
 
     name = "flow"
@@ -346,7 +354,10 @@ PATHS_BY_NAME: dict[str, Callable[[], ContinuousPath]] = {
 
 
 def as_path(path: Any) -> ContinuousPath:
-    """Return a path as it is, or the path named "sd", "ddpm" or "flow" (rectified flow from pure noise)."""
+    """Return a path as it is, or the path of a name.
+
+    The names are "sd", "ddpm" and "flow" (rectified flow from pure noise).
+    """
     if isinstance(path, ContinuousPath):
         return path
     if isinstance(path, str):

@@ -15,8 +15,8 @@ from etude.theory.terminal_law import gaussian
 def w2(p: Gaussian, q: Gaussian) -> Any:
     """Compute the Wasserstein-2 distance; a number, or an array for batches of laws.
 
-    `W2^2 = |m_p - m_q|^2 + min_R |C_p^(1/2) - C_q^(1/2) R|_F^2` over orthogonal R. The minimum is at
-    the polar factor of C_q^(1/2) C_p^(1/2). No traces are subtracted, so nothing cancels.
+    `W2^2 = |m_p - m_q|^2 + min_R |C_p^(1/2) - C_q^(1/2) R|_F^2` over orthogonal R. The minimum is
+    at the polar factor of C_q^(1/2) C_p^(1/2). No traces are subtracted, so nothing cancels.
 
     Raises:
         EtudeError: the laws have different dimensions.
@@ -33,10 +33,12 @@ def w2(p: Gaussian, q: Gaussian) -> Any:
 
 
 def kl(p: Gaussian, q: Gaussian) -> Any:
-    """Compute `KL(p || q) = 1/2 [tr(C_q^-1 C_p) - d - log det(C_q^-1 C_p) + |m_p - m_q|^2_(C_q^-1)]`.
+    """Compute the Kullback-Leibler divergence:
 
-    It is a number, or an array for batches of laws. It is infinite where one law has no variance in a
-    direction and the other has, or the means differ in a direction without variance.
+        KL(p || q) = 1/2 [tr(C_q^-1 C_p) - d - log det(C_q^-1 C_p) + |m_p - m_q|^2_(C_q^-1)]
+
+    It is a number, or an array for batches of laws. It is infinite where one law has no variance in
+    a direction and the other has, or the means differ in a direction without variance.
 
     Raises:
         EtudeError: the laws have different dimensions.

@@ -1,4 +1,7 @@
-"""Euler-Maruyama in the noise level, a kernel for comparison in the theory; no sampler of etude uses it."""
+"""Euler-Maruyama in the noise level, a kernel for comparison in the theory.
+
+No sampler of etude uses it.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,23 @@ from etude.sampling.kernels import Coefficients, Kernel, Level
 
 @dataclass(frozen=True)
 class EulerMaruyama(Kernel):
-    """One Euler-Maruyama step of the eta-family in `y = x/a`, with the step in the noise level v = s/a.
+    """One Euler-Maruyama step of the eta-family in `y = x/a`; the step is in v = s/a.
 
         mean = a_u x0_hat + a_u (v_t - (1 + eta^2) (v_t - v_u)) eps_hat
         std  = a_u eta sqrt(v_t^2 - v_u^2)
 
-    It freezes eps_hat over the step, where gDDIM freezes x0_hat. At eta = 0 it is the probability-flow
-    ODE's step; above, the state keeps more noise than its level has.
+    It freezes eps_hat over the step, where gDDIM freezes x0_hat. At eta = 0 it is the
+    probability-flow ODE's step; above, the state keeps more noise than its level has.
 
     Args:
         eta: gDDIM's eta, finite and >= 0; EtudeError otherwise.
     """
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """Compute the coefficients in the class's formula; EtudeError from a = 0, where v is infinite."""
+        """Compute the coefficients in the class's formula.
+
+        EtudeError from a = 0, where v is infinite.
+        """
         a_t, s_t, a_u, s_u = torch.broadcast_tensors(
             *(torch.as_tensor(value, dtype=torch.float64) for value in (*source, *target))
         )

@@ -1,4 +1,4 @@
-"""The reward gap and the improvement of a target, in continuous time or with N steps, and the gap's parts.
+"""The reward gap, its parts and the improvement, in continuous time or with N steps.
 
 reward gap  = E r(ODE samples) - E r(SDE_eta samples)      of one target (the tuned model)
 improvement = E r(ODE samples of p*) - E r(ODE samples of p_ref),     p* ∝ p_ref exp(r / beta)
@@ -32,20 +32,24 @@ def reward_gap(
     spacing: str = "trailing",
     kernel: KernelChoice = "gddim",
 ) -> Any:
-    """Compute E r of the ODE sampler minus E r of the SDE_eta sampler, both from the prior with the exact score.
+    """Compute E r of the ODE sampler minus E r of the SDE_eta sampler.
 
-    The gap of a Gaussian target is exact: a number, or an array where eta or T is one. The gap of a mixture is an
-    `Approximation` for one eta, with its numerical error on the line and a 95 % interval in d > 1; `mixture_gap`
-    takes its options.
+    Both start from the prior and follow the exact score.
+
+    The gap of a Gaussian target is exact: a number, or an array where eta or T is one. The gap of a
+    mixture is an `Approximation` for one eta, with its numerical error on the line and a 95 %
+    interval in d > 1; `mixture_gap` takes its options.
 
     Args:
         target: the law that the score belongs to.
-        path_or_schedule: a path, "sd", "ddpm" or "flow"; with N steps also a grid or a plan's `StepTable`.
+        path_or_schedule: a path, "sd", "ddpm" or "flow"; with N steps also a grid or a plan's
+            `StepTable`.
         reward: quadratic or Lipschitz.
         eta: the stochasticity in the kernel's unit. Default: that of the kernel or of the table.
         steps: N. Default: continuous time on a path, and the grid's own number on a grid.
         spacing: as in `levels`.
-        kernel: as in `finite_step_law`. In continuous time it says the unit of eta, and nothing else.
+        kernel: as in `finite_step_law`. In continuous time it says the unit of eta, and nothing
+            else.
 
     Raises:
         EtudeError: as `finite_step_law`; the reward is neither.
@@ -61,7 +65,7 @@ def reward_gap(
 
 
 def is_path(schedule: Any) -> bool:
-    """Return whether the schedule is a path (or its name), which has a continuous-time limit, and not a grid."""
+    """Return whether the schedule is a path or its name, which has a limit in continuous time."""
     return isinstance(schedule, (str, ContinuousPath))
 
 
@@ -77,7 +81,7 @@ def continuous_gap(target: Gaussian, start: Start, reward: Reward, eta: Numbers)
 
 
 def _contractions(target: Gaussian, start: Start, eta: Numbers) -> tuple[Array, Array, Array]:
-    """Compute Phi_0, Phi_eta and `Phi_0 - Phi_eta = -Phi_0 (Phi_0^(eta^2) - 1)`, which does not cancel."""
+    """Compute Phi_0, Phi_eta, and `-Phi_0 (Phi_0^(eta^2) - 1)`, the accurate Phi_0 - Phi_eta."""
     ode, sde = contraction(target, start, 0.0), contraction(target, start, eta)
     power = nonnegative(eta, "eta")[..., None] ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -98,7 +102,7 @@ def step_gap(
     start: str = "prior",
     score_error: ScoreError | None = None,
 ) -> Any:
-    """Compute E r of the ODE's steps on a sampler's levels minus E r of the sampler (Gaussian target)."""
+    """Compute E r of the ODE's steps on the sampler's levels minus E r of the sampler."""
     ode, sde = (law_of_steps(target, each, start, score_error) for each in (sampler.ode(), sampler))
     return reward_difference(reward, ode, sde)
 
@@ -119,9 +123,10 @@ def improvement(
     steps: int | None = None,
     spacing: str = "trailing",
 ) -> Any:
-    """Compute E r of the ODE sampler of the tilted law p* minus E r of the ODE sampler of `target`, the reference.
+    """Compute E r of the ODE sampler of the tilted law p* minus that of `target`, the reference.
 
-    Both samplers start from the prior, follow exact scores, and use the same path, steps and spacing.
+    Both samplers start from the prior, follow exact scores, and use the same path, steps and
+    spacing.
     """
     if isinstance(target, GaussianMixture):
         return mixture_improvement(target, tilt(target, reward, beta), path, reward, steps=steps, spacing=spacing)
@@ -143,7 +148,8 @@ class GapSplit:
     Attributes:
         total: the N-step gap.
         prior: the continuous-time gap from the same start, which the wrong initial law causes.
-        discretisation: the gap of the two N-step samplers that both start from the exact law of x_T.
+        discretisation: the gap of the two N-step samplers that both start from the exact law of
+            x_T.
         score_error: the change of the N-step gap from the prior by the score error.
         interaction: the rest, small because the parts are nearly additive.
     """
@@ -177,13 +183,14 @@ def gap_split(
     kernel: KernelChoice = "gddim",
     score_error: ScoreError | None = None,
 ) -> GapSplit:
-    """Split the N-step reward gap of a Gaussian target into prior mismatch, discretisation and score error.
+    """Split the N-step gap of a Gaussian target into prior, discretisation and score error.
 
     Arguments are those of `reward_gap` and `finite_step_law`.
 
     Raises:
-        EtudeError: as `finite_step_law`; from a start that is not pure noise also for a table without eta, and
-            for a kernel without one eta in the limit of short steps (`continuous_eta`).
+        EtudeError: as `finite_step_law`; from a start that is not pure noise also for a table
+            without eta, and for a kernel without one eta in the limit of short steps
+            (`continuous_eta`).
     """
     target, reward = gaussian(target, "gap_split"), as_reward(reward)
     sampler = sampler_steps(schedule, eta, steps, spacing, kernel)

@@ -1,8 +1,9 @@
 """The exact law of an N-step sampler of a Gaussian target, for every kernel and every plan.
 
-A step is linear in the two predictions, `x_u = c0 x0_hat + c1 eps_hat + std z`. For a Gaussian target N(m, C) the
-predictions are linear in x_t: `x0_hat = m + G (x_t - a m)` with `G = a c / (a^2 c + s^2)`, and
-`eps_hat = s (x_t - a m) / (a^2 c + s^2)`. Each eigen-direction is then a scalar recursion
+A step is linear in the two predictions, `x_u = c0 x0_hat + c1 eps_hat + std z`. For a Gaussian
+target N(m, C) the predictions are linear in x_t: `x0_hat = m + G (x_t - a m)` with
+`G = a c / (a^2 c + s^2)`, and `eps_hat = s (x_t - a m) / (a^2 c + s^2)`. Each eigen-direction is
+then a scalar recursion
 
     A = (c0 a c + c1 s) / (a^2 c + s^2),     E x_u = c0 m + A (E x_t - a m),     Var x_u = A^2 Var x_t + std^2,
 
@@ -35,7 +36,9 @@ def finite_step_law(
     score_error: ScoreError | None = None,
     prior_variance: Numbers | None = None,
 ) -> Gaussian:
-    """Compute the exact law of the sampler's last state in x units; a batch of laws where eta (or T) is an array.
+    """Compute the exact law of the sampler's last state, in x units.
+
+    The result is a batch of laws where eta (or T) is an array.
 
     Args:
         target: one Gaussian.
@@ -49,8 +52,8 @@ def finite_step_law(
         prior_variance: as in `levels`.
 
     Raises:
-        EtudeError: as `sampler_steps`; the target is not one Gaussian, the start is unknown, or a score error
-            meets a grid that starts at a = 0.
+        EtudeError: as `sampler_steps`; the target is not one Gaussian, the start is unknown, or a
+            score error meets a grid that starts at a = 0.
     """
     target = gaussian(target, "finite_step_law")
     sampler = sampler_steps(schedule, eta, steps, spacing, kernel, prior_variance)
@@ -62,8 +65,8 @@ def transfer(
 ) -> tuple[Array, Array, Array]:
     """Compute (A, shift, noise) of every step in the eigenbasis, each [N, ..., d].
 
-    The deviation `e = x - a m` of a state from the path's mean goes by `e <- A e + shift` in the mean
-    and `Var <- A^2 Var + noise` in the variance.
+    The deviation `e = x - a m` of a state from the path's mean goes by `e <- A e + shift` in the
+    mean and `Var <- A^2 Var + noise` in the variance.
     """
     grid = sampler.levels
     x0, eps, noise = (x[..., None] for x in (sampler.x0, sampler.eps, sampler.variance))

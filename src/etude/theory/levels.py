@@ -1,4 +1,4 @@
-"""The levels (a, s) that an N-step sampler visits, from a path, a named schedule or an explicit grid."""
+"""The levels (a, s) of an N-step sampler, from a path, a named schedule or an explicit grid."""
 
 from __future__ import annotations
 
@@ -57,18 +57,21 @@ def levels(
     Every grid made from a path ends at the data, s = 0. An explicit grid may end anywhere.
 
     Args:
-        schedule: "sd" or "ddpm" (tables of 1000 levels), "flow", a `ContinuousPath`, or a grid. A grid is
-            `Levels`, a pair (a, s) of arrays [N + 1], or an object with attributes `a` and `s` of that shape,
-            such as a sampler's `Grid` or `StepTable`; its levels run from noise to data.
+        schedule: "sd" or "ddpm" (tables of 1000 levels), "flow", a `ContinuousPath`, or a grid. A
+            grid is `Levels`, a pair (a, s) of arrays [N + 1], or an object with attributes `a` and
+            `s` of that shape, such as a sampler's `Grid` or `StepTable`; its levels run from noise
+            to data.
         steps: N. A grid brings its own.
-        spacing: on tables "trailing" (ends at the last trained level), "leading" (diffusers' default, with
-            offset 1) or "linspace"; on paths "trailing" (uniform in t from T to 0), "log-snr" (uniform in
-            log(s/a)) or "karras" (rho = 7).
-        prior_variance: variance of the start. Default: the path's own; on a grid s[0]^2 where a[0] = 1, else 1.
+        spacing: on tables "trailing" (ends at the last trained level), "leading" (diffusers'
+            default, with offset 1) or "linspace"; on paths "trailing" (uniform in t from T to 0),
+            "log-snr" (uniform in log(s/a)) or "karras" (rho = 7).
+        prior_variance: variance of the start. Default: the path's own; on a grid s[0]^2 where a[0]
+            = 1, else 1.
 
     Raises:
-        EtudeError: steps are missing, do not fit the grid or exceed the table, the spacing is unknown or not
-            defined for the path, the grid's s/a does not fall, or a `StepTable` ends in a compressed tail.
+        EtudeError: steps are missing, do not fit the grid or exceed the table, the spacing is
+            unknown or not defined for the path, the grid's s/a does not fall, or a `StepTable` ends
+            in a compressed tail.
     """
     if isinstance(schedule, (str, ContinuousPath)):
         if steps is None:
@@ -132,7 +135,7 @@ def _path_levels(path: ContinuousPath, steps: int, spacing: str) -> Levels:
 
 
 def _table_levels(alphas_cumprod: Array, steps: int, spacing: str) -> Levels:
-    """Compute the levels of a trained table, with the sampler's own choice of timesteps and a clean image at the end."""
+    """Compute the levels of a trained table at the sampler's own timesteps, and a clean end."""
     import torch
 
     from etude.sampling.paths import VPPath
@@ -151,7 +154,7 @@ def _top(path: ContinuousPath) -> Array:
 
 
 def _geometric(path: ContinuousPath, steps: int, span: float = 1e-3) -> Array:
-    """Compute s/a uniform in log(s/a) from the top level down to `span` (in units of the data), then 0."""
+    """Compute s/a, uniform in log(s/a) from the top level down to `span`, then 0."""
     top = _top(path)
     if np.any(top <= span):
         raise EtudeError(f"spacing 'log-snr' needs a path noisier than s/a = {span:g}: raise T.")
@@ -160,7 +163,10 @@ def _geometric(path: ContinuousPath, steps: int, span: float = 1e-3) -> Array:
 
 
 def _karras(path: ContinuousPath, steps: int, low: float = 0.002, rho: float = 7.0) -> Array:
-    """Compute EDM's levels (arXiv 2206.00364, eq. 5) in s/a, from the top level down to `low`, then 0."""
+    """Compute EDM's levels (arXiv 2206.00364, eq.
+
+    5) in s/a, from the top level down to `low`, then 0.
+    """
     top = _top(path)
     share = np.linspace(0.0, 1.0, steps).reshape((-1,) + (1,) * top.ndim)
     ramp = (top ** (1 / rho) + share * (low ** (1 / rho) - top ** (1 / rho))) ** rho

@@ -1,15 +1,17 @@
 """The continuous-time gap of a mixture on the line, for every eta, with its numerical error.
 
 The samplers' value function u(q, y) = E[r(end) | y at level q] solves
-`du/dq = (1 + eta^2)/2 (log p_q)' u' + eta^2/2 u''`. The probability flow Y_q(x), the ODE's own map with
-end point x, removes the drift. With m = p_0(x) dx the mass, which the flow carries along unchanged,
+`du/dq = (1 + eta^2)/2 (log p_q)' u' + eta^2/2 u''`. The probability flow Y_q(x), the ODE's own map
+with end point x, removes the drift. With m = p_0(x) dx the mass, which the flow carries along
+unchanged,
 
     du/dq at fixed x = eta^2/2 (1/p_q) d/dy (p_q du/dy) = eta^2/2 d/dm (p_q(Y)^2 du/dm),        u(0) = r,
 
 a symmetric diffusion. Finite volumes on moving cells of fixed mass solve it, with an L-stable
-Runge-Kutta method in the clock log(c + q), c the smallest variance. At eta = 0, u stays r. The mass of
-a cell is exact, so the method is accurate for a barrier of any height between modes. Space and time
-are refined together and extrapolated; the error is three times the change of the extrapolation.
+Runge-Kutta method in the clock log(c + q), c the smallest variance. At eta = 0, u stays r. The mass
+of a cell is exact, so the method is accurate for a barrier of any height between modes. Space and
+time are refined together and extrapolated; the error is three times the change of the
+extrapolation.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from etude.theory.targets import GaussianMixture
 
 REACH = 9.0  # the prior's tail beyond 9 deviations weighs 2e-19
 EMPTY = 1e-60  # least mass of a cell: it weighs nothing and keeps quotients of masses finite
-STIFFEST = 1e7  # largest conductance (a bulk cell has about 40): above it rounding outweighs the masses
+STIFFEST = 1e7  # largest conductance (a bulk cell has about 40): above, rounding outweighs masses
 REFINEMENTS = (4, 2, 1)
 STAGE = 1.0 - 0.5 * 2.0**0.5  # of Alexander's two-stage, second-order, L-stable method
 
@@ -46,7 +48,7 @@ class LineValues:
 
 
 class Components:
-    """Weights, means and variances [K] of a mixture on the line, with its density and score at noise level q."""
+    """Weights, means and variances [K] of a mixture on the line."""
 
     def __init__(self, target: GaussianMixture):
         if target.d != 1:
@@ -73,7 +75,7 @@ class Components:
         return np.asarray((part * pull).sum(axis=-1) / part.sum(axis=-1))
 
     def mass(self, low: Array, high: Array) -> Array:
-        """Compute the mass between points, in the nearer tail, so that far cells keep their digits."""
+        """Compute the mass between points in the nearer tail; far cells then keep their digits."""
         root = np.sqrt(self.c)
         a, b = ((x[..., None] - self.m) / root for x in (low, high))
         right = a > 0
@@ -83,7 +85,7 @@ class Components:
 def line_values(
     target: GaussianMixture, start: Start, reward: Reward, etas: Array, cells: int = 1000, time_steps: int = 240
 ) -> LineValues:
-    """Compute E r of the ODE sampler and the reward gap at each of `etas` [E], from N(0, V + excess)."""
+    """Compute E r of the ODE sampler and the gap at each of `etas` [E], from N(0, V + excess)."""
     parts, V = Components(target), float(start.V)
     points = _labels(parts, V, float(V + start.excess), 2 * cells)
     clock = _Clock(parts, V, time_steps)
@@ -121,7 +123,10 @@ class _Clock:
 def _integrate(
     parts: Components, y: Array, clock: _Clock, times: tuple[float, float], at: Array | None = None
 ) -> Array:
-    """Integrate the probability flow dY/dq = -score/2 in the clock; columns are the times `at`. Default: the end."""
+    """Integrate the probability flow dY/dq = -score/2 in the clock.
+
+    Columns are the times `at`. Default: the end.
+    """
     out = solve_ivp(
         lambda theta, z: -0.5 * np.exp(theta) * parts.score(z, clock.q(theta)),
         times,
@@ -135,7 +140,7 @@ def _integrate(
 
 
 def _labels(parts: Components, V: float, tau: float, count: int) -> Array:
-    """Return labels x (end points of the flow), [count + 1], even in x and in the starting point Y_V(x) at once."""
+    """Return labels x, [count + 1], even in x and in the flow's start Y_V(x) at once."""
     clock = _Clock(parts, V, 1)
     edges = REACH * tau**0.5 * np.array([-1.0, 1.0])
     low, high = _integrate(parts, edges, clock, (clock.high, clock.low))
@@ -146,7 +151,10 @@ def _labels(parts: Components, V: float, tau: float, count: int) -> Array:
 
 
 def _flow(parts: Components, points: Array, clock: _Clock) -> dict[float, Array]:
-    """Compute Y at every stage time of every refinement; the keys are the times' shares of the whole."""
+    """Compute Y at every stage time of every refinement.
+
+    The keys are the times' shares of the whole.
+    """
     shares = np.unique(np.concatenate([clock.stages(stride).ravel() for stride in REFINEMENTS]))
     columns = _integrate(parts, points, clock, (clock.low, clock.high), at=clock.theta(shares))
     return dict(zip(shares.tolist(), columns.T, strict=True))
@@ -182,7 +190,7 @@ def _at(
 def _conductance(
     parts: Components, flow: dict[float, Array], clock: _Clock, share: float, stride: int, between: Array
 ) -> Array:
-    """Compute `exp(theta) p_q(Y_face)^2 / (mass between the neighbouring nodes)`, per unit of the clock."""
+    """Compute `exp(theta) p_q(Y_face)^2 / (mass between the neighbours)`, per unit of the clock."""
     y, theta = flow[share][stride :: 2 * stride], float(clock.theta(np.asarray(share)))
     return np.asarray(np.exp(theta) * np.minimum(parts.density(y, clock.q(theta)) ** 2 / between, STIFFEST))
 

@@ -3,8 +3,8 @@
 One step is `x_u = mean(x_t) + std z`, `mean = c0 x0_hat + c1 eps_hat` with the mixture's exact
 denoiser. The ODE composes the maps and integrates the result over the prior adaptively, because the
 map is nearly a step between far modes. The SDE goes backwards through
-`u_i(x) = E_z u_(i+1)(mean_i(x) + std_i z)`, with cubic splines in x and the trapezoid rule in z, which
-converges faster than any power. The error is the change when both meshes are halved.
+`u_i(x) = E_z u_(i+1)(mean_i(x) + std_i z)`, with cubic splines in x and the trapezoid rule in z,
+which converges faster than any power. The error is the change when both meshes are halved.
 """
 
 from __future__ import annotations
@@ -91,7 +91,10 @@ class _LineSampler:
 
 
 def _spline(x: Array, u: Array) -> Callable[[Array], Array]:
-    """Interpolate by a cubic spline; outside the mesh, where there is no weight, return the edge value."""
+    """Interpolate by a cubic spline.
+
+    Outside the mesh, where there is no weight, return the edge value.
+    """
     spline, low, high = CubicSpline(x, u), x[0], x[-1]
     return lambda at: np.asarray(spline(np.clip(at, low, high)))
 
@@ -99,7 +102,9 @@ def _spline(x: Array, u: Array) -> Callable[[Array], Array]:
 def adaptive_integral(
     function: Callable[[Array], Array], low: float, high: float, tolerance: float = 1e-10, rounds: int = 40
 ) -> Approximation:
-    """Integrate by 8-point Gauss-Legendre on cells, and halve each cell whose halves disagree with the whole.
+    """Integrate by 8-point Gauss-Legendre on cells.
+
+    A cell whose halves disagree with the whole is halved.
 
     All open cells are evaluated in one call. The error is the sum of the disagreements.
     """

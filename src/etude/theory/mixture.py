@@ -1,4 +1,4 @@
-"""The reward gap and the improvement of mixtures: a numerical error on the line, a 95 % interval in d > 1."""
+"""The reward gap and the improvement of mixtures, with their errors."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ def mixture_gap(
     samples: int = 10_000,
     seed: int = 0,
 ) -> Any:
-    """Compute E r(ODE) - E r(SDE_eta) of a mixture from the prior with the exact score, as an `Approximation`.
+    """Compute E r(ODE) - E r(SDE_eta) of a mixture, as an `Approximation`.
 
-    On the line `line_flow` computes it in continuous time and `line_steps` with N steps; `.error` is
-    the numerical error. In d > 1 it comes from `samples` paired simulations; `.error` is the
+    Both samplers start from the prior and follow the exact score.
+
+    On the line `line_flow` computes it in continuous time and `line_steps` with N steps; `.error`
+    is the numerical error. In d > 1 it comes from `samples` paired simulations; `.error` is the
     half-width of a 95 % interval. An array of etas gives an object array of approximations.
 
     The other arguments and the errors are those of `reward_gap`.
@@ -137,7 +139,7 @@ def _ode_value(law: GaussianMixture, path: Any, reward: Reward, steps: int | Non
 
 
 def _path_of(path: Any, steps: int | None) -> ContinuousPath | None:
-    """Return the path of a question in continuous time, and None where the question is about N steps."""
+    """Return the path of a question in continuous time; None for a question about N steps."""
     if steps is not None or not isinstance(path, (str, ContinuousPath)):
         return None
     path = as_path(path)

@@ -1,7 +1,9 @@
-"""Optima of reinforcement learning with a KL penalty on trajectories, which are not the tilted law p*.
+"""Optima of reinforcement learning with a KL penalty on trajectories.
 
-DDPO with KL penalises the KL divergence between the two samplers' whole trajectories, with the initial
-noise fixed. There are three optima, from the freest policy to the most constrained:
+None of them is the tilted law p*.
+
+DDPO with KL penalises the KL divergence between the two samplers' whole trajectories, with the
+initial noise fixed. There are three optima, from the freest policy to the most constrained:
 
     kernel optimum   any change of the trajectory given its start: x_0's kernel times exp(r/beta),
                      normalised per start (`path_kl_optimum`); in continuous time a change of drift reaches it
@@ -42,13 +44,15 @@ def path_kl_optimum(
     spacing: str = "trailing",
     kernel: KernelChoice = "gddim",
 ) -> Gaussian:
-    """Compute the terminal law of `argmax E r - beta KL(trajectories || trajectories of the reference)`.
+    """Compute the terminal law of the trajectories that maximise `E r - beta KL`.
+
+    KL is that of the trajectories to the reference's.
 
     The start's law is fixed, and `target` is the reference N(m, C). The reference's kernel is
     `x_0 | start ~ N(mu(start), S)`; with `Lam = S^-1 + 2Q/beta` the optimum's is
-    `x_0 | start ~ N(Lam^-1 [S^-1 mu(start) + (2 Q c + b)/beta], Lam^-1)`, averaged over the prior. In continuous
-    time `S = C (1 - Phi_0^(2 eta^2))` and `mu = m + Phi_eta (y - m)`; with N steps S and Phi are those of the exact
-    recursion. The other arguments are those of `reward_gap`.
+    `x_0 | start ~ N(Lam^-1 [S^-1 mu(start) + (2 Q c + b)/beta], Lam^-1)`, averaged over the prior.
+    In continuous time `S = C (1 - Phi_0^(2 eta^2))` and `mu = m + Phi_eta (y - m)`; with N steps S
+    and Phi are those of the exact recursion. The other arguments are those of `reward_gap`.
 
     Raises:
         EtudeError: as `reward_gap`; the optimum does not exist at this beta.
@@ -89,7 +93,10 @@ def _compose(A: Array, noise: Array) -> tuple[Array, Array]:
 def _average_of_tilts(
     target: Gaussian, reward: QuadraticReward, beta: float, offset: Array, S: Array, spread: Array
 ) -> Gaussian:
-    """Tilt N(offset + xi, S) by exp(r/beta) for xi ~ N(0, spread), all in the eigenbasis, and average over xi."""
+    """Tilt N(offset + xi, S) by exp(r/beta), and average over xi ~ N(0, spread).
+
+    All arguments are in the eigenbasis.
+    """
     U = np.eye(target.d) if target.basis is None else target.basis
     Q, c, b = reward.parts(target.d)
     Q, pull = U.T @ Q @ U, U.T @ (2.0 * Q @ c + b)
@@ -109,7 +116,9 @@ def _average_of_tilts(
 
 @dataclass(frozen=True)
 class MeanPolicy:
-    """The best policy that changes the means of noisy steps, `mean_u = A x + k + F_i (x - a_i m) + f_i` in step i.
+    """The best policy that changes the means of noisy steps:
+
+        mean_u = A x + k + F_i (x - a_i m) + f_i        in step i
 
     Attributes:
         law: its terminal law.
@@ -138,12 +147,12 @@ def mean_policy_optimum(
     spacing: str = "trailing",
     kernel: KernelChoice = "gddim",
 ) -> MeanPolicy:
-    """Compute `argmax E r - beta KL` over policies that shift the mean of each noisy step, with N steps.
+    """Compute the policy that maximises `E r - beta KL` by shifts of the noisy steps' means.
 
-    The shift may be any function of the step's state; noiseless steps cannot be changed. The optimum is a
-    linear-quadratic regulator: the value function `-x^T P x + p^T x` goes backwards through the exact steps, and a
-    shift of a mean by u costs `beta |u|^2 / (2 std^2)`. The optimal shift is linear in the state. The other
-    arguments are those of `finite_step_law`.
+    The shift may be any function of the step's state; noiseless steps cannot be changed. The
+    optimum is a linear-quadratic regulator: the value function `-x^T P x + p^T x` goes backwards
+    through the exact steps, and a shift of a mean by u costs `beta |u|^2 / (2 std^2)`. The optimal
+    shift is linear in the state. The other arguments are those of `finite_step_law`.
 
     Raises:
         EtudeError: as `finite_step_law`; the optimum does not exist at this beta.
@@ -165,7 +174,8 @@ def mean_policy_optimum(
 def _regulate(A: Array, variance: float, beta: float, P: Array, p: Array) -> tuple[Array, Array, Array, Array]:
     """Take one step backwards in deviations e = x - a m.
 
-    It returns F and f of the best shift `F e + f`, and P and p of the value function before the step.
+    It returns F and f of the best shift `F e + f`, and P and p of the value function before the
+    step.
     """
     if variance == 0.0:
         return np.zeros_like(P), np.zeros_like(p), A[:, None] * P * A, A * p

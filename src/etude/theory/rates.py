@@ -1,16 +1,16 @@
-"""Rates at which the gap closes as the path gets longer: exponents and constants, and a fit to numbers.
+"""Rates at which the gap closes as the path gets longer, exact and fitted.
 
-With Phi_eta = (C/(C + V))^(kappa/2), kappa = 1 + eta^2, and g = E grad r, the continuous-time gap of a
-Gaussian target is a sum of powers of V:
+With Phi_eta = (C/(C + V))^(kappa/2), kappa = 1 + eta^2, and g = E grad r, the continuous-time gap
+of a Gaussian target is a sum of powers of V:
 
     V^(-1/2)      -g^T C^(1/2) m                                              (the ODE's mean error: generic case)
     V^(-kappa/2)  +g^T C^(kappa/2) m                                          (the SDE's own mean error)
     V^(-1)        -m^T C^(1/2) Q C^(1/2) m - tr(Q C (e - C))                  (the rest where the first vanishes: centred)
     V^(-kappa)    the same with C^(kappa/2)
 
-with e = 0 for VE (V = sigma_T^2, so powers of T) and e = 1 for VP (V = exp(B) - 1, so exponentials). A
-rectified flow from 1 - delta has tau - V = 2 sqrt(V) + 1 and V^(-1/2) = delta / (1 - delta); the terms
--2 tr(Q C) V^(-1/2) and +2 tr(Q C^kappa) V^(1/2 - kappa) come on top.
+with e = 0 for VE (V = sigma_T^2, so powers of T) and e = 1 for VP (V = exp(B) - 1, so
+exponentials). A rectified flow from 1 - delta has tau - V = 2 sqrt(V) + 1 and V^(-1/2) = delta / (1
+- delta); the terms -2 tr(Q C) V^(-1/2) and +2 tr(Q C^kappa) V^(1/2 - kappa) come on top.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from etude.theory.terminal_law import gaussian
 class Rate:
     """The rate `quantity ≃ constant * variable^(-exponent)`.
 
-    `variable` is "T", "sigma_max", "exp(B)" (B = int beta) or "1/delta"; `regime` is "generic" or "centred".
+    `variable` is "T", "sigma_max", "exp(B)" (B = int beta) or "1/delta"; `regime` is "generic" or
+    "centred".
     """
 
     exponent: float
@@ -50,7 +51,8 @@ class Rate:
 def natural(path: ContinuousPath) -> tuple[str, Array]:
     """Return the variable in which a path's rate is a power, by name and value.
 
-    It is T for VE (sigma_max for a geometric scale with its own), exp(B) for VP and 1/delta for a rectified flow.
+    It is T for VE (sigma_max for a geometric scale with its own), exp(B) for VP and 1/delta for a
+    rectified flow.
 
     Raises:
         EtudeError: the rectified flow starts from pure noise, or the path is of another class.
@@ -70,11 +72,13 @@ def natural(path: ContinuousPath) -> tuple[str, Array]:
 
 
 def rates(target: Gaussian, path: ContinuousPath, reward: QuadraticReward, eta: float) -> Rate:
-    """Compute the leading rate of the continuous-time reward gap as the path gets longer, for a fixed eta > 0.
+    """Compute the leading rate of the continuous-time gap as the path gets longer.
 
-    It is the slowest of the module's terms whose coefficient does not vanish (relative to its size, 1e-12):
-    "generic" for the V^(-1/2) term, "centred" otherwise. A constant of 0 means that every term up to
-    V^(-kappa) vanishes.
+    Eta is fixed and above 0.
+
+    It is the slowest of the module's terms whose coefficient does not vanish (relative to its size,
+    1e-12): "generic" for the V^(-1/2) term, "centred" otherwise. A constant of 0 means that every
+    term up to V^(-kappa) vanishes.
 
     Raises:
         EtudeError: eta is 0, where there is no gap, or the path has no known rate (`natural`).
@@ -92,7 +96,10 @@ def rates(target: Gaussian, path: ContinuousPath, reward: QuadraticReward, eta: 
 
 
 def asymptotic_series(target: Gaussian, path: ContinuousPath, reward: QuadraticReward, eta: float) -> Array:
-    """Add up all of the module's terms on a path: closer than the leading one alone, above all at small eta."""
+    """Add up all of the module's terms on a path.
+
+    The sum is closer than the leading term alone, above all at small eta.
+    """
     target, kappa = gaussian(target, "asymptotic_series"), 1.0 + float(nonnegative(number(eta, "eta"), "eta")) ** 2
     terms = _terms(target, path, reward, kappa)
     return np.asarray(sum(coefficient * path.start().V ** -power for power, coefficient, _ in terms))
@@ -126,7 +133,7 @@ def _rate(path: ContinuousPath, power: float, constant: float, regime: str) -> R
 def _terms(
     target: Gaussian, path: ContinuousPath, reward: QuadraticReward, kappa: float
 ) -> list[tuple[float, float, float]]:
-    """Return (power of 1/V, coefficient, sum of the sizes that it adds up) for every term up to V^(-kappa)."""
+    """Return (power of 1/V, coefficient, sum of sizes) of every term up to V^(-kappa)."""
     Q = reward.parts(target.d)[0]
     Q = Q if target.basis is None else target.basis.T @ Q @ target.basis
     m, c, g = target.to_eigen(target.mu), target.spectrum, target.to_eigen(reward.gradient(target.mu))

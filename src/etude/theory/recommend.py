@@ -1,9 +1,9 @@
-"""The eta whose sampler comes closest to a target, for a schedule, a number of steps and a score error.
+"""The eta whose sampler comes closest to a target, for a schedule, N and a score error.
 
-A large eta forgets the wrong start and corrects score errors; a small eta loses less to the steps. The
-error is the Wasserstein-2 distance of the sampler's law to the target. Training with a reward can only
-match this sampler's images to what the reward asks for. The deployed ODE does not share the sampler's
-own error.
+A large eta forgets the wrong start and corrects score errors; a small eta loses less to the steps.
+The error is the Wasserstein-2 distance of the sampler's law to the target. Training with a reward
+can only match this sampler's images to what the reward asks for. The deployed ODE does not share
+the sampler's own error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ POINTS = 121
 
 @dataclass(frozen=True)
 class Recommendation:
-    """The eta that minimises the W2 distance of the sampler to the target, with the trade-off curve.
+    """The eta that minimises the W2 distance of the sampler to the target, with the curve.
 
     Attributes:
         eta: the minimum.
@@ -47,7 +47,8 @@ class Recommendation:
         discretisation: W2 to the target with the exact start and score, [n]: the steps alone.
         score: W2 between the sampler's laws with and without the score error, [n].
         to_ode: W2 between the SDE_eta's law and the ODE's, both with the score error, [n].
-        at_limit: whether the minimum is at the largest eta allowed, so that a larger one would be better still.
+        at_limit: whether the minimum is at the largest eta allowed, so that a larger one would be
+            better still.
     """
 
     eta: float
@@ -77,7 +78,8 @@ def recommended_eta(
     Args:
         target: one Gaussian.
         schedule: as in `levels`.
-        steps: N. Default: continuous time on a path, where the score error alone speaks against a large eta.
+        steps: N. Default: continuous time on a path, where the score error alone speaks against a
+            large eta.
         spacing: as in `levels`.
         score_error: error of the noise prediction. Default: none.
         kernel: as in `finite_step_law`; eta is in its unit.

@@ -1,4 +1,4 @@
-"""The numbers behind `etude theory`: every result of the theory on one Gaussian reference and one quadratic reward."""
+"""The numbers of `etude theory`: every result on one Gaussian reference and quadratic reward."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ EXAMPLE = GaussianMixture([0.6, 0.4], [-1.0, 1.5], 0.3)
 
 @dataclass(frozen=True)
 class Settings:
-    """The reference, the reward, the samplers and the score error; lists of one entry mean the line.
+    """The reference, the reward, the samplers and the score error of one report.
+
+    Lists of one entry mean the line.
 
     `etas` are in the kernel's unit with N steps, and in gDDIM's in continuous time.
     """
@@ -108,7 +110,10 @@ def _optimum(reference: Gaussian, tuned: TiltedGaussian, reward: QuadraticReward
 
 
 def _horizon(tuned: Gaussian, path: VE | VP, reward: QuadraticReward, etas: list[float]) -> dict[str, Any]:
-    """Compute the continuous-time gap against the horizon, its asymptote, and the rate fitted to the last quarter."""
+    """Compute the continuous-time gap against the horizon, its asymptote and its fitted rate.
+
+    The fit takes the last quarter.
+    """
     gaps = reward_gap(tuned, path, reward, np.array(etas)[:, None])
     name, variable = natural(path)
     rows = []
@@ -124,7 +129,10 @@ def _horizon(tuned: Gaussian, path: VE | VP, reward: QuadraticReward, etas: list
 
 
 def _steps(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dict[str, Any]:
-    """Compute the N-step gap, score error included, against N; None where the kernel has no such eta."""
+    """Compute the N-step gap, score error included, against N.
+
+    It is None where the kernel has no such eta.
+    """
     etas = np.array(settings.etas)
     gaps = []
     for n in STEP_COUNTS:
@@ -144,8 +152,8 @@ def _steps(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dict
 def _limit(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> list[float] | None:
     """Compute the gaps for N -> infinity, where a white error vanishes.
 
-    None where the other errors have no closed form, or the kernel's short steps are of no finite eta, or of
-    different etas and not from pure noise.
+    It is None where the other errors have no closed form, or the kernel's short steps are of no finite
+    eta, or of different etas and not from pure noise.
     """
     start, error = as_path(settings.schedule).start(), ScoreError(settings.bias, settings.gain)
     by_level = short_step_etas(settings.kernel, settings.etas, levels(settings.schedule, 8))
@@ -191,7 +199,7 @@ def _bounds(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dic
 
 
 def _mixture(reward: QuadraticReward, settings: Settings) -> dict[str, Any]:
-    """Compute gap and bounds of the tilted two-mode example on the line, or say why there are none."""
+    """Compute gap and bounds of the tilted two-mode example, or say why there are none."""
     if settings.reference().d > 1:
         return {
             "mixture": [],

@@ -1,4 +1,4 @@
-"""Rewards whose expectation the theory computes: quadratic in closed form, Lipschitz by quadrature."""
+"""Rewards with computable expectations: quadratic in closed form, Lipschitz by quadrature."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from etude.theory.targets import Gaussian, GaussianMixture
 class QuadraticReward:
     """The reward `r(x) = -(x - c)^T Q (x - c) + b^T x`, with Q of any signature.
 
-    `Q` is a number (Q I), a diagonal [d] or a matrix [d, d], of which only the symmetric part counts.
-    `center` c and `linear` b are numbers (the same in every coordinate) or [d].
+    `Q` is a number (Q I), a diagonal [d] or a matrix [d, d], of which only the symmetric part
+    counts. `center` c and `linear` b are numbers (the same in every coordinate) or [d].
     `QuadraticReward(0, linear=b)` is the linear reward.
 
     Raises:
@@ -37,7 +37,7 @@ class QuadraticReward:
             self.Q = 0.5 * (self.Q + self.Q.T)
 
     def parts(self, d: int) -> tuple[Array, Array, Array]:
-        """Return (Q [d, d], c [d], b [d]) in d dimensions; EtudeError if the reward has another number of them."""
+        """Return (Q [d, d], c [d], b [d]); EtudeError if the reward has not d dimensions."""
         sizes = {x.shape[-1] for x in (self.Q, self.center, self.linear) if x.ndim}
         if sizes - {d}:
             raise EtudeError(f"the reward has {max(sizes)} dimensions but the law has {d}: give both the same.")
@@ -50,11 +50,17 @@ class QuadraticReward:
         return x[..., None] if scalar and x.ndim < 2 else x
 
     def __call__(self, x: Numbers) -> Array:
-        """Compute the values [...] at points `x` [..., d]; a reward made of numbers also takes points [n] on the line."""
+        """Compute the values [...] at points `x` [..., d].
+
+        A reward made of numbers also takes points [n] on the line.
+        """
         return self.value(self._points(x))
 
     def value(self, x: Array) -> Array:
-        """Compute the values [...] at points [..., d]; the last axis is always that of the coordinates."""
+        """Compute the values [...] at points [..., d].
+
+        The last axis is always that of the coordinates.
+        """
         Q, c, b = self.parts(x.shape[-1])
         z = x - c
         return np.asarray(-np.sum((z @ Q) * z, axis=-1) + x @ b)
@@ -65,7 +71,10 @@ class QuadraticReward:
         return np.asarray(b - 2.0 * (x - c) @ Q)
 
     def expected(self, law: Gaussian | GaussianMixture) -> Any:
-        """Compute `E r = -tr(Q Cov) - (mean - c)^T Q (mean - c) + b^T mean`; an array for a batch of laws."""
+        """Compute `E r = -tr(Q Cov) - (mean - c)^T Q (mean - c) + b^T mean`.
+
+        It is an array for a batch of laws.
+        """
         if isinstance(law, GaussianMixture):
             return float(sum(w * self.expected(part) for w, part in zip(law.weights, law.components, strict=True)))
         value = self.value(law.mu) - law.spectrum @ self._diagonal(law)
@@ -79,9 +88,9 @@ class QuadraticReward:
     def change(self, mean_shift: Array, middle: Array, spectrum_shift: Array, law: Gaussian) -> Array:
         """Compute the difference of E r between two laws in the eigenbasis of `law`.
 
-        Their means are `middle +- mean_shift/2`, and their eigenvalues differ by `spectrum_shift`. The
-        result is exact, because r is quadratic, and free of the cancellation that the subtraction of
-        two expectations has.
+        Their means are `middle +- mean_shift/2`, and their eigenvalues differ by `spectrum_shift`.
+        The result is exact, because r is quadratic, and free of the cancellation that the
+        subtraction of two expectations has.
         """
         return np.asarray(np.sum(mean_shift * self.gradient(middle), axis=-1) - spectrum_shift @ self._diagonal(law))
 
@@ -113,7 +122,7 @@ class QuadraticReward:
 
 
 class LipschitzReward:
-    """A reward given as a function with its Lipschitz constant, `|r(x) - r(y)| <= lipschitz |x - y|`.
+    """A reward that is a function, with `|r(x) - r(y)| <= lipschitz |x - y|`.
 
     `function` takes points [n] on the line, or [n, d], and returns [n].
 
@@ -151,7 +160,10 @@ class LipschitzReward:
         return self._on_line(law) if law.d == 1 else self._in_space(law)
 
     def _on_line(self, law: Gaussian) -> Any:
-        """Integrate by composite Gauss-Legendre in the normal score; the error is the change from half as many panels."""
+        """Integrate by composite Gauss-Legendre in the normal score.
+
+        The error is the change from half as many panels.
+        """
         coarse, fine = (self._panels(law, panels) for panels in (200, 400))
         if law.batch:
             return fine
@@ -167,7 +179,10 @@ class LipschitzReward:
         return np.asarray(values @ (w / w.sum()))
 
     def _in_space(self, law: Gaussian, replicates: int = 16, log2_points: int = 12) -> Approximation:
-        """Average over scrambled Sobol points; the error is the 95 % half-width over independent scramblings."""
+        """Average over scrambled Sobol points.
+
+        The error is the 95 % half-width over independent scramblings.
+        """
         from scipy.stats import qmc  # slow to import, and rarely needed
 
         law.single("a Lipschitz reward in d > 1")

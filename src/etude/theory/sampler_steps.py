@@ -1,10 +1,10 @@
-"""The steps of a sampler in NumPy float64: its levels, and the coefficients that its kernel gives there.
+"""The steps of a sampler in NumPy float64: its levels, and its kernel's coefficients there.
 
     x_u = x0 x0_hat + eps eps_hat + sqrt(variance) z,      from (a[i], s[i]) to (a[i + 1], s[i + 1])
 
-The coefficients are the sampler's own (`etude.sampling.kernels`), so the theory holds for every kernel
-and for every plan. A step out of pure noise (a = 0) is the ODE's, as in a plan with `first_step: ode`;
-the table of another plan keeps its own first step.
+The coefficients are the sampler's own (`etude.sampling.kernels`), so the theory holds for every
+kernel and for every plan. A step out of pure noise (a = 0) is the ODE's, as in a plan with
+`first_step: ode`; the table of another plan keeps its own first step.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ KernelChoice: TypeAlias = "str | Kernel"
 """A kernel's name, or a kernel whose other parameters than eta are used at every eta."""
 EULER_MARUYAMA = "euler-maruyama"
 FORGETFUL = 1e8
-"""Stands for an infinite eta in continuous time: it forgets every start at once, and its square is finite."""
+"""An infinite eta in continuous time: it forgets every start, and its square is finite."""
 
 
 @dataclass(frozen=True)
 class SamplerSteps:
-    """Levels and coefficients of N steps; arrays [N, ...] with the trailing axes of eta and the levels."""
+    """Levels and coefficients of N steps: arrays [N, ...], with the axes of eta and of the levels."""
 
     levels: Levels
     x0: Array
@@ -42,7 +42,7 @@ class SamplerSteps:
     variance: Array
 
     def ode(self) -> SamplerSteps:
-        """Return the probability-flow ODE's steps on the same levels, `x_u = a_u x0_hat + s_u eps_hat`."""
+        """Return the probability-flow ODE's steps on the same levels: a_u, s_u and no noise."""
         return _ode_steps(self.levels)
 
 
@@ -57,18 +57,19 @@ def sampler_steps(
     """Compute the steps of a sampler.
 
     Args:
-        schedule: as in `levels`. A `StepTable` (from `SamplingPlan.tabulate`) brings its own coefficients
-            where eta is None; tabulate it in float64 for exact laws.
-        eta: the stochasticity in the kernel's unit; an array broadcasts with the levels' trailing axes.
-            Default: that of the kernel or of the table.
+        schedule: as in `levels`. A `StepTable` (from `SamplingPlan.tabulate`) brings its own
+            coefficients where eta is None; tabulate it in float64 for exact laws.
+        eta: the stochasticity in the kernel's unit; an array broadcasts with the levels' trailing
+            axes. Default: that of the kernel or of the table.
         steps: as in `levels`.
         spacing: as in `levels`.
         kernel: a name of `etude.registry.KERNELS`, "euler-maruyama", an import path, or a `Kernel`.
         prior_variance: as in `levels`.
 
     Raises:
-        EtudeError: as `levels`; the kernel is unknown, has no such eta on these levels (the error names the
-            largest), or is not defined on them (`flow_sde` and `dance_sde` off rectified flow); eta is missing.
+        EtudeError: as `levels`; the kernel is unknown, has no such eta on these levels (the error
+            names the largest), or is not defined on them (`flow_sde` and `dance_sde` off rectified
+            flow); eta is missing.
     """
     grid = levels(schedule, steps, spacing, prior_variance)
     if eta is None and kernel == "gddim" and hasattr(schedule, "x0") and hasattr(schedule, "std"):
@@ -84,32 +85,31 @@ def _ode_steps(grid: Levels) -> SamplerSteps:
 
 def _kernel_steps(grid: Levels, eta: Array, kernel: KernelChoice) -> SamplerSteps:
     """Ask the kernel for its coefficients, once for each different eta."""
-    values, which = np.unique(eta, return_inverse=True)
+    values, index = np.unique(eta, return_inverse=True)
     kernels = [kernel_at(kernel, float(value)) for value in values]
-    noisy, source, target = _steps_above_noise(grid)
+    above, source, target = _steps_above_noise(grid)
     _check_eta(kernels[-1], source, target)
     ode = _ode_steps(grid)
-    shape = np.broadcast_shapes(eta.shape, grid.a.shape[1:])
-    # Every eta on all of the levels, [etas, N, levels' trailing entries], then the entries that the axes pair up.
-    table = np.stack([np.broadcast_to(x[None], (values.size, *x.shape)) for x in (ode.x0, ode.eps, ode.variance)])
-    table = table.copy()
-    for at, each in enumerate(kernels if noisy.any() else []):
-        found = each.coefficients(source, target)
-        for part, value in enumerate((found.x0, found.eps, found.std.square())):
-            table[part, at][noisy] = value.numpy()
+    # [part, eta, N, axes of the levels], the ODE's where the kernel is not asked
+    table = np.stack([np.stack([ode.x0, ode.eps, ode.variance])] * values.size, axis=1)
+    for at, each in enumerate(kernels if above.any() else []):
+        step = each.coefficients(source, target)
+        for part, value in enumerate((step.x0, step.eps, step.std.square())):
+            table[part, at][above] = value.numpy()
+    # Pair the axes of eta with those of the levels, as NumPy broadcasts.
     table = table.reshape(3, values.size, grid.steps, -1)
-    entries = np.arange(table.shape[-1]).reshape(grid.a.shape[1:])
-    paired = table[:, np.broadcast_to(which.reshape(eta.shape), shape), :, np.broadcast_to(entries, shape)]
-    return SamplerSteps(grid, *np.moveaxis(paired, (-2, -1), (0, 1)))
+    entry = np.arange(table.shape[-1]).reshape(grid.a.shape[1:])
+    pairs = np.broadcast_arrays(index.reshape(eta.shape), entry)
+    return SamplerSteps(grid, *np.moveaxis(table[:, pairs[0], :, pairs[1]], (-2, -1), (0, 1)))
 
 
 def _steps_above_noise(grid: Levels) -> tuple[Any, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return which steps, [N, ...], start above a = 0, and their source and target levels as tensors."""
+    """Return which steps [N, ...] start above a = 0, and their source and target levels."""
     import torch
 
-    noisy = grid.a[:-1] > 0
-    a_t, s_t, a_u, s_u = (torch.from_numpy(x[noisy]) for x in (grid.a[:-1], grid.s[:-1], grid.a[1:], grid.s[1:]))
-    return noisy, (a_t, s_t), (a_u, s_u)
+    above = grid.a[:-1] > 0
+    a_t, s_t, a_u, s_u = (torch.from_numpy(x[above]) for x in (grid.a[:-1], grid.s[:-1], grid.a[1:], grid.s[1:]))
+    return above, (a_t, s_t), (a_u, s_u)
 
 
 def kernel_at(kernel: KernelChoice, eta: float) -> Kernel:
@@ -125,7 +125,7 @@ def kernel_at(kernel: KernelChoice, eta: float) -> Kernel:
 
 
 def eta_of(kernel: KernelChoice, eta: Numbers | None) -> Array:
-    """Return eta as an array, and the kernel's own eta for None; EtudeError for a name, which has none."""
+    """Return eta as an array, or the kernel's own for None; EtudeError if neither has one."""
     if eta is None:
         eta = getattr(kernel, "eta", None)
     if eta is None:
@@ -141,13 +141,15 @@ def _check_eta(kernel: Kernel, source: tuple[Tensor, Tensor], target: tuple[Tens
 
 
 def largest_eta(grid: Levels, kernel: KernelChoice) -> float:
-    """Return the largest eta that the kernel has on every step of the grid; infinite if there is no limit."""
+    """Return the largest eta that the kernel has on every step; infinity if there is no limit."""
     _, source, target = _steps_above_noise(grid)
     return kernel_at(kernel, 0.0).largest_eta(source, target) if source[0].numel() else math.inf
 
 
 def short_step_etas(kernel: KernelChoice, eta: Numbers, grid: Levels) -> Array:
-    """Return the gDDIM eta that the kernel amounts to for short steps at each level, [*eta, levels with a > 0 and s > 0].
+    """Return the gDDIM eta that the kernel amounts to for short steps at each level.
+
+    The shape is [*eta, L], with L the number of levels where a > 0 and s > 0.
 
     Raises:
         EtudeError: the kernel states none (`Kernel.small_step_eta`).
@@ -162,13 +164,14 @@ def short_step_etas(kernel: KernelChoice, eta: Numbers, grid: Levels) -> Array:
 
 
 def continuous_eta(kernel: KernelChoice, eta: Numbers | None, grid: Levels) -> Array:
-    """Return the gDDIM eta of the continuous-time sampler that the kernel approaches with short steps.
+    """Return the gDDIM eta of the continuous-time sampler that short steps of the kernel approach.
 
-    From pure noise it is eta itself (0 for a table): there every eta has the same continuous-time law. FORGETFUL
-    stands for an infinite eta (CPS).
+    From pure noise it is eta itself (0 for a table): there every eta has the same continuous-time
+    law. FORGETFUL stands for an infinite eta (CPS).
 
     Raises:
-        EtudeError: eta is missing, or the kernel states no eta for short steps or another one at each level (DanceSDE).
+        EtudeError: eta is missing, or the kernel states no eta for short steps or another one at
+            each level (DanceSDE).
     """
     forgets = bool(np.all(grid.a[0] == 0))
     if forgets and eta is None and isinstance(kernel, str):
@@ -176,13 +179,13 @@ def continuous_eta(kernel: KernelChoice, eta: Numbers | None, grid: Levels) -> A
     eta = eta_of(kernel, eta)
     if forgets or kernel == "gddim":
         return eta
-    found = np.minimum(short_step_etas(kernel, eta, grid), FORGETFUL)
-    if not np.allclose(found, found[..., :1], rtol=1e-9, atol=0.0):
+    by_level = np.minimum(short_step_etas(kernel, eta, grid), FORGETFUL)
+    if not np.allclose(by_level, by_level[..., :1], rtol=1e-9, atol=0.0):
         raise EtudeError(
             f"the kernel {kernel!r} amounts to another eta at each level, so its limit of short steps has none: start "
             "from pure noise (delta = 0), where every limit has the same law, or use another kernel."
         )
-    return found[..., 0]
+    return by_level[..., 0]
 
 
 def path_eta(kernel: KernelChoice, eta: Numbers | None, path: ContinuousPath) -> Array:

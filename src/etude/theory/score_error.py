@@ -1,16 +1,16 @@
-"""Errors of the score, and what they do to the continuous-time laws of a Gaussian target in closed form.
+"""Errors of the score, and the continuous-time laws of a Gaussian target under them.
 
-With `eps_hat = (1 + gain) eps + bias`, in an eigen-direction c and with kappa = 1 + eta^2, 2K = kappa (1 + gain),
-x = c/(c + V), U = asinh(sqrt(V/c)):
+With `eps_hat = (1 + gain) eps + bias`, in an eigen-direction c and with kappa = 1 + eta^2, 2K =
+kappa (1 + gain), x = c/(c + V), U = asinh(sqrt(V/c)):
 
     E y   = m (1 - x^K) - kappa sqrt(c) bias int_0^U cosh(u)^(1 - 2K) du
     Var y = x^(2K) tau + eta^2 c (1 - x^(2K - 1)) / (2K - 1)
 
-At gain 0 the bias shifts the ODE's mean by `-sqrt(c) U bias`, which grows like log V, and the SDE's mean (eta = 1)
-by `-2 sqrt(c) arctan(sqrt(V/c)) bias`, which does not grow: stochasticity corrects score errors. A gain a > 0
-shrinks the ODE's variance by the factor x^a, which tends to 0, and the SDE's variance to
-`c eta^2 / (eta^2 + a kappa)` only. A score that is exact for another law makes no error of this kind: the sampler
-is then exact for that law.
+At gain 0 the bias shifts the ODE's mean by `-sqrt(c) U bias`, which grows like log V, and the SDE's
+mean (eta = 1) by `-2 sqrt(c) arctan(sqrt(V/c)) bias`, which does not grow: stochasticity corrects
+score errors. A gain a > 0 shrinks the ODE's variance by the factor x^a, which tends to 0, and the
+SDE's variance to `c eta^2 / (eta^2 + a kappa)` only. A score that is exact for another law makes no
+error of this kind: the sampler is then exact for that law.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(120)
 
 @dataclass(frozen=True)
 class ScoreError:
-    """Error of a trained network in units of its noise prediction, `eps_hat = (1 + gain) eps + bias + white xi`.
+    """Error of a trained network in units of its noise prediction:
+
+        eps_hat = (1 + gain) eps + bias + white xi
 
     Args:
         bias: a constant error, a number or [d].
@@ -78,11 +80,12 @@ def as_score_error(value: Any) -> ScoreError:
 
 
 def terminal_law_with_error(target: Gaussian, path: ContinuousPath | str, eta: Numbers, error: ScoreError) -> Gaussian:
-    """Compute the law at t = 0 of the continuous-time sampler whose noise prediction has this bias and gain.
+    """Compute the law at t = 0 of the continuous-time sampler with a bias and a gain.
 
     Raises:
-        EtudeError: the error has a white part, which has no continuous-time limit (its effect is proportional to
-            the step: `white_variance`); the path starts at a = 0, or the target has a direction without variance.
+        EtudeError: the error has a white part, which has no continuous-time limit (its effect is
+            proportional to the step: `white_variance`); the path starts at a = 0, or the target has
+            a direction without variance.
     """
     target = gaussian(target, "terminal_law_with_error")
     return law_in_y_with_error(target, as_path(path).start(), eta, error)
@@ -123,7 +126,7 @@ def _geometric(power: Array, log_x: Array) -> Array:
 
 
 def score_bias_shift(target: Gaussian, path: ContinuousPath | str, eta: Numbers, bias: Numbers) -> Array:
-    """Compute the shift of the mean for a score that is off by the constant `bias` in x units, [..., d].
+    """Compute the shift of the mean, [..., d], for a score that is off by a constant in x units.
 
     The shift is `kappa/2 int_0^V (c/(c + q))^(kappa/2) a(q) dq bias`; on VE it is
     `kappa/2 c (1 - x^(kappa/2 - 1))/(kappa/2 - 1) bias`. `bias` is a number or [d].
@@ -147,11 +150,11 @@ def score_bias_shift(target: Gaussian, path: ContinuousPath | str, eta: Numbers,
 
 
 def white_variance(target: Gaussian, start: Start, eta: Numbers, h: Numbers, white: float) -> Array:
-    """Compute the variance that a white error adds to leading order in the log-SNR step h, [..., d].
+    """Compute the variance, [..., d], that a white error adds to leading order in the step.
 
-    It is `(1 + eta^2)^2/(2 eta^2) c h white^2 (1 - Phi_0^(2 eta^2))`, for an independent noise-prediction error of
-    standard deviation `white` at every step. It is smallest at eta = 1 for V -> infinity. At eta = 0 it is its limit,
-    `c h white^2 log(1/Phi_0)`.
+    It is `(1 + eta^2)^2/(2 eta^2) c h white^2 (1 - Phi_0^(2 eta^2))`, for an independent
+    noise-prediction error of standard deviation `white` at every step. It is smallest at eta = 1
+    for V -> infinity. At eta = 0 it is its limit, `c h white^2 log(1/Phi_0)`.
     """
     power = nonnegative(eta, "eta")[..., None] ** 2
     c, V = target.spectrum, start.V[..., None]

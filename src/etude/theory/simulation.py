@@ -1,9 +1,9 @@
 """The gap of a mixture in d dimensions by simulation with the exact score, with a 95 % interval.
 
-The ODE and the SDE start from the same prior draws, so most of the variance cancels. Continuous time
-is the limit of gDDIM on a log-SNR grid. A run with N steps and one with N/2 share their Brownian
-motion; they are extrapolated (2 fine - coarse, because gDDIM is of first order) before averaging, and
-the change is reported as `bias_scale`.
+The ODE and the SDE start from the same prior draws, so most of the variance cancels. Continuous
+time is the limit of gDDIM on a log-SNR grid. A run with N steps and one with N/2 share their
+Brownian motion; they are extrapolated (2 fine - coarse, because gDDIM is of first order) before
+averaging, and the change is reported as `bias_scale`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def simulate_continuous(
 
 
 def _span(target: GaussianMixture, V: float) -> float:
-    """Return the log of the last level over the first; the last is a hundredth of the data's smallest deviation."""
+    """Return the log of the last level over the first.
+
+    The last is a hundredth of the data's smallest deviation.
+    """
     smallest = min(float(part.spectrum.min()) for part in target.components) ** 0.5
     return min(float(np.log(0.01 * smallest / V**0.5)), -1.0)
 
@@ -100,7 +103,8 @@ def _span(target: GaussianMixture, V: float) -> float:
 def _pair(v0: float, v1: float, v2: float, eta: float) -> tuple[float, float, float, float]:
     """Return how the noises of two fine gDDIM steps add up to the coarse step's noise.
 
-    The four numbers are w of the second fine step, std of each fine step, and std of the coarse step.
+    The four numbers are w of the second fine step, std of each fine step, and std of the coarse
+    step.
     """
 
     def std(u: float, t: float) -> float:

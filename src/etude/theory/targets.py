@@ -63,7 +63,8 @@ class Gaussian:
     def from_spectrum(cls, mu: Array, spectrum: Array, like: Gaussian) -> Gaussian:
         """Make the law with mean `mu` [..., d] and eigenvalues `spectrum` [..., d].
 
-        The mean is in the original coordinates. The basis, and whether the law is on the line, are those of `like`.
+        The mean is in the original coordinates. The basis, and whether the law is on the line, are
+        those of `like`.
         """
         law = Gaussian.__new__(Gaussian)
         mu, spectrum = np.broadcast_arrays(mu, spectrum)
@@ -87,7 +88,7 @@ class Gaussian:
 
     @property
     def cov(self) -> Array:
-        """Covariance in the form of the constructor: [...] on the line, variances [..., d], or matrices [..., d, d]."""
+        """Covariance in the constructor's form: [...] on the line, [..., d], or [..., d, d]."""
         if self.basis is None:
             return self.spectrum[..., 0] if self.on_line else self.spectrum
         return self.matrix
@@ -166,8 +167,9 @@ class GaussianMixture:
     [K, d] or [K, d, d].
 
     Raises:
-        EtudeError: the shapes do not fit, the weights do not sum to 1, a component has no variance in
-            some direction, or K = d and `covs` [K, d] could also be one shared covariance matrix.
+        EtudeError: the shapes do not fit, the weights do not sum to 1, a component has no variance
+            in some direction, or K = d and `covs` [K, d] could also be one shared covariance
+            matrix.
     """
 
     weights: Array
@@ -264,7 +266,10 @@ class GaussianMixture:
         return np.asarray(logsumexp(self.log_parts(x[..., None] if self.on_line else x), axis=-1))
 
     def posterior_mean(self, y: Array, q: float) -> Array:
-        """Compute the denoiser `x0_hat` of this target, E[x0 | x0 + sqrt(q) eps = y], at points `y` [n, d]."""
+        """Compute the denoiser E[x0
+
+        x0 + sqrt(q) eps = y] at points `y` [n, d].
+        """
         logs = self.log_parts(y, q)
         weight = np.exp(logs - logsumexp(logs, axis=-1, keepdims=True))
         out = np.zeros_like(y)

@@ -42,7 +42,7 @@ def law_in_y(target: Gaussian, start: Start, eta: Numbers, q_stop: Numbers = 0.0
 
 
 def variance_error(target: Gaussian, start: Start, phi: Array) -> Array:
-    """Compute `Phi^2 (tau - V - c)`, [..., d], the error of the variance that the wrong prior leaves."""
+    """Compute `Phi^2 (tau - V - c)`, [..., d], the variance's error from the wrong prior."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(phi > 0, phi**2 * (start.excess[..., None] - target.spectrum), 0.0))
 
@@ -50,11 +50,12 @@ def variance_error(target: Gaussian, start: Start, phi: Array) -> Array:
 def terminal_law(target: Gaussian, path: ContinuousPath | str, eta: Numbers, t_stop: Numbers = 0.0) -> Gaussian:
     """Compute the law of the eta-sampler at time `t_stop`, in x units.
 
-    `eta`, `path.T` and `t_stop` may be arrays that broadcast together; the result is then a batch of laws.
+    `eta`, `path.T` and `t_stop` may be arrays that broadcast together; the result is then a batch
+    of laws.
 
     Raises:
-        EtudeError: the target is a mixture, whose terminal law has no closed form (`reward_gap` gives
-            its reward gap), or `t_stop` is not below the time that the path starts from.
+        EtudeError: the target is a mixture, whose terminal law has no closed form (`reward_gap`
+            gives its reward gap), or `t_stop` is not below the time that the path starts from.
     """
     target = gaussian(target, "terminal_law")
     path = as_path(path)
@@ -69,7 +70,10 @@ def terminal_law(target: Gaussian, path: ContinuousPath | str, eta: Numbers, t_s
 
 
 def gaussian(target: Gaussian | GaussianMixture, what: str) -> Gaussian:
-    """Return the target if it is one Gaussian; otherwise raise an EtudeError that names `what` and the remedy."""
+    """Return the target if it is one Gaussian.
+
+    Otherwise raise an EtudeError that names `what` and the remedy.
+    """
     if isinstance(target, Gaussian):
         target.single(what)
         return target

@@ -58,8 +58,8 @@ def tilt(target: Gaussian | GaussianMixture, reward: QuadraticReward, beta: floa
     """Compute the law proportional to target(x) exp(reward(x) / beta), with its `.log_normalizer`.
 
     Raises:
-        EtudeError: the law does not exist, because the reward rises faster than the target falls; the
-            error names the eigenvalue and the betas for which the law exists.
+        EtudeError: the law does not exist, because the reward rises faster than the target falls;
+            the error names the eigenvalue and the betas for which the law exists.
     """
     strength = float(positive(number(beta, "beta"), "beta"))
     _check_target(target)
