@@ -66,9 +66,11 @@ def density_ratio_bound(k: Constants, start: Start, eta: float, chi2: float) -> 
 
 
 def contraction_bound(k: Constants, V: float, eta: float) -> float:
-    """Compute Phibar_eta, the factor by which the sampler contracts distances on the class:
+    """Compute Phibar_eta, the factor by which the sampler contracts distances on the class.
 
-    Phibar_eta = (c_max/(c_max + V))^(kappa/2) exp(kappa/2 R^2 (1/c_min - 1/(c_min + V)))
+        Phibar_eta = (c_max/(c_max + V))^(kappa/2) exp(kappa/2 R^2 (1/c_min - 1/(c_min + V)))
+
+    with kappa = 1 + eta^2; it is infinite outside the class.
     """
     kappa = 1.0 + eta**2
     if not np.isfinite(k.R) or (k.R > 0 and k.c_min == 0.0):

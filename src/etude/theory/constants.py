@@ -137,9 +137,9 @@ def _chi2_line(parts: Components, V: float, excess: float) -> float:
 def _reach(parts: Components, tau: float, k: Array) -> float:
     """Return half the range that holds the integrand.
 
-    `p_V >= w N(m, k)` for the widest component, and prior^2 / N(m, k) is a Gaussian with mean -m
-    tau/(2k - tau) and variance k tau/(2k - tau). Nothing is left beyond 40 deviations of this
-    Gaussian and of p_V.
+    `p_V >= w N(m, k)` for the widest component, and prior^2 / N(m, k) is a Gaussian with mean
+    `-m tau/(2k - tau)` and variance `k tau/(2k - tau)`. Nothing is left beyond 40 deviations of
+    this Gaussian and of p_V.
     """
     widest = int(np.argmax(k))
     room = float(2.0 * k[widest] - tau)

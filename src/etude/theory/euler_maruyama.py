@@ -1,7 +1,4 @@
-"""Euler-Maruyama in the noise level, a kernel for comparison in the theory.
-
-No sampler of etude uses it.
-"""
+"""Euler-Maruyama in the noise level: a kernel for comparison in the theory, not of the sampler."""
 
 from __future__ import annotations
 
@@ -29,10 +26,7 @@ class EulerMaruyama(Kernel):
     """
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """Compute the coefficients in the class's formula.
-
-        EtudeError from a = 0, where v is infinite.
-        """
+        """Compute the class's formula; EtudeError from a = 0, where v is infinite."""
         a_t, s_t, a_u, s_u = torch.broadcast_tensors(
             *(torch.as_tensor(value, dtype=torch.float64) for value in (*source, *target))
         )
@@ -47,6 +41,6 @@ class EulerMaruyama(Kernel):
         )
 
     def small_step_eta(self, level: Level) -> Tensor:
-        """Return its own eta."""
+        """Return the kernel's own eta, at every level."""
         a, _ = torch.broadcast_tensors(*(torch.as_tensor(value, dtype=torch.float64) for value in level))
         return torch.full_like(a, self.eta)

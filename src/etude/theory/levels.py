@@ -163,10 +163,7 @@ def _geometric(path: ContinuousPath, steps: int, span: float = 1e-3) -> Array:
 
 
 def _karras(path: ContinuousPath, steps: int, low: float = 0.002, rho: float = 7.0) -> Array:
-    """Compute EDM's levels (arXiv 2206.00364, eq.
-
-    5) in s/a, from the top level down to `low`, then 0.
-    """
+    """Compute EDM's levels in s/a (arXiv 2206.00364, eq. 5), from the top down to `low`, then 0."""
     top = _top(path)
     share = np.linspace(0.0, 1.0, steps).reshape((-1,) + (1,) * top.ndim)
     ramp = (top ** (1 / rho) + share * (low ** (1 / rho) - top ** (1 / rho))) ** rho

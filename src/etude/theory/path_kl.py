@@ -1,16 +1,15 @@
-"""Optima of reinforcement learning with a KL penalty on trajectories.
-
-None of them is the tilted law p*.
+"""Optima of reinforcement learning with a KL penalty on trajectories, other than the tilt p*.
 
 DDPO with KL penalises the KL divergence between the two samplers' whole trajectories, with the
 initial noise fixed. There are three optima, from the freest policy to the most constrained:
 
     kernel optimum   any change of the trajectory given its start: x_0's kernel times exp(r/beta),
-                     normalised per start (`path_kl_optimum`); in continuous time a change of drift reaches it
-    mean optimum     every step's mean is free and its noise is not (`mean_policy_optimum`): a network trained
-                     by policy gradients with a fixed sampler reaches it at N steps; it tends to the kernel
-                     optimum as N grows
-    p*               the tilt; both tend to it as the sampler forgets its start (Phi_eta -> 0)
+                     normalised per start (`path_kl_optimum`). A change of drift reaches it in
+                     continuous time.
+    mean optimum     every step's mean is free and its noise is not (`mean_policy_optimum`). A
+                     network trained by policy gradients with a fixed sampler reaches it at N
+                     steps. It tends to the kernel optimum as N grows.
+    p*               the tilt. Both tend to it as the sampler forgets its start (Phi_eta -> 0).
 
 At eta = 0 the kernel has no noise and the optimum changes nothing.
 """
@@ -46,9 +45,7 @@ def path_kl_optimum(
 ) -> Gaussian:
     """Compute the terminal law of the trajectories that maximise `E r - beta KL`.
 
-    KL is that of the trajectories to the reference's.
-
-    The start's law is fixed, and `target` is the reference N(m, C). The reference's kernel is
+    KL is that of the trajectories to the reference's. The start's law is fixed, and `target` is the reference N(m, C). The reference's kernel is
     `x_0 | start ~ N(mu(start), S)`; with `Lam = S^-1 + 2Q/beta` the optimum's is
     `x_0 | start ~ N(Lam^-1 [S^-1 mu(start) + (2 Q c + b)/beta], Lam^-1)`, averaged over the prior.
     In continuous time `S = C (1 - Phi_0^(2 eta^2))` and `mu = m + Phi_eta (y - m)`; with N steps S

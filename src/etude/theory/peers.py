@@ -62,8 +62,8 @@ def peer_table(
 ) -> PeerTable:
     """Translate the published noise levels, and more if given, to the gDDIM eta with the same std.
 
-    Of N steps all are stochastic but the first, which starts at pure noise, and the last, which ends
-    without noise.
+    Of N steps all are stochastic but the first, which starts at pure noise, and the last, which
+    ends without noise.
 
     Args:
         num_steps: N, at least 3.

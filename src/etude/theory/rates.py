@@ -9,8 +9,9 @@ of a Gaussian target is a sum of powers of V:
     V^(-kappa)    the same with C^(kappa/2)
 
 with e = 0 for VE (V = sigma_T^2, so powers of T) and e = 1 for VP (V = exp(B) - 1, so
-exponentials). A rectified flow from 1 - delta has tau - V = 2 sqrt(V) + 1 and V^(-1/2) = delta / (1
-- delta); the terms -2 tr(Q C) V^(-1/2) and +2 tr(Q C^kappa) V^(1/2 - kappa) come on top.
+exponentials). A rectified flow from 1 - delta has `tau - V = 2 sqrt(V) + 1` and
+`V^(-1/2) = delta / (1 - delta)`. The terms `-2 tr(Q C) V^(-1/2)` and
+`+2 tr(Q C^kappa) V^(1/2 - kappa)` come on top there.
 """
 
 from __future__ import annotations
@@ -72,9 +73,7 @@ def natural(path: ContinuousPath) -> tuple[str, Array]:
 
 
 def rates(target: Gaussian, path: ContinuousPath, reward: QuadraticReward, eta: float) -> Rate:
-    """Compute the leading rate of the continuous-time gap as the path gets longer.
-
-    Eta is fixed and above 0.
+    """Compute the leading rate of the continuous-time gap as the path gets longer, for eta > 0.
 
     It is the slowest of the module's terms whose coefficient does not vanish (relative to its size,
     1e-12): "generic" for the V^(-1/2) term, "centred" otherwise. A constant of 0 means that every

@@ -112,7 +112,7 @@ def _optimum(reference: Gaussian, tuned: TiltedGaussian, reward: QuadraticReward
 def _horizon(tuned: Gaussian, path: VE | VP, reward: QuadraticReward, etas: list[float]) -> dict[str, Any]:
     """Compute the continuous-time gap against the horizon, its asymptote and its fitted rate.
 
-    The fit takes the last quarter.
+    The fit takes the last quarter of the horizons.
     """
     gaps = reward_gap(tuned, path, reward, np.array(etas)[:, None])
     name, variable = natural(path)
@@ -152,8 +152,8 @@ def _steps(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dict
 def _limit(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> list[float] | None:
     """Compute the gaps for N -> infinity, where a white error vanishes.
 
-    It is None where the other errors have no closed form, or the kernel's short steps are of no finite
-    eta, or of different etas and not from pure noise.
+    It is None where the other errors have no closed form, or the kernel's short steps are of no
+    finite eta, or of different etas and not from pure noise.
     """
     start, error = as_path(settings.schedule).start(), ScoreError(settings.bias, settings.gain)
     by_level = short_step_etas(settings.kernel, settings.etas, levels(settings.schedule, 8))
@@ -215,8 +215,8 @@ def _mixture_rows(reward: QuadraticReward, settings: Settings) -> list[dict[str,
     tuned = tilt(EXAMPLE, reward, settings.beta)
     rows = []
     etas = [eta for eta in settings.etas if eta > 0]
-    paths: list[tuple[str, ContinuousPath]] = [("VE(T=10)", VE(T=10.0)), ("VP(T=4)", VP(T=4.0))]
-    for name, path in paths:
+    paths: dict[str, ContinuousPath] = {"VE(T=10)": VE(T=10.0), "VP(T=4)": VP(T=4.0)} if etas else {}
+    for name, path in paths.items():
         for eta, bounds in zip(etas, gap_bounds_at(tuned, path, reward, etas), strict=True):
             rows.append({"path": name, "eta": eta, **_bounds_row(bounds)})
     return rows

@@ -34,7 +34,7 @@ FORGETFUL = 1e8
 
 @dataclass(frozen=True)
 class SamplerSteps:
-    """Levels and coefficients of N steps: arrays [N, ...], with the axes of eta and of the levels."""
+    """Levels and coefficients of N steps: arrays [N, ...] with the axes of eta and the levels."""
 
     levels: Levels
     x0: Array

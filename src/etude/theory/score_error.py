@@ -1,7 +1,7 @@
 """Errors of the score, and the continuous-time laws of a Gaussian target under them.
 
-With `eps_hat = (1 + gain) eps + bias`, in an eigen-direction c and with kappa = 1 + eta^2, 2K =
-kappa (1 + gain), x = c/(c + V), U = asinh(sqrt(V/c)):
+With `eps_hat = (1 + gain) eps + bias`, in an eigen-direction c and with kappa = 1 + eta^2,
+`2K = kappa (1 + gain)`, x = c/(c + V) and U = asinh(sqrt(V/c)):
 
     E y   = m (1 - x^K) - kappa sqrt(c) bias int_0^U cosh(u)^(1 - 2K) du
     Var y = x^(2K) tau + eta^2 c (1 - x^(2K - 1)) / (2K - 1)
@@ -152,9 +152,9 @@ def score_bias_shift(target: Gaussian, path: ContinuousPath | str, eta: Numbers,
 def white_variance(target: Gaussian, start: Start, eta: Numbers, h: Numbers, white: float) -> Array:
     """Compute the variance, [..., d], that a white error adds to leading order in the step.
 
-    It is `(1 + eta^2)^2/(2 eta^2) c h white^2 (1 - Phi_0^(2 eta^2))`, for an independent
-    noise-prediction error of standard deviation `white` at every step. It is smallest at eta = 1
-    for V -> infinity. At eta = 0 it is its limit, `c h white^2 log(1/Phi_0)`.
+    With h the step of the log-SNR, and an independent noise-prediction error of standard deviation
+    `white` at every step, it is `(1 + eta^2)^2/(2 eta^2) c h white^2 (1 - Phi_0^(2 eta^2))`. It is
+    smallest at eta = 1 for V -> infinity. At eta = 0 it is its limit, `c h white^2 log(1/Phi_0)`.
     """
     power = nonnegative(eta, "eta")[..., None] ** 2
     c, V = target.spectrum, start.V[..., None]

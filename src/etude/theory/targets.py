@@ -266,10 +266,7 @@ class GaussianMixture:
         return np.asarray(logsumexp(self.log_parts(x[..., None] if self.on_line else x), axis=-1))
 
     def posterior_mean(self, y: Array, q: float) -> Array:
-        """Compute the denoiser E[x0
-
-        x0 + sqrt(q) eps = y] at points `y` [n, d].
-        """
+        """Compute the denoiser `E[x0 | x0 + sqrt(q) eps = y]` of this target at points `y` [n, d]."""
         logs = self.log_parts(y, q)
         weight = np.exp(logs - logsumexp(logs, axis=-1, keepdims=True))
         out = np.zeros_like(y)
