@@ -13,7 +13,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from etude.theory import VE, VP, Gaussian, GaussianMixture, Path, QuadraticReward, RectifiedFlow, gap_bounds, reward_gap
+from etude.theory import (
+    VE,
+    VP,
+    ContinuousPath,
+    Gaussian,
+    GaussianMixture,
+    QuadraticReward,
+    RectifiedFlow,
+    gap_bounds,
+    reward_gap,
+)
 
 DIMENSION, STEPS, EVALUATIONS = 64, 50, 1000
 
@@ -29,8 +39,8 @@ def timed(label: str, work: Callable[[], object]) -> None:
     print(f"{label:<42} {time.perf_counter() - start:6.3f} s")
 
 
-def path(rng: np.random.Generator) -> Path:
-    choices: list[Path] = [
+def path(rng: np.random.Generator) -> ContinuousPath:
+    choices: list[ContinuousPath] = [
         VE(T=float(rng.uniform(3.0, 80.0))),
         VP(T=float(rng.uniform(2.0, 10.0))),
         RectifiedFlow(delta=float(rng.uniform(0.003, 0.1))),

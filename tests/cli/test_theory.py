@@ -13,11 +13,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from etude.cli.theory import _serialised, app
+from etude.cli.theory import _json, app
 from etude.errors import EtudeError
 from etude.theory import VE, Gaussian, QuadraticReward, levels, results, reward_gap
-from etude.theory.finite_step import largest_ddim_eta
 from etude.theory.plots import FIGURES, draw
+from etude.theory.sampler_steps import largest_eta
 
 FAST = ["--eta", "1", "--steps", "10", "--no-figures"]
 
@@ -103,7 +103,7 @@ def test_the_help_teaches():
         (["--schedule", "sdxl"], "unknown schedule 'sdxl'"),
         (["--spacing", "trialing"], "did you mean 'trailing'"),
         (["--kernel", "dpm"], "unknown kernel"),
-        (["--kernel", "ddim", "--eta", "3"], "at most"),
+        (["--kernel", "ddim", "--eta", "3"], "largest legal eta"),
         (["--curvature", "-2"], "beta above"),
         (["--gain", "-1"], "--gain is -1"),
         (["--white", "-1"], "--white is -1"),
@@ -155,7 +155,7 @@ def test_a_gap_of_zero_has_no_rate_and_is_still_json(arguments, tmp_path):
 
 def test_results_beyond_float_range_are_refused_before_anything_is_printed(tmp_path):
     with pytest.raises(EtudeError, match="beyond the range"):
-        _serialised({"gap": float("inf")})
+        _json({"gap": float("inf")})
 
 
 def test_a_directory_that_cannot_be_made_is_refused_before_the_computation(tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_ddim_etas_that_the_steps_asked_for_have_are_computed(tmp_path):
     result = run("--kernel", "ddim", "--eta", "1.2", "--steps", "100", out=tmp_path)
     assert result.exit_code == 0, result.exception
     (curve,) = json.loads((tmp_path / "theory.json").read_text())["steps"]["gap"]
-    limits = [largest_ddim_eta(levels("sd", n)) for n in results.STEP_COUNTS]
+    limits = [largest_eta(levels("sd", n), "ddim") for n in results.STEP_COUNTS]
     assert [value is None for value in curve] == [limit < 1.2 for limit in limits]
     assert None in curve
 

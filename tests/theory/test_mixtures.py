@@ -10,7 +10,7 @@ from etude.errors import EtudeError
 from etude.theory import (
     VE,
     VP,
-    Estimate,
+    Approximation,
     Gaussian,
     GaussianMixture,
     LipschitzReward,
@@ -20,7 +20,7 @@ from etude.theory import (
     levels,
     mixture_gap,
     reward_gap,
-    simulated,
+    simulate_gap,
     terminal_law,
     tilt,
 )
@@ -118,8 +118,8 @@ def test_finite_step_gap_of_one_component_is_the_exact_law(schedule, steps, kern
 
 def test_finite_step_gap_is_that_of_simulated_samples():
     exact = mixture_gap(THREE, "sd", REWARD, 1.2, 10)
-    run = simulated(THREE, "sd", REWARD, 1.2, 10, samples=60_000, seed=3)
-    assert isinstance(exact, Estimate)
+    run = simulate_gap(THREE, "sd", REWARD, 1.2, 10, samples=60_000, seed=3)
+    assert isinstance(exact, Approximation)
     assert exact.error < 1e-6
     assert abs(run.gap - exact) < 1.6 * run.gap.error
     assert run.gap.error < 0.05
@@ -130,14 +130,14 @@ def test_simulation_in_several_dimensions_agrees_with_the_gaussian_closed_form()
     mean, reward = np.array([1.0, -0.5, 0.3]), QuadraticReward(0.5, center=[2.0, 0.0, 0.0])
     one = GaussianMixture([1.0], [mean], [cov])
     for steps in (None, 8):
-        run = simulated(one, "sd", reward, 1.0, steps, samples=6000, seed=1)
+        run = simulate_gap(one, "sd", reward, 1.0, steps, samples=6000, seed=1)
         exact = reward_gap(Gaussian(mean, cov), "sd", reward, 1.0, steps)
         assert abs(run.gap - exact) < 1.6 * run.gap.error
     assert mixture_gap(one, "sd", reward, 1.0, 8, samples=500).kind == "95 % interval"
 
 
 def test_simulation_in_continuous_time_agrees_with_the_line():
-    run = simulated(THREE, VE(T=5.0), REWARD, 1.0, samples=6000, seed=2)
+    run = simulate_gap(THREE, VE(T=5.0), REWARD, 1.0, samples=6000, seed=2)
     exact = mixture_gap(THREE, VE(T=5.0), REWARD, 1.0)
     assert abs(run.gap - exact) < 1.6 * run.gap.error
 
@@ -145,8 +145,8 @@ def test_simulation_in_continuous_time_agrees_with_the_line():
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     exact = float(mixture_gap(THREE, "sd", REWARD, 1.0, 4))
     grid = levels("sd", 4)
-    hits = [abs(simulated(THREE, grid, REWARD, 1.0, samples=400, seed=s).gap - exact) for s in range(200)]
-    widths = [simulated(THREE, grid, REWARD, 1.0, samples=400, seed=s).gap.error for s in range(200)]
+    hits = [abs(simulate_gap(THREE, grid, REWARD, 1.0, samples=400, seed=s).gap - exact) for s in range(200)]
+    widths = [simulate_gap(THREE, grid, REWARD, 1.0, samples=400, seed=s).gap.error for s in range(200)]
     assert 0.90 <= np.mean(np.array(hits) <= np.array(widths)) <= 0.99
 
 

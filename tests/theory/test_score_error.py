@@ -22,7 +22,7 @@ from etude.theory import (
     terminal_law_with_error,
     white_variance,
 )
-from etude.theory.finite_step import largest_ddim_eta
+from etude.theory.sampler_steps import largest_eta
 
 TARGET = Gaussian(1.3, 0.7)
 
@@ -181,5 +181,5 @@ def test_a_wrong_argument_is_named(make, names):
 
 def test_recommended_ddim_eta_stays_where_ddim_exists():
     found = recommended_eta(TARGET, "sd", 20, kernel="ddim")
-    assert found.etas[-1] == pytest.approx(largest_ddim_eta(levels("sd", 20)))
+    assert found.etas[-1] == pytest.approx(largest_eta(levels("sd", 20), "ddim"))
     assert recommended_eta(TARGET, "sd", 20, kernel="ddim", eta_max=0.5).etas[-1] == 0.5

@@ -29,13 +29,13 @@ from etude.theory import (
     Gaussian,
     QuadraticReward,
     finite_step_law,
-    levels,
     mean_policy_optimum,
     path_kl_optimum,
     tilt,
     w2,
 )
 from etude.theory.finite_step import transfer
+from etude.theory.sampler_steps import sampler_steps
 from etude.training.trainer import Trainer
 from support.gaussian_policy import GaussianPolicy, flow_path, read, sd_path
 
@@ -249,7 +249,7 @@ def penalised_step_by_step() -> Moments:
     value `-P e^2 + p e` of the reward alone, e the deviation from the path's mean, step i shifts its mean A e by
     k (p - 2 P A e) / (1 + 2 k P), k = std^2 / beta, as the optimal policy does, but hands back the reward's value only.
     """
-    A, _, noise = (np.asarray(part, dtype=float).reshape(STEPS) for part in transfer(BASE, levels(GRID), ETA))
+    A, _, noise = (np.asarray(part, dtype=float).reshape(STEPS) for part in transfer(BASE, sampler_steps(GRID, ETA)))
     Q, c, b = (float(np.asarray(part).item()) for part in QUADRATIC.parts(1))
     end = float(GRID.a[-1]) * float(BASE.mean)
     P, p, steps = Q, b - 2 * Q * (end - c), []

@@ -54,8 +54,7 @@ from etude.rewards import WEIGHTED_SUM, WeightedRewards
 from etude.runs.layout import holds_something
 from etude.sampling.sampler import ODE
 from etude.sampling.solvers import Solver
-from etude.theory import Gaussian, recommended_eta
-from etude.theory.finite_step import ScoreError
+from etude.theory import Gaussian, ScoreError, recommended_eta
 from etude.training.progress import Display, SilentDisplay
 from etude.training.trainer import Trainer
 

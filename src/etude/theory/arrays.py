@@ -1,4 +1,4 @@
-"""Turning what users write (numbers, lists) into float64 arrays, with an error that names the argument."""
+"""Conversion of what users write (numbers, lists) to float64 arrays; errors name the argument."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Numbers: TypeAlias = npt.ArrayLike
 
 
 def array(value: Any, name: str) -> Array:
-    """`value` as a finite float64 array; `name` is what the error calls it."""
+    """Convert `value` to a finite float64 array; an error calls it `name`."""
     try:
         out = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
@@ -25,8 +25,11 @@ def array(value: Any, name: str) -> Array:
     return out
 
 
-def checked(value: Any, name: str, ok: Callable[[Array], npt.NDArray[np.bool_]], rule: str) -> Array:
-    """`array(value)` whose every entry satisfies `ok`; the error quotes the first entry that does not, and `rule`."""
+def require(value: Any, name: str, ok: Callable[[Array], npt.NDArray[np.bool_]], rule: str) -> Array:
+    """Convert `value` as `array` does, and check that every entry satisfies `ok`.
+
+    The error quotes the first entry that does not, and the `rule`.
+    """
     out = array(value, name)
     wrong = out[~ok(out)]
     if wrong.size:
@@ -35,15 +38,17 @@ def checked(value: Any, name: str, ok: Callable[[Array], npt.NDArray[np.bool_]],
 
 
 def nonnegative(value: Any, name: str) -> Array:
-    return checked(value, name, lambda x: x >= 0, "zero or more")
+    """Convert `value` to an array of numbers that are zero or more."""
+    return require(value, name, lambda x: x >= 0, "zero or more")
 
 
 def positive(value: Any, name: str) -> Array:
-    return checked(value, name, lambda x: x > 0, "greater than zero")
+    """Convert `value` to an array of numbers above zero."""
+    return require(value, name, lambda x: x > 0, "greater than zero")
 
 
 def number(value: Any, name: str) -> float:
-    """`value` as one finite float."""
+    """Convert `value` to one finite float."""
     out = array(value, name)
     if out.ndim:
         raise EtudeError(f"{name} has shape {out.shape}, but it must be one number: pass them one at a time.")
@@ -51,8 +56,13 @@ def number(value: Any, name: str) -> float:
 
 
 def whole(value: Any, name: str, least: int = 1) -> int:
-    """`value` as an int of at least `least`."""
+    """Convert `value` to an int of at least `least`."""
     is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not is_number or not np.isfinite(value) or value != int(value) or value < least:
         raise EtudeError(f"{name} is {value!r}, but it must be a whole number of at least {least}.")
     return int(value)
+
+
+def plain(value: Array) -> Any:
+    """Return an array of no dimension as a float, and any other array as it is."""
+    return value if np.ndim(value) else float(value)

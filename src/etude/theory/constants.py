@@ -1,4 +1,4 @@
-"""The few constants that the general bounds need, of a target, of a reward, and of the start of a path."""
+"""The few constants of a target, a reward and the start of a path that the general bounds need."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from scipy.special import logsumexp
 from etude.errors import EtudeError
 from etude.theory.arrays import Array
 from etude.theory.continuous_paths import Start
-from etude.theory.gap_types import Reward, as_reward
 from etude.theory.line_flow import Components
-from etude.theory.reward_functions import QuadraticReward
+from etude.theory.reward_functions import QuadraticReward, Reward, as_reward
 from etude.theory.targets import Gaussian, GaussianMixture
 
 INFINITE = float("inf")
@@ -21,11 +20,22 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(8)
 
 @dataclass(frozen=True)
 class Constants:
-    """Of the target: d, |m|^2, E|x0|^2, tr Cov, and its class: p = N(0, C) * mu with c_min <= C <= c_max and mu in a ball
-    of radius R (R = 0: every 1/c_max-strongly log-concave law; R infinite: not in the class).
+    """Constants of a target and of a reward under it.
 
-    Of the reward under the target: its standard deviation `sd` (or an upper bound of it), `gradient` = (E|grad r|^2)^(1/2)
-    (or an upper bound), the Lipschitz constant of r and that of its gradient (infinite where there is none).
+    The target's class is p = N(0, C) * mu with c_min <= C <= c_max and mu in a ball of radius R. At
+    R = 0 the class is that of every 1/c_max-strongly log-concave law; R is infinite for a target
+    outside the class.
+
+    Attributes:
+        d: number of dimensions.
+        mean_squared: |m|^2.
+        second_moment: E|x0|^2.
+        trace: tr Cov.
+        c_min, c_max, R: the class.
+        sd: the reward's standard deviation, or an upper bound of it.
+        gradient: (E|grad r|^2)^(1/2), or an upper bound of it.
+        lipschitz: the Lipschitz constant of r; infinite where there is none.
+        gradient_lipschitz: the Lipschitz constant of grad r; infinite where there is none.
     """
 
     d: int
@@ -42,7 +52,10 @@ class Constants:
 
 
 def constants_of(target: Gaussian | GaussianMixture, reward: Reward) -> Constants:
-    """The constants of a Gaussian or mixture target and a reward; a Lipschitz reward's sd is bounded by L (tr Cov)^(1/2)."""
+    """Compute the constants of a target and a reward.
+
+    A Lipschitz reward's sd is bounded by L (tr Cov)^(1/2).
+    """
     reward = as_reward(reward)
     m, trace = target.mu, float(np.trace(target.matrix))
     c_min, c_max, R = _class(target)
@@ -58,7 +71,10 @@ def constants_of(target: Gaussian | GaussianMixture, reward: Reward) -> Constant
 
 
 def _class(target: Gaussian | GaussianMixture) -> tuple[float, float, float]:
-    """(c_min, c_max, R); R is infinite for a mixture whose components differ in covariance."""
+    """Return (c_min, c_max, R).
+
+    R is infinite for a mixture whose components differ in covariance.
+    """
     if isinstance(target, Gaussian):
         return float(target.spectrum.min()), float(target.spectrum.max()), 0.0
     first = target.components[0]
@@ -70,11 +86,13 @@ def _class(target: Gaussian | GaussianMixture) -> tuple[float, float, float]:
 
 
 def chi2_exact(target: Gaussian | GaussianMixture, start: Start) -> float:
-    """`chi^2(N(0, tau) || p_V)`: closed form for a Gaussian, infinite if it diverges.
+    """Compute `chi^2(N(0, tau) || p_V)`; infinite if it diverges.
 
-    For a mixture on the line, quadrature plus its error estimate, so an upper bound, and infinite where it would overflow.
+    A Gaussian has a closed form. For a mixture on the line it is a quadrature plus its error
+    estimate, so an upper bound, and infinite where it would overflow.
 
-    EtudeError for a mixture in d > 1, where only the bounds below are available.
+    Raises:
+        EtudeError: the target is a mixture in d > 1, which has `chi2_jensen` and `chi2_sharp` only.
     """
     V, excess = float(start.V), float(start.excess)
     if isinstance(target, Gaussian):
@@ -91,10 +109,11 @@ def chi2_exact(target: Gaussian | GaussianMixture, start: Start) -> float:
 
 
 def _chi2_line(parts: Components, V: float, excess: float) -> float:
-    """int (prior - p_V)^2 / p_V, plus the quadrature's error estimate; infinite from just before its tails diverge.
+    """Integrate (prior - p_V)^2 / p_V and add the quadrature's error estimate.
 
-    In logarithms, because where p_V underflows the integrand is at its largest, not zero. Panels are doubled until the change
-    is below 1e-9 of the integral; that change is the error estimate.
+    The result is infinite from just before the integrand's tails diverge. The integrand is computed
+    in logarithms, because it is at its largest where p_V underflows. Panels are doubled until the
+    change is below 1e-9 of the integral; that change is the error estimate.
     """
     tau, k = V + excess, V + parts.c
     if tau >= 1.9 * k.max():
@@ -116,10 +135,11 @@ def _chi2_line(parts: Components, V: float, excess: float) -> float:
 
 
 def _reach(parts: Components, tau: float, k: Array) -> float:
-    """Half the range that holds the integrand.
+    """Return half the range that holds the integrand.
 
-    `p_V >= w N(m, k)` for the widest component, and prior^2 / N(m, k) is a Gaussian with mean -m tau/(2k - tau) and variance
-    k tau/(2k - tau): beyond 40 deviations of it and of p_V nothing is left.
+    `p_V >= w N(m, k)` for the widest component, and prior^2 / N(m, k) is a Gaussian with mean
+    `-m tau/(2k - tau)` and variance `k tau/(2k - tau)`. Nothing is left beyond 40 deviations of
+    this Gaussian and of p_V.
     """
     widest = int(np.argmax(k))
     room = float(2.0 * k[widest] - tau)
@@ -128,7 +148,10 @@ def _reach(parts: Components, tau: float, k: Array) -> float:
 
 
 def _log_chi2(y: Array, parts: Components, tau: float, k: Array, excess: float) -> Array:
-    """log of `prior R^2 / (1 + R)` with `R = p_V / prior - 1 = sum_k w_k (e^(e_k) - 1)`, free of cancellation at small R."""
+    """Compute log of `prior R^2 / (1 + R)` with `R = p_V / prior - 1 = sum_k w_k (e^(e_k) - 1)`.
+
+    Small R is free of cancellation.
+    """
     y = y[..., None]
     exponents = 0.5 * np.log1p((excess - parts.c) / k) + 0.5 * (
         y**2 * (parts.c - excess) + 2.0 * y * parts.m * tau - parts.m**2 * tau
@@ -143,10 +166,11 @@ def _log_chi2(y: Array, parts: Components, tau: float, k: Array, excess: float) 
 
 
 def chi2_jensen(k: Constants, start: Start) -> float:
-    """An upper bound of chi^2 from |m|^2, E|x0|^2 and d alone (Jensen: `p_V >= N(0, V) exp(y.m/V - E|x0|^2/(2V))`).
+    """Compute an upper bound of chi^2 from |m|^2, E|x0|^2 and d alone.
 
-    With e = tau - V: `1 + chi^2 <= (1 - e^2/V^2)^(-d/2) exp(tau |m|^2 / (2 V (V - e)) + E|x0|^2 / (2 V))`, for e < V
-    (VE always; VP if abar_T < 1/2), else infinite.
+    Jensen gives `p_V >= N(0, V) exp(y.m/V - E|x0|^2/(2V))`, so with e = tau - V
+    `1 + chi^2 <= (1 - e^2/V^2)^(-d/2) exp(tau |m|^2 / (2 V (V - e)) + E|x0|^2 / (2 V))` for e < V
+    (VE always; VP if abar_T < 1/2), and the bound is infinite otherwise.
     """
     V, e = float(start.V), float(start.excess)
     if e >= V:
@@ -160,11 +184,15 @@ def chi2_jensen(k: Constants, start: Start) -> float:
 
 
 def chi2_sharp(target: Gaussian | GaussianMixture, k: Constants, start: Start) -> float:
-    """An upper bound of chi^2 of the right order V^-2 for centred targets, by hypercontractivity, for VE and VP starts.
+    """Compute an upper bound of chi^2 by hypercontractivity, for VE and VP starts.
 
-    VE: `(E exp(3 x.x'/V) - 1) exp(|m|^2/V + E|x0|^2/(2V))`, x' an independent copy of x.
-    VP (a^2 = 1/(1 + V) < 1/3): `(E M_(3a^2)(x, x') - 1) [(1 - a^2)^d (1 - 2/V)^(-d/2) exp(...)]^(1/2)`, M Mehler's kernel.
-    Infinite for other starts and where an expectation diverges.
+    It has the right order V^-2 for centred targets. With x' an independent copy of x and M Mehler's
+    kernel,
+
+        VE                             (E exp(3 x.x'/V) - 1) exp(|m|^2/V + E|x0|^2/(2V))
+        VP (a^2 = 1/(1 + V) < 1/3)     (E M_(3a^2)(x, x') - 1) [(1 - a^2)^d (1 - 2/V)^(-d/2) exp(...)]^(1/2)
+
+    The bound is infinite for other starts and where an expectation diverges.
     """
     V, e = float(start.V), float(start.excess)
     if e == 0.0:
@@ -185,7 +213,11 @@ def chi2_sharp(target: Gaussian | GaussianMixture, k: Constants, start: Start) -
 def pair_expectation(
     target: Gaussian | GaussianMixture, cross: float, own: float, log_factor: float = 0.0, centred: bool = False
 ) -> float:
-    """`E exp(cross x.x' + own (|x|^2 + |x'|^2) + log_factor) - 1` for two independent draws; infinite if it diverges."""
+    """Compute `E exp(cross x.x' + own (|x|^2 + |x'|^2) + log_factor) - 1`, x and x' independent.
+
+    `centred` subtracts the target's mean from both. The result is infinite if the expectation
+    diverges.
+    """
     parts = target.components if isinstance(target, GaussianMixture) else [target]
     weights = target.weights if isinstance(target, GaussianMixture) else np.ones(1)
     d, origin = target.d, target.mu if centred else np.zeros(target.d)
@@ -201,7 +233,10 @@ def pair_expectation(
 
 
 def _log_expectation(mean: Array, cov: Array, form: Array) -> float:
-    """log E exp(z^T form z) for z ~ N(mean, cov): infinite unless I - 2 cov^(1/2) form cov^(1/2) is positive definite."""
+    """Compute log E exp(z^T form z) for z ~ N(mean, cov).
+
+    It is infinite unless I - 2 cov^(1/2) form cov^(1/2) is positive definite.
+    """
     values, vectors = np.linalg.eigh(cov)
     root = vectors * np.sqrt(np.maximum(values, 0.0))
     inner = np.eye(mean.size) - 2.0 * root.T @ form @ root

@@ -1,12 +1,13 @@
-"""Gaussian paths `x_t = a(t) x0 + s(t) eps`: VP, VE and rectified flow.
+"""Gaussian paths in continuous time, `x_t = a(t) x0 + s(t) eps`: VP, VE and rectified flow.
 
-Along `dX = f X dt + g dB` with `f = a'/a` and `g^2 = a^2 d(s^2/a^2)/dt`. In the variables `y = x/a`, `q = (s/a)^2` every
-backward sampler of the eta-family is the same equation,
+The forward equation is `dX = f X dt + g dB` with `f = a'/a` and `g^2 = a^2 d(s^2/a^2)/dt`. In the
+variables `y = x/a` and `q = (s/a)^2` every backward sampler of the eta-family is the same equation,
 
-    dy = (1 + eta^2)/2 grad log p_q(y) |dq| + eta sqrt(|dq|) dW,   q from V down to q0,   y_V ~ N(0, tau I),
+    dy = (1 + eta^2)/2 grad log p_q(y) |dq| + eta sqrt(|dq|) dW,   q from V down to q0,   y_V ~ N(0, tau I).
 
-so a path enters the theory only through `V = (s(T)/a(T))^2`, `tau = prior variance / a(T)^2` and the level where it stops.
-`excess = tau - V` is kept as its own closed form, because the subtraction would lose every digit for long paths.
+A path therefore enters the theory only through `V = (s(T)/a(T))^2`, `tau = prior variance / a(T)^2`
+and the level where it stops. Each path has `excess = tau - V` in closed form, because the
+subtraction would lose every digit for long paths.
 
 `T` may be an array: every method then broadcasts, and so does everything computed from the path.
 """
@@ -23,19 +24,19 @@ import numpy as np
 from scipy.integrate import quad_vec
 
 from etude.errors import EtudeError, unknown
-from etude.theory.arrays import Array, Numbers, array, checked, nonnegative, positive
+from etude.theory.arrays import Array, Numbers, array, nonnegative, positive, require
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a sampler starts, in `y = x/a` units: `V = (s/a)^2`, `excess = tau - V`, and the scale `a` itself."""
+    """Start of a sampler in `y = x/a`: `V = (s/a)^2`, `excess = tau - V`, and the scale `a`."""
 
     V: Array
     excess: Array
     a: Array
 
 
-class Path(ABC):
+class ContinuousPath(ABC):
     """A Gaussian path on [0, T], started from N(0, prior_variance I) at t = T."""
 
     name: ClassVar[str]
@@ -60,15 +61,15 @@ class Path(ABC):
     @property
     @abstractmethod
     def prior_variance(self) -> Array:
-        """Variance of each coordinate of the law the sampler starts from."""
+        """Variance of each coordinate of the prior, the law that the sampler starts from."""
 
     @abstractmethod
     def start(self) -> Start:
-        """V, excess and a at t = T."""
+        """Return V, excess and a at t = T."""
 
     @abstractmethod
     def at_level(self, v: Numbers) -> tuple[Array, Array]:
-        """(a, s) at the noise-to-signal ratio v = s/a."""
+        """Return (a, s) at the noise-to-signal ratio v = s/a."""
 
     def v(self, t: Numbers) -> Array:
         """Noise-to-signal ratio s(t)/a(t); infinite where a(t) = 0."""
@@ -77,22 +78,23 @@ class Path(ABC):
 
     @property
     def end(self) -> Array:
-        """The time the sampler starts from."""
+        """Time that the sampler starts from."""
         return self.T
 
     def time(self, t: Numbers) -> Array:
-        return checked(t, "t", lambda x: x >= 0, "zero or more")
+        """Convert `t` to an array of times on the path; an error quotes a time that is not."""
+        return require(t, "t", lambda x: x >= 0, "zero or more")
 
 
-class VE(Path):
+class VE(ContinuousPath):
     """Variance exploding: `a = 1`, `s = sigma(t)`, started from N(0, sigma(T)^2).
 
     sigma="t"          sigma(t) = t                                   (EDM, arXiv 2206.00364)
     sigma="sqrt"       sigma(t) = sqrt(t)                             (Brownian motion)
-    sigma="geometric"  sigma(t)^2 = m^2 [(M/m)^(2t/T) - 1]            (arXiv 2011.13456, eq. 30), m = sigma_min, M = sigma_max
+    sigma="geometric"  sigma(t)^2 = m^2 [(M/m)^(2t/T) - 1]            (arXiv 2011.13456, eq. 30)
 
-    `sigma_max` is read by "geometric" only and defaults to T, so that all of `VE(T, "t")` and `VE(T, "geometric")` end near
-    the same noise level.
+    with m = sigma_min and M = sigma_max. Only "geometric" reads them. Default of `sigma_max`: T, so
+    that `VE(T, "t")` and `VE(T, "geometric")` end near the same noise level.
     """
 
     name = "ve"
@@ -153,14 +155,19 @@ class VE(Path):
         return np.ones_like(v), v
 
 
-class VP(Path):
-    """Variance preserving: `a = exp(-B/2)`, `s = sqrt(1 - exp(-B))`, `B(t) = int_0^t beta`, started from N(0, 1).
+class VP(ContinuousPath):
+    """Variance preserving: `a = exp(-B/2)`, `s = sqrt(1 - exp(-B))`, started from N(0, 1).
+
+    `B(t) = int_0^t beta`, with beta in one of these forms:
 
     VP(beta=1.0, T=4.0)                       constant beta
-    VP(beta_min=0.1, beta_max=12.0, T=1.0)    linear from beta_min at t = 0 to beta_max at t = T (arXiv 2011.13456)
+    VP(beta_min=0.1, beta_max=12.0, T=1.0)    linear from beta_min at t = 0 to beta_max at t = T
+                                              (arXiv 2011.13456)
     VP(beta=function, T=1.0)                  any beta(t) >= 0, integrated numerically to 1e-12
-    VP.discrete(alphas_cumprod)               a trained table, B linear in between; t = k/K is entry k - 1
-    VP.stable_diffusion(), VP.ddpm()          the tables of SD1.x/SDXL and of DDPM (linear), 1000 levels
+    VP.discrete(alphas_cumprod)               a trained table, B linear in between;
+                                              t = k/K is entry k - 1
+    VP.stable_diffusion(), VP.ddpm()          the tables of SD1.x/SDXL and of DDPM (linear),
+                                              1000 levels
     """
 
     name = "vp"
@@ -191,7 +198,10 @@ class VP(Path):
 
     @classmethod
     def discrete(cls, alphas_cumprod: Numbers, label: str = "discrete") -> VP:
-        """The path of a trained table: `B(k/K) = -log alphas_cumprod[k-1]`, k = 1..K, linear in between, T = 1."""
+        """Make the path of a trained table [K], with T = 1.
+
+        `B(k/K) = -log alphas_cumprod[k-1]` for k = 1..K, and linear in between.
+        """
         table = array(alphas_cumprod, "alphas_cumprod")
         if table.ndim != 1 or not np.all((table > 0) & (table < 1)) or not np.all(np.diff(table) < 0):
             raise EtudeError("alphas_cumprod must be one decreasing list of numbers between 0 and 1: check the table.")
@@ -202,13 +212,19 @@ class VP(Path):
 
     @classmethod
     def stable_diffusion(cls) -> VP:
-        """SD1.x, SD2.x and SDXL: sqrt(beta) linear from sqrt(0.00085) to sqrt(0.012), 1000 levels."""
+        """Make the path of SD1.x, SD2.x and SDXL.
+
+        sqrt(beta) is linear from sqrt(0.00085) to sqrt(0.012) over 1000 levels.
+        """
         beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
         return cls.discrete(np.cumprod(1.0 - beta), label="sd")
 
     @classmethod
     def ddpm(cls) -> VP:
-        """DDPM (arXiv 2006.11239): beta linear from 1e-4 to 0.02, 1000 levels."""
+        """Make the path of DDPM (arXiv 2006.11239).
+
+        beta is linear from 1e-4 to 0.02 over 1000 levels.
+        """
         return cls.discrete(np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000)), label="ddpm")
 
     def __repr__(self) -> str:
@@ -219,7 +235,7 @@ class VP(Path):
         return f"VP(beta={'function' if self._beta else _show(self.beta_min)}, T={_show(self.T)})"
 
     def beta(self, t: Numbers) -> Array:
-        """The rate beta(t) = dB/dt."""
+        """Return the rate beta(t) = dB/dt."""
         t = self.time(t)
         if self._knots is not None:
             knots, B = self._knots
@@ -230,7 +246,7 @@ class VP(Path):
         return np.asarray(self.beta_min + (self.beta_max - self.beta_min) * t / self.T)
 
     def integral(self, t: Numbers) -> Array:
-        """The integral of beta from 0 to t."""
+        """Integrate beta from 0 to t."""
         t = self.time(t)
         if self._knots is not None:
             return np.interp(t, *self._knots)
@@ -239,13 +255,16 @@ class VP(Path):
         return np.asarray(self.beta_min * t + 0.5 * (self.beta_max - self.beta_min) * t**2 / self.T)
 
     def _quadrature(self, t: Array) -> Array:
-        """int_0^t beta = t int_0^1 beta(t u) du, every entry of t at once."""
+        """Compute int_0^t beta = t int_0^1 beta(t u) du for every entry of t at once."""
         value, _ = quad_vec(lambda u: self.beta(t * u) * t, 0.0, 1.0, epsabs=1e-13, epsrel=1e-12)
         return np.asarray(value, dtype=np.float64)
 
     @cached_property
     def total(self) -> Array:
-        """The whole integral of beta: all that a continuous-time law needs to know of a VP path."""
+        """Integral of beta over [0, T].
+
+        A continuous-time law depends on a VP path through it alone.
+        """
         return self.integral(self.T)
 
     def a(self, t: Numbers) -> Array:
@@ -273,17 +292,18 @@ class VP(Path):
         return a, v * a
 
 
-class RectifiedFlow(Path):
+class RectifiedFlow(ContinuousPath):
     """Rectified flow: `a = 1 - sigma`, `s = sigma`, started at sigma = 1 - delta from N(0, 1).
 
-    delta = 0 starts from the exact prior (pure noise). `shift` is the time change of SD3 (arXiv 2403.03206),
-    sigma(t) = shift t / (1 + (shift - 1) t): it moves the steps of a sampler, not the continuous-time law.
+    delta = 0 starts from pure noise, where the prior is exact. `shift` is the time change of SD3
+    (arXiv 2403.03206), sigma(t) = shift t / (1 + (shift - 1) t). It moves the steps of a sampler
+    and leaves the continuous-time law as it is.
     """
 
     name = "flow"
 
     def __init__(self, delta: Numbers = 0.02, shift: float = 1.0):
-        self.delta = checked(delta, "RectifiedFlow's delta", lambda x: (x >= 0) & (x < 1), "at least 0 and below 1")
+        self.delta = require(delta, "RectifiedFlow's delta", lambda x: (x >= 0) & (x < 1), "at least 0 and below 1")
         self.shift = float(positive(shift, "RectifiedFlow's shift"))
         top = 1.0 - self.delta
         self.T = np.asarray(top / (self.shift - (self.shift - 1.0) * top))
@@ -292,7 +312,7 @@ class RectifiedFlow(Path):
         return f"RectifiedFlow(delta={_show(self.delta)}, shift={self.shift:g})"
 
     def time(self, t: Numbers) -> Array:
-        return checked(t, "t", lambda x: (x >= 0) & (x <= 1), "between 0 and 1 on a rectified flow")
+        return require(t, "t", lambda x: (x >= 0) & (x <= 1), "between 0 and 1 on a rectified flow")
 
     def a(self, t: Numbers) -> Array:
         t = self.time(t)
@@ -326,16 +346,19 @@ class RectifiedFlow(Path):
         return 1.0 / (1.0 + v), v / (1.0 + v)
 
 
-PATHS_BY_NAME: dict[str, Callable[[], Path]] = {
+PATHS_BY_NAME: dict[str, Callable[[], ContinuousPath]] = {
     "sd": cache(VP.stable_diffusion),
     "ddpm": cache(VP.ddpm),
     "flow": cache(lambda: RectifiedFlow(delta=0.0)),
 }
 
 
-def as_path(path: Any) -> Path:
-    """A path as it is, or the one named "sd", "ddpm" or "flow" (rectified flow from pure noise)."""
-    if isinstance(path, Path):
+def as_path(path: Any) -> ContinuousPath:
+    """Return a path as it is, or the path of a name.
+
+    The names are "sd", "ddpm" and "flow" (rectified flow from pure noise).
+    """
+    if isinstance(path, ContinuousPath):
         return path
     if isinstance(path, str):
         if path not in PATHS_BY_NAME:

@@ -1,13 +1,15 @@
-"""What reinforcement learning with a KL penalty on paths converges to, which is not the tilted law p*.
+"""Optima of reinforcement learning with a KL penalty on trajectories, other than the tilt p*.
 
-DDPO with KL penalises the KL divergence between the two samplers' whole trajectories with the initial noise fixed. Three
-optima, from the freest policy to the most constrained:
+DDPO with KL penalises the KL divergence between the two samplers' whole trajectories, with the
+initial noise fixed. There are three optima, from the freest policy to the most constrained:
 
-    kernel optimum   any change of the trajectory given its start: x_0's kernel times exp(r/beta), normalised per start
-                     (`path_kl_optimum`; in continuous time this is what a change of drift can reach)
-    mean optimum     every step's mean is free, its noise is not (`mean_policy_optimum`): what a network trained by policy
-                     gradients with a fixed sampler can reach at N steps; tends to the kernel optimum as N grows
-    p*               the tilt: where both tend as the sampler forgets its start (Phi_eta -> 0)
+    kernel optimum   any change of the trajectory given its start: x_0's kernel times exp(r/beta),
+                     normalised per start (`path_kl_optimum`). A change of drift reaches it in
+                     continuous time.
+    mean optimum     every step's mean is free and its noise is not (`mean_policy_optimum`). A
+                     network trained by policy gradients with a fixed sampler reaches it at N
+                     steps. It tends to the kernel optimum as N grows.
+    p*               the tilt. Both tend to it as the sampler forgets its start (Phi_eta -> 0).
 
 At eta = 0 the kernel has no noise and the optimum changes nothing.
 """
@@ -20,12 +22,13 @@ from typing import Any
 import numpy as np
 
 from etude.errors import EtudeError
-from etude.theory.arrays import Array, array, nonnegative, positive
+from etude.theory.arrays import Array, array, number, positive
 from etude.theory.continuous_paths import as_path
 from etude.theory.exact_gap import is_path
 from etude.theory.finite_step import transfer
-from etude.theory.levels import Levels, levels
+from etude.theory.levels import Levels
 from etude.theory.reward_functions import QuadraticReward
+from etude.theory.sampler_steps import KernelChoice, path_eta, sampler_steps
 from etude.theory.targets import Gaussian
 from etude.theory.terminal_law import contraction, gaussian
 
@@ -35,29 +38,33 @@ def path_kl_optimum(
     path: Any,
     reward: QuadraticReward,
     beta: float,
-    eta: float,
+    eta: float | None = None,
     steps: int | None = None,
     spacing: str = "trailing",
-    kernel: str = "gddim",
+    kernel: KernelChoice = "gddim",
 ) -> Gaussian:
-    """The terminal law of `argmax E r - beta KL(trajectories || trajectories of the reference)`, the start's law fixed.
+    """Compute the terminal law of the trajectories that maximise `E r - beta KL`.
 
-    `target` is the reference N(m, C). With the kernel `x_0 | start ~ N(mu(start), S)`, `Lam = S^-1 + 2Q/beta`:
-    `x_0 | start ~ N(Lam^-1 [S^-1 mu(start) + (2 Q c + b)/beta], Lam^-1)`, averaged over the prior. In continuous time
-    `S = C (1 - Phi_0^(2 eta^2))`, `mu = m + Phi_eta (y - m)`; with N steps S and Phi are those of the exact recursion.
-    Raises EtudeError where the optimum does not exist.
+    KL is that of the trajectories to the reference's. The start's law is fixed, and `target` is the reference N(m, C). The reference's kernel is
+    `x_0 | start ~ N(mu(start), S)`; with `Lam = S^-1 + 2Q/beta` the optimum's is
+    `x_0 | start ~ N(Lam^-1 [S^-1 mu(start) + (2 Q c + b)/beta], Lam^-1)`, averaged over the prior.
+    In continuous time `S = C (1 - Phi_0^(2 eta^2))` and `mu = m + Phi_eta (y - m)`; with N steps S
+    and Phi are those of the exact recursion. The other arguments are those of `reward_gap`.
+
+    Raises:
+        EtudeError: as `reward_gap`; the optimum does not exist at this beta.
     """
-    target = gaussian(target, "path_kl_optimum")
-    strength, noise_level = float(positive(beta, "beta")), float(nonnegative(eta, "eta"))
+    target, strength = gaussian(target, "path_kl_optimum"), float(positive(beta, "beta"))
     if steps is None and is_path(path):
-        start = as_path(path).start()
+        start, noise_level = as_path(path).start(), number(path_eta(kernel, eta, as_path(path)), "eta")
         phi, S = contraction(target, start, noise_level), _kernel_variance(target, start, noise_level)
         offset = target.to_eigen(target.mu) * (1.0 - phi)
         with np.errstate(invalid="ignore"):
             spread = np.where(phi > 0, phi**2 * (start.V + start.excess), 0.0)
     else:
-        grid = levels(path, steps, spacing)
-        A, _, noise = transfer(target, grid, noise_level, kernel)
+        sampler = sampler_steps(path, eta, steps, spacing, kernel)
+        grid = sampler.levels
+        A, _, noise = transfer(target, sampler)
         phi, S = _compose(A, noise)
         offset = target.to_eigen(target.mu) * (float(grid.a[-1]) - float(grid.a[0]) * phi)
         spread = phi**2 * float(grid.prior_variance)
@@ -65,7 +72,7 @@ def path_kl_optimum(
 
 
 def _kernel_variance(target: Gaussian, start: Any, eta: float) -> Array:
-    """`C (1 - Phi_0^(2 eta^2))`."""
+    """Compute `C (1 - Phi_0^(2 eta^2))`."""
     if eta == 0.0:
         return np.zeros_like(target.spectrum)
     with np.errstate(divide="ignore"):
@@ -73,7 +80,7 @@ def _kernel_variance(target: Gaussian, start: Any, eta: float) -> Array:
 
 
 def _compose(A: Array, noise: Array) -> tuple[Array, Array]:
-    """Gain and noise variance of all steps together."""
+    """Compute the gain and the noise variance of all steps together."""
     phi, S = np.ones_like(A[0]), np.zeros_like(A[0])
     for gain, added in zip(A, noise, strict=True):
         phi, S = gain * phi, gain**2 * S + added
@@ -83,7 +90,10 @@ def _compose(A: Array, noise: Array) -> tuple[Array, Array]:
 def _average_of_tilts(
     target: Gaussian, reward: QuadraticReward, beta: float, offset: Array, S: Array, spread: Array
 ) -> Gaussian:
-    """Tilts N(offset + xi, S) by exp(r/beta) for xi ~ N(0, spread), all in the eigenbasis, and averages over xi."""
+    """Tilt N(offset + xi, S) by exp(r/beta), and average over xi ~ N(0, spread).
+
+    All arguments are in the eigenbasis.
+    """
     U = np.eye(target.d) if target.basis is None else target.basis
     Q, c, b = reward.parts(target.d)
     Q, pull = U.T @ Q @ U, U.T @ (2.0 * Q @ c + b)
@@ -103,10 +113,17 @@ def _average_of_tilts(
 
 @dataclass(frozen=True)
 class MeanPolicy:
-    """The best policy that changes the mean of every noisy step: `mean_u = A x + k + F_i (x - a_i m) + f_i` in step i.
+    """The best policy that changes the means of noisy steps:
 
-    `law` its terminal law; `reward` its E r; `kl` its KL to the reference's trajectories; `value = reward - beta kl`;
-    `feedback` F [N, d, d] and `feedforward` f [N, d] in the original coordinates (zero at noiseless steps).
+        mean_u = A x + k + F_i (x - a_i m) + f_i        in step i
+
+    Attributes:
+        law: its terminal law.
+        reward: its E r.
+        kl: its KL to the reference's trajectories.
+        value: reward - beta kl.
+        feedback: F [N, d, d] in the original coordinates; zero at noiseless steps.
+        feedforward: f [N, d], likewise.
     """
 
     law: Gaussian
@@ -122,19 +139,25 @@ def mean_policy_optimum(
     schedule: Any,
     reward: QuadraticReward,
     beta: float,
-    eta: float,
+    eta: float | None = None,
     steps: int | None = None,
     spacing: str = "trailing",
-    kernel: str = "gddim",
+    kernel: KernelChoice = "gddim",
 ) -> MeanPolicy:
-    """`argmax E r - beta KL` over policies that shift each noisy step's mean by any function of its state, N steps.
+    """Compute the policy that maximises `E r - beta KL` by shifts of the noisy steps' means.
 
-    A linear-quadratic regulator: the value function `-x^T P x + p^T x` goes backwards through the exact steps, and shifting a
-    mean by u costs `beta |u|^2 / (2 std^2)`. The optimal shift is linear in the state. Noiseless steps cannot be changed.
+    The shift may be any function of the step's state; noiseless steps cannot be changed. The
+    optimum is a linear-quadratic regulator: the value function `-x^T P x + p^T x` goes backwards
+    through the exact steps, and a shift of a mean by u costs `beta |u|^2 / (2 std^2)`. The optimal
+    shift is linear in the state. The other arguments are those of `finite_step_law`.
+
+    Raises:
+        EtudeError: as `finite_step_law`; the optimum does not exist at this beta.
     """
     target, strength = gaussian(target, "mean_policy_optimum"), float(positive(beta, "beta"))
-    grid = levels(schedule, steps, spacing)
-    A, _, noise = transfer(target, grid, float(nonnegative(eta, "eta")), kernel)
+    sampler = sampler_steps(schedule, eta, steps, spacing, kernel)
+    grid = sampler.levels
+    A, _, noise = transfer(target, sampler)
     U = np.eye(target.d) if target.basis is None else target.basis
     Q, c, b = reward.parts(target.d)
     end = float(grid.a[-1]) * target.mu
@@ -142,11 +165,15 @@ def mean_policy_optimum(
     feedback, feedforward = np.zeros((grid.steps, target.d, target.d)), np.zeros((grid.steps, target.d))
     for i in range(grid.steps - 1, -1, -1):
         feedback[i], feedforward[i], P, p = _regulate(A[i], float(noise[i].max()), strength, P, p)
-    return _played(target, grid, reward, strength, A, noise, feedback, feedforward, U)
+    return _run_policy(target, grid, reward, strength, A, noise, feedback, feedforward, U)
 
 
 def _regulate(A: Array, variance: float, beta: float, P: Array, p: Array) -> tuple[Array, Array, Array, Array]:
-    """One backward step in deviations e = x - a m: the best shift `F e + f` and the value function before it."""
+    """Take one step backwards in deviations e = x - a m.
+
+    It returns F and f of the best shift `F e + f`, and P and p of the value function before the
+    step.
+    """
     if variance == 0.0:
         return np.zeros_like(P), np.zeros_like(p), A[:, None] * P * A, A * p
     weight = 2.0 * variance / beta
@@ -160,7 +187,7 @@ def _regulate(A: Array, variance: float, beta: float, P: Array, p: Array) -> tup
     return F, f, A[:, None] * (0.5 * (pulled + pulled.T)) * A, A * (closed.T @ p)
 
 
-def _played(
+def _run_policy(
     target: Gaussian,
     grid: Levels,
     reward: QuadraticReward,
@@ -171,7 +198,7 @@ def _played(
     feedforward: Array,
     U: Array,
 ) -> MeanPolicy:
-    """Runs the policy forward on moments and adds up its KL."""
+    """Run the policy forward on moments and add up its KL."""
     mean = -float(grid.a[0]) * target.to_eigen(target.mu)
     cov, kl = float(grid.prior_variance) * np.eye(target.d), 0.0
     for i in range(grid.steps):

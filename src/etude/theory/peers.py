@@ -1,4 +1,4 @@
-"""What the peers' noise levels amount to: the gDDIM eta with the same std, for short steps and at real ones."""
+"""The peers' noise levels as the gDDIM eta with the same std."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from etude.errors import EtudeError, unknown
 from etude.sampling.kernels import equivalent_eta, make_kernel
 from etude.sampling.paths import FlowPath, Grid
 
-# Who trains with what: the method, the kernel, its published level, and where it is published.
 PUBLISHED = (
     ("Flow-GRPO", "flow_sde", 0.7, "2505.05470"),
     ("Flow-GRPO, its largest", "flow_sde", 1.2, "2505.05470"),
@@ -22,6 +21,7 @@ PUBLISHED = (
     ("DDPM posterior", "gddim", 1.0, "2006.11239"),
     ("etude's recipes", "gddim", 1.2, "2510.10767"),
 )
+"""Methods with their kernel, their noise level in its unit, and the arXiv number of the source."""
 PIPELINES = ("flux", "sd3")
 STEP_NAMES = ("first", "middle", "last")
 
@@ -31,11 +31,12 @@ class PeerRow:
     """One method's noise as gDDIM etas.
 
     Attributes:
-        method: who uses it.
-        kernel: its name in `etude.registry.KERNELS`.
-        level: its stochasticity, in its own unit.
-        small_step: the eta it amounts to as steps at sigma = 0.5 become short.
-        etas: the eta with the same std at each of the steps asked for; infinite where GDDIM has it for none.
+        method: name of the method.
+        kernel: name of its kernel in `etude.registry.KERNELS`.
+        level: the kernel's stochasticity, in the kernel's unit.
+        small_step: the gDDIM eta of short steps at sigma = 0.5.
+        etas: the gDDIM eta with the same std at each step of the table; infinite where no gDDIM has
+            that std.
     """
 
     method: str
@@ -47,7 +48,10 @@ class PeerRow:
 
 @dataclass(frozen=True)
 class PeerTable:
-    """The rows, and the steps that their etas are of: (sigma_t, sigma_u) at the first, middle and last stochastic step."""
+    """Rows of etas, and the steps that they belong to.
+
+    `steps` are (sigma_t, sigma_u) of the first, middle and last stochastic step.
+    """
 
     steps: tuple[tuple[float, float], ...]
     rows: tuple[PeerRow, ...]
@@ -56,18 +60,22 @@ class PeerTable:
 def peer_table(
     num_steps: int = 25, shift: float = 3.0, pipeline: str = "flux", levels: Iterable[tuple[str, float]] = ()
 ) -> PeerTable:
-    """Translates the published noise levels, and any others, to the eta with the same std.
+    """Translate the published noise levels, and more if given, to the gDDIM eta with the same std.
 
-    The stochastic steps of N are all but the first, which starts at pure noise, and the last, which ends without any.
+    Of N steps all are stochastic but the first, which starts at pure noise, and the last, which
+    ends without noise.
 
     Args:
         num_steps: N, at least 3.
-        shift: sigma -> shift sigma / (1 + (shift - 1) sigma), the model's time shift (exp(mu) for a dynamic one).
-        pipeline: whose levels are shifted: "flux" takes 1, 1 - 1/N .. 1/N; "sd3" the scheduler's own, which end near 0.
+        shift: sigma -> shift sigma / (1 + (shift - 1) sigma), the model's time shift (exp(mu) for a
+            dynamic one).
+        pipeline: pipeline with the levels to shift: "flux" has 1, 1 - 1/N .. 1/N; "sd3" has its
+            scheduler's, which end near 0.
         levels: more rows, as (kernel, level).
 
     Raises:
-        EtudeError: for fewer than 3 steps, an unknown pipeline or kernel, and a level that its kernel refuses.
+        EtudeError: there are fewer than 3 steps, the pipeline or a kernel is unknown, or a kernel
+            refuses its level.
     """
     if num_steps < 3:
         raise EtudeError(f"{num_steps} steps have no stochastic one between pure noise and the image: give at least 3.")
@@ -76,37 +84,33 @@ def peer_table(
     even = torch.linspace(1, 1 / num_steps, num_steps, dtype=torch.float64).tolist()
     grid = FlowPath.from_config({"shift": shift}).grid(num_steps, even if pipeline == "flux" else None)
     at = [1, (num_steps - 1) // 2, num_steps - 2]
-    wanted = [
-        *((method, kernel, level) for method, kernel, level, _ in PUBLISHED),
-        *(("yours", *own) for own in levels),
-    ]
-    rows = tuple(_row(method, kernel, level, grid, at) for method, kernel, level in wanted)
+    methods = [*(entry[:3] for entry in PUBLISHED), *(("yours", *own) for own in levels)]
+    rows = tuple(_row(method, kernel, level, grid, at) for method, kernel, level in methods)
     return PeerTable(tuple((float(grid.s[i]), float(grid.s[i + 1])) for i in at), rows)
 
 
-def _row(method: str, kernel: str, level: float, grid: Grid, at: Sequence[int]) -> PeerRow:
-    made = make_kernel(kernel, level)
-    source = torch.tensor(at)
-    etas = equivalent_eta(made, (grid.a[source], grid.s[source]), (grid.a[source + 1], grid.s[source + 1]))
-    return PeerRow(method, kernel, level, float(made.small_step_eta((0.5, 0.5))), tuple(etas.tolist()))
+def _row(method: str, name: str, level: float, grid: Grid, at: Sequence[int]) -> PeerRow:
+    kernel, source = make_kernel(name, level), torch.tensor(at)
+    etas = equivalent_eta(kernel, (grid.a[source], grid.s[source]), (grid.a[source + 1], grid.s[source + 1]))
+    return PeerRow(method, name, level, float(kernel.small_step_eta((0.5, 0.5))), tuple(etas.tolist()))
 
 
 def cells(table: PeerTable) -> tuple[list[str], list[list[str]]]:
-    """The table as text: the columns' titles, and the rows."""
+    """Format the table as text: the titles of the columns, and the rows."""
     names = (f"{name} {start:.3f} to {end:.3f}" for name, (start, end) in zip(STEP_NAMES, table.steps, strict=True))
     rows = [
-        [row.method, row.kernel, f"{row.level:g}", *(_shown(eta) for eta in (row.small_step, *row.etas))]
+        [row.method, row.kernel, f"{row.level:g}", *(_text(eta) for eta in (row.small_step, *row.etas))]
         for row in table.rows
     ]
     return ["method", "kernel", "level", "short steps", *names], rows
 
 
 def markdown(table: PeerTable) -> str:
-    """The table in Markdown."""
+    """Format the table in Markdown."""
     titles, rows = cells(table)
     rule = ["---" if i < 2 else "---:" for i in range(len(titles))]
     return "".join(f"| {' | '.join(line)} |\n" for line in (titles, rule, *rows))
 
 
-def _shown(eta: float) -> str:
+def _text(eta: float) -> str:
     return "∞" if math.isinf(eta) else f"{eta:.3f}"

@@ -1,4 +1,4 @@
-"""The figures of `etude theory`, drawn from the report alone (matplotlib is imported when the first is drawn)."""
+"""The figures of `etude theory`, drawn from its report; matplotlib is imported by the first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMATS = ("png", "svg")
 
 
 def draw(report: dict[str, Any], directory: Path, extension: str = "png") -> list[Path]:
-    """Writes every figure of the report into `directory` and returns their paths."""
+    """Write every figure of the report into `directory`; return their paths."""
     if extension not in FORMATS:
         raise EtudeError(f"figures cannot be written as '{extension}': choose png or svg.")
     import matplotlib
@@ -44,7 +44,7 @@ def draw(report: dict[str, Any], directory: Path, extension: str = "png") -> lis
 
 
 def _colours(count: int) -> list[Any]:
-    """One for each of `count` curves, all different."""
+    """Return `count` colours, all different."""
     if count <= len(COLOURS):
         return list(COLOURS[:count])
     import matplotlib
@@ -74,7 +74,7 @@ def _steps(axes: list[Any], report: dict[str, Any]) -> None:
     limits = section["limit"] or [None] * len(section["etas"])
     colours = _colours(len(section["etas"]))
     for colour, eta, gap, limit in zip(colours, section["etas"], section["gap"], limits, strict=True):
-        ax.plot(section["steps"], _drawn(gap), color=colour, marker=".", label=f"eta {eta:g}")
+        ax.plot(section["steps"], _with_holes(gap), color=colour, marker=".", label=f"eta {eta:g}")
         if limit is not None:
             ax.axhline(limit, color=colour, linestyle=":", linewidth=1)
     dotted = " (dotted: N → ∞)" if section["limit"] else ""
@@ -109,7 +109,7 @@ def _bounds(axes: list[Any], report: dict[str, Any]) -> None:
         ax.plot(section["T"], section["gap"], color="#212529", linewidth=2, label="|gap|")
         colours = _colours(len(section["bounds"]))
         for colour, (label, values) in zip(colours, section["bounds"].items(), strict=True):
-            ax.plot(section["T"], _drawn(values), color=colour, lw=1, label=label)
+            ax.plot(section["T"], _with_holes(values), color=colour, lw=1, label=label)
         ax.set(yscale="log", xlabel="T", title=f"{_PATHS[name]}, eta {report['bounds']['eta']:g}")
         if name == "ve":
             ax.set_xscale("log")
@@ -136,8 +136,8 @@ def _eta(axes: list[Any], report: dict[str, Any]) -> None:
     ax.legend()
 
 
-def _drawn(values: list[float | None]) -> list[float]:
-    """None leaves a hole in the curve."""
+def _with_holes(values: list[float | None]) -> list[float]:
+    """Turn None into a hole of the curve."""
     return [float("nan") if value is None else value for value in values]
 
 

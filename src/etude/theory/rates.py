@@ -1,16 +1,17 @@
-"""How fast the gap closes as the path gets longer: exponents and constants, and a fit of the numerical rate beside them.
+"""Rates at which the gap closes as the path gets longer, exact and fitted.
 
-With Phi_eta = (C/(C + V))^(kappa/2), kappa = 1 + eta^2, and g = E grad r, the continuous-time gap of a Gaussian target is a
-sum of powers of V:
+With Phi_eta = (C/(C + V))^(kappa/2), kappa = 1 + eta^2, and g = E grad r, the continuous-time gap
+of a Gaussian target is a sum of powers of V:
 
     V^(-1/2)      -g^T C^(1/2) m                                              (the ODE's mean error: generic case)
     V^(-kappa/2)  +g^T C^(kappa/2) m                                          (the SDE's own mean error)
-    V^(-1)        -m^T C^(1/2) Q C^(1/2) m - tr(Q C (e - C))                  (what is left when the first vanishes, "centred")
+    V^(-1)        -m^T C^(1/2) Q C^(1/2) m - tr(Q C (e - C))                  (the rest where the first vanishes: centred)
     V^(-kappa)    the same with C^(kappa/2)
 
-with e = 0 for VE (V = sigma_T^2, so powers of T) and e = 1 for VP (V = exp(B) - 1, so exponentials). A rectified flow started
-at 1 - delta has tau - V = 2 sqrt(V) + 1: the terms -2 tr(Q C) V^(-1/2) and +2 tr(Q C^kappa) V^(1/2 - kappa) come on top,
-and V^(-1/2) = delta / (1 - delta).
+with e = 0 for VE (V = sigma_T^2, so powers of T) and e = 1 for VP (V = exp(B) - 1, so
+exponentials). A rectified flow from 1 - delta has `tau - V = 2 sqrt(V) + 1` and
+`V^(-1/2) = delta / (1 - delta)`. The terms `-2 tr(Q C) V^(-1/2)` and
+`+2 tr(Q C^kappa) V^(1/2 - kappa)` come on top there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array, Numbers, array, nonnegative, number
-from etude.theory.continuous_paths import VE, VP, Path, RectifiedFlow
+from etude.theory.continuous_paths import VE, VP, ContinuousPath, RectifiedFlow
 from etude.theory.reward_functions import QuadraticReward
 from etude.theory.targets import Gaussian
 from etude.theory.terminal_law import gaussian
@@ -29,23 +30,34 @@ from etude.theory.terminal_law import gaussian
 
 @dataclass(frozen=True)
 class Rate:
-    """`quantity ≃ constant * variable^(-exponent)`; `variable` is "T", "sigma_max", "exp(B)" (B = int beta) or "1/delta"."""
+    """The rate `quantity ≃ constant * variable^(-exponent)`.
+
+    `variable` is "T", "sigma_max", "exp(B)" (B = int beta) or "1/delta"; `regime` is "generic" or
+    "centred".
+    """
 
     exponent: float
     constant: float
     variable: str
     regime: str
 
-    def __call__(self, path: Path) -> Array:
-        """The asymptote on a path (an array where its horizon is one)."""
+    def __call__(self, path: ContinuousPath) -> Array:
+        """Compute the asymptote on a path (an array where its horizon is one)."""
         return np.asarray(self.constant * natural(path)[1] ** -self.exponent)
 
     def __str__(self) -> str:
         return f"{self.constant:.4g} * {self.variable}^-{self.exponent:g} ({self.regime})"
 
 
-def natural(path: Path) -> tuple[str, Array]:
-    """The variable in which a path's rate is a power, by name and value: VE's T, VP's exp(B), a rectified flow's 1/delta."""
+def natural(path: ContinuousPath) -> tuple[str, Array]:
+    """Return the variable in which a path's rate is a power, by name and value.
+
+    It is T for VE (sigma_max for a geometric scale with its own), exp(B) for VP and 1/delta for a
+    rectified flow.
+
+    Raises:
+        EtudeError: the rectified flow starts from pure noise, or the path is of another class.
+    """
     if isinstance(path, VE):
         own_top = path.sigma == "geometric" and not np.array_equal(path.sigma_max, path.T)
         return ("sigma_max", path.sigma_max) if own_top else ("T", path.T)
@@ -60,11 +72,15 @@ def natural(path: Path) -> tuple[str, Array]:
     raise EtudeError(f"{type(path).__name__} has no known rate: pass a VE, VP or RectifiedFlow path.")
 
 
-def rates(target: Gaussian, path: Path, reward: QuadraticReward, eta: float) -> Rate:
-    """The leading rate of the continuous-time reward gap as the path gets longer, for a fixed eta > 0.
+def rates(target: Gaussian, path: ContinuousPath, reward: QuadraticReward, eta: float) -> Rate:
+    """Compute the leading rate of the continuous-time gap as the path gets longer, for eta > 0.
 
-    Of all the terms above it takes the slowest whose coefficient does not vanish (relative to its size, 1e-12): "generic"
-    for the V^(-1/2) term, "centred" otherwise. A constant of 0 means that no term up to V^(-kappa) is there.
+    It is the slowest of the module's terms whose coefficient does not vanish (relative to its size,
+    1e-12): "generic" for the V^(-1/2) term, "centred" otherwise. A constant of 0 means that every
+    term up to V^(-kappa) vanishes.
+
+    Raises:
+        EtudeError: eta is 0, where there is no gap, or the path has no known rate (`natural`).
     """
     target, kappa = gaussian(target, "rates"), 1.0 + float(nonnegative(number(eta, "eta"), "eta")) ** 2
     if kappa == 1.0:
@@ -78,15 +94,21 @@ def rates(target: Gaussian, path: Path, reward: QuadraticReward, eta: float) -> 
     return _rate(path, power, constant, "generic" if power == 0.5 else "centred")
 
 
-def asymptotic_series(target: Gaussian, path: Path, reward: QuadraticReward, eta: float) -> Array:
-    """All the terms above added up on a path: closer than the leading one alone, above all at small eta."""
+def asymptotic_series(target: Gaussian, path: ContinuousPath, reward: QuadraticReward, eta: float) -> Array:
+    """Add up all of the module's terms on a path.
+
+    The sum is closer than the leading term alone, above all at small eta.
+    """
     target, kappa = gaussian(target, "asymptotic_series"), 1.0 + float(nonnegative(number(eta, "eta"), "eta")) ** 2
     terms = _terms(target, path, reward, kappa)
     return np.asarray(sum(coefficient * path.start().V ** -power for power, coefficient, _ in terms))
 
 
-def own_error_rates(target: Gaussian, path: Path, eta: float) -> tuple[Rate, Rate]:
-    """Rates of the SDE_eta sampler's own errors: |mean error| and the trace of the variance error (eta = 0: the ODE's)."""
+def own_error_rates(target: Gaussian, path: ContinuousPath, eta: float) -> tuple[Rate, Rate]:
+    """Compute the rates of the SDE_eta sampler's own errors, at eta = 0 of the ODE's.
+
+    They are those of |mean error| and of the trace of the variance error.
+    """
     target, kappa = gaussian(target, "own_error_rates"), 1.0 + float(nonnegative(number(eta, "eta"), "eta")) ** 2
     m, c = target.to_eigen(target.mu), target.spectrum
     mean = float(np.linalg.norm(c ** (kappa / 2) * m))
@@ -96,19 +118,21 @@ def own_error_rates(target: Gaussian, path: Path, eta: float) -> tuple[Rate, Rat
     return _rate(path, kappa / 2, mean, "mean"), _rate(path, kappa, variance, "variance")
 
 
-def _excess(path: Path) -> float:
+def _excess(path: ContinuousPath) -> float:
     return 0.0 if isinstance(path, VE) else 1.0
 
 
-def _rate(path: Path, power: float, constant: float, regime: str) -> Rate:
-    """From a power of 1/V to a power of the path's own variable."""
+def _rate(path: ContinuousPath, power: float, constant: float, regime: str) -> Rate:
+    """Convert a power of 1/V to a power of the path's own variable."""
     variable, _ = natural(path)
     per_v = 1.0 if variable == "exp(B)" or (isinstance(path, VE) and path.sigma == "sqrt") else 2.0
     return Rate(per_v * power, constant, variable, regime)
 
 
-def _terms(target: Gaussian, path: Path, reward: QuadraticReward, kappa: float) -> list[tuple[float, float, float]]:
-    """(power of 1/V, coefficient, size of what was summed) for every term up to V^(-kappa)."""
+def _terms(
+    target: Gaussian, path: ContinuousPath, reward: QuadraticReward, kappa: float
+) -> list[tuple[float, float, float]]:
+    """Return (power of 1/V, coefficient, sum of sizes) of every term up to V^(-kappa)."""
     Q = reward.parts(target.d)[0]
     Q = Q if target.basis is None else target.basis.T @ Q @ target.basis
     m, c, g = target.to_eigen(target.mu), target.spectrum, target.to_eigen(reward.gradient(target.mu))
@@ -128,7 +152,10 @@ def _terms(target: Gaussian, path: Path, reward: QuadraticReward, kappa: float) 
 
 @dataclass(frozen=True)
 class Fit:
-    """`|quantity| ≈ constant * variable^(-exponent)` by least squares in the logarithms; `residual` is its largest error."""
+    """The fit `|quantity| ≈ constant * variable^(-exponent)` by least squares in the logarithms.
+
+    `residual` is its largest error in the logarithm.
+    """
 
     exponent: float
     constant: float
@@ -136,7 +163,13 @@ class Fit:
 
 
 def fit_rate(variable: Numbers, quantity: Numbers, tail: float = 0.5) -> Fit:
-    """Fits a power law to the last `tail` of the points (sorted by `variable`); the constant keeps the sign of the last."""
+    """Fit a power law to the share `tail` of the points with the largest `variable`.
+
+    The constant has the sign of the last point.
+
+    Raises:
+        EtudeError: there are fewer than 4 points, the lists differ in length, or a quantity is 0.
+    """
     x, y = array(variable, "the variable"), array(quantity, "the quantity")
     if x.ndim != 1 or x.shape != y.shape or x.size < 4:
         raise EtudeError(

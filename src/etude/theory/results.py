@@ -1,4 +1,4 @@
-"""The numbers behind `etude theory`: one Gaussian reference, one quadratic reward, every result of the theory on it."""
+"""The numbers of `etude theory`: every result on one Gaussian reference and quadratic reward."""
 
 from __future__ import annotations
 
@@ -9,27 +9,32 @@ import numpy as np
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array
-from etude.theory.bounds import GapBounds, gap_bounds
-from etude.theory.continuous_paths import VE, VP, Path, as_path
-from etude.theory.exact_gap import continuous_gap, difference, gap_split, improvement, ode_and_sde, reward_gap
-from etude.theory.finite_step import ScoreError, largest_ddim_eta
+from etude.theory.bounds import GapBounds, gap_bounds, gap_bounds_at
+from etude.theory.continuous_paths import VE, VP, ContinuousPath, as_path
+from etude.theory.exact_gap import continuous_gap, gap_split, improvement, reward_difference, reward_gap, step_gap
 from etude.theory.levels import Levels, levels
 from etude.theory.rates import asymptotic_series, fit_rate, natural, rates
 from etude.theory.recommend import recommended_eta
 from etude.theory.reward_functions import QuadraticReward
-from etude.theory.score_error import law_in_y_with_error
+from etude.theory.sampler_steps import EULER_MARUYAMA, largest_eta, sampler_steps, short_step_etas
+from etude.theory.score_error import ScoreError, law_in_y_with_error
 from etude.theory.targets import Gaussian, GaussianMixture
 from etude.theory.tilt import TiltedGaussian, tilt
 
 HORIZONS = 60
 STEP_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500)
-# Two modes of a pretrained model, on the line: what the mixture rows are computed for.
 EXAMPLE = GaussianMixture([0.6, 0.4], [-1.0, 1.5], 0.3)
+"""Two modes of a pretrained model on the line, for the rows of the mixture."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a study is about; lists of one entry mean the line."""
+    """The reference, the reward, the samplers and the score error of one report.
+
+    Lists of one entry mean the line.
+
+    `etas` are in the kernel's unit with N steps, and in gDDIM's in continuous time.
+    """
 
     mean: list[float] = field(default_factory=lambda: [1.0])
     variance: list[float] = field(default_factory=lambda: [1.0])
@@ -49,17 +54,18 @@ class Settings:
     vp_horizon: float = 12.0
 
     def reference(self) -> Gaussian:
-        """N(mean, diag(variance))."""
+        """Make the law N(mean, diag(variance))."""
         d = max(len(self.mean), len(self.variance), len(self.curvature), len(self.center), len(self.linear))
         if d == 1:
             return Gaussian(self.mean[0], self.variance[0])
         return Gaussian(_wide(self.mean, d, "--mean"), _wide(self.variance, d, "--variance"))
 
     def reward(self) -> QuadraticReward:
-        """r(x) = -sum curvature (x - center)^2 + sum linear x."""
+        """Make the reward r(x) = -sum curvature (x - center)^2 + sum linear x."""
         return QuadraticReward(*(x[0] if len(x) == 1 else x for x in (self.curvature, self.center, self.linear)))
 
     def score_error(self) -> ScoreError:
+        """Make the score error of these numbers."""
         return ScoreError(self.bias, self.gain, self.white)
 
 
@@ -70,7 +76,7 @@ def _wide(values: list[float], d: int, name: str) -> Array:
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Every section of the report, as plain numbers and lists (JSON)."""
+    """Compute every section of the report as plain numbers and lists (JSON)."""
     reference, reward = settings.reference(), settings.reward()
     reward.parts(reference.d)
     grids = {n: levels(settings.schedule, n, settings.spacing) for n in settings.steps}
@@ -104,7 +110,10 @@ def _optimum(reference: Gaussian, tuned: TiltedGaussian, reward: QuadraticReward
 
 
 def _horizon(tuned: Gaussian, path: VE | VP, reward: QuadraticReward, etas: list[float]) -> dict[str, Any]:
-    """The continuous-time gap against the horizon, its asymptote, and the fitted rate of the last half."""
+    """Compute the continuous-time gap against the horizon, its asymptote and its fitted rate.
+
+    The fit takes the last quarter of the horizons.
+    """
     gaps = reward_gap(tuned, path, reward, np.array(etas)[:, None])
     name, variable = natural(path)
     rows = []
@@ -120,14 +129,18 @@ def _horizon(tuned: Gaussian, path: VE | VP, reward: QuadraticReward, etas: list
 
 
 def _steps(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dict[str, Any]:
-    """The N-step gap, score error included, against N; None where the kernel "ddim" has no such eta."""
+    """Compute the N-step gap, score error included, against N.
+
+    It is None where the kernel has no such eta.
+    """
     etas = np.array(settings.etas)
     gaps = []
     for n in STEP_COUNTS:
         grid = levels(settings.schedule, n, settings.spacing)
-        legal = etas <= (largest_ddim_eta(grid) if settings.kernel == "ddim" else np.inf)
-        laws = ode_and_sde(tuned, grid, np.where(legal, etas, 0.0), settings.kernel, score_error=settings.score_error())
-        gaps.append([float(gap) if ok else None for gap, ok in zip(difference(reward, *laws), legal, strict=True)])
+        legal = etas <= largest_eta(grid, settings.kernel)
+        sampler = sampler_steps(grid, np.where(legal, etas, 0.0), kernel=settings.kernel)
+        values = step_gap(tuned, reward, sampler, score_error=settings.score_error())
+        gaps.append([float(gap) if ok else None for gap, ok in zip(values, legal, strict=True)])
     return {
         "steps": list(STEP_COUNTS),
         "etas": settings.etas,
@@ -137,15 +150,22 @@ def _steps(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dict
 
 
 def _limit(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> list[float] | None:
-    """The gaps for N -> infinity, where a white error vanishes; None where the other errors have no closed form."""
-    start, etas = as_path(settings.schedule).start(), np.array(settings.etas)
-    error = ScoreError(settings.bias, settings.gain)
+    """Compute the gaps for N -> infinity, where a white error vanishes.
+
+    It is None where the other errors have no closed form, or the kernel's short steps are of no
+    finite eta, or of different etas and not from pure noise.
+    """
+    start, error = as_path(settings.schedule).start(), ScoreError(settings.bias, settings.gain)
+    by_level = short_step_etas(settings.kernel, settings.etas, levels(settings.schedule, 8))
+    etas = by_level[:, 0]
+    if not np.all(np.isfinite(by_level)) or (np.isfinite(start.V) and not np.allclose(by_level, etas[:, None])):
+        return None
     if not error:
         return np.asarray(continuous_gap(tuned, start, reward, etas)).tolist()
     if not np.isfinite(start.V) or np.any(tuned.spectrum <= 0):
         return None
     ode, sde = (law_in_y_with_error(tuned, start, x, error) for x in (np.zeros_like(etas), etas))
-    return np.asarray(difference(reward, ode, sde)).tolist()
+    return np.asarray(reward_difference(reward, ode, sde)).tolist()
 
 
 def _split(
@@ -160,26 +180,26 @@ def _split(
 
 
 def _bounds(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dict[str, Any]:
-    """Every bound against the horizon, at the eta nearest to 1, for VE and VP."""
+    """Compute every bound against the horizon, at the eta nearest to 1, for VE and VP."""
     eta = min((e for e in settings.etas if e > 0), key=lambda e: abs(e - 1.0), default=1.0)
     curves = {}
     for name, paths in (
         ("ve", [VE(T=float(T)) for T in np.geomspace(2.0, settings.ve_horizon, 20)]),
         ("vp", [VP(T=float(T)) for T in np.linspace(1.0, settings.vp_horizon, 20)]),
     ):
-        found = [gap_bounds(tuned, path, reward, eta) for path in paths]
+        at = [gap_bounds(tuned, path, reward, eta) for path in paths]
         curves[name] = {
             "T": [float(path.T) for path in paths],
-            "gap": [abs(each.gap) for each in found],
-            "bounds": {key: [_finite(each.bounds[key]) for each in found] for key in found[0].bounds},
-            "best": [_finite(each.best) for each in found],
-            "ratio": [_finite(each.ratio) for each in found],
+            "gap": [abs(each.gap) for each in at],
+            "bounds": {key: [_finite(each.bounds[key]) for each in at] for key in at[0].bounds},
+            "best": [_finite(each.best) for each in at],
+            "ratio": [_finite(each.ratio) for each in at],
         }
     return {"eta": eta, **curves}
 
 
 def _mixture(reward: QuadraticReward, settings: Settings) -> dict[str, Any]:
-    """Gap and bounds of the tilted two-mode example on the line, or why there are none: it is not the user's problem."""
+    """Compute gap and bounds of the tilted two-mode example, or say why there are none."""
     if settings.reference().d > 1:
         return {
             "mixture": [],
@@ -194,33 +214,33 @@ def _mixture(reward: QuadraticReward, settings: Settings) -> dict[str, Any]:
 def _mixture_rows(reward: QuadraticReward, settings: Settings) -> list[dict[str, Any]]:
     tuned = tilt(EXAMPLE, reward, settings.beta)
     rows = []
-    paths: list[tuple[str, Path]] = [("VE(T=10)", VE(T=10.0)), ("VP(T=4)", VP(T=4.0))]
-    for name, path in paths:
-        for eta in settings.etas:
-            if eta > 0:
-                rows.append({"path": name, "eta": eta, **_bounded(gap_bounds(tuned, path, reward, eta))})
+    etas = [eta for eta in settings.etas if eta > 0]
+    paths: dict[str, ContinuousPath] = {"VE(T=10)": VE(T=10.0), "VP(T=4)": VP(T=4.0)} if etas else {}
+    for name, path in paths.items():
+        for eta, bounds in zip(etas, gap_bounds_at(tuned, path, reward, etas), strict=True):
+            rows.append({"path": name, "eta": eta, **_bounds_row(bounds)})
     return rows
 
 
-def _bounded(found: GapBounds) -> dict[str, Any]:
+def _bounds_row(bounds: GapBounds) -> dict[str, Any]:
     return {
-        "gap": found.gap,
-        "error": found.gap_error,
-        "best": _finite(found.best),
-        "best_name": found.best_name,
-        "ratio": _finite(found.ratio),
+        "gap": bounds.gap,
+        "error": bounds.gap_error,
+        "best": _finite(bounds.best),
+        "best_name": bounds.best_name,
+        "ratio": _finite(bounds.ratio),
     }
 
 
 def _eta(tuned: Gaussian, grid: Levels, settings: Settings) -> dict[str, Any]:
-    top = 1.0 if settings.kernel == "euler-maruyama" else 3.0
-    found = recommended_eta(tuned, grid, score_error=settings.score_error(), kernel=settings.kernel, eta_max=top)
+    top = 1.0 if settings.kernel == EULER_MARUYAMA else 3.0
+    best = recommended_eta(tuned, grid, score_error=settings.score_error(), kernel=settings.kernel, eta_max=top)
     curves = {
-        name: getattr(found, name).tolist() for name in ("etas", "errors", "prior", "discretisation", "score", "to_ode")
+        name: getattr(best, name).tolist() for name in ("etas", "errors", "prior", "discretisation", "score", "to_ode")
     }
-    return {"steps": grid.steps, "eta": found.eta, "error": found.error, "at_limit": found.at_limit, **curves}
+    return {"steps": grid.steps, "eta": best.eta, "error": best.error, "at_limit": best.at_limit, **curves}
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity: None says that a bound does not apply."""
+    """Return the value, or None for infinity, which JSON lacks."""
     return float(value) if np.isfinite(value) else None

@@ -1,25 +1,28 @@
-"""Rewards whose expectation the theory can compute: quadratic ones in closed form, Lipschitz ones by quadrature."""
+"""Rewards with computable expectations: quadratic in closed form, Lipschitz by quadrature."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from scipy.special import ndtri
-from scipy.stats import qmc
 
 from etude.errors import EtudeError
+from etude.theory.approximation import Approximation
 from etude.theory.arrays import Array, Numbers, array, nonnegative, number
-from etude.theory.estimate import Estimate
 from etude.theory.targets import Gaussian, GaussianMixture
 
 
 class QuadraticReward:
-    """`r(x) = -(x - c)^T Q (x - c) + b^T x`, with Q of any signature.
+    """The reward `r(x) = -(x - c)^T Q (x - c) + b^T x`, with Q of any signature.
 
-    `Q` is a number (Q I), a diagonal [d] or a matrix [d, d] (only its symmetric part counts); `center` c and `linear` b are
-    numbers (the same in every coordinate) or [d]. `QuadraticReward(0, linear=b)` is the linear reward.
+    `Q` is a number (Q I), a diagonal [d] or a matrix [d, d], of which only the symmetric part
+    counts. `center` c and `linear` b are numbers (the same in every coordinate) or [d].
+    `QuadraticReward(0, linear=b)` is the linear reward.
+
+    Raises:
+        EtudeError: the shapes do not fit.
     """
 
     def __init__(self, Q: Numbers, center: Numbers = 0.0, linear: Numbers = 0.0):
@@ -34,7 +37,7 @@ class QuadraticReward:
             self.Q = 0.5 * (self.Q + self.Q.T)
 
     def parts(self, d: int) -> tuple[Array, Array, Array]:
-        """(Q [d, d], c [d], b [d]) in d dimensions."""
+        """Return (Q [d, d], c [d], b [d]); EtudeError if the reward has not d dimensions."""
         sizes = {x.shape[-1] for x in (self.Q, self.center, self.linear) if x.ndim}
         if sizes - {d}:
             raise EtudeError(f"the reward has {max(sizes)} dimensions but the law has {d}: give both the same.")
@@ -47,41 +50,55 @@ class QuadraticReward:
         return x[..., None] if scalar and x.ndim < 2 else x
 
     def __call__(self, x: Numbers) -> Array:
-        """Values [...] at points `x` [..., d]; a reward made of numbers also takes points [n] on the line."""
+        """Compute the values [...] at points `x` [..., d].
+
+        A reward made of numbers also takes points [n] on the line.
+        """
         return self.value(self._points(x))
 
     def value(self, x: Array) -> Array:
-        """Values [...] at points [..., d], the last axis always the coordinates."""
+        """Compute the values [...] at points [..., d].
+
+        The last axis is always that of the coordinates.
+        """
         Q, c, b = self.parts(x.shape[-1])
         z = x - c
         return np.asarray(-np.sum((z @ Q) * z, axis=-1) + x @ b)
 
     def gradient(self, x: Array) -> Array:
-        """`b - 2 Q (x - c)` at points [..., d]."""
+        """Compute the gradient `b - 2 Q (x - c)` at points [..., d]."""
         Q, c, b = self.parts(x.shape[-1])
         return np.asarray(b - 2.0 * (x - c) @ Q)
 
     def expected(self, law: Gaussian | GaussianMixture) -> Any:
-        """`E r = -tr(Q Cov) - (mean - c)^T Q (mean - c) + b^T mean`; a number, or an array for a batch of laws."""
+        """Compute `E r = -tr(Q Cov) - (mean - c)^T Q (mean - c) + b^T mean`.
+
+        It is an array for a batch of laws.
+        """
         if isinstance(law, GaussianMixture):
             return float(sum(w * self.expected(part) for w, part in zip(law.weights, law.components, strict=True)))
         value = self.value(law.mu) - law.spectrum @ self._diagonal(law)
         return value if law.batch else float(value)
 
     def _diagonal(self, law: Gaussian) -> Array:
-        """diag(U^T Q U) in the eigenbasis of `law`: all that tr(Q Cov) needs."""
+        """Compute diag(U^T Q U) in the eigenbasis of `law`; tr(Q Cov) needs no more of Q."""
         Q, _, _ = self.parts(law.d)
         return np.diagonal(Q).copy() if law.basis is None else np.sum(law.basis * (Q @ law.basis), axis=0)
 
     def change(self, mean_shift: Array, middle: Array, spectrum_shift: Array, law: Gaussian) -> Array:
-        """E r difference of two laws with means `middle +- mean_shift/2` and eigenvalues differing by `spectrum_shift`.
+        """Compute the difference of E r between two laws in the eigenbasis of `law`.
 
-        The difference is exact (r is quadratic) and free of the cancellation that subtracting two expectations has.
+        Their means are `middle +- mean_shift/2`, and their eigenvalues differ by `spectrum_shift`.
+        The result is exact, because r is quadratic, and free of the cancellation that the
+        subtraction of two expectations has.
         """
         return np.asarray(np.sum(mean_shift * self.gradient(middle), axis=-1) - spectrum_shift @ self._diagonal(law))
 
     def variance(self, law: Gaussian | GaussianMixture) -> float:
-        """Var r: `2 tr(Q C Q C) + g^T C g`, g the gradient at the mean; summed over a mixture by the law of total variance."""
+        """Compute Var r = `2 tr(Q C Q C) + g^T C g`, with g the gradient at the mean.
+
+        A mixture's variance follows from the law of total variance.
+        """
         if isinstance(law, GaussianMixture):
             means = np.array([self.expected(part) for part in law.components])
             within = np.array([self.variance(part) for part in law.components])
@@ -92,7 +109,7 @@ class QuadraticReward:
         return float(2.0 * np.trace(QC @ QC) + g @ law.matrix @ g)
 
     def squared_gradient(self, law: Gaussian | GaussianMixture) -> float:
-        """E |grad r|^2 = |g|^2 + 4 tr(Q C Q)."""
+        """Compute E |grad r|^2 = |g|^2 + 4 tr(Q C Q)."""
         if isinstance(law, GaussianMixture):
             return float(sum(w * self.squared_gradient(p) for w, p in zip(law.weights, law.components, strict=True)))
         law.single("squared_gradient")
@@ -105,20 +122,22 @@ class QuadraticReward:
 
 
 class LipschitzReward:
-    """A reward known by its function and its constant: `|r(x) - r(y)| <= lipschitz |x - y|`.
+    """A reward that is a function, with `|r(x) - r(y)| <= lipschitz |x - y|`.
 
     `function` takes points [n] on the line, or [n, d], and returns [n].
+
+    Raises:
+        EtudeError: `function` is not callable, or the constant is not one number of at least 0.
     """
 
     def __init__(self, function: Callable[[Array], Array], lipschitz: float):
         if not callable(function):
             raise EtudeError(f"a Lipschitz reward needs a function of points, got {function!r}: pass a callable.")
-        self.function, self.lipschitz = (
-            function,
-            float(nonnegative(number(lipschitz, "the Lipschitz constant"), "the Lipschitz constant")),
-        )
+        self.function = function
+        self.lipschitz = float(nonnegative(number(lipschitz, "the Lipschitz constant"), "the Lipschitz constant"))
 
     def __call__(self, x: Numbers) -> Array:
+        """Compute the values [n] at points `x` [n] or [n, d]."""
         x = np.asarray(x, dtype=np.float64)
         try:
             value = np.asarray(self.function(x), dtype=np.float64)
@@ -133,19 +152,22 @@ class LipschitzReward:
         return value
 
     def expected(self, law: Gaussian | GaussianMixture) -> Any:
-        """E r with its numerical error (an `Estimate`); an array of values for a batch of laws on the line."""
+        """Compute E r as an `Approximation`; an array of values for a batch of laws on the line."""
         if isinstance(law, GaussianMixture):
             parts = [self.expected(part) for part in law.components]
             value = float(law.weights @ np.array(parts, dtype=np.float64))
-            return Estimate(value, float(law.weights @ np.array([p.error for p in parts])), parts[0].kind)
+            return Approximation(value, float(law.weights @ np.array([p.error for p in parts])), parts[0].kind)
         return self._on_line(law) if law.d == 1 else self._in_space(law)
 
     def _on_line(self, law: Gaussian) -> Any:
-        """Composite Gauss-Legendre in the normal score; the error is the change from half as many panels."""
+        """Integrate by composite Gauss-Legendre in the normal score.
+
+        The error is the change from half as many panels.
+        """
         coarse, fine = (self._panels(law, panels) for panels in (200, 400))
         if law.batch:
             return fine
-        return Estimate(float(fine), float(abs(fine - coarse)) + 1e-14, "quadrature")
+        return Approximation(float(fine), float(abs(fine - coarse)) + 1e-14, "quadrature")
 
     def _panels(self, law: Gaussian, panels: int, reach: float = 10.0) -> Array:
         nodes, weights = np.polynomial.legendre.leggauss(6)
@@ -156,8 +178,13 @@ class LipschitzReward:
         values = self(x) if law.on_line else self(x[..., None])
         return np.asarray(values @ (w / w.sum()))
 
-    def _in_space(self, law: Gaussian, replicates: int = 16, log2_points: int = 12) -> Estimate:
-        """Scrambled Sobol points; the error is the 95 % half-width over independent scramblings."""
+    def _in_space(self, law: Gaussian, replicates: int = 16, log2_points: int = 12) -> Approximation:
+        """Average over scrambled Sobol points.
+
+        The error is the 95 % half-width over independent scramblings.
+        """
+        from scipy.stats import qmc  # slow to import, and rarely needed
+
         law.single("a Lipschitz reward in d > 1")
         means = []
         for seed in range(replicates):
@@ -165,7 +192,20 @@ class LipschitzReward:
             z = ndtri(np.clip(u, 1e-16, 1.0 - 1e-16))
             means.append(float(np.mean(self(law.mu + law.from_eigen(z * np.sqrt(law.spectrum))))))
         half_width = 2.131 * float(np.std(means, ddof=1)) / np.sqrt(replicates)
-        return Estimate(float(np.mean(means)), half_width, "quasi-Monte Carlo, 95 % interval")
+        return Approximation(float(np.mean(means)), half_width, "quasi-Monte Carlo, 95 % interval")
 
     def __repr__(self) -> str:
         return f"LipschitzReward({getattr(self.function, '__name__', 'function')}, lipschitz={self.lipschitz:g})"
+
+
+Reward: TypeAlias = QuadraticReward | LipschitzReward
+
+
+def as_reward(value: Any) -> Reward:
+    """Return the reward itself; EtudeError for any other value, with a way to wrap it."""
+    if not isinstance(value, (QuadraticReward, LipschitzReward)):
+        raise EtudeError(
+            f"the reward is a {type(value).__name__}, whose expectation is unknown: pass a QuadraticReward, or wrap a "
+            "function as LipschitzReward(function, lipschitz)."
+        )
+    return value

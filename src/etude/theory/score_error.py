@@ -1,42 +1,98 @@
-"""What score errors do to the continuous-time laws of the samplers of a Gaussian target, in closed form.
+"""Errors of the score, and the continuous-time laws of a Gaussian target under them.
 
-With `eps_hat = (1 + gain) eps + bias`, in an eigen-direction c and with kappa = 1 + eta^2, 2K = kappa (1 + gain),
-x = c/(c + V), U = asinh(sqrt(V/c)):
+With `eps_hat = (1 + gain) eps + bias`, in an eigen-direction c and with kappa = 1 + eta^2,
+`2K = kappa (1 + gain)`, x = c/(c + V) and U = asinh(sqrt(V/c)):
 
     E y   = m (1 - x^K) - kappa sqrt(c) bias int_0^U cosh(u)^(1 - 2K) du
     Var y = x^(2K) tau + eta^2 c (1 - x^(2K - 1)) / (2K - 1)
 
-At gain 0 the bias shifts the ODE's mean by `-sqrt(c) U bias`, which grows like log V, and the SDE's (eta = 1) by
-`-2 sqrt(c) arctan(sqrt(V/c)) bias`, which does not: stochasticity corrects score errors. A gain a > 0 shrinks the ODE's variance
-by the factor x^a, which tends to 0, and the SDE's to `c eta^2 / (eta^2 + a kappa)` only.
-A score that is exact for another law makes no error of this kind: the sampler is then exact for that law.
+At gain 0 the bias shifts the ODE's mean by `-sqrt(c) U bias`, which grows like log V, and the SDE's
+mean (eta = 1) by `-2 sqrt(c) arctan(sqrt(V/c)) bias`, which does not grow: stochasticity corrects
+score errors. A gain a > 0 shrinks the ODE's variance by the factor x^a, which tends to 0, and the
+SDE's variance to `c eta^2 / (eta^2 + a kappa)` only. A score that is exact for another law makes no
+error of this kind: the sampler is then exact for that law.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from etude.errors import EtudeError
-from etude.theory.arrays import Array, Numbers, nonnegative
-from etude.theory.continuous_paths import Path, Start, as_path
-from etude.theory.finite_step import ScoreError, as_score_error
+from etude.theory.arrays import Array, Numbers, array, nonnegative, number
+from etude.theory.continuous_paths import ContinuousPath, Start, as_path
 from etude.theory.targets import Gaussian
 from etude.theory.terminal_law import gaussian
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(120)
 
 
-def terminal_law_with_error(target: Gaussian, path: Path | str, eta: Numbers, error: ScoreError) -> Gaussian:
-    """The law at t = 0 of the continuous-time sampler whose noise prediction has this bias and gain.
+@dataclass(frozen=True)
+class ScoreError:
+    """Error of a trained network in units of its noise prediction:
 
-    A white error has no continuous-time limit (its effect is proportional to the step: see `white_variance`) and is refused.
+        eps_hat = (1 + gain) eps + bias + white xi
+
+    Args:
+        bias: a constant error, a number or [d].
+        gain: a relative error; a positive gain is an over-confident score, as with guidance.
+        white: the standard deviation of an error that is independent at every step.
+
+    Raises:
+        EtudeError: a shape does not fit, an entry is not finite, or `white` is negative.
+    """
+
+    bias: Numbers = 0.0
+    gain: float = 0.0
+    white: float = 0.0
+
+    def __post_init__(self) -> None:
+        shape = array(self.bias, "the score error's bias").shape
+        if len(shape) > 1:
+            raise EtudeError(f"the score error's bias has shape {shape}: pass a number or [d].")
+        number(self.gain, "the score error's gain")
+        nonnegative(number(self.white, "the score error's white part"), "the score error's white part")
+
+    def __bool__(self) -> bool:
+        return bool(np.any(np.asarray(self.bias) != 0) or self.gain != 0 or self.white != 0)
+
+    def bias_in(self, d: int) -> Array:
+        """Return the bias in d dimensions, [d]; EtudeError if it has another number of entries."""
+        bias = array(self.bias, "the score error's bias")
+        if bias.size not in (1, d):
+            raise EtudeError(
+                f"the score error's bias has {bias.size} entries but the law has {d} dimensions: pass a number or {d} of them."
+            )
+        return np.broadcast_to(bias, (d,))
+
+
+def as_score_error(value: Any) -> ScoreError:
+    """Return a score error as it is, and None as no error; EtudeError for any other value."""
+    if value is None:
+        return ScoreError()
+    if not isinstance(value, ScoreError):
+        raise EtudeError(
+            f"score_error must be a ScoreError, got {type(value).__name__}: pass ScoreError(bias=..., gain=...)."
+        )
+    return value
+
+
+def terminal_law_with_error(target: Gaussian, path: ContinuousPath | str, eta: Numbers, error: ScoreError) -> Gaussian:
+    """Compute the law at t = 0 of the continuous-time sampler with a bias and a gain.
+
+    Raises:
+        EtudeError: the error has a white part, which has no continuous-time limit (its effect is
+            proportional to the step: `white_variance`); the path starts at a = 0, or the target has
+            a direction without variance.
     """
     target = gaussian(target, "terminal_law_with_error")
     return law_in_y_with_error(target, as_path(path).start(), eta, error)
 
 
 def law_in_y_with_error(target: Gaussian, start: Start, eta: Numbers, error: ScoreError) -> Gaussian:
-    """The same from any start with finite V and positive variances."""
+    """Compute the law of `terminal_law_with_error` from any start, in y = x/a at level 0."""
     error = as_score_error(error)
     if error.white:
         raise EtudeError(f"a white error of {error.white:g} vanishes in continuous time: give a number of steps.")
@@ -56,23 +112,27 @@ def law_in_y_with_error(target: Gaussian, start: Start, eta: Numbers, error: Sco
 
 
 def _cosh_integral(U: Array, power: Array) -> Array:
-    """int_0^U cosh(u)^power du by Gauss-Legendre (120 points: 1e-13 up to U = 20)."""
+    """Integrate cosh(u)^power over [0, U] by Gauss-Legendre (120 points: 1e-13 up to U = 20)."""
     u = 0.5 * U[..., None] * (1.0 + NODES)
     return np.asarray(0.5 * U * (np.cosh(u) ** power[..., None] @ WEIGHTS))
 
 
 def _geometric(power: Array, log_x: Array) -> Array:
-    """(1 - x^power)/power, and log(1/x) at power 0."""
+    """Compute (1 - x^power)/power, which is log(1/x) at power 0."""
     power, log_x = np.broadcast_arrays(power, log_x)
     small = np.abs(power) < 1e-9
     safe = np.where(small, 1.0, power)
     return np.asarray(np.where(small, -log_x, -np.expm1(safe * log_x) / safe))
 
 
-def score_bias_shift(target: Gaussian, path: Path | str, eta: Numbers, bias: Numbers) -> Array:
-    """Shift of the mean when the score itself (in x units) is off by the constant `bias` (a number or [d]): [..., d].
+def score_bias_shift(target: Gaussian, path: ContinuousPath | str, eta: Numbers, bias: Numbers) -> Array:
+    """Compute the shift of the mean, [..., d], for a score that is off by a constant in x units.
 
-    `kappa/2 int_0^V (c/(c + q))^(kappa/2) a(q) dq bias`; VE: `kappa/2 c (1 - x^(kappa/2 - 1))/(kappa/2 - 1) bias`.
+    The shift is `kappa/2 int_0^V (c/(c + q))^(kappa/2) a(q) dq bias`; on VE it is
+    `kappa/2 c (1 - x^(kappa/2 - 1))/(kappa/2 - 1) bias`. `bias` is a number or [d].
+
+    Raises:
+        EtudeError: the path starts at a = 0, or the target has a direction without variance.
     """
     path, target = as_path(path), gaussian(target, "score_bias_shift")
     kappa = 1.0 + nonnegative(eta, "eta")[..., None] ** 2
@@ -90,10 +150,11 @@ def score_bias_shift(target: Gaussian, path: Path | str, eta: Numbers, bias: Num
 
 
 def white_variance(target: Gaussian, start: Start, eta: Numbers, h: Numbers, white: float) -> Array:
-    """Leading-order variance added by an independent noise-prediction error of std `white` at every log-SNR step h, [..., d].
+    """Compute the variance, [..., d], that a white error adds to leading order in the step.
 
-    `(1 + eta^2)^2/(2 eta^2) c h white^2 (1 - Phi_0^(2 eta^2))`, smallest at eta = 1 for V -> infinity (eta = 0: its limit,
-    `c h white^2 log(1/Phi_0)`).
+    With h the step of the log-SNR, and an independent noise-prediction error of standard deviation
+    `white` at every step, it is `(1 + eta^2)^2/(2 eta^2) c h white^2 (1 - Phi_0^(2 eta^2))`. It is
+    smallest at eta = 1 for V -> infinity. At eta = 0 it is its limit, `c h white^2 log(1/Phi_0)`.
     """
     power = nonnegative(eta, "eta")[..., None] ** 2
     c, V = target.spectrum, start.V[..., None]

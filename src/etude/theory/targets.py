@@ -1,8 +1,9 @@
 """Target laws: a Gaussian (scalar, diagonal or full covariance) and a mixture of Gaussians.
 
-A Gaussian is kept as a mean, the eigenvalues of its covariance and their basis. Every sampler of a Gaussian target acts on
-each eigen-direction separately, so one eigendecomposition serves all etas, horizons and step counts: a law of a sampler is
-again a `Gaussian` with the same basis, with leading batch axes where eta or T were arrays.
+A Gaussian holds its mean, the eigenvalues of its covariance and their basis. Every sampler of a
+Gaussian target acts on each eigen-direction separately, so one eigendecomposition serves all etas,
+horizons and step counts. The law of a sampler is again a `Gaussian` with the same basis; it has
+leading batch axes where eta or T is an array.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from etude.theory.arrays import Array, Numbers, array
 
 
 class Gaussian:
-    """N(mean, cov). `mean` a number or [d]; `cov` a variance, variances [d], or a symmetric matrix [d, d].
+    """The law N(mean, cov).
 
-    Two numbers make a law on the line: its `mean` and `cov` are numbers and its samples have shape [n].
-    A batch (made by the samplers, never by hand) has `mean` [..., d] and `cov` [..., d] or [..., d, d].
+    `mean` is a number or [d]; `cov` is a variance, variances [d], or a symmetric matrix [d, d]. Two
+    numbers make a law on the line: its `mean` and `cov` are numbers and its samples have shape [n].
+    Samplers return batches of laws, with `mean` [..., d] and `cov` [..., d] or [..., d, d].
+
+    Raises:
+        EtudeError: the shapes do not fit, or `cov` is not symmetric or has a negative eigenvalue.
     """
 
     mu: Array  # [..., d], in the original coordinates
@@ -56,7 +61,11 @@ class Gaussian:
 
     @classmethod
     def from_spectrum(cls, mu: Array, spectrum: Array, like: Gaussian) -> Gaussian:
-        """The law with this mean (original coordinates) and these eigenvalues, in the basis and the form of `like`."""
+        """Make the law with mean `mu` [..., d] and eigenvalues `spectrum` [..., d].
+
+        The mean is in the original coordinates. The basis, and whether the law is on the line, are
+        those of `like`.
+        """
         law = Gaussian.__new__(Gaussian)
         mu, spectrum = np.broadcast_arrays(mu, spectrum)
         law.mu, law.spectrum, law.basis, law.on_line = mu, spectrum, like.basis, like.on_line
@@ -64,31 +73,36 @@ class Gaussian:
 
     @property
     def d(self) -> int:
+        """Number of dimensions."""
         return int(self.mu.shape[-1])
 
     @property
     def batch(self) -> tuple[int, ...]:
+        """Shape of the batch; () for one law."""
         return self.mu.shape[:-1]
 
     @property
     def mean(self) -> Array:
-        """[..., d], or [...] on the line."""
+        """Mean, [..., d], or [...] on the line."""
         return self.mu[..., 0] if self.on_line else self.mu
 
     @property
     def cov(self) -> Array:
-        """In the form it was given: [...] on the line, variances [..., d], or matrices [..., d, d]."""
+        """Covariance in the constructor's form: [...] on the line, [..., d], or [..., d, d]."""
         if self.basis is None:
             return self.spectrum[..., 0] if self.on_line else self.spectrum
         return self.matrix
 
     @property
     def matrix(self) -> Array:
-        """The covariance as matrices [..., d, d], whatever the form."""
+        """Covariance as matrices [..., d, d], in every form."""
         return self.power(1.0)
 
     def power(self, exponent: float) -> Array:
-        """The matrix power cov^exponent, [..., d, d] (0^exponent = 0: directions without variance stay without)."""
+        """Compute the matrix power cov^exponent, [..., d, d].
+
+        0^exponent is 0 for every exponent, so a direction without variance stays without.
+        """
         with np.errstate(divide="ignore"):
             values = np.where(self.spectrum > 0, self.spectrum**exponent, 0.0)
         U = np.eye(self.d) if self.basis is None else self.basis
@@ -102,32 +116,34 @@ class Gaussian:
         return np.asarray(self.spectrum @ (self.basis**2).T)
 
     def to_eigen(self, x: Array) -> Array:
-        """Coordinates of `x` [..., d] in the eigenbasis."""
+        """Convert `x` [..., d] to coordinates in the eigenbasis."""
         return x if self.basis is None else np.asarray(x @ self.basis)
 
     def from_eigen(self, x: Array) -> Array:
+        """Convert coordinates in the eigenbasis [..., d] to the original coordinates."""
         return x if self.basis is None else np.asarray(x @ self.basis.T)
 
     def sample(self, n: int, seed: int | np.random.Generator = 0) -> Array:
-        """`n` draws, [n, d] or [n] on the line (laws without a batch only)."""
+        """Draw `n` points, [n, d] or [n] on the line; EtudeError for a batch of laws."""
         self.single("sample")
         z = np.random.default_rng(seed).standard_normal((n, self.d))
         x = self.mu + self.from_eigen(z * np.sqrt(self.spectrum))
         return x[:, 0] if self.on_line else x
 
     def log_density(self, x: Numbers) -> Array:
-        """log density at `x` [..., d], or [...] on the line."""
+        """Compute the log density at `x` [..., d], or [...] on the line."""
         self.single("log_density")
         x = np.asarray(x, dtype=np.float64)
         z = self.to_eigen((x[..., None] if self.on_line else x) - self.mu)
         return np.asarray(-0.5 * np.sum(z**2 / self.spectrum + np.log(2.0 * np.pi * self.spectrum), axis=-1))
 
     def single(self, what: str) -> None:
+        """Raise EtudeError for a batch of laws; the error calls the caller `what`."""
         if self.batch:
             raise EtudeError(f"{what} takes one Gaussian, got a batch of shape {self.batch}: index the batch first.")
 
     def __getitem__(self, index: Any) -> Gaussian:
-        """One law (or a smaller batch) of a batch."""
+        """Select one law (or a smaller batch) from a batch."""
         if not self.batch:
             raise EtudeError("this Gaussian is a single law, not a batch: there is nothing to index.")
         index = index if isinstance(index, tuple) else (index,)
@@ -145,9 +161,15 @@ def _is_covariance(matrix: Array) -> bool:
 
 
 class GaussianMixture:
-    """`sum_k w_k N(m_k, C_k)`. `means` [K] (on the line) or [K, d]; `covs` one variance for all, [K], [K, d] or [K, d, d].
+    """The law `sum_k w_k N(m_k, C_k)`.
 
-    With K = d, `covs` [K, d] that could also be one shared covariance matrix are refused as ambiguous.
+    `weights` is [K]; `means` is [K] (on the line) or [K, d]; `covs` is one variance for all, [K],
+    [K, d] or [K, d, d].
+
+    Raises:
+        EtudeError: the shapes do not fit, the weights do not sum to 1, a component has no variance
+            in some direction, or K = d and `covs` [K, d] could also be one shared covariance
+            matrix.
     """
 
     weights: Array
@@ -178,22 +200,24 @@ class GaussianMixture:
 
     @classmethod
     def of(cls, weights: Numbers, components: Sequence[Gaussian]) -> GaussianMixture:
-        """The mixture of these Gaussians."""
+        """Make the mixture of these Gaussians."""
         law = GaussianMixture.__new__(GaussianMixture)
         law.weights, law.components = array(weights, "the weights"), list(components)
         return law
 
     @property
     def d(self) -> int:
+        """Number of dimensions."""
         return self.components[0].d
 
     @property
     def on_line(self) -> bool:
+        """Whether means and variances are numbers."""
         return self.components[0].on_line
 
     @property
     def means(self) -> Array:
-        """[K, d]."""
+        """Means of the components, [K, d]."""
         return np.stack([part.mu for part in self.components])
 
     @property
@@ -210,14 +234,16 @@ class GaussianMixture:
 
     @property
     def mean(self) -> Array:
+        """Mean of the mixture, [d], or a number on the line."""
         return self.mu[0] if self.on_line else self.mu
 
     @property
     def cov(self) -> Array:
+        """Covariance of the mixture, [d, d], or a number on the line."""
         return self.matrix[0, 0] if self.on_line else self.matrix
 
     def sample(self, n: int, seed: int | np.random.Generator = 0) -> Array:
-        """`n` draws, [n, d] or [n] on the line."""
+        """Draw `n` points, [n, d] or [n] on the line."""
         rng = np.random.default_rng(seed)
         label = rng.choice(self.weights.size, size=n, p=self.weights)
         x = np.empty((n, self.d))
@@ -227,7 +253,7 @@ class GaussianMixture:
         return x[:, 0] if self.on_line else x
 
     def log_parts(self, y: Array, q: npt.ArrayLike = 0.0) -> Array:
-        """log w_k N(y; m_k, C_k + q I), [..., K], for points `y` [..., d]."""
+        """Compute log w_k N(y; m_k, C_k + q I), [..., K], at points `y` [..., d]."""
         out = []
         for w, part in zip(self.weights, self.components, strict=True):
             z, k = part.to_eigen(y - part.mu), part.spectrum + np.asarray(q)
@@ -235,12 +261,12 @@ class GaussianMixture:
         return np.stack(out, axis=-1)
 
     def log_density(self, x: Numbers) -> Array:
-        """log density at `x` [..., d], or [...] on the line."""
+        """Compute the log density at `x` [..., d], or [...] on the line."""
         x = np.asarray(x, dtype=np.float64)
         return np.asarray(logsumexp(self.log_parts(x[..., None] if self.on_line else x), axis=-1))
 
     def posterior_mean(self, y: Array, q: float) -> Array:
-        """E[x0 | x0 + sqrt(q) eps = y] for points `y` [n, d]: the denoiser `x0_hat` of this target."""
+        """Compute the denoiser `E[x0 | x0 + sqrt(q) eps = y]` of this target at points `y` [n, d]."""
         logs = self.log_parts(y, q)
         weight = np.exp(logs - logsumexp(logs, axis=-1, keepdims=True))
         out = np.zeros_like(y)

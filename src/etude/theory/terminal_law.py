@@ -1,6 +1,7 @@
-"""Terminal laws in continuous time, for every eta >= 0, started from the prior, with the exact score of a Gaussian target.
+"""Terminal laws of the continuous-time samplers of a Gaussian target, for every eta >= 0.
 
-In an eigen-direction of C with eigenvalue c, and a sampler run from level q = V down to q0 (`paths.py`),
+The sampler starts from the prior and follows the exact score. In an eigen-direction of C with
+eigenvalue c, from level q = V down to q0 (`continuous_paths`),
 
     Phi_eta = ((c + q0) / (c + V))^((1 + eta^2) / 2) = Phi_0^(1 + eta^2)                    (contraction factor)
     E y     = m - Phi_eta m,        Var y = c + q0 + Phi_eta^2 (tau - V - c),        x = a y.
@@ -14,12 +15,15 @@ import numpy as np
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array, Numbers, nonnegative
-from etude.theory.continuous_paths import Path, Start, as_path
+from etude.theory.continuous_paths import ContinuousPath, Start, as_path
 from etude.theory.targets import Gaussian, GaussianMixture
 
 
 def contraction(target: Gaussian, start: Start, eta: Numbers, q_stop: Numbers = 0.0) -> Array:
-    """`Phi_eta` in each eigen-direction, [..., d]; leading axes are those of eta, of the start and of `q_stop`."""
+    """Compute `Phi_eta` in each eigen-direction, [..., d].
+
+    The leading axes are those of eta, of the start and of `q_stop`, broadcast together.
+    """
     kappa = 1.0 + nonnegative(eta, "eta")[..., None] ** 2
     q = np.asarray(q_stop, dtype=np.float64)[..., None]
     floor = target.spectrum + q
@@ -29,7 +33,7 @@ def contraction(target: Gaussian, start: Start, eta: Numbers, q_stop: Numbers = 
 
 
 def law_in_y(target: Gaussian, start: Start, eta: Numbers, q_stop: Numbers = 0.0) -> Gaussian:
-    """The law of y = x/a at level `q_stop`, for a sampler started at `start`."""
+    """Compute the law of y = x/a at level `q_stop`, for a sampler that starts at `start`."""
     phi = contraction(target, start, eta, q_stop)
     m = target.to_eigen(target.mu)
     mean = target.mu - target.from_eigen(phi * m)
@@ -38,16 +42,20 @@ def law_in_y(target: Gaussian, start: Start, eta: Numbers, q_stop: Numbers = 0.0
 
 
 def variance_error(target: Gaussian, start: Start, phi: Array) -> Array:
-    """`Phi^2 (tau - V - c)`, [..., d]: what the wrong prior leaves in the variance."""
+    """Compute `Phi^2 (tau - V - c)`, [..., d], the variance's error from the wrong prior."""
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(phi > 0, phi**2 * (start.excess[..., None] - target.spectrum), 0.0))
 
 
-def terminal_law(target: Gaussian, path: Path | str, eta: Numbers, t_stop: Numbers = 0.0) -> Gaussian:
-    """The law of the eta-sampler at time `t_stop`, in x units.
+def terminal_law(target: Gaussian, path: ContinuousPath | str, eta: Numbers, t_stop: Numbers = 0.0) -> Gaussian:
+    """Compute the law of the eta-sampler at time `t_stop`, in x units.
 
-    `eta`, `path.T` and `t_stop` may be arrays that broadcast together; the result is then a batch of laws.
-    Raises EtudeError for a mixture, whose terminal law has no closed form (its reward gap has: see `reward_gap`).
+    `eta`, `path.T` and `t_stop` may be arrays that broadcast together; the result is then a batch
+    of laws.
+
+    Raises:
+        EtudeError: the target is a mixture, whose terminal law has no closed form (`reward_gap`
+            gives its reward gap), or `t_stop` is not below the time that the path starts from.
     """
     target = gaussian(target, "terminal_law")
     path = as_path(path)
@@ -62,7 +70,10 @@ def terminal_law(target: Gaussian, path: Path | str, eta: Numbers, t_stop: Numbe
 
 
 def gaussian(target: Gaussian | GaussianMixture, what: str) -> Gaussian:
-    """The target itself if it is one Gaussian, else an error that says what to use."""
+    """Return the target if it is one Gaussian.
+
+    Otherwise raise an EtudeError that names `what` and the remedy.
+    """
     if isinstance(target, Gaussian):
         target.single(what)
         return target

@@ -1,12 +1,13 @@
-"""The KL-regularised optimum: `p*(x) ∝ p_ref(x) exp(r(x) / beta)`, which maximises `E_p r - beta KL(p || p_ref)`.
+"""The KL-regularised optimum `p*(x) ∝ p_ref(x) exp(r(x) / beta)`.
 
-For p_ref = N(m, C) and r(x) = -(x - c)^T Q (x - c) + b^T x, with g = b + 2 Q (c - m) the gradient of r at m,
+It maximises `E_p r - beta KL(p || p_ref)` over all laws p. For p_ref = N(m, C) and
+r(x) = -(x - c)^T Q (x - c) + b^T x, with g = b + 2 Q (c - m) the gradient of r at m,
 
     C* = C^(1/2) (I + 2/beta C^(1/2) Q C^(1/2))^(-1) C^(1/2),      m* = m + C* g / beta,
-    log Z = r(m)/beta - 1/2 log det(I + 2/beta C^(1/2) Q C^(1/2)) + g^T C* g / (2 beta^2),
+    log Z = r(m)/beta - 1/2 log det(I + 2/beta C^(1/2) Q C^(1/2)) + g^T C* g / (2 beta^2).
 
-which exists if and only if beta > -2 lambda_min(C^(1/2) Q C^(1/2)): always when Q is positive semidefinite.
-A mixture stays a mixture: its components are tilted one by one and w_k* ∝ w_k Z_k.
+It exists if and only if beta > -2 lambda_min(C^(1/2) Q C^(1/2)), so always for a positive
+semidefinite Q. A mixture stays a mixture: its components are tilted one by one, and w_k* ∝ w_k Z_k.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class TiltedMixture(GaussianMixture):
 
 
 def critical_beta(target: Gaussian | GaussianMixture, reward: QuadraticReward) -> float:
-    """The optimum exists for beta above this: `max(0, -2 lambda_min(C^(1/2) Q C^(1/2)))`, the worst over components."""
+    """Compute the beta above which the optimum exists, `max(0, -2 lambda_min(C^(1/2) Q C^(1/2)))`.
+
+    For a mixture it is the largest over the components.
+    """
     _check_target(target)
     if isinstance(target, GaussianMixture):
         return max(critical_beta(part, reward) for part in target.components)
@@ -51,10 +55,11 @@ def tilt(target: GaussianMixture, reward: QuadraticReward, beta: float) -> Tilte
 
 
 def tilt(target: Gaussian | GaussianMixture, reward: QuadraticReward, beta: float) -> TiltedGaussian | TiltedMixture:
-    """The law proportional to target(x) exp(reward(x) / beta), with its `.log_normalizer`.
+    """Compute the law proportional to target(x) exp(reward(x) / beta), with its `.log_normalizer`.
 
-    Raises EtudeError where it does not exist (a reward that rises faster than the target falls), naming the eigenvalue and
-    the betas that would do.
+    Raises:
+        EtudeError: the law does not exist, because the reward rises faster than the target falls;
+            the error names the eigenvalue and the betas for which the law exists.
     """
     strength = float(positive(number(beta, "beta"), "beta"))
     _check_target(target)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+NUMERICAL = "numerical error"
+INTERVAL = "95 % interval"
 
-class Estimate(float):
-    """A float with `error` and the `kind` of error it is: a numerical error, or the half-width of a 95 % interval.
 
-    It is an ordinary float everywhere; arithmetic returns plain floats.
+class Approximation(float):
+    """A float with its `error` and the `kind` of that error.
+
+    The error is a bound of the numerical error, or the half-width of a 95 % interval. An
+    approximation is an ordinary float everywhere; arithmetic with it returns plain floats.
     """
 
     error: float
     kind: str
 
-    def __new__(cls, value: float, error: float, kind: str) -> Estimate:
+    def __new__(cls, value: float, error: float, kind: str) -> Approximation:
         self = super().__new__(cls, value)
         self.error, self.kind = float(error), kind
         return self
@@ -24,10 +28,12 @@ class Estimate(float):
 
     @property
     def low(self) -> float:
+        """Value less its error."""
         return float(self) - self.error
 
     @property
     def high(self) -> float:
+        """Value plus its error."""
         return float(self) + self.error
 
     def __repr__(self) -> str:
