@@ -16,9 +16,9 @@ def algorithm(config: Mapping[str, Any]) -> str:
 
     An objective with a published name of its own gives that name. Otherwise a window of stochastic
     steps is MixGRPO (arXiv 2507.21802), and a window with a compressed tail is MixGRPO-Flash. Where
-    every step is stochastic, the advantage gives the name. Rewards compared within a group of images
-    of one prompt are GRPO (Flow-GRPO, arXiv 2505.05470; DanceGRPO, arXiv 2505.07818). Rewards
-    compared with the past rewards of their prompt are DDPO (arXiv 2305.13301).
+    every step is stochastic, the advantage gives the name. Rewards compared within a group of
+    images of one prompt are GRPO (Flow-GRPO, arXiv 2505.05470; DanceGRPO, arXiv 2505.07818).
+    Rewards compared with the past rewards of their prompt are DDPO (arXiv 2305.13301).
 
     Args:
         config: nested mappings, as from `TrainConfig.model_dump()` or `config.yaml`.

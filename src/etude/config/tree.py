@@ -145,7 +145,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
 
 
 def _split_key(key: str) -> list[str]:
-    """The parts of a dotted key. A reward's name is one part, its dots included: `package.module:function`."""
+    """The parts of a dotted key. A reward's name is one part: `package.module:function`."""
     for section in _BY_REWARD:
         if key.startswith(f"{section}."):
             return [*section.split("."), key.removeprefix(f"{section}.")]
@@ -180,7 +180,8 @@ def explain(error: ValidationError, place: str, model: type[Section] = TrainConf
 def _unknown_key(location: list[str], model: type[Section]) -> str:
     """The error for an unknown key, with a suggestion.
 
-    The suggestion is a key of the same name in another section, or else the nearest key in this one.
+    The suggestion is a key of the same name in another section, or else the nearest key in this
+    one.
     """
     key, section = ".".join(location), location[:-1]
     siblings = [".".join([*section, name]) for name in _keys(section, model)]
@@ -200,7 +201,7 @@ def _keys(location: list[str], model: type[Section]) -> list[str]:
 
 
 def _section(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, also as an option or in a list. None: the field is a plain value."""
+    """The section that a field holds, also if optional or in a list. None: a plain value."""
     candidates = get_args(annotation) or (annotation,)
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 

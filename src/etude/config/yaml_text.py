@@ -57,8 +57,8 @@ def parse_yaml(text: str, place: str) -> Any:
         place: name of the document in errors.
 
     Raises:
-        EtudeError: the text is not YAML, has another tag, the same key twice, or an alias inside its
-            own anchor, or exceeds `LONGEST`, `MOST_VALUES` or `DEEPEST`.
+        EtudeError: the text is not YAML, has another tag, the same key twice, or an alias inside
+            its own anchor, or exceeds `LONGEST`, `MOST_VALUES` or `DEEPEST`.
     """
     if len(text) > LONGEST:
         raise EtudeError(f"{place} is longer than {LONGEST // 1024} KiB, which no configuration is.")

@@ -1,10 +1,10 @@
 """Checks on an adapter file before it reaches the model: an adapter can come from anybody.
 
-The file is safetensors, so reading it runs no code. Its header, however, carries a configuration for
-peft, and a hostile one can do three things: name a module to import (`megatron_core`); give regular
-expressions that do not terminate (`target_modules` as text, `rank_pattern`, and tensor names, which
-diffusers turns into patterns); and claim ranks that no tensor of the file has and that memory could
-not hold. Each of them is refused here.
+The file is safetensors, so reading it runs no code. Its header, however, carries a configuration
+for peft, and a hostile one can do three things: name a module to import (`megatron_core`); give
+regular expressions that do not terminate (`target_modules` as text, `rank_pattern`, and tensor
+names, which diffusers turns into patterns); and claim ranks that no tensor of the file has and that
+memory could not hold. Each of them is refused here.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
     """The tensors of an adapter file, by name.
 
     Raises:
-        EtudeError: the file is missing or not safetensors, or its content is not one complete, finite
-            LoRA with a configuration that agrees with its tensors.
+        EtudeError: the file is missing or not safetensors, or its content is not one complete,
+            finite LoRA with a configuration that agrees with its tensors.
     """
     path = directory / WEIGHTS
     if not _is_file(path):
@@ -159,7 +159,7 @@ def _configuration(text: str, path: Path) -> dict[str, Any]:
 
 
 def _check_configuration(stored: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Compares the configuration (keys such as `unet.r`, `unet.target_modules`) with `_USED` and the tensors."""
+    """Compares the configuration (`unet.r`, `unet.target_modules`, ...) with `_USED` and the tensors."""
     from peft import LoraConfig
 
     defaults = LoraConfig().to_dict()

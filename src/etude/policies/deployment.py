@@ -1,4 +1,4 @@
-"""Lines of plain diffusers that draw a tuned model's images as etude does, with the ODE and with the SDE."""
+"""Lines of plain diffusers that draw with a tuned model as etude does: ODE and SDE."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def deployment_snippet(
     pipeline_config: str | None = None,
     variant: str | None = None,
 ) -> str:
-    """Python that loads the export of a policy and draws one picture with the ODE on etude's noise levels.
+    """Python that loads a policy's export and draws one picture with the ODE on etude's levels.
 
-    Every argument whose default in the plain pipeline differs is spelt out: size, sequence length, and
-    the scheduler where the model's own is not the ODE on these levels.
+    Every argument whose default in the plain pipeline differs is spelt out: size, sequence length,
+    and the scheduler where the model's own is not the ODE on these levels.
 
     Args:
         policy: policy after training; its `export_name` tells an adapter from a whole model.
-        model: name or place of the base model that an adapter is loaded on top of. An embedded model
-            comes from the package.
+        model: name or place of the base model that an adapter is loaded on top of. An embedded
+            model comes from the package.
         num_steps: steps of the ODE.
         guidance_scale: guidance of training.
         dtype: dtype of the frozen weights in training.
@@ -64,14 +64,16 @@ def deployment_snippet(
 
 
 def stochastic_scheduler(policy: TrainablePolicy) -> str:
-    """Name of the scheduler in `etude.sampling.schedulers` that draws with the SDE on the model's path."""
+    """Name of the scheduler of `etude.sampling.schedulers` for the SDE on the model's path."""
     return "GDDIMScheduler" if isinstance(policy.path, VPPath) else "FlowMatchGDDIMScheduler"
 
 
 def stochastic_snippet(
     policy: TrainablePolicy, num_steps: int, guidance_scale: float, kernel: str, eta: float, first_step: str
 ) -> str:
-    """Python that follows `deployment_snippet` and draws with the SDE: the kernel at every step, as in an evaluation.
+    """Python that follows `deployment_snippet` and draws with the SDE.
+
+    The kernel applies at every step, as in an evaluation.
 
     Args:
         policy: policy after training.
@@ -168,7 +170,7 @@ def _vp_scheduler(path: VPPath, policy: TrainablePolicy, num_steps: int) -> tupl
 
 
 def _vp_levels(path: VPPath, policy: TrainablePolicy) -> dict[str, Any]:
-    """Settings that give a VP scheduler the path's levels, and steps without clipping or thresholding."""
+    """Settings that give a VP scheduler the path's levels and switch clipping and thresholding off."""
     # Spelt out, since a scheduler of another class may have other defaults.
     settings = {
         "clip_sample": False,
@@ -182,7 +184,7 @@ def _vp_levels(path: VPPath, policy: TrainablePolicy) -> dict[str, Any]:
 
 
 def ddim_visits(path: VPPath, num_steps: int) -> bool:
-    """Whether diffusers' DDIM visits exactly the levels of the path's grid; it steps from t to t - T // N."""
+    """Whether diffusers' DDIM, with steps from t to t - T // N, visits exactly the path's levels."""
     if num_steps == 1 and path.timestep_spacing == "linspace":
         return False  # diffusers starts at timestep 0, where the network expects clean data
     timesteps = path.timesteps(num_steps)

@@ -57,7 +57,7 @@ class FluxPolicy(PipelinePolicy):
         return (side, side)
 
     def grid(self, num_steps: int) -> Grid:
-        """N sigmas evenly spaced from 1 to 1/N, then shifted; dynamic shifting takes mu from the number of tokens."""
+        """N even sigmas from 1 to 1/N, then shifted; dynamic shifting takes mu from the token count."""
         config = self.pipeline.scheduler.config
         mu = calculate_shift(
             self.latent_shape[0],

@@ -87,7 +87,7 @@ def _component(location: str, name: str, library: str, kind: str, single: bool, 
 
 
 def _fill(network: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
-    """Replaces a network's meta tensors by fake CPU tensors: autocast does not work on the meta device."""
+    """Replaces meta tensors, on which autocast does not work, by fake CPU tensors."""
 
     def fake(tensor: Tensor) -> Tensor:
         with mode:
@@ -99,7 +99,7 @@ def _fill(network: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
 
 
 def _replace(network: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """Replaces `nn.Module._apply`, on which `to`, `float` and the like rest; shared tensors stay shared."""
+    """Replaces `nn.Module._apply`, which `to` and `float` call; shared tensors stay shared."""
     changed: dict[int, Tensor] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():

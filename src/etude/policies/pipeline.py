@@ -34,23 +34,23 @@ DECODED_PIXELS = 2**21
 """Pixels decoded at a time: 8 images of 512 x 512. Their activations take about as much memory as
 those of a large denoiser."""
 PROMPT_CACHE_MB = 4096
-"""Default size of the prompt cache in MiB: 1,000 prompts of FLUX in bfloat16, 18,000 of SD1.5 in float32."""
+"""Default prompt cache in MiB: 1,000 prompts of FLUX in bfloat16, 18,000 of SD1.5 in float32."""
 
 
 class PipelinePolicy(TrainablePolicy):
     """A diffusers pipeline with a `unet` or a `transformer` as a policy.
 
     Args:
-        pipeline: diffusers pipeline. Its scheduler's config gives the noise path; the scheduler itself
-            is not used.
+        pipeline: diffusers pipeline. Its scheduler's config gives the noise path; the scheduler
+            itself is not used.
         dtype: dtype of the frozen weights and of the network's input. Adapters, latents and
             predictions stay float32.
         device: device of the networks.
         resolution: side of the images in pixels. Default: the pipeline's own.
-        decode_batch_size: images decoded at a time, fewer if memory runs out. Default: 32, and at most
-            2 million pixels.
-        offload: keep text encoders and autoencoder on the CPU, and move them to the device only while
-            they encode or decode.
+        decode_batch_size: images decoded at a time, fewer if memory runs out. Default: 32, and at
+            most 2 million pixels.
+        offload: keep text encoders and autoencoder on the CPU, and move them to the device only
+            while they encode or decode.
         prompt_cache_mb: MiB of encoded prompts kept in the machine's memory.
 
     Attributes:
@@ -58,16 +58,17 @@ class PipelinePolicy(TrainablePolicy):
         image_size: `(height, width)` in pixels.
 
     Raises:
-        EtudeError: the pipeline cannot make images of that resolution, or its scheduler has no path here.
+        EtudeError: the pipeline cannot make images of that resolution, or its scheduler has no path
+            here.
     """
 
     path_class: ClassVar[type[VPPath] | type[FlowPath]]
     denoiser: ClassVar[str]
     """Name of the pipeline's component that is trained."""
     classifier_free: ClassVar[bool] = True
-    """Whether guidance takes a second evaluation with the empty prompt. Otherwise the scale is an input of the network."""
+    """Whether guidance takes a second evaluation. False: the scale is an input of the network."""
     load_arguments: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
-    """Arguments of `from_pretrained` beside the dtype. Components that read pictures are left out, since none is read."""
+    """Arguments of `from_pretrained` beside the dtype; components that read pictures are left out."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Components that a saved pipeline may lack; `from_pretrained` then needs None for them."""
 
@@ -112,7 +113,7 @@ class PipelinePolicy(TrainablePolicy):
         self.network: nn.Module = self._trained_network
         self.dtype, self.device, self.offload = dtype, torch.device(device), offload
         self._computing = dtype
-        # The config of a scheduler names its class if the scheduler was loaded, not if it was made in code.
+        # The config of a loaded scheduler names its class; that of one made in code does not.
         scheduler = pipeline.scheduler
         self.scheduler_config: Mapping[str, Any] = {**scheduler.config, "_class_name": type(scheduler).__name__}
         self.path = self.path_class.from_config(self.scheduler_config)
@@ -193,8 +194,8 @@ class PipelinePolicy(TrainablePolicy):
     def encode(self, prompts: list[str]) -> Conditioning:
         """Conditioning of `n` prompts, on the policy's device.
 
-        Each prompt is encoded once and kept on the CPU while there is room. Prompts are encoded one by
-        one: in a batch, the last bits of a row can depend on the other rows.
+        Each prompt is encoded once and kept on the CPU while there is room. Prompts are encoded one
+        by one: in a batch, the last bits of a row can depend on the other rows.
         """
         self._encode_missing(prompts)
         conditioning = Conditioning(self._rows(prompts), self._rows([None] if self.classifier_free else []))
@@ -225,7 +226,7 @@ class PipelinePolicy(TrainablePolicy):
 
     @contextmanager
     def _on_device(self, *modules: nn.Module) -> Iterator[None]:
-        """Context in which the modules are on the device. With `offload` they go to the CPU afterwards."""
+        """Context in which the modules are on the device; with `offload` they leave it afterwards."""
         if not (self.offload and modules):
             yield
             return
@@ -270,7 +271,7 @@ class PipelinePolicy(TrainablePolicy):
             self._computing = before
 
     def _autocast(self) -> Any:
-        """Context of mixed precision: adapters are float32 even where the network computes in half precision."""
+        """Context of mixed precision: adapters stay float32 beside half-precision weights."""
         if self._computing == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self._computing)

@@ -1,7 +1,7 @@
 """A cache of encoded prompts in the machine's memory, with a limit.
 
-Every prompt is encoded alone, so encoding it again gives the same bits. A prompt that the cache drops
-costs time and changes no result.
+Every prompt is encoded alone, so encoding it again gives the same bits. A prompt that the cache
+drops costs time and changes no result.
 """
 
 from __future__ import annotations

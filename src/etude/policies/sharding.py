@@ -1,7 +1,7 @@
 """Sharded tensors: the processes of a run hold parts of them (FSDP2's `DTensor`).
 
-On sharded tensors every function here is collective unless it says otherwise: all processes must call
-it, in the same order. Whole tensors are returned unchanged.
+On sharded tensors every function here is collective unless it says otherwise: all processes must
+call it, in the same order. Whole tensors are returned unchanged.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def held_here(tensor: Tensor) -> Tensor:
 
 
 def part(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor in the layout of `like`, which may be whole. Not collective."""
+    """This process's part of a whole tensor, in the layout of `like` (which may be whole). Not collective."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -44,7 +44,7 @@ def part(value: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def assembled(network: nn.Module) -> Iterator[None]:
-    """Context in which sharded trained parameters are whole and on the CPU: for `state_dict`, not for use."""
+    """Context in which sharded trained parameters are whole, on the CPU: for `state_dict` only."""
     parts: dict[tuple[nn.Module, str], nn.Parameter] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():

@@ -1,8 +1,8 @@
 """Models in one safetensors file, in the layouts that diffusers' `from_single_file` reads.
 
-A file holds weights and no configuration. FLUX and SD3.5 files also lack text encoders and often the
-autoencoder. Configuration, tokenizers and missing parts come from a diffusers directory or hub id,
-`pipeline_config`. Default: the hub repository that diffusers infers from the weights.
+A file holds weights and no configuration. FLUX and SD3.5 files also lack text encoders and often
+the autoencoder. Configuration, tokenizers and missing parts come from a diffusers directory or hub
+id, `pipeline_config`. Default: the hub repository that diffusers infers from the weights.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def is_single_file(model: str) -> bool:
 
 
 def configuration(model: str, given: str | Path | None) -> str:
-    """The directory or hub id of a file's configuration: `given`, or inferred by diffusers from the weights.
+    """The directory or hub id of a file's configuration: `given`, or inferred from the weights.
 
     Raises:
-        EtudeError: the directory is no diffusers pipeline, or the hub does not answer for an inferred
-            repository.
+        EtudeError: the directory is no diffusers pipeline, or the hub does not answer for an
+            inferred repository.
     """
     import diffusers
 

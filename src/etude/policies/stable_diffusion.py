@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (any StableDiffusionPipeline) as a policy: `emoji-sd` and SD1.5 run the same lines."""
+"""Stable Diffusion 1.x and 2.x (any StableDiffusionPipeline, also `emoji-sd`) as a policy."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from etude.sampling.paths import VPPath
 class StableDiffusionPolicy(PipelinePolicy):
     """A StableDiffusionPipeline as a policy.
 
-    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond - uncond)`.
-    Both are evaluated in one batch. A scale of at most 1 means no guidance. Latents are the
-    autoencoder's, `[c, h, w]`.
+    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond -
+    uncond)`. Both are evaluated in one batch. A scale of at most 1 means no guidance. Latents are
+    the autoencoder's, `[c, h, w]`.
     """
 
     path_class = VPPath

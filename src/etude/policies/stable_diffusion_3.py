@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (any StableDiffusion3Pipeline, with or without its T5 encoder) as a policy."""
+"""Stable Diffusion 3 and 3.5 (any StableDiffusion3Pipeline, with or without T5) as a policy."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LONGEST_PROMPT = 256
 class StableDiffusion3Policy(PipelinePolicy):
     """A StableDiffusion3Pipeline as a policy.
 
-    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond - uncond)`.
-    Both are evaluated in one batch. A scale of at most 1 means no guidance. Latents are the
-    autoencoder's, `[c, h, w]`. T5 reads at most 256 tokens, or the limit of its tokenizer if that is
-    lower. A pipeline saved without T5 gets zeros instead, as its design foresees.
+    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond -
+    uncond)`. Both are evaluated in one batch. A scale of at most 1 means no guidance. Latents are
+    the autoencoder's, `[c, h, w]`. T5 reads at most 256 tokens, or the limit of its tokenizer if
+    that is lower. A pipeline saved without T5 gets zeros instead, as its design foresees.
     """
 
     path: FlowPath
@@ -39,7 +39,7 @@ class StableDiffusion3Policy(PipelinePolicy):
         return {**super().call_arguments(guidance_scale), "max_sequence_length": self.max_sequence_length}
 
     def grid(self, num_steps: int) -> Grid:
-        """The scheduler's levels; dynamic shifting takes mu from the number of patches at this resolution."""
+        """The scheduler's levels; dynamic shifting takes mu from the number of patches."""
         config = self.pipeline.scheduler.config
         if not config.get("use_dynamic_shifting"):
             return self.path.grid(num_steps)

@@ -15,16 +15,16 @@ from etude.policies.stable_diffusion import StableDiffusionPolicy
 class StableDiffusionXLPolicy(StableDiffusionPolicy):
     """A StableDiffusionXLPipeline as a policy.
 
-    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond - uncond)`.
-    Both are evaluated in one batch. A scale of at most 1 means no guidance. The unconditional
-    embeddings are zeros if the pipeline sets `force_zeros_for_empty_prompt`, as SDXL does; otherwise
-    they are those of the empty prompt. The network's inputs are the states of the two encoders, the
-    pooled embedding and the size (arXiv 2307.01952). Original and target size are those of the
-    images, and the crop is at (0, 0).
+    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond -
+    uncond)`. Both are evaluated in one batch. A scale of at most 1 means no guidance. The
+    unconditional embeddings are zeros if the pipeline sets `force_zeros_for_empty_prompt`, as SDXL
+    does; otherwise they are those of the empty prompt. The network's inputs are the states of the
+    two encoders, the pooled embedding and the size (arXiv 2307.01952). Original and target size are
+    those of the images, and the crop is at (0, 0).
 
-    Latents are the autoencoder's, normalised where its config has statistics:
-    `(latents - latents_mean) / latents_std * scaling_factor`. The published autoencoder overflows in
-    float16 (its config sets `force_upcast`), so it stays in float32 there.
+    Latents are the autoencoder's, normalised where its config has statistics: `(latents -
+    latents_mean) / latents_std * scaling_factor`. The published autoencoder overflows in float16
+    (its config sets `force_upcast`), so it stays in float32 there.
 
     Raises:
         EtudeError: also for a UNet whose added embedding does not fit the text encoder.

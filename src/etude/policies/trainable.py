@@ -1,7 +1,7 @@
 """The trainer's view of a model: trained weights, adapter, the model before training, and the export.
 
-A policy wraps a diffusers pipeline that stays a diffusers pipeline. No code or weight of the pipeline
-is copied or renamed, so the plain pipeline loads the weights that were trained here.
+A policy wraps a diffusers pipeline that stays a diffusers pipeline. No code or weight of the
+pipeline is copied or renamed, so the plain pipeline loads the weights that were trained here.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ class TrainablePolicy(Policy):
     Attributes:
         network: denoiser, possibly wrapped by Accelerate. Every forward that needs gradients goes
             through it.
-        shift: shift of a flow model's levels, already part of `path`. None: the published pipeline's own.
-        revision: commit of the hub repository that the model was read from. None: it was read from disk.
+        shift: shift of a flow model's levels, already part of `path`. None: the published
+            pipeline's own.
+        revision: commit of the hub repository that the model was read from. None: it was read from
+            disk.
     """
 
     network: nn.Module
