@@ -228,7 +228,7 @@ def _clean(root: Path) -> None:
 
 
 def _replace_directory(source: Path, target: Path) -> None:
-    """Moves `source` to `target`. An old `target` is set aside first, since a rename cannot replace it."""
+    """Moves `source` to `target`; an old `target`, which a rename cannot replace, is set aside first."""
     old = target.with_name(f"{_SET_ASIDE}{target.name}")
     if target.exists():
         os.rename(target, old)
@@ -238,7 +238,7 @@ def _replace_directory(source: Path, target: Path) -> None:
 
 
 def _remove_directory(path: Path) -> None:
-    """Renames a checkpoint, then removes it, so that a kill halfway leaves nothing that looks like one."""
+    """Renames a checkpoint, then removes it: a kill halfway leaves nothing that looks like one."""
     doomed = path.with_name(f"{_TEMPORARY}{path.name}-old")
     if os.path.lexists(doomed):
         _delete(doomed)

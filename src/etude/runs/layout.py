@@ -37,7 +37,7 @@ def check_directory(out: Path, resume: bool) -> None:
 
 
 def holds_something(out: Path) -> bool:
-    """Whether a directory holds more than half-written files of a killed run (`.NAME.HOST-PID.writing`)."""
+    """Whether there is more than half-written files of a killed run (`.NAME.HOST-PID.writing`)."""
     if not out.is_dir():
         return out.exists()
     return any(not _half_written(entry) for entry in out.iterdir())
@@ -55,7 +55,7 @@ def _half_written(entry: Path) -> bool:
 
 
 def truncate_metrics(path: Path, iteration: int) -> None:
-    """Drops the rows of a JSON-lines file whose `"iteration"` is above `iteration`, and a torn last line.
+    """Drops rows of a JSON-lines file with `"iteration"` above `iteration`, and a torn last line.
 
     The file is replaced atomically. The other rows keep their bytes. A missing file stays missing.
 

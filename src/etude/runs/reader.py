@@ -33,7 +33,7 @@ class _Evaluation(BaseModel):
 
 
 class _Row(BaseModel):
-    """The checked keys of a row of metrics.jsonl, all but the iteration optional; the others are numbers to show."""
+    """The checked keys of a row of metrics.jsonl; all but `iteration` may be missing."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     iteration: StrictInt
@@ -87,7 +87,7 @@ class Run:
         return [name for name in dict.fromkeys([*self.trained, *measured]) if name in measured]
 
     def setting(self, key: str, section: str | None = None) -> Any:
-        """A value of the summary, or without it of the configuration's `section` (default: top level)."""
+        """A value of the summary; before there is one, of the configuration (in `section`, if given)."""
         if key in self.summary:
             return self.summary[key]
         tree = self.config.get(section) if section else self.config
@@ -159,7 +159,7 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _number(digits: str) -> int | float:
-    """An int, or a float where the digits are more than a float can hold exactly or at all."""
+    """An int; from 300 digits on a float, since such an int may exceed every float."""
     return int(digits) if len(digits) < 300 else float(digits)
 
 
