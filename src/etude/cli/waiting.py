@@ -1,4 +1,4 @@
-"""What the terminal shows while the command line works, and what libraries may not show."""
+"""Signs of progress on the terminal, and silence from the libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def heavy_imports() -> Iterator[None]:
-    """Says on a terminal that something happens while torch loads."""
+    """Context for heavy imports: a terminal shows "loading" meanwhile."""
     from etude.terminal import make_console
 
     console = make_console(stderr=True)
@@ -19,8 +19,8 @@ def heavy_imports() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Leaves stderr to this program: no advice and no bars for reading from the disk. Downloads keep their bars."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, which already warns
+    """Silences the libraries' advice and their bars for reading from disk. Downloads keep their bars."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, which may already warn
     import diffusers.utils.logging
     import huggingface_hub.utils
     import transformers.utils.logging
@@ -33,7 +33,11 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def progress(title: str) -> Iterator[tuple[Any, Any]]:
-    """A bar on stderr where that is a terminal; yields what to call with the total and with each advance."""
+    """Context with a bar on stderr, if it is a terminal.
+
+    Yields:
+        Two functions: one to call with the total, one to call with each advance.
+    """
     from rich.progress import Progress
 
     from etude.terminal import make_console
