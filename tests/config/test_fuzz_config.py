@@ -278,7 +278,7 @@ def test_aliases_cannot_stand_for_more_values_than_a_file_may_hold(place: Path) 
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("a: &x [*x]", "an alias stands for what surrounds it"),
+        ("a: &x [*x]", "an alias stands for a value that contains it"),
         ("seed: 1\nseed: 2", "the key 'seed' is there twice"),
         ("[" * 1100, "nests values deeper"),
         ("a: " + "[" * (DEEPEST + 5) + "]" * (DEEPEST + 5), f"deeper than {DEEPEST} levels"),

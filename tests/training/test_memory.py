@@ -144,8 +144,8 @@ def test_a_run_that_saves_memory_is_the_same_run_bit_for_bit(settings, tmp_path)
 def test_an_offloading_run_encodes_every_prompt_before_it_draws(settings, tmp_path, monkeypatch):
     trainer = Trainer(parse_config({**settings, "memory": {"offload": True}}), tmp_path)
     policy, events = trainer.policy, []
-    told, predict = policy._told, policy.predict
-    monkeypatch.setattr(policy, "_told", lambda prompt: events.append("encode") or told(prompt))
+    encode, predict = policy._encode_key, policy.predict
+    monkeypatch.setattr(policy, "_encode_key", lambda prompt: events.append("encode") or encode(prompt))
     monkeypatch.setattr(policy, "predict", lambda *arguments: events.append("draw") or predict(*arguments))
     trainer.train()
     assert "encode" not in events[events.index("draw") :]

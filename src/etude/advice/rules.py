@@ -1,4 +1,7 @@
-"""The rules of advice: how a budget is spent, which eta and which sampler is suggested, and what is said of it. No run, no model."""
+"""The rules of advice: sizes of pilots, choice of eta and of sampler, and the reasons in words.
+
+They are functions of numbers alone and need neither a run nor a model.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +17,36 @@ from etude.measuring.statistics import Estimate, estimate_mean
 from etude.sampling.solvers import SOLVERS
 
 MIN_ITERATIONS = 4
-"""A pilot that is shorter learns so little that another eta is dropped sooner."""
+"""Iterations of a useful pilot: rather than run shorter pilots, another eta is dropped."""
 LOSS = 0.25
-"""Share of the improvement that a cheaper sampler may cost."""
+"""Share of the improvement that a cheaper sampler may lose."""
 PILOTS_SHARE = 0.8
-"""Of the time that is left after timing; the rest is for the deployment samplers."""
+"""Pilots' share of the time after timing; the rest is for the deployment samplers."""
 SCORE_ERROR = 0.05
-"""Of the model's score that the theory is told of: bias and gain, of unknown sign."""
+"""Relative errors that the theory assumes in the model's score: bias and gain, of unknown sign."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How the budget is spent: `iterations` of a pilot, and the etas that are tried."""
+    """The sizes of the pilots: iterations of each, and the etas to try."""
 
     iterations: int
     etas: tuple[float, ...]
 
 
 def size_pilots(etas: Sequence[float], seconds: float, iteration: float, fixed: float, longest: int) -> Sizes:
-    """As many etas as leave each pilot MIN_ITERATIONS, and then as many iterations as fit.
+    """Sizes of pilots that fit a time: as many etas as possible, then as many iterations as possible.
 
-    n etas take n + max(2, ceil(n / 2)) pilots of `fixed` + K `iteration` seconds. Etas far from 1 are dropped first.
+    n etas take n + max(2, ceil(n / 2)) pilots of `fixed` + K `iteration` seconds, with K iterations
+    each. K is at least MIN_ITERATIONS, or at least 1 for two etas. Etas far from 1 are dropped
+    first.
 
     Args:
-        seconds: for all pilots.
-        longest: iterations that are never exceeded.
+        etas: etas to choose from.
+        seconds: seconds for all pilots.
+        iteration: seconds of one iteration.
+        fixed: seconds of a pilot beside its iterations.
+        longest: largest number of iterations of a pilot.
 
     Raises:
         EtudeError: not even two etas with one iteration fit.
@@ -56,19 +64,24 @@ def size_pilots(etas: Sequence[float], seconds: float, iteration: float, fixed: 
 
 
 def finalists(count: int) -> int:
-    """How many of so many etas go on to the second round: the better half, and never one alone."""
+    """Number of etas that go on to the second round: the better half of `count`, at least two."""
     return max(2, math.ceil(count / 2))
 
 
 def pilots(count: int) -> int:
-    """Runs of both rounds, for so many etas."""
+    """Number of pilots in both rounds, for `count` etas."""
     return count + finalists(count)
 
 
 def choose_smallest(scores: dict[float, np.ndarray], clusters: list[int]) -> tuple[float, dict[float, Estimate]]:
-    """The smallest key whose scores are not significantly below the best's, and how far each is behind the best.
+    """The smallest key whose scores are not significantly below the best, and each key's distance to it.
 
-    Significantly: the 95 % interval of the paired difference, best minus it, lies above 0.
+    A key is significantly below if the 95 % interval of the paired difference, best minus key, lies
+    above 0.
+
+    Args:
+        scores: scores by key, image by image from the same noise.
+        clusters: prompt of each image.
     """
     best = max(scores, key=lambda key: float(scores[key].mean()))
     behind = {key: estimate_mean(scores[best] - values, clusters) for key, values in scores.items()}
@@ -76,14 +89,26 @@ def choose_smallest(scores: dict[float, np.ndarray], clusters: list[int]) -> tup
 
 
 def improved(scores: np.ndarray, base: np.ndarray, clusters: list[int]) -> bool:
-    """Whether scores are surely above the base model's of the same noise: the 95 % interval of the paired difference lies above 0."""
+    """Whether scores are surely above the base model's from the same noise.
+
+    They are if the 95 % interval of the paired difference lies above 0.
+    """
     return estimate_mean(scores - base, clusters).low > 0
 
 
 def choose_eta(
     scores: dict[float, np.ndarray], base: np.ndarray, clusters: list[int]
 ) -> tuple[float, dict[float, Estimate]]:
-    """`choose_smallest` if a pilot surely improved on the base model; else nothing tells etas apart, and it is the one nearest to 1."""
+    """The eta to suggest, and each eta's distance to the best.
+
+    It is the result of `choose_smallest` if some pilot surely improved on the base model. Otherwise
+    no pilot tells etas apart, and it is the eta nearest to 1.
+
+    Args:
+        scores: scores by eta, image by image from the same noise.
+        base: scores of the base model from that noise.
+        clusters: prompt of each image.
+    """
     smallest, behind = choose_smallest(scores, clusters)
     if any(improved(values, base, clusters) for values in scores.values()):
         return smallest, behind
@@ -91,7 +116,7 @@ def choose_eta(
 
 
 def deployment_cells(steps: int) -> list[tuple[str, int]]:
-    """Solvers and step counts in the order in which they are worth their time; DDIM at the steps of training is first."""
+    """(solver, steps) pairs in the order to measure them; DDIM at the training steps is first."""
     half = max(2, steps // 2)
     cells = [("ddim", steps), ("dpmsolver++", half), ("unipc", half), ("dpmsolver++", steps), ("ddim", 2 * steps)]
     return list(dict.fromkeys([*cells, ("heun", half), ("ddim", half), ("unipc", steps), ("dpmsolver++", 2 * steps)]))
@@ -102,13 +127,16 @@ def rank_samplers(
 ) -> list[dict[str, Any]]:
     """A row for each sampler, cheapest first; one of them is suggested.
 
-    It is the cheapest that surely gives up no more than LOSS of the improvement: the upper end of the 95 % interval of the paired difference,
-    reference minus it, is at most that. That a sampler is not significantly worse is not enough, since few images show little of anything.
+    The suggestion is the cheapest sampler that surely loses no more than LOSS of the improvement:
+    the upper end of the 95 % interval of the paired difference, reference minus sampler, is at most
+    that. It is not enough that a sampler is not significantly worse, since few images show few
+    differences.
 
     Args:
-        scores: image by image from the same noise, by solver and steps.
-        reference: the sampler that the pilots were compared under, which may always be suggested.
-        improvement: that was measured under it; below 0 counts as 0.
+        scores: scores by (solver, steps), image by image from the same noise.
+        clusters: prompt of each image.
+        reference: sampler under which the pilots were compared; it may always be suggested.
+        improvement: improvement measured under the reference; below 0 counts as 0.
     """
     cost = {cell: SOLVERS[cell[0]].evaluations(cell[1]) for cell in scores}
     order = sorted(scores, key=lambda cell: (cost[cell], cell != reference))
@@ -135,44 +163,49 @@ def reasons(
     cell: dict[str, Any],
     reward: str,
 ) -> list[str]:
-    """Why the suggestion is what it is, and what speaks against trusting it, in sentences.
+    """Sentences on the reasons for the suggestion, and on its limits.
 
     Args:
-        learnt: some pilot surely improved on the base model.
+        row: results of the pilots at the suggested eta.
+        behind: distance of each finalist to the best.
+        learnt: whether some pilot surely improved on the base model.
+        theory: etas that the theory recommends; None without a recommendation.
+        cell: row of the suggested sampler.
+        reward: name of the reward.
     """
-    eta, said = row["eta"], []
+    eta, sentences = row["eta"], []
     best = min(behind, key=lambda key: abs(behind[key].mean))
     improvement = Estimate.from_dict(row["improvement"])
     if not learnt:
-        said.append(
-            f"No pilot surely improved on the base model (at eta = {eta:g}: {improvement}): they were too short to tell etas apart by. Of those "
-            "tried twice the one nearest to 1 is suggested; give a larger --budget."
+        sentences.append(
+            f"No pilot surely improved on the base model (at eta = {eta:g}: {improvement}): the pilots were too short to tell etas apart. Of the "
+            "etas tried twice, the one nearest to 1 is suggested; give a larger --budget."
         )
     elif eta == best:
-        said.append(
+        sentences.append(
             f"eta = {eta:g} had the highest mean {reward} under the ODE, and no smaller finalist was as good within its interval."
         )
     else:
-        said.append(
-            f"There is no significant difference between eta = {eta:g} and eta = {best:g}, the highest (it is {behind[eta]} ahead): the smaller "
-            "eta is suggested."
+        sentences.append(
+            f"There is no significant difference between eta = {eta:g} and eta = {best:g}, which had the highest mean {reward} (lead: "
+            f"{behind[eta]}): the smaller eta is suggested."
         )
     if learnt and improvement.low <= 0:
-        said.append(
-            f"The pilots at eta = {eta:g} did not surely improve on the base model ({improvement}), others did: give a larger --budget."
+        sentences.append(
+            f"The pilots at eta = {eta:g} did not surely improve on the base model ({improvement}), but others did: give a larger --budget."
         )
     if theory is not None:
-        said.append(
+        sentences.append(
             f"For a Gaussian with the moments of this model's latents the theory recommends eta = {theory['exact']:.2f} if the model were exact, "
-            f"{theory['with_error']:.2f} with errors of {SCORE_ERROR:.0%} in its score: by the distance of the sampler to that Gaussian, which knows "
-            "nothing of the reward."
+            f"and {theory['with_error']:.2f} with errors of {SCORE_ERROR:.0%} in its score. It goes by the distance of the sampler to that Gaussian "
+            "and knows nothing of the reward."
         )
-    said.append(
+    sentences.append(
         f"{cell['solver']} with {cell['steps']} steps ({cell['evaluations']} evaluations of the network) is the cheapest of the samplers that "
         f"surely give up no more than {LOSS:.0%} of the improvement. A reward does not see everything: look at the pictures."
     )
-    said.append(
-        "Intervals are of 95 %, for prompts and noise, each by itself. Two seeds say little about training's own luck, and long runs may "
-        "order etas otherwise than pilots do."
+    sentences.append(
+        "Each interval covers 95 % of the chance in prompts and noise, taken by itself. Two seeds say little about the chance in training, and "
+        "long runs may order etas in another way than pilots."
     )
-    return said
+    return sentences

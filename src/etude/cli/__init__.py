@@ -1,1 +1,1 @@
-"""The command `etude`: `app` has its commands, the other modules what they share."""
+"""The command `etude`: `app` gathers the commands of the other modules."""

@@ -23,23 +23,23 @@ def advise(
         list[str],
         typer.Option(
             metavar="NAME[=WEIGHT]",
-            help="What to train for: a name, module:function or url; may be repeated.",
+            help="Reward to train on: a name, module:function or url; may be repeated.",
             show_default=False,
         ),
     ],
-    budget: Annotated[float, typer.Option(min=0.01, help="Minutes that all of it may take, on this machine.")] = 15.0,
+    budget: Annotated[float, typer.Option(min=0.01, help="Minutes for the whole command, on this machine.")] = 15.0,
     eta: Annotated[
         list[float] | None,
         typer.Option(
             callback=options.finite,
-            help="Eta to try; may be repeated. Default: 0.5, 1, 1.5, 2 and the theory's.",
+            help="Eta to try; may be repeated. Default: 0.5, 1, 1.5, 2 and the one that the theory recommends.",
             show_default=False,
         ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="Recipe whose other settings the pilots have. Default: the first built-in one for the model.",
+            help="Recipe for the other settings of the pilots. Default: the first built-in one for the model.",
             show_default=False,
         ),
     ] = None,
@@ -62,14 +62,16 @@ def advise(
 ) -> None:
     """Suggest a training eta and a deployment sampler, from short pilot runs and the theory.
 
-    One iteration is timed first, and the pilots are sized to the budget: a short run at every eta, the better half again with another
-    seed. They are compared under the ODE on the same held-out prompts and noise. Of etas that cannot be told apart the smaller one
-    is suggested. The tuned pilot is then drawn with several solvers and step counts: the cheapest that surely keeps three quarters of the
-    improvement is suggested. Every figure has its 95 % interval: where they overlap widely, a larger budget, or more images (`--set
-    evaluation.num_images=256`), tells more.
+    The command first times one iteration and sizes the pilots to the budget: a short run at every
+    eta, then a second run of the better half with another seed. The pilots are compared under the
+    ODE on the same held-out prompts and noise. If the difference of two etas is not significant,
+    the smaller one is suggested. The tuned pilot then draws images with several solvers and step
+    counts. The cheapest sampler that surely keeps three quarters of the improvement is suggested.
+    Every figure has a 95 % interval. If intervals overlap widely, give a larger budget or more
+    images (`--set evaluation.num_images=256`).
 
-    Example: `etude advise emoji-sd --reward colorfulness --budget 15 --out runs/advice --json advice.json`
-    """  # fmt: skip
+    Example: `etude advise emoji-sd --reward colorfulness --budget 15 --out runs/advice --json
+    advice.json` """  # fmt: skip
     options.check_target(json, "--json")
     with heavy_imports():
         quiet_libraries()
@@ -92,7 +94,7 @@ def advise(
 
 
 def show(advice: dict[str, Any], console: Console) -> None:
-    """The suggestion, why, and the evidence."""
+    """Prints the suggestion, the reasons and the evidence."""
     chosen = advice["suggestion"]
     console.print(
         f"suggestion: train {advice['model']} on {advice['reward']} with {chosen['kernel']} at eta = {chosen['eta']:g} and "
@@ -172,14 +174,14 @@ class _Progress:
         self.bars.stop()
 
     def note(self, text: str) -> None:
-        """Shows it instead of what was known before."""
+        """Shows a text in place of the last one."""
         self.bars.update(self.pilots, description=text)
         self.bars.update(self.inner, visible=False)
         if not self.console.is_terminal:
             self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def pilot(self, label: str, done: int, total: int, iterations: int) -> Any:
-        """The bars of one pilot."""
+        """Shows the bars of one pilot; returns the display for its run."""
         self.note(f"pilot {done + 1} of {total}: {label}")
         self.bars.update(self.pilots, completed=done, total=total)
         self.bars.reset(self.inner, total=iterations, visible=True, description="iterations")

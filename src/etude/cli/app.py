@@ -1,4 +1,7 @@
-"""The command line. It parses, reports errors as one sentence, and calls the library; nothing heavy is imported to show help."""
+"""The command line: it parses, calls the library, and reports errors as one sentence.
+
+Help is shown without any heavy import.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,8 @@ def _root(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune text-to-image models with a stochastic sampler at any eta, ship the ODE sampler, and know the reward gap.
+    """Fine-tune text-to-image models with a stochastic sampler at any eta, ship the ODE sampler,
+    and measure the reward gap.
 
     A first run on a laptop: `etude train emoji-ddpo --out runs/first`
     """
@@ -104,16 +108,17 @@ def train(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress and no summary.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the configuration and what the run would take; write nothing.")
+        bool, typer.Option("--dry-run", help="Print the configuration and the cost of the run; write nothing.")
     ] = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune a model on a reward and measure the ODE reward and the gap as it trains.
 
-    The run directory gets metrics.jsonl, config.yaml (which reproduces the run), checkpoints, the LoRA, before / after
-    samples and report.html. A run that was killed continues with --resume and ends bit for bit where it would have ended;
-    RECIPE may then be left out. The built-in recipes are DDPO, GRPO, MixGRPO and MixGRPO-Flash runs on the embedded models,
-    which take minutes on two CPU cores, and the published ones on full-size models: `etude recipes` lists them.
+    The run directory receives metrics.jsonl, config.yaml (which reproduces the run), checkpoints,
+    the LoRA, before / after samples and report.html. A killed run continues with --resume and ends
+    with the same bits as an uninterrupted one; RECIPE may then be left out. The built-in recipes
+    run DDPO, GRPO, MixGRPO and MixGRPO-Flash: on the embedded models in minutes on two CPU cores,
+    and on full-size models with the published settings. `etude recipes` lists them.
 
     Examples:
 
@@ -123,8 +128,8 @@ def train(
 
     `etude train --resume --out runs/first`
     """
-    chosen = [] if model is None else [f"model={dumps(model)}"]  # quoted: `no` is a name
-    config, directory = prepare_run(recipe, [*chosen, *(overrides or [])], out, resume, reward)
+    first = [] if model is None else [f"model={dumps(model)}"]  # quoted, since YAML reads some names as values
+    config, directory = prepare_run(recipe, [*first, *(overrides or [])], out, resume, reward)
     with heavy_imports():
         quiet_libraries()
         from etude.cli.training_display import TrainingDisplay
@@ -149,7 +154,7 @@ def recipes(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """List the built-in recipes, or print one as YAML to start your own from.
+    """List the built-in recipes, or print one as YAML as a start for your own.
 
     Example: `etude recipes emoji-ddpo > mine.yaml`
     """
@@ -182,7 +187,7 @@ def report(
     ],
     debug: Debug = False,
 ) -> None:
-    """Rebuild report.html of a run, or of a study, from what its directory holds.
+    """Rebuild report.html of a run or a study from the files in its directory.
 
     Example: `etude report runs/first`
     """
@@ -196,7 +201,7 @@ def report(
 
 @app.command()
 def models(debug: Debug = False) -> None:
-    """List the embedded models: what they are, their data, licences and quality figures.
+    """List the embedded models with their architecture, data, licences and quality figures.
 
     Example: `etude models`
     """

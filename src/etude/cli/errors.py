@@ -1,4 +1,4 @@
-"""How the command line fails: one sentence on stderr and an exit code, a traceback only with --debug."""
+"""Failures of the command line: one sentence on stderr, an exit code, a traceback with --debug."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from typer.core import TyperGroup
 
 from etude.errors import EtudeError
 
-# typer carries a copy of click in some versions and imports it in others, so these are taken from what it exports.
+# Some versions of typer contain a copy of click, so the classes come from its exports.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 _DEBUG = "etude.debug"
 
 
 class CommandGroup(TyperGroup):
-    """Turns every failure into one sentence on stderr: exit code 2 for misuse, 130 for Ctrl-C, 143 for SIGTERM, 1 for the rest."""
+    """Commands whose failures become one sentence on stderr and an exit code.
+
+    The code is 2 for misuse, 130 for Ctrl-C, 143 for SIGTERM and 1 for any other failure.
+    """
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """Parses and runs; exits with the code."""
+        """Parses the arguments, runs the command and exits with its code."""
         if not options.get("standalone_mode", True):
             return super().main(*args, **options)
         options["standalone_mode"] = False
@@ -57,7 +60,7 @@ class CommandGroup(TyperGroup):
 
 
 def remember_debug(ctx: typer.Context, value: bool) -> None:
-    """The callback of --debug, wherever on the command line it stands."""
+    """The callback of --debug, which may stand anywhere on the command line."""
     if value:
         ctx.meta[_DEBUG] = True
 
@@ -67,7 +70,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def complain(message: str) -> None:
-    """One sentence on stderr."""
+    """Prints one sentence on stderr."""
     typer.secho("error: ", fg="red", err=True, nl=False)
     typer.echo(message, err=True)
 
@@ -84,13 +87,13 @@ def _fail(ctx: Any, message: str) -> NoReturn:
 
 
 def _usage_error(error: Any) -> int:
-    """Says a misuse in one sentence that ends with where to read on; returns the exit code."""
+    """Prints a misuse as one sentence with a hint to the help; returns the exit code."""
     from pydantic import ValidationError
 
     message = " ".join(error.format_message().split()).rstrip(".")
     path = error.ctx.command_path if getattr(error, "ctx", None) is not None else "etude"
     if isinstance(error.__cause__, ValidationError):  # newer versions of typer leave out the value
         message += f", not {error.__cause__.errors()[0]['input']!r}"
-    if message:  # there is none where the help was shown for want of a command
+    if message:  # empty if the help was shown because the command was missing
         complain(f"{message[:1].lower()}{message[1:]} (see `{path} --help`).")
     return int(error.exit_code)

@@ -1,4 +1,4 @@
-"""Which run the command line asks for: a new one from a recipe, or the one that a directory holds."""
+"""The run that the command line asks for: a new one from a recipe, or the one in a directory."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 def prepare_run(
     recipe: str | None, overrides: list[str], out: Path | None, resume: bool, rewards: list[str] | None = None
 ) -> tuple[TrainConfig, Path]:
-    """The configuration and the directory of the run that the arguments of `etude train` ask for.
+    """The configuration and the directory of the run, from the arguments of `etude train`.
 
     Raises:
-        EtudeError: a recipe, an override or a directory that cannot be used; a misuse of the options is a usage error.
+        EtudeError: a recipe, an override or a directory cannot be used.
+        UsageError: the options contradict each other, or one is missing.
     """
     from etude.config import load_config, parse_rewards
 
@@ -40,7 +41,7 @@ def prepare_run(
 
 
 def _resumed_config(recipe: str | None, overrides: list[str], weights: dict[str, float], out: Path) -> TrainConfig:
-    """The configuration of the run in `out`; what the user gave beside it must agree with it."""
+    """The configuration of the run in `out`, with which all other arguments must agree."""
     from etude.config import difference, load_config
     from etude.runs.layout import holds_something
 
@@ -54,12 +55,12 @@ def _resumed_config(recipe: str | None, overrides: list[str], weights: dict[str,
             "or give a RECIPE and a new or empty directory to start one."
         )
     config = load_config(str(stored))
-    wanted = load_config(recipe if recipe is not None else str(stored), overrides, weights)
-    found = difference(config, wanted)
-    if found is not None:
-        key, old, new = found
+    requested = load_config(recipe if recipe is not None else str(stored), overrides, weights)
+    change = difference(config, requested)
+    if change is not None:
+        key, old, new = change
         raise EtudeError(
-            f"--resume: {key} is {old!r} in '{stored}' but {new!r} in what was given: continue that run with "
+            f"--resume: {key} is {old!r} in '{stored}' but {new!r} on the command line: continue that run with "
             f"`etude train --resume --out {out}`, or start another one in another --out."
         )
     return config

@@ -13,24 +13,25 @@ from etude.cli.waiting import heavy_imports, quiet_libraries
 def serve_reward(
     name: Annotated[str, typer.Argument(help="Reward: a name or module:function.", show_default=False)],
     host: Annotated[
-        str, typer.Option(help="Address to listen on; one beyond this machine needs a token.")
+        str, typer.Option(help="Address to listen on. An address that other machines can reach needs a token.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     token_env: Annotated[
         str | None,
         typer.Option(
             metavar="VARIABLE",
-            help="Environment variable that holds the token which clients must send. Default: ETUDE_REWARD_TOKEN, if set.",
+            help="Environment variable with the token that clients must send. Default: ETUDE_REWARD_TOKEN, if set.",
             show_default=False,
         ),
     ] = None,
     max_request_mb: Annotated[int, typer.Option(min=1, help="Longest request, in MiB.")] = 64,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without a token.")] = False,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Serve other machines without a token.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Score images for a trainer that names this server's url as its reward; Ctrl-C ends it.
+    """Serve a reward: a trainer names this server's url as its reward, and the server scores its images.
 
-    Requests are JSON with base64 PNG files: POST /score. GET /health answers once the reward is ready.
+    POST /score takes JSON with base64 PNG files. GET /health answers once the reward is ready.
+    Ctrl-C ends the server.
 
     Examples:
 
@@ -47,5 +48,5 @@ def serve_reward(
     typer.echo(f"serving {name} at {address(sock)}/score (Ctrl-C ends it)")
     try:
         server.run(sockets=[sock])
-    except KeyboardInterrupt:  # the way to end it: nothing is left to be said
+    except KeyboardInterrupt:  # the usual way to end it, so no error
         raise typer.Exit(130) from None

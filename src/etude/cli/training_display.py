@@ -1,4 +1,4 @@
-"""What a run shows while it trains: live bars on a terminal, one plain line an iteration anywhere else."""
+"""The display of a run in training: live bars on a terminal, one plain line an iteration elsewhere."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from etude.training.run import estimate_text, estimates_table, summary_blocks
 
 
 class TrainingDisplay:
-    """Progress, the rewards under both samplers, the gap and the time left.
+    """Progress, the rewards under both samplers, the gap and the remaining time.
 
     Args:
-        config: of the run.
-        total_iterations: where the bar ends.
-        console: where to write; by default the standard output.
-        clock: seconds; replaced in tests.
+        config: configuration of the run.
+        total_iterations: number of iterations at which the bar ends.
+        console: console to write on. Default: standard output.
+        clock: function that returns seconds; replaced in tests.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class TrainingDisplay:
         self._progress.advance(self._phase, n)
 
     def iteration(self, row: Mapping[str, Any]) -> None:
-        """Takes the numbers of a finished iteration; prints them as a line where there is no terminal."""
+        """Shows the numbers of a finished iteration; without a terminal, prints them as a line."""
         self._now = (row["iteration"], self._clock())
         self._first = self._first or self._now
         self._rewards = row.get("reward", self._rewards)
@@ -110,7 +110,7 @@ class TrainingDisplay:
             yield self._left()
 
     def _left(self) -> str:
-        """Time left at the pace of the iterations that were seen, evaluations included."""
+        """The remaining time at the pace of the iterations so far, evaluations included."""
         assert self._first is not None
         done, seconds = self._now[0] - self._first[0], self._now[1] - self._first[1]
         return f"{clock(seconds / done * (self.total - self._now[0]))} left" if done else ""
@@ -119,7 +119,7 @@ class TrainingDisplay:
         return Group(self._progress, self._numbers()) if self._rewards or self._evaluation else Group(self._progress)
 
     def _numbers(self) -> Table:
-        at = self._evaluation
+        evaluation = self._evaluation
         table = estimates_table(
             [
                 "reward",
@@ -129,10 +129,12 @@ class TrainingDisplay:
                 "improvement",
             ]
         )
-        for reward in at.get("ode", self._rewards):
+        for reward in evaluation.get("ode", self._rewards):
             mean = f"{self._rewards[reward]['mean']:.4g}" if reward in self._rewards else "-"
             table.add_row(
-                _name(reward, self.config), mean, *(estimate_text(at, q, reward) for q in ("ode", "gap", "improvement"))
+                _name(reward, self.config),
+                mean,
+                *(estimate_text(evaluation, q, reward) for q in ("ode", "gap", "improvement")),
             )
         return table
 
@@ -146,7 +148,7 @@ _PARTS = (("ode", "held-out ODE"), ("sde", "SDE"), ("gap", "gap"), ("improvement
 
 
 def _sampler(config: TrainConfig) -> str:
-    """What the training sampler is: the SDE, or with a window the ODE of which a few steps are stochastic."""
+    """Name of the training sampler: the SDE, or with a window the ODE with a few stochastic steps."""
     return "SDE" if config.sampling.window is None else "SDE in the window"
 
 

@@ -1,4 +1,4 @@
-"""`etude watch`: a run as it goes, from its metrics alone, in another terminal or on another machine that shares its disk."""
+"""`etude watch`: a live view of a run from its files, also on another machine that shares the disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from etude.runs.reader import Run
 
 SHOWN = 40
-"""Iterations of which the course is drawn."""
+"""Number of iterations in a bar chart of the course."""
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -30,14 +30,15 @@ def watch(
     directory: Annotated[
         Path, typer.Argument(callback=expanded, help="Run directory; it may not exist yet.", show_default=False)
     ],
-    once: Annotated[bool, typer.Option("--once", help="Show how things stand, and end.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Show the present state, and end.")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings of the files.")] = 1.0,
     debug: Debug = False,
 ) -> None:
-    """Show a run live: its progress, rewards, gap, the health of its updates, and where the time goes.
+    """Show a run live: its progress, rewards, gap, the health of its updates, and the time by phase.
 
-    It reads metrics.jsonl and touches nothing: a run may be watched before it begins, while it goes on, and afterwards. It ends
-    with the run: with exit code 0 if that was finished, and 1 if it was broken off.
+    The command reads the files of the run and changes none. A run can be watched before it begins,
+    while it goes on, and afterwards. The command ends with the run: with exit code 0 if the run is
+    finished, and 1 if it was broken off.
 
     Examples:
 
@@ -63,7 +64,7 @@ def watch(
                     live.update(view(state), refresh=True)
         else:
             state = _lines(directory, every, console)
-    except KeyboardInterrupt:  # the way to end it: nothing is left to be said
+    except KeyboardInterrupt:  # the usual way to end it, so no error
         raise typer.Exit(130) from None
     if not state.finished:
         raise EtudeError(f"the run in '{directory}' is broken off: {_continues(directory)}.")
@@ -71,11 +72,12 @@ def watch(
 
 @dataclass(frozen=True)
 class State:
-    """What a look at a directory found.
+    """The state of a run at one moment.
 
     Attributes:
-        run: None before the run has begun.
-        locked: whether a process is writing it; None where the file system does not tell.
+        directory: directory of the run.
+        run: files of the run; None before it has begun.
+        locked: whether a process is writing the run; None if the file system does not tell.
     """
 
     directory: Path
@@ -84,7 +86,7 @@ class State:
 
     @property
     def iteration(self) -> int:
-        """The newest finished one; -1 before the first."""
+        """The newest finished iteration; -1 before the first."""
         return self.run.rows[-1]["iteration"] if self.run is not None and self.run.rows else -1
 
     @property
@@ -93,7 +95,7 @@ class State:
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will come; a run that nobody writes is over once it has begun."""
+        """Whether no more rows will come. A run that has begun and that nobody writes is over."""
         return self.finished or (self.run is not None and self.locked is False)
 
     @property
@@ -106,21 +108,21 @@ class State:
 
 
 def look(directory: Path) -> State:
-    """Reads the run as it is now.
+    """Reads the present state of a run.
 
     Raises:
-        EtudeError: a file of it is damaged.
+        EtudeError: a file of the run is damaged.
     """
     from etude.files import is_locked
     from etude.runs.reader import read_run
 
-    locked = is_locked(directory)  # first: what was written before the end is then surely seen
-    begun = (directory / "config.yaml").is_file()
-    return State(directory, read_run(directory) if begun else None, locked)
+    locked = is_locked(directory)  # first, so that the last rows of a run that has ended are read
+    has_begun = (directory / "config.yaml").is_file()
+    return State(directory, read_run(directory) if has_begun else None, locked)
 
 
 def view(state: State) -> Group:
-    """How things stand, to be printed by rich."""
+    """A state as text and tables for rich."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -150,7 +152,7 @@ def view(state: State) -> Group:
 
 
 def _looks(directory: Path, every: float) -> Iterator[State]:
-    """One look after another, until the run is over."""
+    """One state after another, until the run is over."""
     while True:
         state = look(directory)
         yield state
@@ -160,11 +162,11 @@ def _looks(directory: Path, every: float) -> Iterator[State]:
 
 
 def _lines(directory: Path, every: float, console: Any) -> State:
-    """Where there is no terminal: a line for each iteration, as the run itself would print it. Returns the last look."""
+    """Prints a line for each iteration, as the run does without a terminal. Returns the last state."""
     from etude.cli.training_display import TrainingDisplay
     from etude.config import parse_config
 
-    display, seen, clock = None, -1, [0.0]
+    display, last, clock = None, -1, [0.0]
     for state in _looks(directory, every):
         if state.run is None:
             continue
@@ -172,8 +174,8 @@ def _lines(directory: Path, every: float, console: Any) -> State:
             config = parse_config(state.run.config, f"the configuration in '{directory}'")
             display = TrainingDisplay(config, config.iterations, console, clock=lambda: clock[0])
         for row in state.run.rows:
-            if row["iteration"] > seen:
-                seen = row["iteration"]
+            if row["iteration"] > last:
+                last = row["iteration"]
                 clock[0] += (row.get("seconds") or {}).get("total", 0.0)
                 display.iteration(row)
     console.print(state.words, soft_wrap=True, highlight=False, markup=False)
@@ -190,17 +192,20 @@ def _essence(run: Run) -> str:
 def _rewards(run: Run) -> Table:
     from etude.measuring.statistics import format_interval
 
-    last, at = run.rows[-1].get("reward") or {}, run.evaluations[-1] if run.evaluations else (0, {})
+    last = run.rows[-1].get("reward") or {}
+    iteration, evaluation = run.evaluations[-1] if run.evaluations else (0, {})
     table = _table("reward", "training mean", "std", "course", "held-out ODE", "SDE", "gap (ODE - SDE)", "improvement")
     for name in run.rewards:
-        trained = last.get(name, {})
-        cells = [_number(trained.get("mean")), _number(trained.get("std")), _course(run, "reward", name, "mean")]
+        training = last.get(name, {})
+        cells = [_number(training.get("mean")), _number(training.get("std")), _course(run, "reward", name, "mean")]
         for quantity in ("ode", "sde", "gap", "improvement"):
-            found = (at[1].get(quantity) or {}).get(name)
+            interval = (evaluation.get(quantity) or {}).get(name)
             signed = quantity in {"gap", "improvement"}
-            cells.append(format_interval(found["mean"], found["low"], found["high"], signed) if found else "-")
+            cells.append(
+                format_interval(interval["mean"], interval["low"], interval["high"], signed) if interval else "-"
+            )
         table.add_row(name, *cells)
-    table.caption = f"held-out figures of iteration {at[0]}, with 95 % intervals"
+    table.caption = f"held-out figures of iteration {iteration}, with 95 % intervals"
     table.caption_justify = "left"
     return table
 
@@ -234,7 +239,7 @@ def _table(first: str, *others: str) -> Table:
 
 
 def _course(run: Run, *path: str) -> str:
-    """The numbers of the last iterations as bars between the least and the largest of them."""
+    """The numbers of the last iterations as bars between their smallest and their largest."""
     values = run.series(*path)[1][-SHOWN:]
     if len(values) < 2:
         return ""
@@ -244,7 +249,7 @@ def _course(run: Run, *path: str) -> str:
 
 
 def _pace(run: Run) -> float:
-    """Seconds of an iteration, of the last ten on average."""
+    """Mean seconds of the last ten iterations."""
     totals = run.series("seconds", "total")[1][1:][-10:]
     return sum(totals) / len(totals)
 

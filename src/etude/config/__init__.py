@@ -1,6 +1,7 @@
-"""The configuration of a run: one typed tree, read from a built-in recipe or a YAML file, and checked.
+"""The configuration of a run: one typed tree, read from a built-in recipe or a YAML file and checked.
 
-`sections` declares every key, `tree` reads and changes configurations, `algorithm` names what a configuration amounts to.
+`sections` declares every key, `tree` reads and changes configurations, and `algorithm` gives the
+published name of the algorithm that a configuration describes.
 """
 
 from __future__ import annotations

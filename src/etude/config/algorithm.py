@@ -1,4 +1,4 @@
-"""What the published name of a configuration is: every algorithm here is one and the same loop under other settings."""
+"""The published name of a configuration: every algorithm here is the same loop under other settings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ if TYPE_CHECKING:
 
 
 def algorithm(config: Mapping[str, Any]) -> str:
-    """DDPO, GRPO, MixGRPO or MixGRPO-Flash, from the tree of a configuration (`TrainConfig.model_dump()`, `config.yaml`).
+    """DDPO, GRPO, MixGRPO or MixGRPO-Flash, from the tree of a configuration.
 
-    An objective with a published name of its own gives that name. Otherwise a window of stochastic steps makes it MixGRPO
-    (arXiv 2507.21802), a compressed tail after the window its Flash variant. Where every step is stochastic, the advantage
-    gives the name: rewards compared within a group of images of one prompt make it GRPO (Flow-GRPO, arXiv 2505.05470;
-    DanceGRPO, arXiv 2505.07818), and a memory of each prompt's rewards DDPO (arXiv 2305.13301).
+    An objective with a published name of its own gives that name. Otherwise a window of stochastic
+    steps is MixGRPO (arXiv 2507.21802), and a window with a compressed tail is MixGRPO-Flash. Where
+    every step is stochastic, the advantage gives the name. Rewards compared within a group of
+    images of one prompt are GRPO (Flow-GRPO, arXiv 2505.05470; DanceGRPO, arXiv 2505.07818).
+    Rewards compared with the past rewards of their prompt are DDPO (arXiv 2305.13301).
+
+    Args:
+        config: nested mappings, as from `TrainConfig.model_dump()` or `config.yaml`.
     """
     objective, advantage = ((config.get(section) or {}).get("kind") for section in ("objective", "advantage"))
     if objective and (title := OBJECTIVES.title(objective)):
@@ -29,7 +33,7 @@ def algorithm(config: Mapping[str, Any]) -> str:
 
 
 def essence(config: TrainConfig) -> str:
-    """What a run trains and how, on one line."""
+    """A run on one line: algorithm, model, kernel, eta and rewards."""
     sampling, rewards = config.sampling, config.rewards
     weighted = ", ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in rewards.items())
     return (

@@ -1,7 +1,8 @@
 """The settings of a run: one typed tree. Every field has a default, a unit and a help line.
 
-Defaults are those of the `sd15-ddpo` recipe (Black et al. 2023, arXiv 2305.13301, and its public hyper-parameters) unless the
-help says otherwise; those of `sampling.window` are MixGRPO's (arXiv 2507.21802). Unknown keys are errors.
+Defaults are those of the `sd15-ddpo` recipe (Black et al. 2023, arXiv 2305.13301, and its public
+hyper-parameters) unless the help line says otherwise. The defaults of `sampling.window` are
+MixGRPO's (arXiv 2507.21802). Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -44,16 +45,19 @@ class Section(BaseModel):
 class PromptsConfig(Section):
     train: str = Field(
         "emoji-train",
-        description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`, `animals-eval`), a text or JSONL file, "
-        "package.module:function, or hub:dataset; `#train` or `#eval` after any of them is nine tenths of it, or the others.",
+        description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`, `animals-eval`), a text or JSONL "
+        "file, package.module:function, or hub:dataset. After any of them, `#train` takes nine tenths of it and `#eval` the rest.",
     )
     evaluation: str = Field(
-        "emoji-eval", description="Prompts for the held-out evaluation of the gap: any source of prompts."
+        "emoji-eval", description="Prompts for the held-out evaluation of the gap: any source that `train` takes."
     )
 
 
 class WindowConfig(Section):
-    """MixGRPO (arXiv 2507.21802): the kernel inside a moving window of steps, which alone are trained; the ODE elsewhere."""
+    """MixGRPO (arXiv 2507.21802): a moving window of steps under the kernel, the ODE elsewhere.
+
+    Only the steps inside the window are trained.
+    """
 
     strategy: WindowName = Field(
         "progressive",
@@ -63,44 +67,46 @@ class WindowConfig(Section):
     iters_per_shift: int = Field(
         25,
         ge=1,
-        description="Iterations before a progressive window moves, and before a decay window first does. The paper's default.",
+        description="Iterations before a progressive window moves, and before a decay window moves for the first time. "
+        "The paper's default.",
     )
     stride: int = Field(1, ge=1, description="Steps that the window moves at a time. The paper's default.")
     roll_back: bool = Field(
         True,
-        description="From its last place the window goes back to the first; otherwise it stays there, and trains no other steps any more.",
+        description="true: from its last place the window goes back to the first. false: the window stays at its last place, so the "
+        "other steps are no longer trained.",
     )
     start: int | None = Field(
-        None, ge=0, description="First step that the window can hold; null is the first step that is stochastic at all."
+        None, ge=0, description="First step that the window can hold. null: the first stochastic step."
     )
     end: int | None = Field(
         None,
         ge=1,
-        description="Step before which the window ends (it holds end - 1 at most); null is after the last step that is stochastic at all.",
+        description="Step before which the window ends: the last step that it can hold is end - 1. null: after the last stochastic step.",
     )
     decay_rate: float = Field(
         0.1,
         ge=0,
-        description="decay: with its first step at l the window stays iters_per_shift * exp(-decay_rate * max(0, l - decay_threshold)) "
+        description="decay: a window whose first step is l stays for iters_per_shift * exp(-decay_rate * max(0, l - decay_threshold)) "
         "iterations.",
     )
     decay_threshold: int = Field(
         13,
         ge=0,
-        description="decay: the step from which on the window stays ever shorter; the default is meant for 25 steps.",
+        description="decay: a window that starts after this step stays for fewer and fewer iterations. The default is meant for 25 steps.",
     )
     compression: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="MixGRPO-Flash: the steps after the window become this share of them, taken by second-order DPM-Solver++ (the paper's is 0.4). "
-        "null: plain MixGRPO.",
+        description="MixGRPO-Flash: second-order DPM-Solver++ replaces the steps after the window by this share of their number "
+        "(0.4 in the paper). null: plain MixGRPO.",
     )
 
     options: dict[str, Any] = Field({}, description="Arguments of a strategy of your own, by name. Default: none.")
 
     def settings(self) -> dict[str, Any]:
-        """The values that a strategy may have fields for, those of its own among them."""
+        """Arguments for a strategy by name: those that the built-in ones share, and `options`."""
         return {**self.model_dump(exclude={"strategy", "start", "end", "compression", "options"}), **self.options}
 
 
@@ -109,17 +115,19 @@ class EtaScheduleConfig(Section):
 
     kind: Literal["constant", "linear", "cosine"] = Field(
         "linear",
-        description="linear: evenly. cosine: slowly at both ends, half-way in the middle. constant: sampling.eta throughout, whatever the end.",
+        description="Course of eta. linear: even. cosine: slow at both ends, half-way in the middle. constant: sampling.eta throughout, "
+        "whatever `end` is.",
     )
     over: Literal["iterations", "steps"] = Field(
         "iterations",
-        description="iterations: sampling.eta in the first iteration, end in the last. steps: sampling.eta at the noisiest step, end at the last, "
-        "the same in every iteration.",
+        description="Axis of the schedule. iterations: sampling.eta in the first iteration, `end` in the last. steps: sampling.eta at the "
+        "noisiest step, `end` at the last step, the same in every iteration.",
     )
     end: float = Field(
         0.5,
         ge=0,
-        description="eta where the schedule ends, in the kernel's own unit. 0 only over steps: it makes the last step an ODE step.",
+        description="eta where the schedule ends, in the kernel's own unit. 0 is possible only over steps, and makes the last step an "
+        "ODE step.",
     )
 
 
@@ -130,38 +138,43 @@ class SamplingConfig(Section):
     )
     eta: float | list[float] = Field(
         1.0,
-        description="Stochasticity while training, in the kernel's own unit. gddim: 0 is the ODE, 1 the DDPM posterior, any value above is valid. "
-        "flow_sde at 0.7, the ecosystem's usual value, is gddim at 0.5 for short steps and more at real ones (`etude theory peers`). "
-        "A list of num_steps values gives each step its own; 0 makes a step an ODE step, which is not trained.",
+        description="Stochasticity while training, in the kernel's own unit. gddim: 0 is the ODE, 1 is the DDPM posterior, and larger values "
+        "are valid. flow_sde at 0.7, the usual value elsewhere, equals gddim at 0.5 in the limit of short steps, and at more than 0.5 at "
+        "real step lengths (`etude theory peers`). A list of num_steps values gives each step its own eta. A step with eta 0 is an "
+        "ODE step and is not trained.",
     )
     eta_schedule: EtaScheduleConfig | None = Field(
         None,
-        description="null: eta stays what it is. A section: eta moves to another value, over the iterations or over the denoising steps.",
+        description="null: eta stays constant. A section: eta moves to another value, over the iterations or over the denoising steps.",
     )
     num_steps: int = Field(
-        50, ge=1, le=10_000, description="Denoising steps in training, and in evaluation unless that says otherwise."
+        50,
+        ge=1,
+        le=10_000,
+        description="Denoising steps in training; also in evaluation, unless evaluation.num_steps is set.",
     )
     guidance_scale: float = Field(
         5.0,
         ge=0,
-        description="Guidance, the same in rollout, replay and evaluation: classifier-free (1 switches it off), or the embedded scale of FLUX.",
+        description="Guidance scale in rollout, replay and evaluation: of classifier-free guidance (1 switches it off), or of FLUX's "
+        "guidance embedding.",
     )
     first_step: Literal["ode", "sde", "capped"] = Field(
         "ode",
-        description="What becomes of a step that starts at pure noise (flow models): ode leaves it deterministic and untrained; "
-        "sde leaves it to the kernel: gddim redraws all of the noise at any eta above 0, dance_sde and cps keep some, flow_sde is infinite there. "
-        "capped: as sde, and flow_sde takes the noise of the next level there, as Flow-GRPO's code does.",
+        description="Treatment of a step that starts at pure noise (flow models). ode: the step is deterministic and not trained. "
+        "sde: the kernel applies; there gddim redraws all of the noise at any eta above 0, dance_sde and cps keep some of it, and "
+        "flow_sde is infinite. capped: as sde, except that flow_sde takes the noise of the next level, as Flow-GRPO's code does.",
     )
     shift: float | None = Field(
         None,
         gt=0,
-        description="Flow models: the levels become shift s / (1 + (shift - 1) s), in training, evaluation and deployment alike, in place of the "
-        "model's own shift or of that by resolution. DanceGRPO and MixGRPO take 3 for FLUX. null: the model's own.",
+        description="Flow models: each noise level s becomes shift s / (1 + (shift - 1) s) in training, evaluation and deployment. "
+        "Replaces the model's own shift, fixed or by resolution. DanceGRPO and MixGRPO take 3 for FLUX. null: the model's own shift.",
     )
     window: WindowConfig | None = Field(
         None,
-        description="null: every step is stochastic and trained (DDPO, Flow-GRPO). A section: MixGRPO, with the kernel in a window and "
-        "the ODE elsewhere; with compression MixGRPO-Flash.",
+        description="null: every step is stochastic and trained (DDPO, Flow-GRPO). A section: MixGRPO, with the kernel inside a window and "
+        "the ODE elsewhere; MixGRPO-Flash, if the section sets compression.",
     )
 
     @field_validator("eta", mode="before")
@@ -191,7 +204,7 @@ class SamplingConfig(Section):
 
     @property
     def all_etas(self) -> list[float]:
-        """Every eta that the configuration names: those in between, of a schedule, lie between two of these."""
+        """Every eta that the configuration names. All values of a schedule lie between two of these."""
         etas = self.eta if isinstance(self.eta, list) else [self.eta]
         moves = self.eta_schedule is not None and self.eta_schedule.kind != "constant"
         return [*etas, self.eta_schedule.end] if self.eta_schedule is not None and moves else etas
@@ -225,29 +238,29 @@ class RolloutConfig(Section):
     batch_size: int = Field(
         8,
         ge=1,
-        description="Images per network call while sampling. Changes memory and speed, never the noise; halved where it does not fit.",
+        description="Images per network call while sampling. Changes memory and speed, never the noise. Halved when memory runs out.",
     )
     dtype: Precision | None = Field(
         None,
-        description="Of what the network computes while it samples the training images; null: as in the rest of the run. bfloat16 or float16 "
-        "samples a float32 run in half precision; objective.old_log_prob says what the ratios are then held against.",
+        description="Precision of the network while training images are sampled. null: the run's `dtype`. bfloat16 or float16 samples a "
+        "float32 run in half precision; objective.old_log_prob then chooses the log-probabilities that the ratios compare with.",
     )
     shared_noise: bool = Field(
         False,
-        description="The images of one prompt start from the same noise (DanceGRPO, MixGRPO) and differ by the stochastic steps alone; "
-        "with a window the steps before it are then computed once a group. false: each from its own (DDPO, Flow-GRPO).",
+        description="true: the images of one prompt start from the same noise and differ by the stochastic steps alone (DanceGRPO, MixGRPO); "
+        "the steps before a window are then computed once per group. false: each image starts from its own noise (DDPO, Flow-GRPO).",
     )
     score_ahead: bool = Field(
         True,
-        description="Score each micro-batch of images while the next is sampled. false: all images of an iteration at once, after the rollout, "
-        "for rewards that compare images with one another. memory.offload has the same effect.",
+        description="true: score each micro-batch of images while the next one is sampled. false: score all images of an iteration at once "
+        "after the rollout, for rewards that compare images with one another. memory.offload implies false.",
     )
     reward_timeout: float = Field(
         3600.0,
         gt=0,
         le=30 * 24 * 3600,
-        description="Seconds of waiting for the scores of one batch of images after which a reward counts as hung and ends the run; finished "
-        "iterations stay.",
+        description="Longest wait, in seconds, for the scores of one batch of images. A reward that takes longer counts as hung and ends "
+        "the run; finished iterations stay.",
     )
 
 
@@ -264,13 +277,13 @@ class LoraConfig(Section):
 class OptimizerConfig(Section):
     kind: Literal["adamw", "adamw8bit"] = Field(
         "adamw",
-        description="adamw8bit keeps the optimiser's moments in 8 bits (bitsandbytes, the extra etude[bitsandbytes]): for full fine-tuning, "
-        "whose moments take twice the weights' memory; an adapter's are small.",
+        description="adamw8bit keeps the optimiser's moments in 8 bits (bitsandbytes, the extra etude[bitsandbytes]). It pays in full "
+        "fine-tuning, where the moments take twice the memory of the weights; the moments of an adapter are small.",
     )
     learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate.")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW decay rates of the first and second moments.")
     weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay.")
-    epsilon: float = Field(1e-8, gt=0, description="AdamW addition to the denominator, which keeps it from 0.")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW constant that keeps the denominator above 0.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
 
 
@@ -281,28 +294,29 @@ class ObjectiveConfig(Section):
     )
     options: dict[str, Any] = Field({}, description="Arguments of an objective of your own, by name. Default: none.")
     clip_range: float | None = Field(
-        1e-4, gt=0, description="PPO clips the ratio to 1 +- clip_range. Give this or clip_nats, not both."
+        1e-4, gt=0, description="PPO clips the ratio to 1 +- clip_range. Give either clip_range or clip_nats."
     )
     clip_nats: float | None = Field(
         None,
         gt=0,
-        description="The clip range in nats of the whole image's log-probability: clip_range = clip_nats / D for D latent dimensions under the mean "
-        "(1e-4 is 1.6 nats for SD1.5 at 512 px, but 0.05 nats at D = 512).",
+        description="The clip range in nats of the whole image's log-probability. With logprob_reduction = mean over D latent dimensions, "
+        "clip_range = clip_nats / D: a clip_range of 1e-4 is 1.6 nats for SD1.5 at 512 px, but 0.05 nats at D = 512.",
     )
     old_log_prob: Literal["rollout", "replay"] = Field(
         "rollout",
-        description="Whose log-probabilities the ratios are held against. rollout: those of the network that drew the images, in its precision and "
-        "batches: the exact importance ratio. replay: computed again before the first update in the replay's precision and batches: every ratio "
-        "starts at exactly 1, one more evaluation of each trained step.",
+        description="Log-probabilities that the ratios compare with. rollout: as computed while the images were drawn, in the precision and "
+        "batches of the rollout, which gives the exact importance ratio. replay: computed again before the first update, in the precision "
+        "and batches of the replay; every ratio then starts at exactly 1, at the cost of one more evaluation of each trained step.",
     )
     logprob_reduction: Literal["mean", "sum"] = Field(
-        "mean", description="mean over latent dimensions (as the peers) or the true density."
+        "mean",
+        description="Log-probability of a step: mean over the latent dimensions (as other libraries) or sum (the true density).",
     )
     adv_clip_max: float = Field(5.0, gt=0, description="Advantages are clipped to +- this.")
     kl_coef: float = Field(
         0.0,
         ge=0,
-        description="Weight of the KL to the reference model, closed form per step, reduced like the log-probability.",
+        description="Weight of the KL to the reference model: in closed form, for each step, reduced like the log-probability.",
     )
     num_inner_epochs: int = Field(1, ge=1, description="Passes over a rollout.")
     updates_per_epoch: int = Field(
@@ -311,13 +325,13 @@ class ObjectiveConfig(Section):
     batch_size: int = Field(
         8,
         ge=1,
-        description="(sample, step) pairs per network call while replaying. Changes memory and speed only; halved where it does not fit.",
+        description="(sample, step) pairs per network call while replaying. Changes memory and speed only. Halved when memory runs out.",
     )
     timestep_fraction: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Share of the stochastic steps of each sample that is trained, drawn anew each iteration.",
+        description="Share of each sample's stochastic steps that is trained. The steps are drawn anew each iteration.",
     )
 
 
@@ -327,11 +341,11 @@ class AdvantageConfig(Section):
         description=f"Comparison of rewards: a name, or module:Class of your own. {ADVANTAGES.about()}.",
     )
     options: dict[str, Any] = Field({}, description="Arguments of an advantage of your own, by name. Default: none.")
-    buffer_size: int = Field(16, ge=2, description="per_prompt: how many past rewards of a prompt are remembered.")
+    buffer_size: int = Field(16, ge=2, description="per_prompt: number of past rewards remembered for each prompt.")
     min_count: int = Field(
         16,
         ge=2,
-        description="per_prompt: below this many rewards of a prompt, the whole batch's mean and std are used.",
+        description="per_prompt: a prompt with fewer remembered rewards is compared with the mean and std of the whole batch.",
     )
 
 
@@ -340,65 +354,71 @@ class EmaConfig(Section):
         0.0,
         ge=0,
         lt=1,
-        description="Exponential moving average of the trained weights, used in evaluation and export; 0 is off.",
+        description="Decay of the exponential moving average of the trained weights, which evaluation and export use. 0: no average.",
     )
 
 
 class EvaluationConfig(Section):
     every: int = Field(
-        5, ge=1, description="Iterations between evaluations (iteration 0 and the last are always evaluated)."
+        5, ge=1, description="Iterations between evaluations. Iteration 0 and the last iteration are always evaluated."
     )
     num_steps: int | None = Field(
         None,
         ge=1,
         le=10_000,
-        description="Denoising steps of both sides of the gap, ODE and SDE; null is sampling.num_steps. Flow-GRPO evaluates at 40 steps "
-        "what it trains at 10.",
+        description="Denoising steps of both sides of the gap, ODE and SDE. null: sampling.num_steps. Flow-GRPO trains at 10 steps and "
+        "evaluates at 40.",
     )
     num_images: int = Field(
-        64, ge=2, le=1_000_000, description="Held-out pairs of images (ODE and SDE from the same noise) per evaluation."
+        64,
+        ge=2,
+        le=1_000_000,
+        description="Pairs of images per evaluation, ODE and SDE from the same noise, on held-out prompts.",
     )
     held_out_rewards: list[str] = Field(
-        [], description="Rewards that are measured and not trained on: the guard against reward hacking."
+        [], description="Rewards that are measured but not trained on: the guard against reward hacking."
     )
     stop_on_fall: dict[str, Fall] = Field(
         {},
-        description="Reward to how far its held-out ODE mean may fall below the base model's, in its own unit. The run stops, with its weights "
-        "exported, once the whole 95 % interval of the change lies below that.",
+        description="Largest fall of a reward's held-out ODE mean below that of the base model: reward name to fall, in the reward's own "
+        "unit. Once the whole 95 % interval of the change lies below this limit, the run exports its weights and stops.",
     )
     grid_images: int = Field(24, ge=1, le=4096, description="Images in the before / after grids.")
 
 
 class CheckpointConfig(Section):
     every: int = Field(1, ge=1, description="Iterations between checkpoints.")
-    keep: int = Field(2, ge=1, description="Checkpoints kept; two, so that a torn one costs one interval.")
+    keep: int = Field(
+        2, ge=1, description="Number of checkpoints to keep. With two, a damaged one costs a single interval."
+    )
     best: str | None = Field(
         None,
-        description="Reward whose highest held-out ODE mean chooses the weights that are exported too, to lora-best/ beside the last ones "
-        "in lora/, and measured again from fresh noise; null exports the last alone.",
+        description="Reward that chooses the best weights: those of the evaluation with its highest held-out ODE mean. They are exported to "
+        "lora-best/, beside the last weights in lora/, and measured again from fresh noise. null: export the last weights alone.",
     )
 
 
 class MemoryConfig(Section):
     gradient_checkpointing: bool = Field(
         False,
-        description="Keep few activations of the replay and compute the others again: far less memory, about a third more time there.",
+        description="Keep few activations of the replay and compute the rest again: far less memory, about a third more time in the replay.",
     )
     offload: bool = Field(
         False,
-        description="Text encoders, autoencoder and rewards' networks wait on the CPU: the former once the prompts of the run are encoded "
-        "(as many as prompt_cache_mb holds), the others whenever they are not used.",
+        description="Text encoders, autoencoder and rewards' networks wait on the CPU. Text encoders move there once the run's prompts are "
+        "encoded (as many as prompt_cache_mb holds); the autoencoder and the rewards' networks, whenever they are not used.",
     )
     decode_batch_size: int | None = Field(
         None,
         ge=1,
-        description="Images decoded at a time; null: 32, and at most 2 million pixels. Changes memory and speed only; halved where it does not fit.",
+        description="Images decoded at a time. null: 32, and at most 2 million pixels. Changes memory and speed only. Halved when memory "
+        "runs out.",
     )
     prompt_cache_mb: int = Field(
         4096,
         ge=0,
-        description="MiB of encoded prompts kept in the machine's memory, by each process: a prompt takes 4 MiB for FLUX in bfloat16, 0.2 for SD1.5. "
-        "Those beyond are encoded again when they are drawn, which gives the same bits.",
+        description="MiB of encoded prompts that each process keeps in the machine's memory. A prompt takes 4 MiB for FLUX in bfloat16 and "
+        "0.2 MiB for SD1.5. A prompt that does not fit is encoded again whenever it is drawn, with the same bits.",
     )
 
 
@@ -414,45 +434,49 @@ class TrainConfig(Section):
 
     model: str = Field(
         "emoji-sd",
-        description="Embedded name, local diffusers directory, single safetensors file or hub id; owner/name@revision for a branch, tag or commit.",
+        description="Model to train: embedded name, local diffusers directory, single safetensors file or hub id. owner/name@revision names "
+        "a branch, tag or commit of the hub.",
     )
     pipeline_config: str | None = Field(
         None,
-        description="Of a single-file model: the diffusers directory or hub id that its configuration, tokenizers and missing parts come from; "
-        "null: what diffusers infers from the weights, from the hub.",
+        description="Diffusers directory or hub id that supplies a single-file model's configuration, tokenizers and missing parts. "
+        "null: the hub repository that diffusers infers from the weights.",
     )
     family: FamilyName | None = Field(
         None,
-        description="Adapter of the model's pipeline class: the class's name, or module:Class of your own. null: by the class that "
-        "model_index.json names.",
+        description="Adapter for the model's pipeline: name of the pipeline class, or module:Class of your own. null: the pipeline class "
+        "that model_index.json names.",
     )
     variant: str | None = Field(
         None,
         pattern=r"^[\w-]+$",
-        description="Of the weights' files of a directory or hub id: fp16 reads diffusion_pytorch_model.fp16.safetensors; null: those without.",
+        description="Weight files to read from a directory or hub id. fp16 reads diffusion_pytorch_model.fp16.safetensors. null: the files "
+        "without a suffix.",
     )
     resolution: int | None = Field(
         None,
         ge=8,
         le=65_536,
-        description="Side of the images in pixels; null is the pipeline's own (512 for SD1.5, 1024 for SD3 and FLUX).",
+        description="Side of the images in pixels. null: the pipeline's own (512 for SD1.5, 1024 for SD3 and FLUX).",
     )
     dtype: Precision = Field(
         "float32",
-        description="Of the frozen weights and of what the network computes; adapters, latents and rewards stay float32. float16 is for GPUs "
-        "without bfloat16: its losses are scaled so that gradients do not underflow.",
+        description="Precision of the frozen weights and of the network's computation. Adapters, latents and rewards stay float32. float16 "
+        "is for GPUs without bfloat16: the loss is scaled so that gradients do not underflow.",
     )
     seed: int = Field(
         0,
         ge=0,
         lt=2**63,
-        description="Seeds everything; noise is a pure function of (seed, stream, iteration, sample, step).",
+        description="Seed of the whole run. Noise is a pure function of (seed, stream, iteration, sample, step).",
     )
-    iterations: int = Field(100, ge=1, le=100_000_000, description="Rollout-and-update iterations.")
+    iterations: int = Field(
+        100, ge=1, le=100_000_000, description="Number of iterations: one rollout and its update each."
+    )
     rewards: dict[str, float] = Field(
         {"jpeg_compressibility": 1.0},
         min_length=1,
-        description="Reward name (or module:function, or http://host:port/path) to weight.",
+        description="Rewards to train on: name (or module:function, or http://host:port/path) to weight.",
     )
     prompts: PromptsConfig = PromptsConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -466,7 +490,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     memory: MemoryConfig = MemoryConfig()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="Accelerate trackers that also receive the metrics: a name or a list of names."
+        [], description="Accelerate trackers that receive the metrics, too: a name or a list of names."
     )
 
     @field_validator("trackers", mode="before")
@@ -486,7 +510,7 @@ class TrainConfig(Section):
             raise ValueError("rollout.shared_noise needs rollout.images_per_prompt of at least 2")
         if self.dtype != "float32" and rollout.dtype not in (None, self.dtype):
             raise ValueError(
-                f"rollout.dtype = {rollout.dtype} needs weights in float32, and dtype = {self.dtype} keeps them in that; "
+                f"rollout.dtype = {rollout.dtype} needs weights in float32, but dtype = {self.dtype} loads them in {self.dtype}; "
                 "set dtype to float32, or rollout.dtype to null"
             )
         self._check_eta_list()
@@ -499,12 +523,12 @@ class TrainConfig(Section):
         return self
 
     def _hold_out_what_is_not_trained(self) -> None:
-        """A trained reward is not held out as well, so that one list of held-out rewards serves several runs."""
+        """Leaves trained rewards out of the held-out ones, so that several runs can share one list."""
         held_out = [name for name in self.evaluation.held_out_rewards if name not in self.rewards]
         self.__dict__["evaluation"] = self.evaluation.model_copy(update={"held_out_rewards": held_out})
 
     def _check_eta_list(self) -> None:
-        """A list of etas has one for each step of the evaluation, too."""
+        """Refuses a list of etas whose length is not the number of steps of the evaluation."""
         sampling, steps = self.sampling, self.evaluation.num_steps
         if isinstance(sampling.eta, list) and steps not in (None, sampling.num_steps):
             raise ValueError(
@@ -513,7 +537,7 @@ class TrainConfig(Section):
             )
 
     def _check_guards(self) -> None:
-        """The rewards that stop a run or choose its weights must be among those that are measured."""
+        """Refuses guards whose reward is not measured: those that stop a run or choose its weights."""
         several = [WEIGHTED_SUM] if len(self.rewards) > 1 else []
         measured = list(dict.fromkeys([*self.rewards, *self.evaluation.held_out_rewards, *several]))
         guards: dict[str, list[str | None]] = {

@@ -1,4 +1,4 @@
-"""The configuration of a run, from a recipe's name or a YAML file, and overrides; its sections are in `etude.config.sections`.
+"""Reading a configuration: a recipe's name or a YAML file, then overrides.
 
 A run writes the resolved tree to `config.yaml`, and that file reproduces the run.
 """
@@ -19,7 +19,7 @@ from etude.config.yaml_text import parse_yaml, read_yaml
 from etude.errors import EtudeError, brief_value, unknown
 
 _BY_REWARD = ("rewards", "evaluation.stop_on_fall")
-"""Keys whose value is a mapping by the names of rewards."""
+"""Keys whose value maps names of rewards to numbers."""
 
 
 def load_config(
@@ -56,9 +56,10 @@ def load_config(
 
 
 def parse_rewards(items: list[str]) -> dict[str, float]:
-    """`NAME` or `NAME=WEIGHT`, several of them, as weights by name; without a weight it is 1.
+    """Weights by name, from items `NAME` or `NAME=WEIGHT`. Default weight: 1.
 
-    What follows the last equals sign is the weight if it is a number, and part of the name if not: a name may hold a url or options.
+    The text after the last equals sign is the weight if it is a number. Otherwise it belongs to the
+    name, which may be a url or hold options.
     """
     rewards = {}
     for item in items:
@@ -71,7 +72,7 @@ def parse_rewards(items: list[str]) -> dict[str, float]:
 
 
 def parse_config(tree: dict[str, Any], place: str = "configuration") -> TrainConfig:
-    """Validates a tree of plain values; `place` names it in errors."""
+    """Validates a tree of plain values; errors name it by `place`."""
     try:
         return TrainConfig.model_validate(tree)
     except ValidationError as error:
@@ -98,7 +99,7 @@ def read_tree(source: str) -> dict[str, Any]:
     """The plain values of a built-in recipe or a YAML file, not yet validated.
 
     Raises:
-        EtudeError: there is no such recipe or file, or it holds no mapping.
+        EtudeError: the recipe or file does not exist, or holds no mapping.
     """
     path = Path(os.path.expanduser(source))
     if source not in recipe_names() and (path.suffix in {".yaml", ".yml"} or os.path.exists(path)):
@@ -118,7 +119,7 @@ def read_tree(source: str) -> dict[str, Any]:
 
 
 def _apply_override(tree: dict[str, Any], item: str) -> None:
-    by_reward = item.startswith(tuple(f"{section}." for section in _BY_REWARD))  # whose name may hold equals signs
+    by_reward = item.startswith(tuple(f"{section}." for section in _BY_REWARD))  # a reward's name may hold "="
     key, equals, text = item.rpartition("=") if by_reward else item.partition("=")
     if not equals or not key:
         raise EtudeError(f"--set takes key=value, for example sampling.eta=1.2, not '{item}'.")
@@ -132,10 +133,12 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
-    """Puts a value under a dotted key; sections that are missing are made, and `clip_range` and `clip_nats` replace one another.
+    """Puts a value under a dotted key and creates missing sections on the way.
+
+    `clip_range` and `clip_nats` are alternatives: setting one sets the other to null.
 
     Raises:
-        EtudeError: a part of the key is no section; `place` comes first in the message.
+        EtudeError: a part of the key names a value, not a section; the message begins with `place`.
     """
     *parents, leaf = _split_key(key)
     for name in parents:
@@ -153,7 +156,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
 
 
 def _split_key(key: str) -> list[str]:
-    """The parts of a dotted key; the name of a reward is one of them, dots and all: `package.module:function`."""
+    """The parts of a dotted key. A reward's name is one part: `package.module:function`."""
     for section in _BY_REWARD:
         if key.startswith(f"{section}."):
             return [*section.split("."), key.removeprefix(f"{section}.")]
@@ -161,7 +164,7 @@ def _split_key(key: str) -> list[str]:
 
 
 def _number_like(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; a user means the number."""
+    """The number that a text such as `1e-4` stands for: YAML 1.1 reads it as text."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -171,7 +174,7 @@ def _number_like(value: Any) -> Any:
 
 
 def explain(error: ValidationError, place: str, model: type[Section] = TrainConfig) -> EtudeError:
-    """The first of pydantic's errors in one sentence: the place, the key, the value and what it must be."""
+    """The first of pydantic's errors in one sentence: place, key, value and the rule that it breaks."""
     first = error.errors()[0]
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
@@ -186,18 +189,22 @@ def explain(error: ValidationError, place: str, model: type[Section] = TrainConf
 
 
 def _unknown_key(location: list[str], model: type[Section]) -> str:
-    """Says which key is meant: the one of that name in another section, else the nearest in this one."""
-    asked, section = ".".join(location), location[:-1]
+    """The error for an unknown key, with a suggestion.
+
+    The suggestion is a key of the same name in another section, or else the nearest key in this
+    one.
+    """
+    key, section = ".".join(location), location[:-1]
     siblings = [".".join([*section, name]) for name in _keys(section, model)]
-    everywhere = [key for key, _, _ in describe_fields(model)]
-    near = [key for key in everywhere if key.rpartition(".")[2] == location[-1]]
-    near = near or difflib.get_close_matches(asked, siblings, n=1)
+    everywhere = [name for name, _, _ in describe_fields(model)]
+    near = [name for name in everywhere if name.rpartition(".")[2] == location[-1]]
+    near = near or difflib.get_close_matches(key, siblings, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    return f"unknown key '{asked}': {hint}the keys there are {', '.join(siblings)}."
+    return f"unknown key '{key}': {hint}the keys there are {', '.join(siblings)}."
 
 
 def _keys(location: list[str], model: type[Section]) -> list[str]:
-    """Names in the section at that place; the parts that are places in a list are passed over."""
+    """Names of the keys in the section at `location`; indices into a list are skipped."""
     for name in location:
         if name in model.model_fields:
             model = _section(model.model_fields[name].annotation) or model
@@ -205,13 +212,16 @@ def _keys(location: list[str], model: type[Section]) -> list[str]:
 
 
 def _section(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, be it optional or in a list, or None for a plain value."""
+    """The section that a field holds, also if optional or in a list. None: a plain value."""
     candidates = get_args(annotation) or (annotation,)
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
 
 
 def describe_fields(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, default, help) of every field, in order; an optional section is described itself and then its fields."""
+    """(dotted key, default, help) of every field, in order.
+
+    An optional section has an entry of its own, followed by those of its fields.
+    """
     for name, field in model.model_fields.items():
         section = _section(field.annotation)
         if section is None or field.default is None:
@@ -221,7 +231,7 @@ def describe_fields(model: type[BaseModel] = TrainConfig, prefix: str = "") -> I
 
 
 def difference(old: TrainConfig, new: TrainConfig) -> tuple[str, Any, Any] | None:
-    """The first setting that differs, as (dotted key, old value, new value); None if the two are one configuration."""
+    """The first setting that differs: (dotted key, old value, new value). None: no setting differs."""
     for (key, before), (_, after) in zip(leaves(old.model_dump()), leaves(new.model_dump()), strict=True):
         if before == after:
             continue
@@ -233,7 +243,10 @@ def difference(old: TrainConfig, new: TrainConfig) -> tuple[str, Any, Any] | Non
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value), the same keys for every configuration: what may be a section or null, or goes by reward, is one value."""
+    """(dotted key, value) of every setting, with the same keys for every configuration.
+
+    Sections that may be null and mappings by reward count as one value each.
+    """
     for key, value in tree.items():
         if isinstance(value, dict) and key not in {"window", "eta_schedule"} and f"{prefix}{key}" not in _BY_REWARD:
             yield from leaves(value, f"{prefix}{key}.")

@@ -1,7 +1,8 @@
-"""YAML from files that somebody else may have written: plain values only, and never more of them than fit in a page or two.
+"""YAML from files that a stranger may have written: plain values only, and a limited number of them.
 
-A YAML document can be small and stand for gigabytes: an alias repeats what its anchor holds, and a chain of them multiplies
-("billion laughs"). Here a document is measured with its aliases written out before a single value is made.
+A small YAML document can stand for gigabytes: an alias repeats the content of its anchor, and a
+chain of aliases multiplies ("billion laughs"). Here the size of a document with its aliases written
+out is computed before any value is created.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import yaml
 from etude.errors import EtudeError, brief
 
 LONGEST = 1 << 18
-"""Bytes of a file. Recipes have about 3,000."""
+"""Largest size of a file in bytes. Recipes have about 3,000."""
 MOST_VALUES = 20_000
-"""Values of a document, those that aliases repeat included."""
+"""Largest number of values in a document, repetitions by aliases included."""
 DEEPEST = 40
-"""Levels of a document."""
+"""Largest depth of a document in levels."""
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 
 
 def read_yaml(path: Path, place: str) -> Any:
-    """The values of a YAML file; `place` names it in errors.
+    """The values of a YAML file; errors name it by `place`.
 
     Raises:
         EtudeError: as `parse_yaml`, and if the file cannot be read.
@@ -32,10 +33,10 @@ def read_yaml(path: Path, place: str) -> Any:
 
 
 def read_yaml_text(path: Path, place: str) -> str:
-    """The text of a file that is no longer than a configuration can be.
+    """The text of a file of at most `LONGEST` bytes.
 
     Raises:
-        EtudeError: it cannot be read, is too long, or is not UTF-8.
+        EtudeError: the file cannot be read, is too long, or is not UTF-8.
     """
     try:
         with open(path, "rb") as file:
@@ -49,11 +50,15 @@ def read_yaml_text(path: Path, place: str) -> str:
 
 
 def parse_yaml(text: str, place: str) -> Any:
-    """The values of a YAML document: mappings, lists, texts, numbers, booleans, null. `place` names it in errors.
+    """The values of a YAML document: mappings, lists, texts, numbers, booleans, null.
+
+    Args:
+        text: the document.
+        place: name of the document in errors.
 
     Raises:
-        EtudeError: it is not YAML, holds other tags, the same key twice or an alias of what surrounds it, or is longer than
-            `LONGEST`, `MOST_VALUES` or `DEEPEST` allow.
+        EtudeError: the text is not YAML, has another tag, the same key twice, or an alias inside
+            its own anchor, or exceeds `LONGEST`, `MOST_VALUES` or `DEEPEST`.
     """
     if len(text) > LONGEST:
         raise EtudeError(f"{place} is longer than {LONGEST // 1024} KiB, which no configuration is.")
@@ -68,13 +73,13 @@ def parse_yaml(text: str, place: str) -> Any:
         raise
     except RecursionError:
         raise EtudeError(f"{place} nests values deeper than {DEEPEST} levels.") from None
-    # Beside its own errors PyYAML lets through what int() and float() raise of scalars whose tag was written out.
+    # PyYAML passes on the errors of int() and float() for a scalar with an explicit tag.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         raise EtudeError(f"{place} is not valid YAML: {brief(error)}.") from None
 
 
 class _Measure:
-    """Counts the values that a document stands for, each alias as often as it occurs, in the time of one walk."""
+    """Counts the values of a document in one walk; the content of an anchor counts at every alias."""
 
     def __init__(self, place: str) -> None:
         self.place = place
@@ -91,7 +96,7 @@ class _Measure:
             raise EtudeError(f"{self.place} nests values deeper than {DEEPEST} levels.")
         if id(node) in self._open:
             raise EtudeError(
-                f"{self.place}, line {node.start_mark.line + 1}: an alias stands for what surrounds it: write it out."
+                f"{self.place}, line {node.start_mark.line + 1}: an alias stands for a value that contains it: write the value out."
             )
         if id(node) not in self._sizes:
             self._open.add(id(node))

@@ -1,3 +1,3 @@
-"""What turns rewards into weights: advantages, objectives, draws, optimiser steps."""
+"""From rewards to weights: advantages, objectives, draws, optimiser steps."""
 
 from __future__ import annotations

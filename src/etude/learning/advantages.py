@@ -1,9 +1,11 @@
-"""Advantages: how much better a reward is than what it is compared with, `A = (r - mean) / std`.
+"""Advantages: rewards in standard deviations above a mean of comparison, `A = (r - mean) / std`.
 
-All statistics are population moments in float64, in two passes: the mean first, then the squares of the differences.
-Rewards are float32 numbers, and a network's differ in the last bits by the batch that they were computed in. Rewards whose std is at most
-EQUAL = 1e-6 (8 units of float32's last place) of the largest magnitude among them count as equal, and give advantage exactly 0: dividing by
-that std would make rounding an advantage of order 1.
+All statistics are population moments in float64, computed in two passes: the mean first, then the
+squares of the differences. Rewards are float32 numbers, and the last bits of a network's rewards
+depend on the batch that they were computed in. Rewards therefore count as equal if their std is at
+most EQUAL = 1e-6 (8 units of float32's last place) times the largest magnitude among them. Equal
+rewards give advantage exactly 0: dividing by their std would turn rounding into advantages of order
+1.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from etude.errors import EtudeError
 from etude.registry import ADVANTAGES
 
 EQUAL = 8 * torch.finfo(torch.float32).eps
-"""Largest std of equal rewards relative to their magnitude, and largest advantage left of terms of order 1 that cancel."""
+"""Largest std of equal rewards, relative to their magnitude. Also the largest sum of advantages of
+order 1 that counts as cancelled."""
 
 
 class Advantage(ABC):
-    """How much better each reward of an iteration is than what it is compared with.
+    """The comparison that turns the rewards of an iteration into advantages.
 
     Each reward is normalised on its own, then the weighted sum is taken: `A = sum_k w_k A_k`.
 
@@ -32,7 +35,8 @@ class Advantage(ABC):
         weights: weight of each trained reward by name.
 
     Attributes:
-        title: published name of a run that compares rewards in this way, where no window and no objective names it.
+        title: published name of an algorithm with this comparison. An objective or a window with a
+            published name comes first.
     """
 
     title: ClassVar[str] = ""
@@ -42,7 +46,7 @@ class Advantage(ABC):
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Advantage:
-        """The advantage of a configuration. Default: a constructor that takes the weights and `advantage.options`.
+        """The advantage of a configuration. Default: calls `cls(weights, **advantage.options)`.
 
         Raises:
             EtudeError: an option that the constructor does not take.
@@ -53,25 +57,25 @@ class Advantage(ABC):
             raise EtudeError(f"advantage.options do not fit {cls.__name__}: {error}.") from error
 
     def __call__(self, scores: Mapping[str, Tensor], prompts: list[str], groups: Tensor) -> Tensor:
-        """Advantages float64 `[n]` over the samples of all processes.
+        """Advantages, float64 `[n]`, over the samples of all processes.
 
         Args:
-            scores: by reward, `[n]`.
-            prompts: `n` prompts.
-            groups: integers `[n]`; samples of one group have one prompt.
+            scores: scores `[n]` by reward.
+            prompts: prompt of each sample, `n` texts.
+            groups: group of each sample, integers `[n]`; samples of one group have the same prompt.
         """
         return combine({name: self.normalise(name, scores[name], prompts, groups) for name in scores}, self.weights)
 
     @abstractmethod
     def normalise(self, name: str, rewards: Tensor, prompts: list[str], groups: Tensor) -> Tensor:
-        """`A = (r - mean) / std` of the reward of that name, float64 `[n]`."""
+        """`A = (r - mean) / std` of one reward, float64 `[n]`."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as plain values. Default: nothing."""
+        """Memory of the comparison for a checkpoint, as plain values. Default: empty."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - a hook
-        """Restores what `state` gave."""
+        """Restores the result of `state`."""
 
 
 def make_advantage(config: TrainConfig) -> Advantage:
@@ -110,7 +114,7 @@ class Group(Advantage):
 
 
 class GroupMeanGlobalStd(Group):
-    """The mean of the group, the standard deviation of all rewards of the iteration (Flow-GRPO, arXiv 2505.05470)."""
+    """The group's mean, and the std of all rewards of the iteration (Flow-GRPO, arXiv 2505.05470)."""
 
     global_std = True
 
@@ -147,13 +151,14 @@ def group_advantages(rewards: Tensor, groups: Tensor, global_std: bool = False) 
     """`A_i = (r_i - mean_g) / std_g` over the samples of the same group (GRPO, arXiv 2402.03300).
 
     Args:
-        rewards: `[n]`, any real dtype.
-        groups: integers `[n]`; samples with the same id are compared with each other.
-        global_std: divide by the std of all `n` rewards instead, the mean still the group's (Flow-GRPO, arXiv
-            2505.05470).
+        rewards: rewards `[n]`, of any real dtype.
+        groups: group of each sample, integers `[n]`.
+        global_std: divide by the std of all `n` rewards instead of the group's; the mean is still
+            the group's (Flow-GRPO, arXiv 2505.05470).
 
     Returns:
-        float64 `[n]` on the device of `rewards`; exactly 0 for a group of equal rewards (see the module), and where all are.
+        float64 `[n]` on the device of `rewards`. Exactly 0 in a group of equal rewards (see the
+        module); with `global_std`, also if all rewards are equal.
 
     Raises:
         EtudeError: shapes differ, or a reward is NaN or infinite.
@@ -168,12 +173,13 @@ def group_advantages(rewards: Tensor, groups: Tensor, global_std: bool = False) 
 
 
 def zero_std_ratio(rewards: Tensor, groups: Tensor, advantages: Tensor | None = None) -> float:
-    """The share of groups that teach nothing: their rewards are all equal, or their advantages all 0. In [0, 1].
+    """The share of groups, in [0, 1], that teach nothing: all rewards equal, or all advantages 0.
 
     Args:
-        rewards: `[n]`, of several rewards their weighted sum.
-        groups: integers `[n]`.
-        advantages: `[n]`, combined over the rewards; those that cancel leave a group nothing although its rewards differ.
+        rewards: rewards `[n]`; of several rewards their weighted sum.
+        groups: group of each sample, integers `[n]`.
+        advantages: advantages `[n]`, combined over the rewards. They may cancel although the
+            rewards of a group differ. Default: the rewards alone decide.
     """
     values, index, count = _grouped(rewards, groups)
     idle = _moments(values, index, count)[1] == 0
@@ -184,10 +190,10 @@ def zero_std_ratio(rewards: Tensor, groups: Tensor, advantages: Tensor | None = 
 
 
 def combine(advantages: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """`A = sum_k w_k A_k` of advantages `[n]` that were normalised for each reward on its own; float64 `[n]`.
+    """`A = sum_k w_k A_k`, float64 `[n]`, of advantages `[n]` that were normalised reward by reward.
 
     Raises:
-        EtudeError: the two do not name the same rewards, or there is none.
+        EtudeError: advantages and weights do not name the same rewards, or name none.
     """
     if not weights or advantages.keys() != weights.keys():
         raise EtudeError(
@@ -198,7 +204,7 @@ def combine(advantages: Mapping[str, Tensor], weights: Mapping[str, float]) -> T
 
 
 class PromptStatistics:
-    """DDPO's per-prompt tracking (Black et al. 2023, arXiv 2305.13301): each prompt remembers its last rewards.
+    """DDPO's per-prompt tracking (arXiv 2305.13301): each prompt remembers its last rewards.
 
     Args:
         buffer_size: rewards remembered for each prompt.
@@ -213,14 +219,15 @@ class PromptStatistics:
         self._buffers: dict[str, list[float]] = {}
 
     def advantages(self, prompts: list[str], rewards: Tensor) -> Tensor:
-        """Remembers the whole batch, then `A_i = (r_i - mean) / std` of the buffer of prompt `i`, or of the batch.
+        """Remembers the batch, then compares each reward with its prompt's buffer, or with the batch.
 
-        Equal rewards in a buffer (see the module) give exactly 0. The order of the batch matters only where a prompt has more than
-        `buffer_size` rewards in it: the last ones stay.
+        `A_i = (r_i - mean) / std` with the moments of that buffer or batch. Equal rewards in a
+        buffer (see the module) give exactly 0. The order of the batch matters only for a prompt
+        with more than `buffer_size` rewards in it: the last ones stay.
 
         Args:
-            prompts: `n` prompts, repeats allowed.
-            rewards: `[n]`, in the same order, over all processes.
+            prompts: prompt of each sample, `n` texts, repeats allowed.
+            rewards: rewards `[n]` in the same order, over all processes.
 
         Returns:
             float64 `[n]` on the device of `rewards`.
@@ -246,11 +253,11 @@ class PromptStatistics:
         return batch if len(buffer) < self.min_count else _batch_moments(torch.tensor(buffer, dtype=torch.float64))
 
     def state(self) -> dict[str, Any]:
-        """The buffers as plain values; JSON keeps them exactly, because Python writes the shortest text of a double."""
+        """The buffers as plain values, which JSON keeps exactly."""
         return {prompt: list(buffer) for prompt, buffer in self._buffers.items()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state` gave; replaces the current buffers."""
+        """Replaces the buffers by the result of `state`."""
         self._buffers = {prompt: [float(value) for value in buffer] for prompt, buffer in state.items()}
 
 
@@ -294,7 +301,7 @@ def _moments(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]
 
 
 def _batch_moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of all values, on the CPU."""
+    """Mean and population std of all values, on the CPU."""
     values = values.cpu()
     mean, std = _moments(values, torch.zeros(len(values), dtype=torch.int64), 1)
     return mean[0], std[0]

@@ -1,6 +1,6 @@
-"""What is drawn in an iteration: prompts, the keys of the initial noise, and the order in which pairs are trained.
+"""The random choices of an iteration: prompts, keys of the initial noise, and the order of training.
 
-All of it is a function of the seed and the iteration, computed alike by every process.
+All of them are functions of the seed and the iteration, so every process computes the same.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from etude.sampling.noise import keyed_generator
 
 @dataclass(frozen=True)
 class Draw:
-    """What is drawn in an iteration, and which part of it is this process's own.
+    """The draw of an iteration, and the part of it that belongs to this process.
 
     Attributes:
-        prompts: the prompt of each sample of all processes.
-        groups: the group of each, int64 `[images_per_iteration]`; groups are consecutive.
-        indices: numbers of this process's own samples, the keys of the noise that their steps inject.
-        noise_keys: keys of their initial noise.
+        prompts: prompt of each sample of all processes.
+        groups: group of each sample, int64 `[images_per_iteration]`; groups are consecutive.
+        indices: numbers of this process's own samples; also the keys of the noise of their steps.
+        noise_keys: keys of the initial noise of its own samples.
         starts: number of starting states that each process computes (`most_starts`).
     """
 
@@ -44,16 +44,16 @@ class Draw:
 def draw(
     prompts: PromptSet, rollout: RolloutConfig, seed: int, iteration: int, processes: int = 1, index: int = 0
 ) -> Draw:
-    """The draw of an iteration, as process `index` of `processes` sees it."""
-    shown, groups = draw_prompts(prompts, rollout, seed, iteration)
-    indices = share(len(shown), processes, index)
-    return Draw(shown, groups, indices, noise_keys(indices, rollout), most_starts(len(shown), rollout, processes))
+    """The draw of an iteration for process `index` of `processes`."""
+    drawn, groups = draw_prompts(prompts, rollout, seed, iteration)
+    indices = share(len(drawn), processes, index)
+    return Draw(drawn, groups, indices, noise_keys(indices, rollout), most_starts(len(drawn), rollout, processes))
 
 
 def draw_prompts(prompts: PromptSet, rollout: RolloutConfig, seed: int, iteration: int) -> tuple[PromptSet, Tensor]:
-    """The prompt of each sample of an iteration, and which group each belongs to: int64 `[images_per_iteration]`.
+    """The prompt and the group (int64 `[images_per_iteration]`) of each sample of an iteration.
 
-    Groups are consecutive. No prompt comes twice before every one has come once.
+    Groups are consecutive. No prompt comes a second time before every prompt has come once.
     """
     count = rollout.images_per_iteration // rollout.images_per_prompt
     generator = keyed_generator(seed, "prompts", iteration)
@@ -65,26 +65,36 @@ def draw_prompts(prompts: PromptSet, rollout: RolloutConfig, seed: int, iteratio
 
 
 def noise_keys(samples: list[int], rollout: RolloutConfig) -> list[int]:
-    """The key of each sample's initial noise: its own, or with `shared_noise` that of its group's first sample."""
+    """The key of each sample's initial noise: its number, or with `shared_noise` its group's first."""
     size = rollout.images_per_prompt if rollout.shared_noise else 1
     return [sample - sample % size for sample in samples]
 
 
 def most_starts(count: int, rollout: RolloutConfig, processes: int) -> int:
-    """The most distinct beginnings that any process has among its samples of an iteration.
+    """The largest number of distinct starting states that any process has in an iteration.
 
-    Groups may be cut by the border between two processes, and then some have more of them than others. Every process computes this
-    many, so that all call the network equally often, as collective calls must.
+    The border between two processes may cut a group, so some processes can have more starting
+    states than others. Every process computes the largest number, so that all call the network
+    equally often, as collective calls require.
     """
     own = (noise_keys(share(count, processes, index), rollout) for index in range(processes))
     return max(len(set(keys)) for keys in own)
 
 
 def split_samples(count: int, updates: int, generator: np.random.Generator) -> list[Tensor]:
-    """Which samples 0..count - 1 each of the optimiser steps of a pass trains, in random order: int64, one tensor a step.
+    """The samples of each optimiser step of a pass, in random order.
 
-    Of every `updates` consecutive samples each step takes one. So whatever number of processes divides the samples among itself, each has
-    equally many of every step's, and together they take the steps that one process takes alone.
+    Each step takes one of every `updates` consecutive samples. Therefore any number of processes
+    that share the samples have equally many in every step, and together take the same steps as one
+    process.
+
+    Args:
+        count: number of samples.
+        updates: number of optimiser steps.
+        generator: source of the order.
+
+    Returns:
+        One int64 tensor a step, of numbers in 0..count - 1.
     """
     updates = min(updates, count)
     step = np.zeros(count, dtype=np.int64)
@@ -96,7 +106,7 @@ def split_samples(count: int, updates: int, generator: np.random.Generator) -> l
 
 
 def own_pairs(pairs: tuple[Tensor, Tensor], samples: list[int]) -> tuple[Tensor, Tensor]:
-    """Of (sample, trained step) pairs those of a process, whose consecutive `samples` it counts from 0."""
+    """The (sample, trained step) pairs of a process, its consecutive `samples` counted from 0."""
     rows, columns = pairs
     first = samples[0]
     own = (rows >= first) & (rows < first + len(samples))
@@ -106,15 +116,16 @@ def own_pairs(pairs: tuple[Tensor, Tensor], samples: list[int]) -> tuple[Tensor,
 def draw_pairs(
     samples: Tensor, num_steps: int, fraction: float, generator: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """(sample, trained step) pairs of one optimiser step, step by step: int64 `[m]` each.
+    """(sample, trained step) pairs of one optimiser step, ordered by step: int64 `[m]` each.
 
     Args:
-        samples: int64 `[n]`.
-        num_steps: trained steps of each.
-        fraction: share of them that is drawn for each sample, at least one.
+        samples: numbers of the samples, int64 `[n]`.
+        num_steps: number of trained steps of each sample.
+        fraction: share of the trained steps that is drawn for each sample, at least one step.
+        generator: source of the draw.
     """
-    kept = max(1, round(fraction * num_steps))
-    drawn = torch.from_numpy(generator.random((len(samples), num_steps)))
-    columns = drawn.argsort(dim=1)[:, :kept].sort(dim=1).values
+    count = max(1, round(fraction * num_steps))
+    order = torch.from_numpy(generator.random((len(samples), num_steps))).argsort(dim=1)
+    columns = order[:, :count].sort(dim=1).values
     rows = samples[:, None].expand_as(columns)
     return rows.T.flatten(), columns.T.flatten()

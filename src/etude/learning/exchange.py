@@ -1,4 +1,4 @@
-"""The exchange between the processes of a run: who makes which sample, and how their rows come together."""
+"""The exchange between the processes of a run: their shares of the samples, and gathering their rows."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from torch import Tensor
 
 
 def share(count: int, processes: int, index: int) -> list[int]:
-    """The samples 0..count - 1 that process `index` makes: consecutive, and equally many for every process.
+    """The samples in 0..count - 1 of process `index`: consecutive, equally many in every process.
 
-    Where they do not divide, the last sample is made again to fill up; `gather` in order and cut to `count` drops it.
+    If `count` is not a multiple of `processes`, the last sample is repeated; `gather` drops the
+    copies.
     """
     size = -(-count // processes)
     return [min(i, count - 1) for i in range(index * size, (index + 1) * size)]
 
 
 def gather(accelerator: Accelerator, values: Tensor, count: int) -> Tensor:
-    """All processes' rows in the order of the samples (`share`), on the CPU: `[count, ...]`."""
+    """The rows of all processes in the order of the samples (`share`), on the CPU: `[count, ...]`."""
     gathered: Tensor = accelerator.gather(values.to(accelerator.device))
     return gathered.cpu()[:count]

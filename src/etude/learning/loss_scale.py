@@ -1,12 +1,15 @@
-"""What float16 needs to be trained with: a loss scaled so that gradients neither vanish nor overflow on their way back.
+"""Loss scaling for float16: a factor that keeps gradients from vanishing and from overflowing.
 
-float16 knows no number between 0 and 6e-8, and none above 65504. The gradient of the mean log-probability over D latent dimensions and
-m pairs is of order 1 / (D m) an element, so it would be 0 for the most part. The scale is the power of two next to D m (m for the sum over
-dimensions), which makes the gradients that enter the network of order 1; it is taken back from the float32 gradients of the trained weights
-before they are clipped. Multiplying by a power of two changes no digit, so in a network of float32 the results would be the same bits.
+float16 has no number between 0 and 6e-8, and none above 65504. The gradient of a mean
+log-probability over D latent dimensions and m pairs is of order 1 / (D m) an element, so most of it
+would become 0. The scale is the power of two nearest to D m (m for the sum over dimensions). With
+it the gradients that enter the network are of order 1. The float32 gradients of the trained weights
+are divided by the scale before they are clipped. A power of two changes no digit, so in a float32
+network the results would be the same bits.
 
-Where gradients overflow all the same, those of the whole optimiser step are computed again at 1/16 of the scale, which stays so until the
-iteration ends. It begins anew in the next, so that a resumed run takes the same course. bfloat16 has the range of float32 and is not scaled.
+If gradients overflow all the same, those of the whole optimiser step are computed again at 1/16 of
+the scale, which stays lower until the iteration ends. The next iteration starts at the full scale,
+so that a resumed run takes the same course. bfloat16 has the range of float32 and is not scaled.
 """
 
 from __future__ import annotations
@@ -25,12 +28,13 @@ class LossScale:
     """The scale of one run's losses.
 
     Args:
-        needed: whether anything is scaled at all: the network computes in float16.
-        dimensions: latent dimensions that the log-probability is a mean over; 1 if it is their sum.
-        agree: makes all processes answer as one whether the gradients are finite.
+        needed: whether losses are scaled: true if the network computes in float16.
+        dimensions: number of latent dimensions that the log-probability is a mean over; 1 for their
+            sum.
+        agree: combines the answers of all processes to the question whether gradients are finite.
 
     Attributes:
-        value: what the loss is multiplied with before it is differentiated; 1 where nothing is scaled.
+        value: factor of the loss before it is differentiated; 1 if losses are not scaled.
     """
 
     def __init__(
@@ -40,17 +44,22 @@ class LossScale:
         self.value = self._lowered = 1.0
 
     def begin_iteration(self) -> None:
-        """Forgets what overflowed before."""
+        """Returns to the full scale: forgets earlier overflows."""
         self._lowered = 1.0
 
     def begin_step(self, pairs: int) -> None:
-        """Chooses the scale of an optimiser step over that many pairs."""
+        """Chooses the scale of an optimiser step over `pairs` pairs."""
         if self.needed:
-            wanted = 2.0 ** round(math.log2(self.dimensions * pairs))
-            self.value = max(1.0, min(wanted, LARGEST) * self._lowered)
+            full = 2.0 ** round(math.log2(self.dimensions * pairs))
+            self.value = max(1.0, min(full, LARGEST) * self._lowered)
 
     def take_back(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Divides the gradients by the scale. False if they overflowed and a smaller one, which is then set, may do."""
+        """Divides the gradients by the scale.
+
+        Returns:
+            False if gradients overflowed and the step should be repeated at the next, smaller
+            scale.
+        """
         if not self.needed:
             return True
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -63,7 +72,7 @@ class LossScale:
 
 
 def finite(gradients: list[Tensor]) -> Tensor:
-    """Whether every number is, as one boolean on the gradients' device."""
+    """Whether every number of the gradients is finite, as one boolean on their device."""
     if not gradients:
         return torch.ones((), dtype=torch.bool)
     return torch.stack([gradient.isfinite().all() for gradient in gradients]).all()

@@ -1,7 +1,8 @@
-"""Metrics: the numbers of an iteration, each declared once with its words, its computation and its limit.
+"""Metrics: the numbers of an iteration, each declared once with words, computation and limit.
 
-The update computes them, the trainer merges them over processes and stops a run that leaves their limits; watch, report and
-the documentation show their words. An objective declares its own (`Objective.metrics`).
+The learner computes the metrics, merges them over processes, and stops a run that exceeds a limit.
+The commands, the report and the documentation show their words. An objective declares its own
+(`Objective.metrics`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Records = dict[str, list["Tensor"]]
-"""Detached tensors by name: an entry a micro-batch, or an entry an optimiser step."""
+"""Detached tensors by name: one entry for each micro-batch, or for each optimiser step."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,12 @@ class Metric:
         title: name for people.
         note: one sentence on the meaning.
         act: when to act, and how; empty if never.
-        compute: the number as a scalar tensor, from the records; None for a number that is computed elsewhere.
-        needs: records without which there is no such number in this iteration.
-        merge: how the numbers of several processes become one.
-        limit: largest magnitude of a run that has not diverged. Default: whatever is finite.
+        compute: function from the records to the number, a scalar tensor. None: it is computed
+            elsewhere.
+        needs: names of the records that `compute` reads. Without them the iteration has no such
+            number.
+        merge: rule that makes one number of those of several processes.
+        limit: largest magnitude in a run that has not diverged. Default: any finite number.
         from_zero: draw the axis from 0.
         logged: write the number into `metrics.jsonl`.
     """
@@ -51,7 +54,7 @@ class Metric:
 
 
 def mean(name: str) -> Callable[[Records], Tensor]:
-    """The mean of a record over everything that was recorded."""
+    """A computation: the mean over all entries of a record."""
 
     def compute(records: Records) -> Tensor:
         values = joined(records[name])
@@ -96,7 +99,7 @@ COMMON = (LOSS, GRAD_NORM, LARGEST_WEIGHT, ZERO_STD_RATIO)
 
 
 def metrics_of(objective: str) -> tuple[Metric, ...]:
-    """The metrics of a run with that objective; the common ones alone where the objective is not installed here."""
+    """The metrics of a run with that objective; only the common ones if it is not installed here."""
     try:
         own: tuple[Metric, ...] = OBJECTIVES.get(objective).metrics
     except EtudeError:
@@ -105,7 +108,7 @@ def metrics_of(objective: str) -> tuple[Metric, ...]:
 
 
 def compute_all(metrics: Iterable[Metric], records: Records) -> dict[str, float]:
-    """The numbers of those metrics whose records are there; the device is read once."""
+    """The numbers of those metrics whose records exist; the device is read once."""
     import torch
 
     values = {
@@ -120,12 +123,12 @@ def compute_all(metrics: Iterable[Metric], records: Records) -> dict[str, float]
 
 
 def merge(metrics: Iterable[Metric], columns: Mapping[str, Tensor]) -> dict[str, float]:
-    """One number for each metric, from those of all processes `[processes]`."""
+    """One number for each metric, from the numbers `[processes]` of all processes."""
     how = {metric.name: metric.merge for metric in metrics}
     return {name: float(values.max() if how[name] == "max" else values.mean()) for name, values in columns.items()}
 
 
 def beyond_limit(metrics: Iterable[Metric], numbers: Mapping[str, float]) -> str | None:
-    """The first metric that is not finite or beyond its limit, in the order of the numbers; None if training is sound."""
+    """The first metric that is not finite or exceeds its limit; None if training is sound."""
     limits = {metric.name: metric.limit for metric in metrics}
     return next((name for name, value in numbers.items() if not abs(value) <= limits[name]), None)

@@ -15,7 +15,7 @@ from etude.policies.sharding import part, whole
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """Raises EtudeError for an optimiser whose package is missing."""
+    """Raises EtudeError if the optimiser's package is missing."""
     if config.kind == "adamw8bit" and find_spec("bitsandbytes") is None:
         raise EtudeError(
             "optimizer.kind = adamw8bit needs the package bitsandbytes: pip install 'etude[bitsandbytes]', or use adamw."
@@ -23,12 +23,13 @@ def check_optimizer(config: OptimizerConfig) -> None:
 
 
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101), or with its two moments in 8 bits (arXiv 2110.02861), a quarter of their memory.
+    """AdamW (arXiv 1711.05101), or AdamW with its two moments in 8 bits (arXiv 2110.02861).
 
-    The 8-bit one keeps the moments of parameters of fewer than 4096 numbers in float32.
+    Moments in 8 bits take a quarter of the memory. Those of a parameter with fewer than 4096
+    numbers stay in float32.
 
     Raises:
-        EtudeError: for the 8-bit one without bitsandbytes.
+        EtudeError: bitsandbytes, which the 8-bit version needs, is missing.
     """
     check_optimizer(config)
     options: dict[str, Any] = {
@@ -46,8 +47,7 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
 
 
 _LIKE_THE_PARAMETER = {"exp_avg", "exp_avg_sq", "state1", "state2"}
-"""Entries of an optimiser's state that have the parameter's shape, in torch and in bitsandbytes."""
-
+"""Entries of an optimiser's state in torch and bitsandbytes that have the shape of the parameter."""
 
 _ANOTHER = "the checkpoint belongs to another model or LoRA rank, start anew in another --out"
 
@@ -55,14 +55,14 @@ _ANOTHER = "the checkpoint belongs to another model or LoRA rank, start anew in 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
     """AdamW's state as `{"<name>.exp_avg": ..., "<name>.exp_avg_sq": ..., "<name>.step": ...}` on the CPU.
 
-    What is there already is not copied, and changes with the optimiser's next step.
+    A tensor that is on the CPU already is not copied, so the optimiser's next step changes it.
 
     Args:
         optimizer: AdamW, or any optimiser whose state holds only tensors and numbers.
-        names: one for each parameter, all different, in the order of the parameter groups.
+        names: distinct names of the parameters, in the order of the parameter groups.
 
     Raises:
-        EtudeError: the names are not as many as the parameters, or not distinct.
+        EtudeError: the names do not match the parameters in number, or are not distinct.
     """
     return {
         f"{name}.{key}": whole(torch.as_tensor(value).detach()).cpu()
@@ -74,9 +74,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) ->
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Restores what `optimizer_tensors` gave, exactly; hyper-parameters stay those of `optimizer`.
+    """Restores the result of `optimizer_tensors` exactly. Hyper-parameters stay those of `optimizer`.
 
-    Parameters without an entry lose their state, as after a save before the first step.
+    A parameter without an entry loses its state, as after a save before the first step.
 
     Raises:
         EtudeError: an entry belongs to no parameter, or has another shape than its parameter.

@@ -1,6 +1,7 @@
-"""The optimiser steps of one iteration: gradients in micro-batches, one step of the optimiser each.
+"""The optimiser steps of one iteration, each with gradients that are accumulated over micro-batches.
 
-The loss itself is the objective's. Here is only in which order, in how many pieces and with which processes it is computed.
+The objective computes the loss. The learner decides in which order, in how many pieces and with
+which processes.
 """
 
 from __future__ import annotations
@@ -37,15 +38,17 @@ class Learner:
         config: configuration of the run.
         policy: model whose network is trained.
         objective: loss of a micro-batch.
-        accelerator: brings the gradients of all processes together.
+        accelerator: averages the gradients of all processes.
         parameters: trained parameters by name.
-        optimizer: optimiser as the accelerator wrapped it.
-        micro_batches: size of a micro-batch, halved where one does not fit.
+        optimizer: optimiser, wrapped by the accelerator.
+        micro_batches: size of a micro-batch, halved when memory runs out.
         indices: numbers of this process's own samples among those of an iteration.
-        rehearsals: number of first optimiser steps that are tried alone before gradients are exchanged. In a step of one
-            micro-batch the exchange happens inside that micro-batch, so a process that runs out of memory there cannot repeat
-            it; a trial without exchange finds the size that fits.
-        on_step: called with the number of pairs done; a negative number takes back those of an attempt that failed.
+        rehearsals: number of first optimiser steps that are tried alone before gradients are
+            exchanged. In a step of one micro-batch the exchange happens inside that micro-batch, so
+            a process that runs out of memory there cannot repeat it. A trial without exchange finds
+            the size that fits.
+        on_step: called with the number of pairs done. A negative number takes back the pairs of a
+            failed attempt.
     """
 
     def __init__(
@@ -70,10 +73,12 @@ class Learner:
         """Takes all optimiser steps of an iteration, each with the gradients of its own pairs.
 
         Args:
-            after_step: called after each.
+            samples: samples of this process, with advantages.
+            iteration: number of the iteration.
+            after_step: called after each optimiser step.
 
         Returns:
-            The objective's metrics and the common ones, of all processes.
+            The metrics of the objective and the common ones, over all processes.
 
         Raises:
             EtudeError: training has diverged.
@@ -82,10 +87,10 @@ class Learner:
         steps = self.pairs(self.objective.columns(samples.table), iteration)
         records = self.objective.prepare(self.policy, samples, self._distinct(steps), self.micro_batches, self.on_step)
         for number, (rows, columns) in enumerate(steps):
-            seen = self._accumulate(samples, rows, columns)
-            _extend(records, seen)
+            step_records = self._accumulate(samples, rows, columns)
+            _extend(records, step_records)
             if number == 0:  # no weight has moved yet
-                _extend(records, self.objective.after_first_step(seen))
+                _extend(records, self.objective.after_first_step(step_records))
             norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
             records.setdefault("grad_norm", []).append(whole(torch.as_tensor(norm)).detach().to(self.policy.device))
             self.optimizer.step()
@@ -95,10 +100,10 @@ class Learner:
         return self._sound(compute_all(self.metrics, records), iteration)
 
     def _sound(self, numbers: dict[str, float], iteration: int) -> dict[str, float]:
-        """The numbers to log, of all processes.
+        """The numbers to log, over all processes.
 
         Raises:
-            EtudeError: one of them says that training has diverged.
+            EtudeError: a number exceeds its limit: training has diverged.
         """
         numbers[LARGEST_WEIGHT.name] = self._largest_weight()
         processes = self.accelerator.num_processes
@@ -121,7 +126,7 @@ class Learner:
         return answer if processes == 1 else gather(self.accelerator, answer.reshape(1).float(), processes).bool().all()
 
     def _largest_weight(self) -> float:
-        """The largest magnitude of the trained weights that this process holds; NaN or infinite if any of them is."""
+        """The largest magnitude of this process's trained weights; NaN or infinite if a weight is."""
         local = (held_here(p).detach() for p in self.parameters.values())
         return float(torch.stack([p.abs().max().float() for p in local if p.numel()]).max())
 
@@ -131,26 +136,26 @@ class Learner:
         return (*self.objective.metrics, *COMMON)
 
     def pairs(self, num_columns: int, iteration: int) -> list[Pairs]:
-        """This process's pairs of each optimiser step of the iteration, on the device."""
+        """This process's pairs of each optimiser step of an iteration, on the device."""
         objective, images = self.config.objective, self.config.rollout.images_per_iteration
         generator, pairs = keyed_generator(self.config.seed, "update", iteration), []
         for _ in range(objective.num_inner_epochs):
             for chunk in split_samples(images, objective.updates_per_epoch, generator):
-                drawn = draw_pairs(chunk, num_columns, objective.timestep_fraction, generator)
-                rows, columns = own_pairs(drawn, self.indices)
+                all_pairs = draw_pairs(chunk, num_columns, objective.timestep_fraction, generator)
+                rows, columns = own_pairs(all_pairs, self.indices)
                 pairs.append((rows.to(self.policy.device), columns.to(self.policy.device)))
         return pairs
 
     def _distinct(self, steps: list[Pairs]) -> list[Pairs]:
-        """The optimiser steps whose pairs are no repetition: those of the first pass, if all passes train the same."""
+        """The optimiser steps without repetitions: the first pass, if all passes train the same pairs."""
         objective = self.config.objective
         return steps[: len(steps) // objective.num_inner_epochs] if objective.timestep_fraction == 1 else steps
 
     def _accumulate(self, samples: Samples, rows: Tensor, columns: Tensor) -> Records:
-        """Gradients of the mean loss over the pairs; returns what is recorded.
+        """Accumulates the gradients of the mean loss over the pairs; returns the records.
 
-        All is computed again in smaller micro-batches if one does not fit into memory, and under a smaller loss scale where
-        float16 overflowed.
+        All gradients are computed again in smaller micro-batches if memory runs out, and under a
+        smaller loss scale if float16 overflows.
         """
         while True:
             self.loss_scale.begin_step(len(rows))
@@ -166,7 +171,8 @@ class Learner:
     def _backward(self, samples: Samples, rows: Tensor, columns: Tensor, records: Records, done: list[int]) -> None:
         """Adds the gradients micro-batch by micro-batch.
 
-        Processes exchange them once an optimiser step, in its last micro-batch: see `rehearsals`.
+        Processes exchange gradients once an optimiser step, in its last micro-batch: see
+        `rehearsals`.
         """
         size, total = self.micro_batches.size, torch.zeros((), device=self.policy.device)
         starts = range(0, len(rows), size)
@@ -178,23 +184,26 @@ class Learner:
         for start in starts:
             row, column = rows[start : start + size], columns[start : start + size]
             with self._exchange(start == starts[-1]):
-                seen, weighted = self._differentiate(samples, row, column, len(row) / len(rows))
+                parts, weighted = self._differentiate(samples, row, column, len(row) / len(rows))
             total += weighted
-            _extend(records, {name: [value] for name, value in seen.items()})
+            _extend(records, {name: [value] for name, value in parts.items()})
             done.append(len(row))
             self.on_step(len(row))
         records["loss"] = [total]
 
     def _exchange(self, now: bool) -> AbstractContextManager[Any]:
-        """Inside, several processes bring their gradients together, where a size that does not fit is an error; or each keeps its own."""
+        """Context in which the processes average their gradients (`now`), or each keeps its own.
+
+        During an exchange the micro-batch cannot be halved, so running out of memory is an error.
+        """
         self.accelerator.sync_gradients = now
         if not now:
-            apart: AbstractContextManager[Any] = self.accelerator.no_sync(self.policy.network)
-            return apart
+            separate: AbstractContextManager[Any] = self.accelerator.no_sync(self.policy.network)
+            return separate
         return self.micro_batches.settled() if self.accelerator.num_processes > 1 else nullcontext()
 
     def _forget_gradients(self) -> None:
-        self.accelerator.sync_gradients = True  # or the wrapped optimiser keeps them
+        self.accelerator.sync_gradients = True  # otherwise the wrapped optimiser keeps the gradients
         self.optimizer.zero_grad()
 
     def _differentiate(

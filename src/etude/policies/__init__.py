@@ -1,4 +1,4 @@
-"""Policies: one adapter per pipeline family, and the one function that finds the right adapter."""
+"""Policies: one adapter for each pipeline family, and one function that finds the right adapter."""
 
 from __future__ import annotations
 

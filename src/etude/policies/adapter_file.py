@@ -1,8 +1,10 @@
-"""What an adapter's file must be before it reaches the model: an adapter can come from anybody.
+"""Checks on an adapter file before it reaches the model: an adapter can come from anybody.
 
-The file is safetensors, so reading it runs nothing. But its header carries a configuration for peft, which can name a module to import
-(`megatron_core`), regular expressions that do not end (`target_modules` as text, `rank_pattern`, and the names of the tensors, which
-diffusers makes patterns of), and ranks that no tensor of the file has and that the memory could not hold. None of it gets past here.
+The file is safetensors, so reading it runs no code. Its header, however, carries a configuration
+for peft, and a hostile one can do three things: name a module to import (`megatron_core`); give
+regular expressions that do not terminate (`target_modules` as text, `rank_pattern`, and tensor
+names, which diffusers turns into patterns); and claim ranks that no tensor of the file has and that
+memory could not hold. Each of them is refused here.
 """
 
 from __future__ import annotations
@@ -58,15 +60,16 @@ _USED: dict[str, Callable[[Any], bool]] = {
     "revision": _text,
     "task_type": _text,
 }
-"""What a configuration may say, by what it may be. Everything else must be off: what peft itself has, or null, false or empty."""
+"""Keys that a configuration may set, with a check of the value. Any other key must be off: peft's
+default, null, false or empty."""
 
 
 def read_adapter(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's file, by name.
+    """The tensors of an adapter file, by name.
 
     Raises:
-        EtudeError: there is none, it is no safetensors file, or it holds something else than one whole, finite LoRA with a
-            configuration that agrees with its tensors.
+        EtudeError: the file is missing or not safetensors, or its content is not one complete,
+            finite LoRA with a configuration that agrees with its tensors.
     """
     path = directory / WEIGHTS
     if not _is_file(path):
@@ -83,25 +86,27 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def check_taken(given: Mapping[str, Tensor], taken: Mapping[str, Tensor], prefix: str, directory: Path) -> None:
-    """Whether the network took every tensor as it is: diffusers only warns of what fits nowhere.
+def check_loaded(stored: Mapping[str, Tensor], loaded: Mapping[str, Tensor], prefix: str, directory: Path) -> None:
+    """Refuses an adapter that was loaded in part: diffusers only warns of tensors without a place.
 
     Args:
-        given: the tensors of the file.
-        taken: the adapter's as peft names them, without `prefix`.
-        prefix: of the denoiser's tensors in the file.
+        stored: tensors of the file, by name.
+        loaded: tensors of the network's adapter, by peft's names without `prefix`.
+        prefix: prefix of the denoiser's tensors in the file.
+        directory: directory of the file, for messages.
 
     Raises:
-        EtudeError: a tensor of the file has no place in the network, or the network's adapter is not filled by them.
+        EtudeError: a tensor of the file has no place in the network, or the network's adapter has a
+            tensor that the file lacks.
     """
-    if not taken:
+    if not loaded:
         raise EtudeError(
             f"--lora '{directory}' holds nothing for the model's {prefix}: it is of another kind of model."
         )
-    own = {name.removeprefix(f"{prefix}."): tensor for name, tensor in given.items() if _FACTOR.fullmatch(name)}
+    own = {name.removeprefix(f"{prefix}.") for name in stored if _FACTOR.fullmatch(name)}
     if not own:  # another program's names, which diffusers has translated
         return
-    for name in own.keys() ^ taken.keys():
+    for name in own ^ loaded.keys():
         problem = "has no place in the model" if name in own else "is missing"
         raise EtudeError(f"--lora '{directory}' does not fit the model: '{brief_value(name)}' {problem}.")
 
@@ -134,9 +139,9 @@ def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _factors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
-    """The tensors that are factors in peft's naming: (layer, "A" or "B") of each."""
-    found = {name: _FACTOR.fullmatch(name) for name in tensors}
-    return {name: (match[1], match[2]) for name, match in found.items() if match}
+    """The tensors that peft's naming makes factors of a product: name to (layer, "A" or "B")."""
+    matches = {name: _FACTOR.fullmatch(name) for name in tensors}
+    return {name: (match[1], match[2]) for name, match in matches.items() if match}
 
 
 def _rank(tensor: Tensor, factor: str) -> int:
@@ -145,16 +150,16 @@ def _rank(tensor: Tensor, factor: str) -> int:
 
 def _configuration(text: str, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        configuration = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise EtudeError(f"--lora '{path}': its configuration is not JSON ({brief(error, 80)}).") from None
-    if not isinstance(found, dict):
-        raise EtudeError(f"--lora '{path}': its configuration is a {type(found).__name__}, not a mapping.")
-    return found
+    if not isinstance(configuration, dict):
+        raise EtudeError(f"--lora '{path}': its configuration is a {type(configuration).__name__}, not a mapping.")
+    return configuration
 
 
 def _check_configuration(stored: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Holds what the header says (`unet.r`, `unet.target_modules`) against `_USED` and the tensors."""
+    """Compares the configuration (`unet.r`, `unet.target_modules`, ...) with `_USED` and the tensors."""
     from peft import LoraConfig
 
     defaults = LoraConfig().to_dict()

@@ -1,4 +1,4 @@
-"""The lines of plain diffusers that make a tuned model's images as etude makes them, with the ODE sampler and with the SDE."""
+"""Lines of plain diffusers that draw with a tuned model as etude does: ODE and SDE."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from etude.sampling.paths import VPPath
 def deployment_snippet(
     policy: TrainablePolicy, source: ModelSource, num_steps: int, guidance_scale: float, suffix: str = ""
 ) -> str:
-    """Python that loads what `policy` exports and draws one picture with the ODE at the levels that etude visits.
+    """Python that loads a policy's export and draws one picture with the ODE on etude's levels.
 
-    Every argument that the plain pipeline would otherwise choose differently is spelt out: size, sequence length, and the
-    scheduler where the model's own is not the ODE on these levels.
+    Every argument whose default in the plain pipeline differs is spelt out: size, sequence length,
+    and the scheduler where the model's own is not the ODE on these levels.
 
     Args:
         policy: after training; its `export_name` tells an adapter from a whole model.
@@ -62,12 +62,17 @@ def stochastic_scheduler(policy: TrainablePolicy) -> str:
 def stochastic_snippet(
     policy: TrainablePolicy, num_steps: int, guidance_scale: float, kernel: str, eta: float, first_step: str
 ) -> str:
-    """Python that follows `deployment_snippet` and draws with the SDE: every step under the kernel, as a run evaluates it.
+    """Python that follows `deployment_snippet` and draws with the SDE.
+
+    The kernel applies at every step, as in an evaluation.
 
     Args:
-        kernel: its name in the configuration.
-        eta: the same at every step.
-        first_step: what becomes of the step out of pure noise.
+        policy: policy after training.
+        num_steps: steps of the SDE.
+        guidance_scale: guidance of training.
+        kernel: name of the kernel in the configuration.
+        eta: eta of every step.
+        first_step: treatment of the step at pure noise (`sampling.first_step`).
     """
     name = stochastic_scheduler(policy)
     settings = _vp_levels(policy.path, policy) if isinstance(policy.path, VPPath) else _flow_levels(policy)
@@ -95,13 +100,13 @@ def _single_file(
     """The diffusers classes and the lines that load a single file as etude does."""
     pipeline = policy.pipeline_name
     if holds_pipeline(model):
-        told = _keywords(({"config": repr(pipeline_config)} if pipeline_config else {}) | loading)
-        return [pipeline], [f"pipe = {pipeline}.from_single_file({', '.join([repr(model), *told])})"]
+        keywords = _keywords(({"config": repr(pipeline_config)} if pipeline_config else {}) | loading)
+        return [pipeline], [f"pipe = {pipeline}.from_single_file({', '.join([repr(model), *keywords])})"]
     place, (part, network) = repr(configuration(model, pipeline_config)), policy.denoiser_names
     precision = {name: value for name, value in loading.items() if name == "torch_dtype"}
-    told = _keywords({"config": place, "subfolder": repr(part)} | precision)
+    keywords = _keywords({"config": place, "subfolder": repr(part)} | precision)
     return [network, pipeline], [
-        f"{part} = {network}.from_single_file({', '.join([repr(model), *told])})",
+        f"{part} = {network}.from_single_file({', '.join([repr(model), *keywords])})",
         f"pipe = {pipeline}.from_pretrained({', '.join([place, *_keywords({part: part} | loading)])})",
     ]
 
@@ -111,7 +116,11 @@ def _keywords(arguments: dict[str, Any]) -> list[str]:
 
 
 def _scheduler(policy: TrainablePolicy, num_steps: int) -> tuple[list[tuple[str, str]], list[str]]:
-    """The ODE on the levels of `policy.grid(num_steps)`: `(package, class)` to import, and the lines that put it in place."""
+    """A scheduler that is the ODE on the levels of `policy.grid(num_steps)`.
+
+    Returns:
+        `(package, class)` pairs to import, and the lines that put the scheduler in place.
+    """
     if isinstance(policy.path, VPPath):
         return _vp_scheduler(policy.path, policy, num_steps)
     name = "FlowMatchEulerDiscreteScheduler"
@@ -130,7 +139,7 @@ def _scheduler(policy: TrainablePolicy, num_steps: int) -> tuple[list[tuple[str,
 
 
 def _flow_levels(policy: TrainablePolicy) -> dict[str, Any]:
-    """What makes the levels of a flow scheduler those of the policy, where the one that is loaded has others."""
+    """Settings that give a loaded flow scheduler the policy's levels. Empty: it has them already."""
     if policy.shift is None or policy.export_name != "lora":  # a whole model is saved with its scheduler
         return {}
     return {"shift": policy.shift, "use_dynamic_shifting": False}
@@ -152,8 +161,8 @@ def _vp_scheduler(path: VPPath, policy: TrainablePolicy, num_steps: int) -> tupl
 
 
 def _vp_levels(path: VPPath, policy: TrainablePolicy) -> dict[str, Any]:
-    """What makes the levels of a VP scheduler those of the path, and its steps plain ones."""
-    # Spelt out: a scheduler of another class may leave them to defaults that are not these.
+    """Settings that give a VP scheduler the path's levels and switch clipping and thresholding off."""
+    # Spelt out, since a scheduler of another class may have other defaults.
     settings = {
         "clip_sample": False,
         "set_alpha_to_one": path.final_alpha_cumprod == 1,
@@ -166,7 +175,7 @@ def _vp_levels(path: VPPath, policy: TrainablePolicy) -> dict[str, Any]:
 
 
 def ddim_visits(path: VPPath, num_steps: int) -> bool:
-    """Whether diffusers' DDIM, which steps from t to t - T // N, goes through exactly the levels of the path's grid."""
+    """Whether diffusers' DDIM, with steps from t to t - T // N, visits exactly the path's levels."""
     if num_steps == 1 and path.timestep_spacing == "linspace":
         return False  # diffusers starts at timestep 0, where the network expects clean data
     timesteps = path.timesteps(num_steps)

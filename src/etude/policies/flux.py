@@ -15,18 +15,19 @@ from etude.policies.pipeline import PipelinePolicy
 from etude.sampling.paths import FlowPath, Grid
 
 LONGEST_PROMPT = 512
-"""Tokens of the pipeline's own `max_sequence_length`, and the most that it takes."""
+"""Default and largest `max_sequence_length` of the pipeline, in tokens."""
 
 
 class FluxPolicy(PipelinePolicy):
     """A FluxPipeline as a policy.
 
-    `guidance_scale` is what the transformer's guidance embedding is told, any value, in one evaluation: the model was distilled
-    to give the guided velocity. A model without that embedding (schnell) has no guidance: a scale above 1 is refused.
+    `guidance_scale` is an input of the transformer's guidance embedding and may have any value. The
+    model was distilled to predict the guided velocity, so one evaluation suffices. A model without
+    the embedding (schnell) has no guidance: a scale above 1 is refused.
 
-    Latents are packed, `[tokens, c]`: each token is a 2 x 2 patch of the autoencoder's latents. T5 reads at most 512 tokens, or
-    what its tokenizer allows if that is less. Without a resolution images have the autoencoder's `sample_size` (1024 pixels in
-    FLUX.1).
+    Latents are packed, `[tokens, c]`: each token is a 2 x 2 patch of the autoencoder's latents. T5
+    reads at most 512 tokens, or the limit of its tokenizer if that is lower. Without a resolution,
+    images have the autoencoder's `sample_size` (1024 pixels in FLUX.1).
 
     Raises:
         EtudeError: also from `predict`, for a guidance scale above 1 without a guidance embedding.
@@ -45,7 +46,7 @@ class FluxPolicy(PipelinePolicy):
 
     @property
     def max_sequence_length(self) -> int:
-        """Tokens of a prompt that T5 reads."""
+        """Largest number of a prompt's tokens that T5 reads."""
         return min(LONGEST_PROMPT, self.pipeline.tokenizer_2.model_max_length)
 
     def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
@@ -56,7 +57,7 @@ class FluxPolicy(PipelinePolicy):
         return (side, side)
 
     def grid(self, num_steps: int) -> Grid:
-        """Sigmas from 1 to 1/N, evenly spaced, then shifted: under dynamic shifting by the mu of the number of tokens."""
+        """N even sigmas from 1 to 1/N, then shifted; dynamic shifting takes mu from the token count."""
         config = self.pipeline.scheduler.config
         mu = calculate_shift(
             self.latent_shape[0],
@@ -89,7 +90,7 @@ class FluxPolicy(PipelinePolicy):
         )
         return {"encoder_hidden_states": embedding, "pooled_projections": pooled}
 
-    def _forward(self, x: Tensor, timesteps: Tensor, told: dict[str, Tensor], guidance_scale: float) -> Tensor:
+    def _forward(self, x: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], guidance_scale: float) -> Tensor:
         guidance = None
         if self.pipeline.transformer.config.guidance_embeds:
             guidance = torch.full([len(x)], guidance_scale, device=x.device, dtype=torch.float32)
@@ -104,6 +105,6 @@ class FluxPolicy(PipelinePolicy):
             img_ids=self._image_ids,
             txt_ids=self._text_ids,
             return_dict=False,
-            **told,
+            **conditioning,
         )[0]
         return output

@@ -1,6 +1,7 @@
-"""The outline of a pipeline: its networks by their configurations alone, with weights that are fake tensors: shapes without numbers.
+"""The outline of a pipeline: networks built from their configurations, with fake tensors as weights.
 
-It costs no memory of an accelerator, next to none of the machine, and no download of weights, whatever the model's size.
+A fake tensor has a shape and no numbers. Whatever the model's size, an outline takes no accelerator
+memory, hardly any memory of the machine, and no download of weights.
 """
 
 from __future__ import annotations
@@ -34,19 +35,21 @@ def outline_pipeline(
     single: bool = False,
     at: Mapping[str, str] | None = None,
 ) -> Any:
-    """The pipeline of a directory or hub id whose networks hold fake tensors of one mode, on the CPU.
+    """The outline of a pipeline, on the CPU; all fake tensors belong to one mode.
 
     Args:
-        location: a diffusers directory or hub id; of the hub, configurations and tokenizers are fetched and no weights.
-        index: what its model_index.json says.
-        kind: the pipeline's class.
-        dtype: of the networks.
-        left_out: arguments for the pipeline's class; components among them are not made.
-        single: the weights are in a file of their own, so those of a local directory are not looked for.
-        at: the revision of a hub id, as a keyword.
+        location: diffusers directory or hub id. From the hub, configurations and tokenizers are
+            fetched, but no weights.
+        index: content of its model_index.json.
+        kind: class of the pipeline.
+        dtype: dtype of the networks.
+        left_out: arguments for the pipeline's class; components named here are not built.
+        single: whether the weights are in a single file; a local directory then needs none.
+        at: revision of a hub id, as a keyword argument.
 
     Raises:
-        EtudeError: a component of neither diffusers nor transformers, or without weights in a local directory.
+        EtudeError: a component is from neither diffusers nor transformers, or has no weights in a
+            local directory.
     """
     parts: dict[str, Any] = dict(left_out)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -71,21 +74,21 @@ def _component(location: str, name: str, library: str, kind: str, single: bool, 
             f"'{location}' takes its {name} from '{library}', where code of its own would run: only parts from "
             f"{' and '.join(LIBRARIES)} are supported."
         )
-    made: Any = getattr(importlib.import_module(library), kind)
-    is_network = isinstance(made, type) and issubclass(made, nn.Module)
+    cls: Any = getattr(importlib.import_module(library), kind)
+    is_network = isinstance(cls, type) and issubclass(cls, nn.Module)
     if not is_network:
-        return made.from_pretrained(location, subfolder=name, **at)
+        return cls.from_pretrained(location, subfolder=name, **at)
     folder = Path(location, name)
     if folder.is_dir() and not single and not any(folder.glob("*.safetensors")):
         raise EtudeError(f"'{location}' has no safetensors weights of its {name}: '{folder}' holds none.")
     with torch.device("meta"):
         if library == "diffusers":
-            return made.from_config(made.load_config(location, subfolder=name, **at))
-        return made(made.config_class.from_pretrained(location, subfolder=name, **at))
+            return cls.from_config(cls.load_config(location, subfolder=name, **at))
+        return cls(cls.config_class.from_pretrained(location, subfolder=name, **at))
 
 
 def _fill(network: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
-    """Replaces the tensors of a network on the meta device, where autocast does not work, by fake ones of the CPU."""
+    """Replaces meta tensors, on which autocast does not work, by fake CPU tensors."""
 
     def fake(tensor: Tensor) -> Tensor:
         with mode:
@@ -97,7 +100,7 @@ def _fill(network: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
 
 
 def _replace(network: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """What `nn.Module._apply` does, which `to`, `float` and the like call; tensors that are shared stay shared."""
+    """Replaces `nn.Module._apply`, which `to` and `float` call; shared tensors stay shared."""
     changed: dict[int, Tensor] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():
@@ -112,6 +115,6 @@ def _replace(network: nn.Module, change: Callable[[Tensor], Tensor], recurse: bo
 
 
 def fake_mode(policy: TrainablePolicy) -> FakeTensorMode | None:
-    """The mode of a model's outline; None for a model with weights."""
+    """The mode of an outline's fake tensors; None for a model with weights."""
     modes = (getattr(parameter, "fake_mode", None) for parameter in policy.network.parameters())
     return next((mode for mode in modes if mode is not None), None)

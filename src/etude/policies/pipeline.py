@@ -1,7 +1,7 @@
-"""What every diffusers pipeline has in common as a policy: prompt cache, guidance, adapters, reference, decoding, export.
+"""Diffusers pipelines as policies: prompt cache, guidance, adapters, reference, decoding and export.
 
-An adapter of a family (one file each) says only how its pipeline encodes a prompt, calls its denoiser, shapes its latents and
-lays out its noise levels.
+The adapter of a family (one file each) adds how its pipeline encodes a prompt, calls its denoiser,
+shapes its latents and chooses its noise levels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from etude.batching import MicroBatch, Progress
 from etude.config import LoraConfig
 from etude.errors import EtudeError
-from etude.policies.adapter_file import WEIGHTS, check_taken, read_adapter
+from etude.policies.adapter_file import WEIGHTS, check_loaded, read_adapter
 from etude.policies.prompt_cache import Key, PromptCache
 from etude.policies.trainable import TrainablePolicy
 from etude.sampling.model import Conditioning
@@ -31,46 +31,55 @@ from etude.sampling.paths import FlowPath, VPPath
 
 ADAPTER = "default"
 DECODED_PIXELS = 2**21
-"""Pixels decoded at a time: 8 images of 512 x 512, whose activations take about as much memory as a large denoiser's."""
+"""Pixels decoded at a time: 8 images of 512 x 512. Their activations take about as much memory as
+those of a large denoiser."""
 PROMPT_CACHE_MB = 4096
-"""MiB of encoded prompts that are kept: 1,000 of FLUX in bfloat16, 18,000 of SD1.5 in float32."""
+"""Default prompt cache in MiB: 1,000 prompts of FLUX in bfloat16, 18,000 of SD1.5 in float32."""
 
 
 class PipelinePolicy(TrainablePolicy):
     """A diffusers pipeline with a `unet` or a `transformer` as a policy.
 
     Args:
-        pipeline: its scheduler's config gives the noise path; its scheduler is not used.
-        dtype: of the frozen weights and of the network's input. Adapters, latents and predictions stay fp32.
-        device: where it runs.
-        resolution: side of the images in pixels; None is the pipeline's own.
-        decode_batch_size: images decoded at a time, fewer where they do not fit into memory; None keeps to 32 and to 2 million pixels.
-        offload: text encoders and autoencoder stay on the CPU, and are on the device only while they encode or decode.
-        prompt_cache_mb: MiB of encoded prompts that are kept in the machine's memory.
+        pipeline: diffusers pipeline. Its scheduler's config gives the noise path; the scheduler
+            itself is not used.
+        dtype: dtype of the frozen weights and of the network's input. Adapters, latents and
+            predictions stay float32.
+        device: device of the networks.
+        resolution: side of the images in pixels. Default: the pipeline's own.
+        decode_batch_size: images decoded at a time, fewer if memory runs out. Default: 32, and at
+            most 2 million pixels.
+        offload: keep text encoders and autoencoder on the CPU, and move them to the device only
+            while they encode or decode.
+        prompt_cache_mb: MiB of encoded prompts kept in the machine's memory.
 
     Attributes:
         latent_size: `(h, w)` of the autoencoder's latents.
         image_size: `(height, width)` in pixels.
 
     Raises:
-        EtudeError: the pipeline cannot make images of that resolution, or its scheduler has no path here.
+        EtudeError: the pipeline cannot make images of that resolution, or its scheduler has no path
+            here.
     """
 
     path_class: ClassVar[type[VPPath] | type[FlowPath]]
     denoiser: ClassVar[str]
-    """The pipeline's component that is trained."""
+    """Name of the pipeline's component that is trained."""
     classifier_free: ClassVar[bool] = True
-    """Guidance by a second evaluation with the empty prompt; otherwise the network itself is told the scale."""
+    """Whether guidance takes a second evaluation. False: the scale is an input of the network."""
     load_arguments: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
-    """What `from_pretrained` is told beside the dtype: no picture is ever read, so what reads pictures is left out."""
+    """Arguments of `from_pretrained` beside the dtype; components that read pictures are left out."""
     optional: ClassVar[tuple[str, ...]] = ()
-    """Components that a pipeline may have been saved without, and that `from_pretrained` must then be told are None."""
+    """Components that a saved pipeline may lack; `from_pretrained` then needs None for them."""
 
     @classmethod
     def pipeline_class(cls, name: str) -> Any:
-        """The class that loads the pipeline, which model_index.json calls `name`. Default: diffusers' class of that name.
+        """The class that loads the pipeline. Default: diffusers' class of that name.
 
         A family whose pipeline lives in another package returns that package's class.
+
+        Args:
+            name: name of the class in model_index.json.
 
         Raises:
             EtudeError: diffusers has no such class.
@@ -104,7 +113,7 @@ class PipelinePolicy(TrainablePolicy):
         self.network: nn.Module = self._trained_network
         self.dtype, self.device, self.offload = dtype, torch.device(device), offload
         self._computing = dtype
-        # A scheduler made in code does not have its class in its config, one that was loaded does.
+        # The config of a loaded scheduler names its class; that of one made in code does not.
         scheduler = pipeline.scheduler
         self.scheduler_config: Mapping[str, Any] = {**scheduler.config, "_class_name": type(scheduler).__name__}
         self.path = self.path_class.from_config(self.scheduler_config)
@@ -122,27 +131,27 @@ class PipelinePolicy(TrainablePolicy):
 
     @abstractmethod
     def _default_size(self) -> tuple[int, int]:
-        """`(h, w)` of the latents that the pipeline makes when it is not told a size."""
+        """`(h, w)` of the latents that the pipeline makes by default."""
 
     @abstractmethod
     def _shape(self) -> tuple[int, ...]:
-        """Shape of one sample as the denoiser takes it."""
+        """Shape of one sample for the denoiser."""
 
     @abstractmethod
     def _encode(self, prompt: str) -> dict[str, Tensor]:
-        """What the denoiser is told about one prompt, by the names of its arguments, each with one row."""
+        """Conditioning of one prompt: the denoiser's arguments by name, one row each."""
 
     def _encode_nothing(self) -> dict[str, Tensor]:
-        """What classifier-free guidance starts from: by default the empty prompt."""
+        """Unconditional conditioning of classifier-free guidance. Default: that of the empty prompt."""
         return self._encode("")
 
     @abstractmethod
-    def _forward(self, x: Tensor, timesteps: Tensor, told: dict[str, Tensor], guidance_scale: float) -> Tensor:
+    def _forward(self, x: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], guidance_scale: float) -> Tensor:
         """One evaluation of the denoiser."""
 
     @property
     def _trained_network(self) -> Any:
-        """The denoiser itself, which `network` may wrap."""
+        """The denoiser itself; `network` may be a wrapper of it."""
         return getattr(self.pipeline, self.denoiser)
 
     @property
@@ -162,13 +171,13 @@ class PipelinePolicy(TrainablePolicy):
         return {"guidance_scale": guidance_scale, **size}
 
     def pipeline_size(self) -> tuple[int, int] | None:
-        """`(height, width)` of the images that the plain pipeline makes when it is not told a size."""
+        """`(height, width)` of the images that the plain pipeline makes by default."""
         factor, size = self.pipeline.vae_scale_factor, self._default_size()
         return (size[0] * factor, size[1] * factor)
 
     @property
     def _side_multiple(self) -> int:
-        """What the side of an image must be a multiple of, in pixels."""
+        """Number of pixels that divides the side of every image."""
         return int(self.pipeline.vae_scale_factor)
 
     def _size_of(self, resolution: int) -> tuple[int, int]:
@@ -183,31 +192,32 @@ class PipelinePolicy(TrainablePolicy):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of `n` prompts on the policy's device; each is encoded once and kept on the CPU, while there is room.
+        """Conditioning of `n` prompts, on the policy's device.
 
-        Prompts are encoded one by one: in a batch, the last bits of a row can depend on the other rows.
+        Each prompt is encoded once and kept on the CPU while there is room. Prompts are encoded one
+        by one: in a batch, the last bits of a row can depend on the other rows.
         """
         self._encode_missing(prompts)
-        told = Conditioning(self._rows(prompts), self._rows([None] if self.classifier_free else []))
+        conditioning = Conditioning(self._rows(prompts), self._rows([None] if self.classifier_free else []))
         self._encoded.trim()
-        return told
+        return conditioning
 
     @torch.no_grad()
     def encode_ahead(self, prompts: Iterable[str]) -> None:
-        """Encodes prompts that `encode` will be asked for, in order, until the memory for them is full."""
+        """Encodes prompts that `encode` will need later, in order, until the prompt cache is full."""
         self._encode_missing(prompts, until_full=True)
 
     def _encode_missing(self, prompts: Iterable[str], until_full: bool = False) -> None:
-        """Encodes and keeps the prompts that are not kept, guidance's first."""
-        wanted: list[Key] = [*([None] if self.classifier_free else []), *prompts]
-        new = [prompt for prompt in dict.fromkeys(wanted) if prompt not in self._encoded]
+        """Adds the missing prompts to the cache, that of guidance first."""
+        keys: list[Key] = [*([None] if self.classifier_free else []), *prompts]
+        new = [prompt for prompt in dict.fromkeys(keys) if prompt not in self._encoded]
         with self._on_device(*(self._text_encoders() if new else ())):
             for prompt in new:
                 if until_full and self._encoded.full:
                     return
-                self._encoded.add(prompt, self._told(prompt))
+                self._encoded.add(prompt, self._encode_key(prompt))
 
-    def _told(self, prompt: Key) -> dict[str, Tensor]:
+    def _encode_key(self, prompt: Key) -> dict[str, Tensor]:
         return self._encode_nothing() if prompt is None else self._encode(prompt)
 
     def _text_encoders(self) -> list[nn.Module]:
@@ -216,7 +226,7 @@ class PipelinePolicy(TrainablePolicy):
 
     @contextmanager
     def _on_device(self, *modules: nn.Module) -> Iterator[None]:
-        """Inside, the modules are on the device; outside, if they are offloaded, on the CPU."""
+        """Context in which the modules are on the device; with `offload` they leave it afterwards."""
         if not (self.offload and modules):
             yield
             return
@@ -230,23 +240,23 @@ class PipelinePolicy(TrainablePolicy):
             clear_device_cache()
 
     def _rows(self, prompts: Sequence[Key]) -> dict[str, Tensor]:
-        """The named tensors of the prompts, `[n, ...]` each; a prompt that occurs often is moved to the device once."""
+        """The prompts' tensors by name, `[n, ...]` each. Repeated prompts move to the device once."""
         if not prompts:
             return {}
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         index = torch.tensor([distinct[prompt] for prompt in prompts], device=self.device)
-        kept = [self._encoded.get(prompt) for prompt in distinct]
-        return {name: torch.cat([rows[name] for rows in kept]).to(self.device)[index] for name in kept[0]}
+        parts = [self._encoded.get(prompt) for prompt in distinct]
+        return {name: torch.cat([rows[name] for rows in parts]).to(self.device)[index] for name in parts[0]}
 
     def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
         guided = self.classifier_free and guidance_scale > 1
-        inputs, told = x.to(self.dtype), conditioning.prompt
+        inputs, arguments = x.to(self.dtype), conditioning.prompt
         if guided:
             empty = conditioning.unconditional
             inputs, timesteps = torch.cat([inputs, inputs]), torch.cat([timesteps, timesteps])
-            told = {name: torch.cat([empty[name].expand_as(rows), rows]) for name, rows in told.items()}
+            arguments = {name: torch.cat([empty[name].expand_as(rows), rows]) for name, rows in arguments.items()}
         with self._autocast():
-            output = self._forward(inputs, timesteps, told, guidance_scale).float()
+            output = self._forward(inputs, timesteps, arguments, guidance_scale).float()
         if not guided:
             return output
         unconditional, conditional = output.chunk(2)
@@ -261,7 +271,7 @@ class PipelinePolicy(TrainablePolicy):
             self._computing = before
 
     def _autocast(self) -> Any:
-        """Adapters are fp32 while the frozen weights, or what is computed from them, may be half precision."""
+        """Context of mixed precision: adapters stay float32 beside half-precision weights."""
         if self._computing == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self._computing)
@@ -278,23 +288,23 @@ class PipelinePolicy(TrainablePolicy):
         return torch.cat(images)
 
     def pictures(self, latents: Tensor) -> Tensor:
-        """uint8 images of one micro-batch, by an autoencoder that is where the latents are."""
+        """uint8 images of one micro-batch; the autoencoder must be on the device of the latents."""
         return self.decoded(latents).mul(255).round().to(torch.uint8).cpu()
 
     def decoded(self, latents: Tensor) -> Tensor:
-        """The same images in float32, `[0, 1]`."""
+        """Images of one micro-batch in float32, in [0, 1]."""
         vae = self.pipeline.vae
         decoded = vae.decode(self._unscaled(self._unpack(latents)).to(vae.dtype), return_dict=False)[0].float()
         in_range: Tensor = (decoded / 2 + 0.5).clamp(0, 1)
         return in_range
 
     def _unscaled(self, latents: Tensor) -> Tensor:
-        """What the autoencoder decodes: `latents / scaling_factor + shift_factor`."""
+        """Input of the autoencoder's decoder: `latents / scaling_factor + shift_factor`."""
         config = self.pipeline.vae.config
         return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
     def _unpack(self, latents: Tensor) -> Tensor:
-        """The denoiser's latents as the autoencoder's, `[n, c, h, w]`."""
+        """Latents of the denoiser in the autoencoder's layout, `[n, c, h, w]`."""
         return latents
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -361,27 +371,25 @@ class PipelinePolicy(TrainablePolicy):
         return "model" if self._trains_everything else "lora"
 
     def export(self, directory: Path) -> None:
-        """The adapter, or after full fine-tuning the whole pipeline with its frozen parts."""
+        """Writes the adapter, or after full fine-tuning the whole pipeline with its frozen parts."""
         if self._trains_everything:
             self.pipeline.save_pretrained(directory)
             return
         network = self._trained_network
-        layers = get_peft_model_state_dict(
-            network, adapter_name=ADAPTER
-        )  # peft names: the older ones lose mixed targets
+        layers = get_peft_model_state_dict(network, adapter_name=ADAPTER)  # peft's names: older ones lose mixed targets
         metadata = network.peft_config[ADAPTER].to_dict()
         metadata["target_modules"] = sorted(metadata["target_modules"])  # a set in peft, ordered anew by each process
         named = {f"{self.denoiser}_lora_layers": layers, f"{self.denoiser}_lora_adapter_metadata": metadata}
         self.pipeline.save_lora_weights(directory, **named)
 
     def load_lora(self, directory: Path) -> None:
-        given = read_adapter(directory)
+        stored = read_adapter(directory)
         self.pipeline.load_lora_weights(
             directory, weight_name=WEIGHTS, adapter_name=ADAPTER, local_files_only=True, use_safetensors=True
         )
         network = self._trained_network
-        loaded = ADAPTER in getattr(network, "peft_config", {})
-        taken = get_peft_model_state_dict(network, adapter_name=ADAPTER) if loaded else {}
-        check_taken(given, taken, self.denoiser, directory)
+        has_adapter = ADAPTER in getattr(network, "peft_config", {})
+        loaded = get_peft_model_state_dict(network, adapter_name=ADAPTER) if has_adapter else {}
+        check_loaded(stored, loaded, self.denoiser, directory)
         network.requires_grad_(False)
         self.adapter = directory

@@ -1,6 +1,7 @@
-"""Encoded prompts, kept in the machine's memory up to a limit.
+"""A cache of encoded prompts in the machine's memory, with a limit.
 
-Every prompt is encoded alone, so encoding it again gives the same bits: what is dropped costs time and changes nothing.
+Every prompt is encoded alone, so encoding it again gives the same bits. A prompt that the cache
+drops costs time and changes no result.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from collections.abc import Mapping
 from torch import Tensor
 
 Key = str | None
-"""A prompt; None stands for what guidance starts from, which is not always the empty prompt."""
+"""A prompt. None: the unconditional conditioning of guidance, which is not always the empty prompt."""
 
 
 class PromptCache:
-    """The tensors of each prompt, those that were not used for longest dropped first.
+    """The tensors of each prompt. The least recently used prompt is dropped first.
 
     Args:
-        limit: bytes that are kept. One batch of prompts may need more, for as long as it is put together.
+        limit: size of the cache in bytes. It may be larger while one batch of prompts is assembled.
     """
 
     def __init__(self, limit: int) -> None:
@@ -32,22 +33,22 @@ class PromptCache:
 
     @property
     def full(self) -> bool:
-        """Whether another prompt like those that are kept would be too many."""
+        """Whether another prompt of the average size would exceed the limit."""
         return bool(self._rows) and self.size + self.size // len(self._rows) > self.limit
 
     def add(self, prompt: Key, rows: Mapping[str, Tensor]) -> None:
-        """Keeps one prompt's tensors, whatever the limit: `trim` enforces it."""
+        """Adds one prompt's tensors without regard to the limit, which `trim` enforces."""
         self._rows[prompt] = {name: tensor.cpu() for name, tensor in rows.items()}
         self.size += _bytes(self._rows[prompt])
 
     def get(self, prompt: Key) -> dict[str, Tensor]:
-        """The tensors of a prompt that is kept, which is now the most recently used."""
+        """The tensors of a cached prompt, which becomes the most recently used."""
         rows = self._rows.pop(prompt)
         self._rows[prompt] = rows
         return rows
 
     def trim(self) -> None:
-        """Drops what is beyond the limit."""
+        """Drops prompts until the cache is within its limit."""
         while self.size > self.limit and self._rows:
             self.size -= _bytes(self._rows.pop(next(iter(self._rows))))
 

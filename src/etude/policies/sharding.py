@@ -1,6 +1,7 @@
-"""Tensors that the processes of a run hold in parts (FSDP2's `DTensor`), and their whole.
+"""Sharded tensors: the processes of a run hold parts of them (FSDP2's `DTensor`).
 
-Everything here is collective where tensors are in parts: all processes must call it, in the same order. Whole tensors pass as they are.
+On sharded tensors every function here is collective unless it says otherwise: all processes must
+call it, in the same order. Whole tensors are returned unchanged.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def sharded(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether any of them is held in parts."""
+    """Whether any of the tensors is held in parts."""
     return any(isinstance(tensor, DTensor) for tensor in tensors.values())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, in every process."""
+    """The whole tensor, in every process."""
     if not isinstance(tensor, DTensor):
         return tensor
     full: Tensor = tensor.full_tensor()
@@ -27,7 +28,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def held_here(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its part, or the whole. No process hears of the others."""
+    """The part of a tensor that this process holds, or the whole. Not collective."""
     if not isinstance(tensor, DTensor):
         return tensor
     local: Tensor = tensor.to_local()
@@ -35,7 +36,7 @@ def held_here(tensor: Tensor) -> Tensor:
 
 
 def part(value: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, laid out as `like` is, which may be whole. No process hears of the others."""
+    """This process's part of a whole tensor, in the layout of `like` (which may be whole). Not collective."""
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -43,13 +44,13 @@ def part(value: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def assembled(network: nn.Module) -> Iterator[None]:
-    """Inside, the trained parameters that were in parts are whole, on the CPU: for `state_dict`, not for use."""
+    """Context in which sharded trained parameters are whole, on the CPU: for `state_dict` only."""
     parts: dict[tuple[nn.Module, str], nn.Parameter] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor) and parameter.requires_grad:
                 parts[module, name] = parameter
-    # One after the other: the device never holds more than one of them beside its parts.
+    # One after the other, so that the device holds at most one whole parameter beside its parts.
     wholes = {place: nn.Parameter(whole(parameter.detach()).cpu()) for place, parameter in parts.items()}
     _place(wholes)
     try:

@@ -1,8 +1,8 @@
-"""Checkpoints of one safetensors file, in the layouts that diffusers' `from_single_file` reads.
+"""Models in one safetensors file, in the layouts that diffusers' `from_single_file` reads.
 
-A file holds weights and no configuration. Configuration, tokenizers and whatever the file does not hold (FLUX and SD3.5 files come
-without text encoders, often without the autoencoder) are taken from a diffusers directory or a hub id, `pipeline_config`; without
-one, from the hub repository that diffusers infers from the weights.
+A file holds weights and no configuration. FLUX and SD3.5 files also lack text encoders and often
+the autoencoder. Configuration, tokenizers and missing parts come from a diffusers directory or hub
+id, `pipeline_config`. Default: the hub repository that diffusers infers from the weights.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from etude.errors import EtudeError, brief
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 AUTOENCODER = ("first_stage_model.", "vae.")
-"""How the names of an autoencoder's weights begin in a file that holds one."""
+"""Prefixes of the names of an autoencoder's weights in a file that holds one."""
 
 
 def is_single_file(model: str) -> bool:
-    """Whether a model is named by a file of weights.
+    """Whether the name of a model is that of a safetensors file.
 
     Raises:
         EtudeError: the file does not exist, or is a pickle.
@@ -37,10 +37,11 @@ def is_single_file(model: str) -> bool:
 
 
 def configuration(model: str, given: str | Path | None) -> str:
-    """The directory or hub id that a file's configuration comes from: `given`, or what diffusers infers from the weights.
+    """The directory or hub id of a file's configuration: `given`, or inferred from the weights.
 
     Raises:
-        EtudeError: the directory is no diffusers pipeline, or nothing was given and the hub does not answer.
+        EtudeError: the directory is no diffusers pipeline, or the hub does not answer for an
+            inferred repository.
     """
     import diffusers
 
@@ -70,7 +71,7 @@ def _inferred(model: str) -> str:
 
 
 def holds_pipeline(model: str) -> bool:
-    """Whether a file holds more than a denoiser, judging by the autoencoder."""
+    """Whether a file holds a whole pipeline: it does if it has an autoencoder beside the denoiser."""
     with safe_open(model, framework="pt") as file:
         return any(name.startswith(AUTOENCODER) for name in list(file.keys()))
 
@@ -78,13 +79,18 @@ def holds_pipeline(model: str) -> bool:
 def load_single_file(
     model: str, location: str, kind: Any, denoiser: str, parts: dict[str, Any], dtype: torch.dtype
 ) -> Any:
-    """The pipeline of a file's weights.
+    """Loads a pipeline with the weights of a file.
 
     Args:
-        location: from `configuration`.
-        kind: the pipeline's class.
-        denoiser: the component that the file holds where it holds only one.
+        model: path of the file.
+        location: directory or hub id of its configuration, from `configuration`.
+        kind: class of the pipeline.
+        denoiser: name of the denoiser in the pipeline, the only component in many files.
         parts: arguments of `from_pretrained` beside the dtype: components that are left out.
+        dtype: dtype of the weights.
+
+    Raises:
+        EtudeError: a component is neither in the file nor at `location`.
     """
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x (any StableDiffusionPipeline) as a policy: `emoji-sd` and SD1.5 run the same lines."""
+"""Stable Diffusion 1.x and 2.x (any StableDiffusionPipeline, also `emoji-sd`) as a policy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from etude.sampling.paths import VPPath
 class StableDiffusionPolicy(PipelinePolicy):
     """A StableDiffusionPipeline as a policy.
 
-    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond - uncond)`, both evaluated in one
-    batch; at most 1 means no guidance. Latents are the autoencoder's, `[c, h, w]`.
+    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond -
+    uncond)`. Both are evaluated in one batch. A scale of at most 1 means no guidance. Latents are
+    the autoencoder's, `[c, h, w]`.
     """
 
     path_class = VPPath
@@ -29,7 +30,7 @@ class StableDiffusionPolicy(PipelinePolicy):
 
     @property
     def _side_multiple(self) -> int:
-        return math.lcm(8, int(self.pipeline.vae_scale_factor))  # the pipeline asks for 8 whatever its autoencoder does
+        return math.lcm(8, int(self.pipeline.vae_scale_factor))  # the pipeline requires 8 with any autoencoder
 
     def _default_size(self) -> tuple[int, int]:
         size = self.pipeline.unet.config.sample_size
@@ -44,6 +45,6 @@ class StableDiffusionPolicy(PipelinePolicy):
         embedding, _ = self.pipeline.encode_prompt([prompt], self.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embedding}
 
-    def _forward(self, x: Tensor, timesteps: Tensor, told: dict[str, Tensor], guidance_scale: float) -> Tensor:
-        output: Tensor = self.network(x, timesteps, return_dict=False, **told)[0]
+    def _forward(self, x: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], guidance_scale: float) -> Tensor:
+        output: Tensor = self.network(x, timesteps, return_dict=False, **conditioning)[0]
         return output

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (any StableDiffusion3Pipeline, with or without its T5 encoder) as a policy."""
+"""Stable Diffusion 3 and 3.5 (any StableDiffusion3Pipeline, with or without T5) as a policy."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from etude.policies.pipeline import PipelinePolicy
 from etude.sampling.paths import FlowPath, Grid
 
 LONGEST_PROMPT = 256
-"""Tokens of the pipeline's own `max_sequence_length`."""
+"""Default `max_sequence_length` of the pipeline, in tokens."""
 
 
 class StableDiffusion3Policy(PipelinePolicy):
     """A StableDiffusion3Pipeline as a policy.
 
-    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond - uncond)`, both evaluated in one
-    batch; at most 1 means no guidance. Latents are the autoencoder's, `[c, h, w]`. T5 reads at most 256 tokens, or what its
-    tokenizer allows if that is less; a pipeline saved without T5 gets the zeros that it was built to accept.
+    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond -
+    uncond)`. Both are evaluated in one batch. A scale of at most 1 means no guidance. Latents are
+    the autoencoder's, `[c, h, w]`. T5 reads at most 256 tokens, or the limit of its tokenizer if
+    that is lower. A pipeline saved without T5 gets zeros instead, as its design foresees.
     """
 
     path: FlowPath
@@ -30,7 +31,7 @@ class StableDiffusion3Policy(PipelinePolicy):
 
     @property
     def max_sequence_length(self) -> int:
-        """Tokens of a prompt that T5 reads."""
+        """Largest number of a prompt's tokens that T5 reads."""
         tokenizer = self.pipeline.tokenizer_3
         return LONGEST_PROMPT if tokenizer is None else min(LONGEST_PROMPT, tokenizer.model_max_length)
 
@@ -38,7 +39,7 @@ class StableDiffusion3Policy(PipelinePolicy):
         return {**super().call_arguments(guidance_scale), "max_sequence_length": self.max_sequence_length}
 
     def grid(self, num_steps: int) -> Grid:
-        """The scheduler's levels; under dynamic shifting at the mu of this resolution's number of patches."""
+        """The scheduler's levels; dynamic shifting takes mu from the number of patches."""
         config = self.pipeline.scheduler.config
         if not config.get("use_dynamic_shifting"):
             return self.path.grid(num_steps)
@@ -81,6 +82,6 @@ class StableDiffusion3Policy(PipelinePolicy):
         )
         return {"encoder_hidden_states": embedding, "pooled_projections": pooled}
 
-    def _forward(self, x: Tensor, timesteps: Tensor, told: dict[str, Tensor], guidance_scale: float) -> Tensor:
-        output: Tensor = self.network(hidden_states=x, timestep=timesteps, return_dict=False, **told)[0]
+    def _forward(self, x: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], guidance_scale: float) -> Tensor:
+        output: Tensor = self.network(hidden_states=x, timestep=timesteps, return_dict=False, **conditioning)[0]
         return output

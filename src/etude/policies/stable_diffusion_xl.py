@@ -15,13 +15,16 @@ from etude.policies.stable_diffusion import StableDiffusionPolicy
 class StableDiffusionXLPolicy(StableDiffusionPolicy):
     """A StableDiffusionXLPipeline as a policy.
 
-    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond - uncond)`, both evaluated in one
-    batch; at most 1 means no guidance. Guidance starts from zeros where the pipeline says `force_zeros_for_empty_prompt`, as
-    SDXL does, and from the empty prompt otherwise. Beside the two encoders' states and the pooled embedding the network is told
-    the size (arXiv 2307.01952): original and target size are those of the images, and nothing is cropped.
+    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond -
+    uncond)`. Both are evaluated in one batch. A scale of at most 1 means no guidance. The
+    unconditional embeddings are zeros if the pipeline sets `force_zeros_for_empty_prompt`, as SDXL
+    does; otherwise they are those of the empty prompt. The network's inputs are the states of the
+    two encoders, the pooled embedding and the size (arXiv 2307.01952). Original and target size are
+    those of the images, and the crop is at (0, 0).
 
-    Latents are `(latents - latents_mean) / latents_std * scaling_factor` of the autoencoder's, where its config has such statistics.
-    In float16, which the published autoencoder overflows (its config says `force_upcast`), the autoencoder stays in float32.
+    Latents are the autoencoder's, normalised where its config has statistics: `(latents -
+    latents_mean) / latents_std * scaling_factor`. The published autoencoder overflows in float16
+    (its config sets `force_upcast`), so it stays in float32 there.
 
     Raises:
         EtudeError: also for a UNet whose added embedding does not fit the text encoder.
@@ -66,12 +69,12 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
             return empty
         return {name: torch.zeros_like(rows) for name, rows in empty.items()}
 
-    def _forward(self, x: Tensor, timesteps: Tensor, told: dict[str, Tensor], guidance_scale: float) -> Tensor:
-        added = {"text_embeds": told["text_embeds"], "time_ids": self._time_ids.expand(len(x), -1)}
+    def _forward(self, x: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], guidance_scale: float) -> Tensor:
+        added = {"text_embeds": conditioning["text_embeds"], "time_ids": self._time_ids.expand(len(x), -1)}
         output: Tensor = self.network(
             x,
             timesteps,
-            encoder_hidden_states=told["encoder_hidden_states"],
+            encoder_hidden_states=conditioning["encoder_hidden_states"],
             added_cond_kwargs=added,
             return_dict=False,
         )[0]

@@ -1,7 +1,7 @@
-"""The model as a trainer sees it: its trained weights, its adapter, the model before training, and what it leaves for diffusers.
+"""The trainer's view of a model: trained weights, adapter, the model before training, and the export.
 
-A policy wraps a diffusers pipeline that stays a diffusers pipeline: nothing of it is copied or renamed, so what is trained
-here is what the plain pipeline loads.
+A policy wraps a diffusers pipeline that stays a diffusers pipeline. No code or weight of the
+pipeline is copied or renamed, so the plain pipeline loads the weights that were trained here.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TrainablePolicy(Policy):
     @property
     @abstractmethod
     def export_name(self) -> str:
-        """Directory that `export` fills in a run: `lora`, or `model` after full fine-tuning."""
+        """Directory of a run that holds the export: `lora`, or `model` after full fine-tuning."""
 
     @property
     def pipeline_name(self) -> str:
@@ -51,15 +51,18 @@ class TrainablePolicy(Policy):
 
     @property
     def denoiser_names(self) -> tuple[str, str]:
-        """Of the trained part: its name in the pipeline, and its class in diffusers."""
+        """Name of the denoiser in the pipeline, and name of its class in diffusers."""
         return "unet", "UNet2DConditionModel"
 
     def loading_arguments(self) -> dict[str, Any]:
-        """What the plain pipeline's `from_pretrained` must be given beside the model's name."""
+        """Arguments that the plain pipeline's `from_pretrained` needs beside the model's name."""
         return {}
 
     def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
-        """What the plain pipeline must be called with, beside the prompt and the number of steps, to do as this policy does."""
+        """Arguments with which the plain pipeline's call does the same as this policy.
+
+        The prompt and the number of steps are not among them.
+        """
         return {"guidance_scale": guidance_scale}
 
     @abstractmethod
@@ -68,7 +71,7 @@ class TrainablePolicy(Policy):
 
     @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
-        """Context manager inside which the network is the reference model: the one before training."""
+        """Context in which the network is the reference model: the model before training."""
 
     @property
     def has_reference(self) -> bool:
@@ -76,10 +79,10 @@ class TrainablePolicy(Policy):
         return bool(self.trainable())
 
     def enable_gradient_checkpointing(self) -> None:
-        """From now on the network keeps few activations for its gradients and computes the others again.
+        """Lets the network keep few activations for its gradients and compute the rest again.
 
         Raises:
-            EtudeError: this policy's network cannot.
+            EtudeError: the network has no gradient checkpointing.
         """
         raise EtudeError(
             f"{type(self).__name__} has no gradient checkpointing: leave memory.gradient_checkpointing off."
@@ -87,14 +90,15 @@ class TrainablePolicy(Policy):
 
     @abstractmethod
     def add_lora(self, config: LoraConfig, seed: int) -> None:
-        """Freezes the pipeline and adds a trainable fp32 adapter, drawn from `seed`."""
+        """Freezes the pipeline and adds a trainable float32 adapter, initialised from `seed`."""
 
     @abstractmethod
     def train_everything(self, keep_reference: bool = True) -> None:
-        """Full fine-tuning: every weight of the network is trained, in fp32.
+        """Makes every weight of the network trainable, in float32: full fine-tuning.
 
         Args:
-            keep_reference: keep a frozen copy of the network for `reference`, which otherwise raises EtudeError.
+            keep_reference: keep a frozen copy of the network for `reference`. Without the copy,
+                `reference` raises EtudeError.
         """
 
     @abstractmethod
@@ -103,21 +107,24 @@ class TrainablePolicy(Policy):
 
     @abstractmethod
     def export(self, directory: Path) -> None:
-        """Writes what was trained, in the form that the plain diffusers pipeline loads."""
+        """Writes the trained weights in the form that the plain diffusers pipeline loads."""
 
 
 @contextmanager
 def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | None) -> Iterator[None]:
-    """Inside, the parameters hold `values`; outside they are what they were, bit for bit. None swaps nothing."""
+    """Context in which the parameters hold `values`; afterwards the old ones return, bit for bit.
+
+    None swaps nothing.
+    """
     if values is None:
         yield
         return
-    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    backup = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     assign(parameters, values)
     try:
         yield
     finally:
-        assign(parameters, kept)
+        assign(parameters, backup)
 
 
 @torch.no_grad()
@@ -125,15 +132,16 @@ def assign(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> No
     """Copies `values` into the parameters of the same names.
 
     Raises:
-        EtudeError: a value is missing or of another shape, as those of another model are; nothing is copied then.
+        EtudeError: a value is missing or has another shape, as from another model; no parameter has
+            changed then.
     """
     for name, parameter in parameters.items():
-        found = list(values[name].shape) if name in values else None
-        if found != list(parameter.shape):
-            problem = "has none" if found is None else f"has one of shape {found}"
+        shape = list(values[name].shape) if name in values else None
+        if shape != list(parameter.shape):
+            problem = "hold none" if shape is None else f"hold one of shape {shape}"
             raise EtudeError(
-                f"the model has a parameter '{name}' of shape {list(parameter.shape)}, and what was saved {problem}: it is of "
-                "another model or LoRA rank; start anew in another --out."
+                f"the model has a parameter '{name}' of shape {list(parameter.shape)}, but the saved weights {problem}: they "
+                "belong to another model or LoRA rank; start anew in another --out."
             )
     for name, parameter in parameters.items():
         parameter.copy_(part(values[name], parameter))

@@ -1,4 +1,4 @@
-"""The page that a run leaves behind. Plotting and templating are imported when a report is written, not before."""
+"""The report of a run. Plotting and templating are imported only when a report is written."""
 
 from __future__ import annotations
 

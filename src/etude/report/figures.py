@@ -1,6 +1,7 @@
-"""Line and bar figures as inline SVG whose colours are CSS variables, so that one figure serves light and dark pages.
+"""Line and bar figures as inline SVG. Colours are CSS variables, for light and dark pages alike.
 
-Text in the figures is fixed wording and numbers; reward names and prompts stay in the escaped HTML around them.
+Text in the figures is fixed wording and numbers. Reward names and prompts stay in the escaped HTML
+around the figures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Matplotlib needs a colour, CSS a variable: each variable is drawn in a colour of its own and then renamed.
+# Matplotlib needs a colour, CSS a variable: each variable has a placeholder colour, replaced in the SVG.
 _VARIABLES = (
     "ink",
     "muted",
@@ -40,7 +41,7 @@ COLOURS = {name: f"#0a0b{index:02x}" for index, name in enumerate(_VARIABLES, st
 PHASES = [name for name in _VARIABLES if name.startswith("phase-")]
 LEVELS = [name for name in _VARIABLES if name.startswith("level-")]
 """Colours of values in order, from low to high."""
-SIZE = (4.6, 2.55)  # inches of 72 points: what a column of the page is wide
+SIZE = (4.6, 2.55)  # inches of 72 points; the width is that of a column of the page
 LOW = (4.6, 1.8)
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -73,9 +74,16 @@ _STYLE: Any = {
 
 @dataclass(frozen=True)
 class Line:
-    """A curve, with a band from `low` to `high` where they are given and a mark at every point if `marks`.
+    """A curve.
 
-    `colour` is a name in `COLOURS`; a line with an empty `label` has no entry in the legend.
+    Attributes:
+        x: abscissas.
+        y: ordinates.
+        colour: name in `COLOURS`.
+        label: entry in the legend; empty for none.
+        low: lower edge of a band. Default: no band.
+        high: upper edge of the band.
+        marks: mark every point.
     """
 
     x: Sequence[float]
@@ -88,7 +96,14 @@ class Line:
 
 
 def line_figure(lines: Sequence[Line], alt: str, *, zero: bool = False, from_zero: bool = False) -> str:
-    """Curves over iterations. `zero` draws a line at 0; `from_zero` starts the axis there."""
+    """A figure of curves over iterations.
+
+    Args:
+        lines: curves.
+        alt: alternative text.
+        zero: draw a horizontal line at 0.
+        from_zero: start the vertical axis at 0.
+    """
 
     def draw(axes: Axes) -> None:
         if zero:
@@ -107,10 +122,10 @@ def line_figure(lines: Sequence[Line], alt: str, *, zero: bool = False, from_zer
 
 
 def window_figure(x: Sequence[int], starts: Sequence[int], sizes: Sequence[int], num_steps: int, alt: str) -> str:
-    """The window [start, start + size) of each iteration as a band over the steps 0..N-1."""
+    """A figure of the window [start, start + size) of each iteration: a band over steps 0..N-1."""
 
     def draw(axes: Axes) -> None:
-        # A step and an iteration are each 1 wide and centred on their number, the first and the last included.
+        # Each step and each iteration is 1 wide and centred on its number, first and last too.
         low = [start - 0.5 for start in starts]
         high = [edge + size for edge, size in zip(low, sizes, strict=True)]
         edges = [x[0] - 0.5, *x, x[-1] + 0.5]
@@ -124,7 +139,7 @@ def window_figure(x: Sequence[int], starts: Sequence[int], sizes: Sequence[int],
 
 
 def visits_figure(visits: Sequence[int], alt: str) -> str:
-    """How often each of the steps 0..N-1 was trained, as bars."""
+    """A figure of how often each of the steps 0..N-1 was trained, as bars."""
 
     def draw(axes: Axes) -> None:
         axes.bar(range(len(visits)), visits, width=0.8, color=COLOURS["train"], alpha=0.75)
@@ -135,7 +150,7 @@ def visits_figure(visits: Sequence[int], alt: str) -> str:
 
 
 def bar_figure(x: Sequence[float], parts: Mapping[str, Sequence[float]], alt: str) -> str:
-    """Bars over iterations, stacked from `parts` in their order; part k has the colour `PHASES[k]`."""
+    """A figure of bars over iterations, stacked from `parts` in order; part k has colour `PHASES[k]`."""
 
     def draw(axes: Axes) -> None:
         bottom = [0.0] * len(x)
@@ -147,7 +162,7 @@ def bar_figure(x: Sequence[float], parts: Mapping[str, Sequence[float]], alt: st
 
 
 def draw_line(axes: Axes, line: Line) -> None:
-    """One curve with its band."""
+    """Draws one curve with its band."""
     colour = COLOURS[line.colour]
     marker: dict[str, Any] = {"marker": "o", "markersize": 3.2} if line.marks or len(line.x) == 1 else {}
     if line.low is not None and line.high is not None:
@@ -166,7 +181,16 @@ def figure(
     whole: bool = False,
     integers: bool = True,
 ) -> str:
-    """An inline figure of what `draw` puts on its axes; `whole` numbers on the vertical one, `integers` on the other."""
+    """An inline figure.
+
+    Args:
+        draw: function that draws on the axes.
+        alt: alternative text.
+        size: width and height in inches.
+        xlabel: label of the horizontal axis.
+        whole: label the vertical axis with integers.
+        integers: label the horizontal axis with integers.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -182,7 +206,7 @@ def figure(
 
 
 def _inline(figure: Figure, alt: str) -> str:
-    """The figure as an `<svg>` element: no prologue, no metadata, no fonts of its own, ids unlike any other figure's."""
+    """The figure as an `<svg>` element without prologue, metadata and fonts, with unique ids."""
     from markupsafe import escape
 
     buffer = io.StringIO()
@@ -203,7 +227,7 @@ def _inline(figure: Figure, alt: str) -> str:
 
 
 def standalone(svg: str) -> str:
-    """An inline figure as a file of its own, with the page's colours, light and dark."""
+    """An inline figure as the text of an SVG file, with the page's colours, light and dark."""
     css = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     colours = css[: css.index("* {")]
     style = f"{colours}svg {{ background: var(--card); font-family: system-ui, sans-serif; }}"

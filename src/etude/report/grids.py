@@ -19,16 +19,19 @@ MAX_LINES = 3
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1, labels: list[str] | None = None) -> Image.Image:
-    """The images row by row on white, in at most `columns` columns.
+    """One picture of all images, row by row on white.
 
     Args:
-        images: uint8 [n, 3, h, w].
-        columns: images in a row.
-        scale: every pixel becomes scale x scale pixels, so that what is seen is what the model drew.
-        labels: n captions, drawn under the images in up to three lines (with an ellipsis where that is too short).
+        images: images, uint8 `[n, 3, h, w]`.
+        columns: largest number of images in a row.
+        scale: factor of enlargement; every pixel becomes scale x scale equal pixels, without
+            smoothing.
+        labels: captions of the n images, drawn under them in up to three lines; an ellipsis ends a
+            longer one.
 
     Raises:
-        EtudeError: for no image, fewer than 1 column, a scale below 1, or another number of labels than of images.
+        EtudeError: there is no image, fewer than 1 column, a scale below 1, or a number of labels
+            other than that of the images.
     """
     count = len(images)
     if count < 1 or columns < 1 or scale < 1:
@@ -58,7 +61,7 @@ def image_grid(images: Tensor, columns: int, scale: int = 1, labels: list[str] |
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Lines no wider than `width` pixels, at most MAX_LINES of them, broken at spaces."""
+    """The text in at most MAX_LINES lines, broken at spaces, each at most `width` pixels wide."""
     lines: list[str] = []
     for word in text.split():
         joined = f"{lines[-1]} {word}" if lines else word

@@ -1,4 +1,4 @@
-"""report.html: one page, nothing outside it, that says what a run did and how sure that is."""
+"""report.html: one self-contained page with the results of a run and their intervals."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ GRID_TITLES = {
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes `report.html` into a run's directory, whole or not at all, and returns its path.
+    """Writes `report.html` into a run's directory, atomically, and returns its path.
 
-    The page has no outside reference. It needs `config.yaml`; without metrics, evaluations, grids or a summary it says so
-    in their place, so that a run can be looked at while it goes on.
+    The page refers to nothing outside itself. It needs `config.yaml`. If metrics, evaluations,
+    grids or the summary are missing, it says so in their place, so that a run can be viewed while
+    it goes on.
 
     Args:
-        run_dir: holds `config.yaml`, `metrics.jsonl`, `summary.json` and `samples/`, as `etude train` writes them.
+        run_dir: directory of a run, with `config.yaml`, `metrics.jsonl`, `summary.json` and
+            `samples/` as `etude train` writes them.
 
     Raises:
-        EtudeError: if the directory is not a run, or one of its files cannot be understood.
+        EtudeError: the directory is no run, or one of its files is invalid.
     """
     from etude.files import atomic_write_text
 
@@ -47,7 +49,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def render(run: Run) -> str:
-    """The page as text."""
+    """The page as HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -78,14 +80,14 @@ def render(run: Run) -> str:
 
 
 def interval(estimate: Interval | None, signed: bool = True) -> str:
-    """`+1.27 [+1.02, +1.51]` with real minus signs, or a dash where nothing was measured."""
+    """An estimate as `+1.27 [+1.02, +1.51]`, with real minus signs; a dash for None."""
     if estimate is None:
         return "–"
     return format_interval(estimate["mean"], estimate["low"], estimate["high"], signed).replace("-", "−")
 
 
 def duration(seconds: float) -> str:
-    """`3 h 20 min`, `4 min 05 s`, `12.3 s`."""
+    """A duration as `3 h 20 min`, `4 min 05 s` or `12.3 s`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -116,8 +118,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     }
     for label, (key, section) in settings.items():
         if (value := run.setting(key, section)) is not None:
-            scheduled = key == "eta" and run.setting("eta_schedule", section)
-            facts.append((label, setting_text(value, scheduled) if scheduled else _number(value)))
+            schedule = key == "eta" and run.setting("eta_schedule", section)
+            facts.append((label, setting_text(value, schedule) if schedule else _number(value)))
     facts += [(key, str(run.setting(key))) for key in ("recipe", "seed") if run.setting(key) is not None]
     facts.append(("time", duration(sum(_phase_totals(run).values()))))
     if memory := _peak_memory(run):
@@ -126,20 +128,20 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 
 def _best_figures(best: dict[str, Any]) -> str:
-    """The ODE reward that the best weights were chosen by, and what fresh noise says of it."""
+    """The ODE mean of the reward that chose the best weights, and its estimate from fresh noise."""
     evaluations = {"": best.get("evaluation"), ", from fresh noise ": best.get("confirmation")}
     means = {words: ((e or {}).get("ode") or {}).get(best["reward"]) for words, e in evaluations.items()}
     return "".join(f"{words}{interval(mean, signed=False)}" for words, mean in means.items() if mean)
 
 
 def _etas(run: Run) -> list[str]:
-    """What each evaluation's SDE side took; what is configured before the first."""
+    """The eta of the SDE in each evaluation; before the first, the configured one."""
     configured = run.setting("eta", "sampling")
     return [_number(e.get("eta", configured)) for _, e in run.evaluations] or [_number(configured)]
 
 
 def _headlines(run: Run) -> list[dict[str, Any]]:
-    """The two numbers of each trained reward, in words too."""
+    """Improvement and gap of each trained reward, as estimates and in words."""
     if not run.evaluations:
         return []
     final = run.evaluations[-1][1]
@@ -179,12 +181,12 @@ def _gap_words(estimate: Interval | None, sde: str) -> str:
 
 
 def _sampling_window(run: Run) -> dict[str, Any]:
-    """The settings of the window of trained steps; empty where every step was stochastic."""
+    """The settings of the window of trained steps; empty if every step was stochastic."""
     return run.setting("window", "sampling") or {}
 
 
 def _basis(run: Run) -> str:
-    """What the last evaluation rests on."""
+    """A sentence on the data of the last evaluation: iteration, images, prompts, steps."""
     if not run.evaluations:
         return ""
     iteration, final = run.evaluations[-1]
@@ -201,7 +203,7 @@ def _basis(run: Run) -> str:
 
 
 def _prompts(run: Run) -> str:
-    """What the prompts of the evaluations may be called: some recipes evaluate on prompts that are trained on."""
+    """Name for the prompts of the evaluations; "held-out" only if none of them was trained on."""
     return "evaluation prompts" if run.evaluations[-1][1].get("prompts_trained_on") else "held-out prompts"
 
 
@@ -274,7 +276,7 @@ def _interval_line(points: list[tuple[int, Interval]], colour: str, label: str =
 
 
 def _window(run: Run) -> list[tuple[str, str, str]]:
-    """(title, explanation, svg) of a run whose trained steps are a window that moves; empty for other runs."""
+    """(title, explanation, svg) of the window's figures; empty for a run without a window."""
     from etude.report.figures import visits_figure, window_figure
 
     x, starts = run.series("window", "start")
@@ -335,7 +337,7 @@ def _diagnostics(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _phase_totals(run: Run) -> dict[str, float]:
-    """Seconds of each phase over the whole run, in the order of the fullest iteration, without the rows' own totals."""
+    """Seconds of each phase over the run, in the order of the iteration with the most phases."""
     rows = [row.get("seconds") or {} for row in run.rows]
     ordered = [phase for seconds in sorted(rows, key=len, reverse=True) for phase in seconds if phase != "total"]
     return {phase: sum(seconds.get(phase, 0.0) for seconds in rows) for phase in dict.fromkeys(ordered)}
@@ -361,7 +363,7 @@ def _time(run: Run) -> dict[str, Any] | None:
 
 
 def _memory(run: Run) -> tuple[str, str] | None:
-    """The figure and the peak."""
+    """The figure of the peak memory so far, and the peak in words; None without data."""
     from etude.report.figures import Line, line_figure
 
     x, y = run.series("memory_mb")

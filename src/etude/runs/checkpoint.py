@@ -1,9 +1,10 @@
 """Checkpoints that survive a kill at any moment, and the small files that a run writes beside them.
 
-A checkpoint is a directory `root/iteration-000012/` with `tensors.safetensors`, `state.json` and `manifest.json` (size
-and SHA-256 of the other two). It is written under a temporary name next to its place, flushed to the disk, and renamed:
-it is there as a whole or not at all, and one that it replaces is set aside until then. What a rename cannot protect from
-(a damaged disk, an edited file) the manifest detects. Nothing is pickled.
+A checkpoint is a directory `root/iteration-000012/` with `tensors.safetensors`, `state.json` and
+`manifest.json` (size and SHA-256 of the other two). It is written under a temporary name beside its
+place, flushed to the disk, and renamed, so it exists as a whole or not at all. A checkpoint of the
+same iteration is set aside until then. The manifest detects damage that a rename cannot prevent: a
+faulty disk, an edited file. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _TEMPORARY, _SET_ASIDE = ".writing-", ".replaced-"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_latest` found: tensors on the CPU, JSON state, and where it was."""
+    """A checkpoint as `load_latest` reads it: tensors on the CPU, JSON state, and its directory."""
 
     iteration: int
     tensors: dict[str, Tensor]
@@ -48,12 +49,12 @@ class Checkpoint:
 def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Path:
     """Writes `root/iteration-<iteration>/` atomically and returns its path.
 
-    Tensors are kept bit for bit, each on its own (aliases become equal copies). A checkpoint of the same number is
-    replaced. Leftovers of killed saves are removed.
+    Tensors are saved bit for bit, each on its own: aliases become equal copies. A checkpoint of the
+    same iteration is replaced. Leftovers of killed saves are removed.
 
     Raises:
-        EtudeError: the state is not JSON (NaN included), or the disk cannot take the checkpoint: the message says where,
-            how much was needed, and that the checkpoints that were there still are.
+        EtudeError: the state is not JSON (NaN included), or the disk cannot take the checkpoint. In
+            that case older checkpoints are intact; the message says so, with place and size.
     """
     own = _apart(tensors)
     text = _json(state, iteration)
@@ -81,19 +82,22 @@ def save_checkpoint(root: Path, iteration: int, tensors: dict[str, Tensor], stat
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, without gaps and each in memory of its own, as safetensors wants them; only what is not gets copied."""
+    """The tensors as safetensors requires them: on the CPU, contiguous, each in memory of its own.
+
+    A tensor is copied only if it is not so already.
+    """
     own: dict[str, Tensor] = {}
-    taken: set[int] = set()
+    places: set[int] = set()
     for name, tensor in tensors.items():
         packed = tensor.detach().cpu().contiguous()
         place = packed.untyped_storage().data_ptr()
-        own[name] = packed.clone() if place in taken else packed
-        taken.add(place)
+        own[name] = packed.clone() if place in places else packed
+        places.add(place)
     return own
 
 
 def load_latest(root: Path) -> Checkpoint | None:
-    """The newest checkpoint under `root` that is whole, or None. Each damaged one on the way is named in a warning."""
+    """The newest whole checkpoint under `root`, or None. A warning names each newer, damaged one."""
     for iteration, path in _numbered(root):
         try:
             return _load(iteration, path)
@@ -103,34 +107,41 @@ def load_latest(root: Path) -> Checkpoint | None:
 
 
 def prune(root: Path, keep: int, sound: set[int] | None = None) -> None:
-    """Removes all but the newest `keep` whole checkpoints, damaged ones older than the newest whole one, and leftovers of killed saves.
+    """Removes old and damaged checkpoints, and leftovers of killed saves.
+
+    The newest `keep` whole checkpoints stay. Damaged ones stay only if no whole one is newer.
 
     Args:
-        sound: iterations whose checkpoints are known to be whole (just written, or loaded) and are not read again; those
-            that prove to be are added.
+        root: directory of the checkpoints.
+        keep: number of whole checkpoints that stay.
+        sound: iterations whose checkpoints are known to be whole, since they were just written or
+            loaded; they are not read again. Iterations found to be whole are added.
     """
-    known, kept = set() if sound is None else sound, 0
+    known, count = set() if sound is None else sound, 0
     if root.is_dir():
         _clean(root)
     for iteration, path in _numbered(root):
-        if kept >= keep:
+        if count >= keep:
             _remove_directory(path)
         elif iteration in known or _is_whole(iteration, path):
             known.add(iteration)
-            kept += 1
-        elif kept:
+            count += 1
+        elif count:
             _remove_directory(path)
 
 
 def newest_whole(root: Path, sound: Container[int] = ()) -> int | None:
-    """The iteration of the newest whole checkpoint under `root`, or None; those in `sound` are known to be whole and not read."""
+    """The iteration of the newest whole checkpoint under `root`, or None.
+
+    Checkpoints of the iterations in `sound` are known to be whole and are not read.
+    """
     return next(
         (iteration for iteration, path in _numbered(root) if iteration in sound or _is_whole(iteration, path)), None
     )
 
 
 class _DamagedError(Exception):
-    """Why a checkpoint cannot be used."""
+    """A checkpoint cannot be used, for the reason in the message."""
 
 
 def _load(iteration: int, path: Path) -> Checkpoint:
@@ -173,15 +184,18 @@ def _is_whole(iteration: int, path: Path) -> bool:
 
 
 def _numbered(root: Path) -> list[tuple[int, Path]]:
-    """Checkpoints by iteration, newest first; one that was set aside counts until the one that replaces it is there."""
+    """Checkpoints by iteration, newest first.
+
+    A checkpoint that was set aside counts until its replacement exists.
+    """
     if not root.is_dir():
         return []
-    found: dict[int, Path] = {}
+    paths: dict[int, Path] = {}
     for entry in sorted(root.iterdir(), reverse=True):  # ".replaced-..." after "iteration-..."
         match = _NAME.fullmatch(entry.name.removeprefix(_SET_ASIDE))
         if match:
-            found.setdefault(int(match[1]), entry)
-    return sorted(found.items(), reverse=True)
+            paths.setdefault(int(match[1]), entry)
+    return sorted(paths.items(), reverse=True)
 
 
 def _listing(path: Path) -> dict[str, dict[str, Any]]:
@@ -201,7 +215,7 @@ def _digest(path: Path) -> str:
 
 
 def _clean(root: Path) -> None:
-    """Removes what a killed save left, and puts back what it had set aside."""
+    """Removes the leftovers of a killed save, and puts back the checkpoint that it had set aside."""
     for entry in list(root.iterdir()):
         place = entry.with_name(entry.name.removeprefix(_SET_ASIDE))
         if place != entry and not os.path.lexists(place):
@@ -211,7 +225,7 @@ def _clean(root: Path) -> None:
 
 
 def _replace_directory(source: Path, target: Path) -> None:
-    """Moves `source` to `target`. An old `target` is set aside first, since a rename cannot replace it."""
+    """Moves `source` to `target`; an old `target`, which a rename cannot replace, is set aside first."""
     old = target.with_name(f"{_SET_ASIDE}{target.name}")
     if target.exists():
         os.rename(target, old)
@@ -221,7 +235,7 @@ def _replace_directory(source: Path, target: Path) -> None:
 
 
 def _remove_directory(path: Path) -> None:
-    """Removes a checkpoint: renamed first, so that a kill halfway leaves nothing that looks like one."""
+    """Renames a checkpoint, then removes it: a kill halfway leaves nothing that looks like one."""
     doomed = path.with_name(f"{_TEMPORARY}{path.name}-old")
     if os.path.lexists(doomed):
         _delete(doomed)
@@ -230,7 +244,7 @@ def _remove_directory(path: Path) -> None:
 
 
 def _delete(path: Path) -> None:
-    """Removes a directory with its content; of a link the link alone."""
+    """Removes a directory with its content, or a link without its target."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()
     else:
@@ -238,10 +252,10 @@ def _delete(path: Path) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run, and which of them are known to be whole.
+    """The checkpoints of one run.
 
     Attributes:
-        sound: iterations whose checkpoints were written or loaded here.
+        sound: iterations whose checkpoints are known to be whole: written or loaded by this object.
     """
 
     def __init__(self, out: Path, config: TrainConfig) -> None:
@@ -249,20 +263,21 @@ class Checkpoints:
         self.sound: set[int] = set()
 
     def save(self, iteration: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Writes one, with the configuration, and removes those that are too old."""
+        """Writes a checkpoint with the configuration, and removes old ones."""
         save_checkpoint(self.root, iteration, tensors, {"config": self.config.model_dump(mode="json"), **state})
         self.sound.add(iteration)
         self.prune()
 
     def prune(self) -> None:
-        """Removes those that are too old; a run that was killed may have left one."""
+        """Removes old checkpoints; a killed run may have left one too many."""
         prune(self.root, self.config.checkpoint.keep, self.sound)
 
     def load(self) -> Checkpoint | None:
-        """The newest sound one; None if none was ever written.
+        """The newest sound checkpoint; None if none was ever written.
 
         Raises:
-            EtudeError: all are damaged or gone, or the newest is of a run with another configuration.
+            EtudeError: all checkpoints are damaged or gone, or the newest sound one belongs to a
+                run with another configuration.
         """
         checkpoint = load_latest(self.root)
         if checkpoint is None:
@@ -287,14 +302,14 @@ class Checkpoints:
         return checkpoint
 
     def remaining(self) -> str:
-        """What a failed run can be continued from, in words."""
+        """The checkpoint that a failed run can continue from, in words."""
         newest = self._newest()
         if newest is None:
             return "no checkpoint was written yet"
         return f"intact checkpoint: iteration {newest} in '{self.root}', --resume continues from it"
 
     def advice(self) -> str:
-        """How an interrupted run is continued, in words."""
+        """The command that continues an interrupted run, in words."""
         command = f"`etude train --resume --out {shlex.quote(str(self.out))}`"
         newest = self._newest()
         if newest is None:
@@ -302,14 +317,14 @@ class Checkpoints:
         return f"{command} continues from the checkpoint of iteration {newest}"
 
     def _newest(self) -> int | None:
-        """As it is on the disk: of several processes those that do not write have to look, the more so when the one that does is gone."""
+        """The newest whole checkpoint on the disk: a process that does not write must look there."""
         return newest_whole(self.root, self.sound)
 
     def _check_same_run(self, stored: dict[str, Any]) -> None:
-        """A checkpoint continues only the run that wrote it; settings that are newer than it had their defaults."""
-        found = difference(parse_config(stored, f"the configuration in '{self.root}'"), self.config)
-        if found is not None:
-            key, old, new = found
+        """Refuses the checkpoint of another run. A setting that it lacks counts as its default."""
+        change = difference(parse_config(stored, f"the configuration in '{self.root}'"), self.config)
+        if change is not None:
+            key, old, new = change
             raise EtudeError(
                 f"the run in '{self.out}' has {key} = {old!r}, but {new!r} was given: resume it with its own "
                 "config.yaml, or start another run in another directory."

@@ -1,4 +1,4 @@
-"""The directory of a run: whether the run may write to it, whether it is the run that it holds, and what it can resume from."""
+"""The directory of a run: whether a run may write to it, and its rows of metrics."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ BEST = "-best"
 
 
 def check_directory(out: Path, resume: bool) -> None:
-    """Refuses to mix two runs. The directory is made when the run starts, so that a refused one leaves nothing.
+    """Refuses a directory that a run may not write to; two runs never share one.
 
-    Halves of files that a killed run was writing (`.NAME.HOST-PID.writing`) do not count: nothing was begun in such a directory.
+    The directory is created only when the run starts, so that a refused run leaves nothing behind.
+    Half-written files of a killed run (`.NAME.HOST-PID.writing`) count as nothing.
 
     Raises:
-        EtudeError: it is a file, holds something without `resume`, or cannot be written.
+        EtudeError: `out` is a file, is not empty without `resume`, or cannot be written.
     """
     if out.exists() and not out.is_dir():
         raise EtudeError(f"--out '{out}' is a file; give a directory.")
@@ -36,7 +37,7 @@ def check_directory(out: Path, resume: bool) -> None:
 
 
 def holds_something(out: Path) -> bool:
-    """Whether anything but the halves of files that a killed run was writing (`.NAME.HOST-PID.writing`) is there."""
+    """Whether there is more than half-written files of a killed run (`.NAME.HOST-PID.writing`)."""
     if not out.is_dir():
         return out.exists()
     return any(not _half_written(entry) for entry in out.iterdir())
@@ -54,9 +55,9 @@ def _half_written(entry: Path) -> bool:
 
 
 def truncate_metrics(path: Path, iteration: int) -> None:
-    """Atomically drops the rows of a JSON-lines file with `"iteration"` above `iteration`, and a torn last line.
+    """Drops rows of a JSON-lines file with `"iteration"` above `iteration`, and a torn last line.
 
-    The rows that stay keep their bytes. A file that does not exist is left so.
+    The file is replaced atomically. The other rows keep their bytes. A missing file stays missing.
 
     Raises:
         EtudeError: a line before the last is not a JSON object with an integer `"iteration"`.
@@ -64,8 +65,8 @@ def truncate_metrics(path: Path, iteration: int) -> None:
     if not path.exists():
         return
     data = path.read_bytes()
-    *lines, torn = data.split(b"\n")  # what follows the last line break was never finished
-    kept = []
+    *lines, torn = data.split(b"\n")  # a killed run leaves text after the last line break
+    remaining = []
     for number, line in enumerate(lines, start=1):
         row = _row(line)
         if row is None and number < len(lines):
@@ -73,13 +74,13 @@ def truncate_metrics(path: Path, iteration: int) -> None:
                 f"'{path}', line {number} is not a metrics row: mend or remove it, or start anew in another --out."
             )
         if row is not None and row <= iteration:
-            kept.append(line + b"\n")
-    if torn or len(kept) < len(lines):
-        atomic_write_bytes(path, b"".join(kept))
+            remaining.append(line + b"\n")
+    if torn or len(remaining) < len(lines):
+        atomic_write_bytes(path, b"".join(remaining))
 
 
 def last_iteration(path: Path) -> int:
-    """The largest `"iteration"` of a JSON-lines file; -1 if it has none."""
+    """The largest `"iteration"` of a JSON-lines file; -1 without any row."""
     rows = [_row(line) for line in path.read_bytes().split(b"\n")] if path.exists() else []
     return max((row for row in rows if row is not None), default=-1)
 

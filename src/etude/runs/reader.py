@@ -1,4 +1,4 @@
-"""What a run directory holds, read and checked."""
+"""Reading a run directory, with checks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, StrictInt, ValidationError
 from etude.config.yaml_text import parse_yaml, read_yaml_text
 from etude.errors import EtudeError, brief
 
-Interval = dict[str, Any]  # mean, low, high, and what else `Estimate.to_dict` gives
+Interval = dict[str, Any]  # mean, low, high and the other entries of `Estimate.to_dict`
 GRIDS = ("before_ode", "after_ode", "before_sde", "after_sde")
 
 
@@ -33,7 +33,7 @@ class _Evaluation(BaseModel):
 
 
 class _Row(BaseModel):
-    """What a row of metrics.jsonl must have where it has it; the rest are numbers to show."""
+    """The checked keys of a row of metrics.jsonl; all but `iteration` may be missing."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     iteration: StrictInt
@@ -46,15 +46,16 @@ class _Row(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """One run's files.
+    """The files of one run.
 
     Attributes:
-        config_text: `config.yaml`, as written.
-        config: the same, parsed.
-        rows: `metrics.jsonl`, one mapping per iteration.
-        torn: whether the last line of the metrics was cut off in writing, and left out.
-        summary: `summary.json`, empty while the run goes on.
-        grids: PNG bytes of those of `GRIDS` that exist under `samples/`.
+        directory: directory of the run.
+        config_text: text of `config.yaml`.
+        config: content of `config.yaml`.
+        rows: rows of `metrics.jsonl`, one mapping per iteration.
+        torn: whether the last line of the metrics was incomplete and left out.
+        summary: content of `summary.json`; empty while the run goes on.
+        grids: PNG bytes of each of `GRIDS` that exists under `samples/`.
         prompts: captions of the grids' cells.
     """
 
@@ -79,36 +80,37 @@ class Run:
 
     @property
     def rewards(self) -> list[str]:
-        """Names of all rewards that were measured: the trained ones first, in their order."""
+        """Names of all measured rewards, the trained ones first."""
         measured = [name for row in self.rows for name in row.get("reward") or {}]
         for _, evaluation in self.evaluations:
             measured += list(evaluation.get("ode") or {})
         return [name for name in dict.fromkeys([*self.trained, *measured]) if name in measured]
 
     def setting(self, key: str, section: str | None = None) -> Any:
-        """A value of the summary, or of the configuration (in `section`, if it has one) while there is no summary."""
+        """A value of the summary; before there is one, of the configuration (in `section`, if given)."""
         if key in self.summary:
             return self.summary[key]
         tree = self.config.get(section) if section else self.config
         return tree.get(key) if isinstance(tree, dict) else None
 
     def series(self, *path: str) -> tuple[list[int], list[float]]:
-        """Iterations at which the metrics have a number under `path`, and those numbers."""
-        points = [(row["iteration"], _follow(row, path)) for row in self.rows]
-        kept = [(iteration, float(value)) for iteration, value in points if isinstance(value, int | float)]
-        return [iteration for iteration, _ in kept], [value for _, value in kept]
+        """Iterations whose row has a number under the keys `path`, and these numbers."""
+        values = [(row["iteration"], _follow(row, path)) for row in self.rows]
+        points = [(iteration, float(value)) for iteration, value in values if isinstance(value, int | float)]
+        return [iteration for iteration, _ in points], [value for _, value in points]
 
     def intervals(self, quantity: str, reward: str) -> list[tuple[int, Interval]]:
         """(iteration, estimate) of `ode`, `sde`, `gap` or `improvement` for one reward."""
-        found = [(i, _follow(evaluation, (quantity, reward))) for i, evaluation in self.evaluations]
-        return [(iteration, estimate) for iteration, estimate in found if isinstance(estimate, dict)]
+        estimates = [(i, _follow(evaluation, (quantity, reward))) for i, evaluation in self.evaluations]
+        return [(iteration, estimate) for iteration, estimate in estimates if isinstance(estimate, dict)]
 
 
 def read_run(directory: Path) -> Run:
     """Reads a run directory.
 
     Raises:
-        EtudeError: if it is not one, or a file in it cannot be understood (the file, and the line, are named).
+        EtudeError: `directory` is no run, or one of its files is invalid; the message names file
+            and line.
     """
     if not directory.is_dir():
         raise EtudeError(f"'{directory}' is not a directory: give the output directory of a run.")
@@ -159,7 +161,7 @@ def parse_metrics(text: str, place: str) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _number(digits: str) -> int | float:
-    """A whole number that floats can take, or one of them."""
+    """An int; from 300 digits on a float, since such an int may exceed every float."""
     return int(digits) if len(digits) < 300 else float(digits)
 
 

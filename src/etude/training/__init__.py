@@ -1,4 +1,5 @@
-"""Fine-tuning: the loop (`trainer`), what an iteration draws and is judged by, and what a run keeps on disk.
+"""Fine-tuning: the loop (`trainer`), its evaluation, and the files that a run leaves.
 
-The formulas are not here: `etude.sampling.rollout` samples and replays, `etude.learning.advantages` and `etude.learning.objectives` are the loss.
+The formulas are elsewhere: `etude.sampling.rollout` draws images, and `etude.learning.advantages`
+and `etude.learning.objectives` give the loss.
 """

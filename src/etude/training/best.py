@@ -15,18 +15,21 @@ if TYPE_CHECKING:
 
 
 def confirmation(scores: Mapping[str, Scores], clusters: list[int]) -> dict[str, Any]:
-    """What fresh noise says of weights that were chosen for their figures.
+    """Estimates of the best weights from fresh noise, free of the luck that chose them.
 
-    The highest of several noisy means is higher than what it is the mean of: the evaluations of a run share prompts and noise, and
-    weights can be lucky on them. Measured again on the same prompts from other noise, the luck with the noise is gone; that with the
-    prompts, which is left, only other prompts take away.
+    The highest of several noisy means overestimates its expectation. The evaluations of a run share
+    prompts and noise, and weights can be lucky on both. A measurement on the same prompts from
+    other noise removes the luck with the noise. Only other prompts would remove the luck with the
+    prompts.
 
     Args:
-        scores: under the ODE, by reward, of "best", and of "last" and "base" if they were measured too, image by image from equal noise.
-        clusters: the prompt of each image.
+        scores: scores under the ODE by reward, image by image from equal noise, for the weights
+            "best" and, if they were measured, "last" and "base".
+        clusters: prompt of each image.
 
     Returns:
-        Estimates by reward: `ode` of the best, `over_last` and `improvement`, its paired differences from the last and the base.
+        Estimates by reward: `ode` of the best weights; `over_last` and `improvement`, the paired
+        differences best minus last and best minus base.
     """
     best = scores["best"]
     result = {"ode": {reward: estimate_mean(values, clusters).to_dict() for reward, values in best.items()}}
@@ -40,7 +43,7 @@ def confirmation(scores: Mapping[str, Scores], clusters: list[int]) -> dict[str,
 
 
 def explain_best(best: Mapping[str, Any]) -> str:
-    """Which weights were kept, why, and what fresh noise says of them, in a sentence; of a summary's `best`."""
+    """One sentence on the `best` of a summary: iteration, reward, and the estimates from fresh noise."""
     reward, fresh = best["reward"], best.get("confirmation") or {}
     chosen = Estimate.from_dict(best["evaluation"]["ode"][reward]).format(signed=False)
     text = f"Best weights: iteration {best['iteration']}, with the highest held-out {reward} under the ODE, {chosen}"
@@ -54,18 +57,20 @@ def explain_best(best: Mapping[str, Any]) -> str:
 
 
 class BestWeights:
-    """The trained weights of the evaluation in which a reward's mean under the ODE was highest, the earliest of equals.
+    """The trained weights of the evaluation with a reward's highest ODE mean, the earliest of equals.
 
-    The base model, which iteration 0 evaluates, does not compete: whether the best is better than it, the improvement says. The mean
-    of the best is that of a maximum over noisy evaluations, and flatters: at its end a run measures them again (`confirmation`).
+    The base model, which iteration 0 evaluates, does not compete; the improvement compares the best
+    weights with it. The mean of the best weights is a maximum over noisy evaluations and therefore
+    too high: at its end a run measures them again (`confirmation`).
 
     Args:
-        reward: that decides; None keeps nothing.
+        reward: reward that decides. None: no weights are kept.
 
     Attributes:
-        weights: on the CPU, by parameter; empty until an evaluation was offered.
-        iteration: after which they were taken.
-        evaluation: what was measured with them.
+        weights: weights on the CPU, by parameter; empty before the first evaluation of trained
+            weights.
+        iteration: iteration after which the weights were copied.
+        evaluation: evaluation of the weights.
     """
 
     def __init__(self, reward: str | None) -> None:
@@ -84,11 +89,11 @@ class BestWeights:
         self.iteration, self.evaluation = iteration, evaluation
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights, as JSON."""
+        """State for a checkpoint beside the weights, as JSON."""
         return {"iteration": self.iteration, "evaluation": self.evaluation}
 
     def load_state(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Restores what `weights` and `state` were."""
+        """Restores `weights` and the result of `state`."""
         self.weights = weights
         self.iteration, self.evaluation = state["iteration"], state["evaluation"]
 

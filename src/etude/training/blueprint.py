@@ -1,4 +1,4 @@
-"""What a configuration builds before a model is loaded: its objects check themselves, so a refused run costs no loading."""
+"""The objects that a configuration builds before a model is loaded, so that a refused run loads none."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Blueprint:
 
     @classmethod
     def of(cls, config: TrainConfig, out: Path, resume: bool = False) -> Blueprint:
-        """The parts of a configuration, once its directory, optimiser and sampling are known to be usable.
+        """Builds the parts of a configuration and checks directory, optimiser and sampling.
 
         Raises:
-            EtudeError: one of them is not.
+            EtudeError: one of them cannot be used.
         """
         check_directory(out, resume)
         check_optimizer(config.optimizer)
@@ -52,10 +52,10 @@ class Blueprint:
         return cls(config, objective, advantage, rewards, load_prompts(config.prompts.train))
 
     def check_groups(self, processes: int) -> None:
-        """Refuses to cut a group between two processes where a reward compares the images of a group.
+        """Refuses a group that is cut between two processes if a reward compares the images of a group.
 
         Raises:
-            EtudeError: the groups do not divide among the processes.
+            EtudeError: the number of groups is not a multiple of the number of processes.
         """
         rollout = self.config.rollout
         groups = rollout.images_per_iteration // rollout.images_per_prompt
@@ -66,7 +66,7 @@ class Blueprint:
             )
 
     def schedule(self, policy: TrainablePolicy) -> PlanSchedule:
-        """The plan of each iteration on the levels of a policy."""
+        """The plan of each iteration on the noise levels of a policy."""
         config = self.config
         return PlanSchedule(
             config.sampling,
@@ -78,7 +78,7 @@ class Blueprint:
         )
 
     def make_trainable(self, policy: TrainablePolicy) -> None:
-        """Adds the adapter to a policy, or makes all of its network trainable."""
+        """Adds the adapter to a policy, or makes its whole network trainable."""
         config = self.config
         if config.memory.gradient_checkpointing:
             policy.enable_gradient_checkpointing()

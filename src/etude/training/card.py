@@ -1,4 +1,4 @@
-"""The model card beside exported weights: what they are, the two numbers, and how plain diffusers loads them."""
+"""The model card beside exported weights: their origin, their two numbers, and lines that load them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from etude.training.best import explain_best
 
 
 def summary_of_the_best(summary: dict[str, Any], config: TrainConfig, policy: TrainablePolicy) -> dict[str, Any]:
-    """The summary of the weights that were best: of an earlier iteration, or of the last."""
+    """The summary for the card of the best weights, with their iteration, evaluation and advice."""
     best = summary["best"]
     advice = (
-        f"{deployment_advice(config, policy, best['evaluation'])} {explain_best(best)} Of a run of {summary['iterations']} iterations. "
-        "The table is of the evaluation that these weights were chosen by, and figures that a choice rests on flatter: go by those from "
+        f"{deployment_advice(config, policy, best['evaluation'])} {explain_best(best)} The run had {summary['iterations']} iterations. "
+        "The table shows the evaluation that chose these weights, and figures that decide a choice are too high: trust those from "
         "fresh noise, or measure on other prompts with `etude gap --prompts`."
     )
     return {**summary, "iterations": best["iteration"], "final": best["evaluation"], "deploy": advice}
 
 
 def deployment_advice(config: TrainConfig, policy: TrainablePolicy, evaluation: dict[str, Any]) -> str:
-    """Which sampler the evidence favours, judged on the first reward that was trained."""
+    """Advice on the sampler to deploy, from the gap of the first trained reward."""
     reward, eta, kernel = next(iter(config.rewards)), evaluation["eta"], config.sampling.kernel
     at = f"eta = {eta_text(eta)}"
     gap = evaluation["gap"][reward]
@@ -39,8 +39,8 @@ def deployment_advice(config: TrainConfig, policy: TrainablePolicy, evaluation: 
     if gap["high"] < 0:
         stochastic = "draw with `SamplingPlan.from_etas` in Python"
         if isinstance(eta, int | float):
-            told = f"eta={eta:g}, kernel={kernel!r}, first_step={config.sampling.first_step!r}"
-            stochastic = f"deploy {stochastic_scheduler(policy)} with {told}, as the model card shows,"
+            settings = f"eta={eta:g}, kernel={kernel!r}, first_step={config.sampling.first_step!r}"
+            stochastic = f"deploy {stochastic_scheduler(policy)} with {settings}, as the model card shows,"
         return (
             f"The ODE sampler is what etude ships, but the SDE at {at} scores higher on {reward} ({interval}): "
             f"{stochastic} if that difference matters to you."
@@ -51,7 +51,7 @@ def deployment_advice(config: TrainConfig, policy: TrainablePolicy, evaluation: 
 def model_card(
     summary: dict[str, Any], config: TrainConfig, policy: TrainablePolicy, objective: Objective, suffix: str = ""
 ) -> str:
-    """The README.md beside the weights: what they are, the two numbers, and how plain diffusers loads them."""
+    """The README.md beside the weights: their origin, a table of rewards, and lines that load them."""
     final = summary["final"]
     rows = [
         f"| {reward}{' (held out)' if reward in summary['held_out_rewards'] else ''} | "
@@ -93,17 +93,20 @@ def _kind_of_prompts(evaluation: dict[str, Any]) -> str:
 
 
 def _reward_models(summary: dict[str, Any]) -> str:
-    """The hub repositories that the rewards were read from, each with its commit."""
-    read = [
+    """A line with the hub repositories of the rewards, each with its commit; empty without any."""
+    sources = [
         f"{name.partition(':')[0]} from "
         + ", ".join(f"{repository.partition('@')[0]} at {commit}" for repository, commit in commits.items())
         for name, commits in summary["reward_revisions"].items()
     ]
-    return f"\nRewards: {'; '.join(read)}.\n" if read else ""
+    return f"\nRewards: {'; '.join(sources)}.\n" if sources else ""
 
 
 def _stochastic(eta: Any, num_steps: int, config: TrainConfig, policy: TrainablePolicy) -> str:
-    """How plain diffusers draws with the SDE of the table; nothing where eta differs by step, which schedulers do not take."""
+    """Lines of plain diffusers that draw with the SDE of the table.
+
+    Empty if eta differs by step, which a scheduler cannot do.
+    """
     if not isinstance(eta, int | float):
         return ""
     sampling = config.sampling

@@ -1,14 +1,16 @@
-"""What a run would cost, counted before it starts: how often the network is evaluated, how much of it is trained, what memory it takes.
+"""The cost of a run, counted before it starts: network evaluations, trained parameters and memory.
 
-One evaluation is the network's answer for one image at one step, whatever guidance makes of it inside. With n images an
-iteration, T steps for an image (those of a compressed tail included), the first P of them deterministic, K of them trained:
+One evaluation is the network's answer for one image at one step, with or without guidance. An
+iteration has n images, each with T steps (a compressed tail included). The first P steps are
+deterministic, and K steps are trained:
 
-    rollout      n T, or g P + n (T - P) where the images of each of the g groups share their initial noise
-    reference    n K if the KL to the reference model is wanted
+    rollout      n T, or g P + n (T - P) if the images of each of g groups share their initial noise
+    reference    n K with a KL to the reference model
     replay       n max(1, round(timestep_fraction K)) num_inner_epochs
-    evaluation   2 evaluation.num_images N: the ODE and the SDE, N steps each, in the iterations that are evaluated
+    evaluation   2 evaluation.num_images N, N steps of the ODE and of the SDE, where one is due
 
-The steps of images that start alike are shared within a process; the counts are those of a run in one process.
+Images with the same initial noise share steps only within a process; the counts are those of a run
+in one process.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImageSteps:
-    """The steps of one image while training.
+    """The steps of one image in training.
 
     Attributes:
-        total: network evaluations.
-        prefix: deterministic steps before the first stochastic one.
-        trained: trained steps.
+        total: number of network evaluations.
+        prefix: number of deterministic steps before the first stochastic one.
+        trained: number of trained steps.
     """
 
     total: int
@@ -52,13 +54,16 @@ def evaluations(config: TrainConfig, objective: Objective, steps: ImageSteps, co
     """Network evaluations of one iteration by part, without its evaluation of the gap: see the module.
 
     Args:
-        columns: things of each image that an optimiser step may train (`Objective.columns`).
+        config: configuration of the run.
+        objective: loss of an optimiser step.
+        steps: steps of one image.
+        columns: number of columns of each image (`Objective.columns`).
     """
     images, settings = config.rollout.images_per_iteration, config.objective
     starts = images // config.rollout.images_per_prompt if config.rollout.shared_noise else images
-    kept = images * max(1, round(settings.timestep_fraction * columns))
-    pairs = kept * settings.num_inner_epochs
-    distinct = kept if settings.timestep_fraction == 1 else pairs
+    per_pass = images * max(1, round(settings.timestep_fraction * columns))
+    pairs = per_pass * settings.num_inner_epochs
+    distinct = per_pass if settings.timestep_fraction == 1 else pairs
     rollout = starts * steps.prefix + images * (steps.total - steps.prefix)
     return {"rollout": rollout, **objective.evaluations(images, steps.trained, distinct, pairs)}
 
@@ -69,21 +74,23 @@ def gap_evaluations(config: TrainConfig) -> int:
 
 
 def evaluated(config: TrainConfig) -> list[int]:
-    """The iterations that end with an evaluation: 0, which is the base model, every k-th and the last."""
+    """The evaluated iterations: 0 (the base model), every `evaluation.every`-th and the last."""
     return sorted({*range(0, config.iterations + 1, config.evaluation.every), config.iterations})
 
 
 def run_evaluations(
     config: TrainConfig, objective: Objective, table_at: Callable[[int], StepTable]
 ) -> dict[str, tuple[int, int, int]]:
-    """By part: the fewest and the most network evaluations of an iteration, and those of the whole run.
+    """Network evaluations by part: fewest and most of an iteration, and the sum over the run.
 
     Args:
-        table_at: plan of each iteration from 1 on: a window that moves changes it.
+        config: configuration of the run.
+        objective: loss of an optimiser step.
+        table_at: plan of each iteration from 1 on; a window that moves changes it.
     """
     tables = map(table_at, range(1, config.iterations + 1))
-    seen = Counter((ImageSteps.of(table), objective.columns(table)) for table in tables)
-    parts = [(evaluations(config, objective, *what), times) for what, times in seen.items()]
+    cases = Counter((ImageSteps.of(table), objective.columns(table)) for table in tables)
+    parts = [(evaluations(config, objective, *case), times) for case, times in cases.items()]
     result = {
         part: (
             min(counts[part] for counts, _ in parts),
@@ -97,10 +104,14 @@ def run_evaluations(
 
 
 def resolved(config: TrainConfig, out: Path, resume: bool = False, policy: TrainablePolicy | None = None) -> str:
-    """The resolved configuration as YAML, then what the run would take as comments: text that is itself a recipe.
+    """The resolved configuration as YAML, followed by the cost of the run as comments: itself a recipe.
 
     Args:
-        policy: model to count on. Default: an outline, for which the model's configuration is read and none of its weights.
+        config: configuration of the run.
+        out: directory of the run.
+        resume: whether the run would continue the one in `out`.
+        policy: model to count on. Default: an outline, which reads the model's configuration and
+            none of its weights.
 
     Raises:
         EtudeError: the run would be refused.
@@ -128,7 +139,7 @@ def resolved(config: TrainConfig, out: Path, resume: bool = False, policy: Train
 
 
 def _table(counts: Mapping[str, tuple[int, int, int]], evaluated: int, iterations: int) -> list[str]:
-    """Rows of the parts that are not empty, and the whole run's sum."""
+    """Rows of the parts that are not empty, and the sum over the run."""
     rows = [("network evaluations, one image at one step", "each", "times", "in all")]
     for part, (low, high, total) in counts.items():
         if total:
@@ -143,13 +154,13 @@ def _table(counts: Mapping[str, tuple[int, int, int]], evaluated: int, iteration
 
 
 def _models_of_rewards(names: list[str]) -> list[str]:
-    """One line on what the rewards add to the memory, as far as it is known; none if they have no weights."""
+    """One line on the memory of the rewards' networks, as far as it is known; none without networks."""
     from etude.rewards.reward import CLOSED_FORMS, WEIGHTS_GB
 
-    weighty = [name for name in dict.fromkeys(names) if name not in CLOSED_FORMS]
-    sizes = {name: WEIGHTS_GB.get(name.partition(":")[0]) for name in weighty}
-    said = ", ".join(f"{name} {f'{size:g} GB' if size else 'of unknown size'}" for name, size in sizes.items())
-    return [f"models of rewards come on top, in float32: {said}"] if said else []
+    networks = [name for name in dict.fromkeys(names) if name not in CLOSED_FORMS]
+    sizes = {name: WEIGHTS_GB.get(name.partition(":")[0]) for name in networks}
+    listed = ", ".join(f"{name} {f'{size:g} GB' if size else 'of unknown size'}" for name, size in sizes.items())
+    return [f"models of rewards come on top, in float32: {listed}"] if listed else []
 
 
 def _memory(parts: Mapping[str, int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run leaves for its user: the exported weights, before / after pictures, the summary, the report."""
+"""The results of a run: exported weights, before / after pictures, summary, model cards, report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PACKAGES = ("etude", "torch", "diffusers", "transformers", "accelerate", "peft",
 
 
 def peak_memory_mb() -> float:
-    """Peak memory of this process so far in MB: the device's where there is a GPU, else resident memory."""
+    """Peak memory of this process so far in MB: of the GPU if there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -43,7 +43,7 @@ def peak_memory_mb() -> float:
 
 
 def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """A row of metrics as `a/b/c: number`, the form that trackers take; a list counts from 0."""
+    """A row of metrics as `a/b/c: number`, the form that trackers take; list entries count from 0."""
     flat: dict[str, float] = {}
     for key, value in row.items():
         if isinstance(value, list):
@@ -56,7 +56,7 @@ def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def write_grids(out: Path, when: str, ode: Tensor, sde: Tensor, prompts: list[str]) -> None:
-    """`samples/{when}_ode.png`, `samples/{when}_sde.png` and the caption of each cell."""
+    """Writes `samples/{when}_ode.png`, `samples/{when}_sde.png`, and the captions in `prompts.json`."""
     (out / "samples").mkdir(exist_ok=True)
     for sampler, images in (("ode", ode), ("sde", sde)):
         buffer = io.BytesIO()
@@ -66,7 +66,13 @@ def write_grids(out: Path, when: str, ode: Tensor, sde: Tensor, prompts: list[st
 
 
 def export(policy: TrainablePolicy, out: Path, suffix: str = "") -> None:
-    """`out/lora`, or `out/model` after full fine-tuning, with `suffix`: complete or absent, never half written."""
+    """Writes `out/lora`, or `out/model` after full fine-tuning, with `suffix` after the name.
+
+    The directory is complete or absent, never half written.
+
+    Raises:
+        EtudeError: the weights cannot be written.
+    """
     final = out / f"{policy.export_name}{suffix}"
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / f".{final.name}.writing"
@@ -102,9 +108,15 @@ def finish(
     """Writes `summary.json`, the model cards beside the weights and `report.html`; returns the summary.
 
     Args:
-        iterations: how many were done: fewer than planned if a reward fell.
-        best: the weights that were exported beside the last.
-        confirmation: what fresh noise says of them (`guards.confirmation`).
+        out: directory of the run.
+        config: configuration of the run.
+        policy: policy with the last weights.
+        objective: loss of the run.
+        evaluation: last evaluation.
+        started: start of this process's work, in seconds since the epoch.
+        iterations: number of finished iterations, fewer than planned if a reward fell.
+        best: best weights, exported beside the last ones.
+        confirmation: estimates of the best weights from fresh noise (`best.confirmation`).
     """
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     seconds: dict[str, float] = {}
@@ -153,7 +165,7 @@ def finish(
 
 
 def _best(best: BestWeights, confirmation: dict[str, Any], policy: TrainablePolicy) -> dict[str, Any]:
-    """What the summary says of the best weights, and where they are."""
+    """The summary's entry on the best weights, with their directory."""
     return {
         "reward": best.reward,
         "directory": f"{policy.export_name}{BEST}",

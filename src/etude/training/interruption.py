@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks a run to end where nothing is lost, the second ends it at once."""
+"""Ctrl-C and SIGTERM: the first asks a run to stop where nothing is lost, the second ends it at once."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run ended because a signal asked it to; its text is one sentence that says how to continue.
+    """A run ended because a signal asked for it. The message is one sentence that says how to continue.
 
     Attributes:
-        signum: the signal. A program that ends by it has the exit code 128 + signum: 130 for SIGINT, 143 for SIGTERM.
+        signum: number of the signal. A program that ends by a signal has the exit code 128 +
+            signum: 130 for SIGINT, 143 for SIGTERM.
     """
 
     def __init__(self, message: str, signum: int) -> None:
@@ -30,13 +31,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """Within this context SIGINT and SIGTERM are noted, and it is for the run to look and end; the second one ends the process at once.
+    """Context in which the first SIGINT or SIGTERM is noted and the second ends the process at once.
 
-    A signal that the parent process had switched off (`nohup`, background jobs) stays off. Outside the main thread, where Python
-    cannot take signals, nothing changes.
+    The run must look at `signum` and stop. A signal that the parent process had switched off
+    (`nohup`, background jobs) stays off. Outside the main thread, where Python cannot handle
+    signals, nothing changes.
 
     Attributes:
-        signum: the signal that came, to this process or another one of the run, or None.
+        signum: signal that arrived in this process or in another one of the run; None before any.
     """
 
     def __init__(self) -> None:
@@ -60,15 +62,15 @@ class Interruption:
 
     @property
     def name(self) -> str:
-        """Of the signal that came."""
+        """Name of the signal that arrived."""
         assert self.signum is not None
         return signal.Signals(self.signum).name
 
     def share(self, accelerator: Accelerator) -> bool:
-        """Whether any process had received a signal when it called this, as all of them must, and all get the same answer."""
+        """Whether any process has received a signal. All must call this; all get the same answer."""
         own = torch.tensor([self.signum or 0])
         anywhere = int(gather(accelerator, own, accelerator.num_processes).max())
-        # One that came during the exchange is known here alone, and is kept for the next.
+        # A signal that arrives during the exchange is known here alone; the next exchange reports it.
         self.signum = anywhere or self.signum
         return anywhere > 0
 
@@ -76,14 +78,15 @@ class Interruption:
         if self._received:
             _say("ended at once; what is on the disk is intact, and --resume continues from it.\n")
             os._exit(128 + signum)
-        # Having heard of another process's is not enough: a launcher that passes a signal on gets round to them one by one.
+        # Only a signal to this process counts as the first. A launcher forwards one Ctrl-C to its
+        # processes in turn; the copy that arrives late must not be taken for a second Ctrl-C.
         self._received, self.signum = True, signum
         if sys.stderr is not None and sys.stderr.isatty():
             _say("stopping where nothing is lost; once more ends at once.\n")
 
 
 def _say(text: str) -> None:
-    """Straight to the terminal: a handler may run amid anything, the buffers' own code included."""
+    """Writes straight to the terminal: a handler may interrupt any code, also that of buffers."""
     show_cursor = "\x1b[?25h" if os.isatty(2) else ""
     try:
         os.write(2, f"{show_cursor}\n{text}".encode())

@@ -1,9 +1,10 @@
-"""What a run takes of the accelerator's memory, reckoned before it starts: sizes are counted, activations are played through.
+"""An estimate of a run's accelerator memory, before it starts: sizes are counted, activations simulated.
 
-Weights, gradients, optimiser state and the stored trajectory have sizes that follow from the configuration. Activations do not: one
-micro-batch of each phase is run on fake tensors, which have shapes and no numbers, and the most bytes alive at once are noted. That
-figure is rough: it knows neither the workspace of a device's kernels nor what its allocator wastes, and attention may be computed
-otherwise there. Models of rewards are not counted.
+The configuration determines the sizes of weights, gradients, optimiser state and stored trajectory.
+It does not determine those of activations. For them, one micro-batch of each phase runs on fake
+tensors, which have shapes and no numbers, and the largest number of bytes alive at once is
+recorded. That figure is rough: it leaves out the workspace of a device's kernels and the waste of
+its allocator, and a device may compute attention in another way. Models of rewards are not counted.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
 FLOAT = 4
 """Bytes of a float32."""
 EIGHT_BIT_LEAST, EIGHT_BIT_BLOCK = 4096, 256
-"""Of bitsandbytes: numbers of a parameter whose moments are kept in 8 bits, and of a block that shares a scale."""
+"""Sizes in bitsandbytes: smallest parameter with moments in 8 bits, and block with one scale."""
 
 
 def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: PlanSchedule) -> dict[str, int]:
-    """Bytes by part, of a run in one process; the last is the sum. Parts that take nothing are left out.
+    """Bytes by part for a run in one process; the last entry is the sum. Empty parts are left out.
 
     Args:
+        blueprint: parts of the run that need no model.
         policy: outline of the model, made trainable.
         schedule: plan of each iteration.
     """
@@ -70,7 +72,11 @@ def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: Pla
 
 
 def trajectory_floats(table: StepTable, dimensions: int, with_reference: bool) -> int:
-    """Numbers that a rollout stores of one image: the states of its trained steps, its latents, and the reference's means."""
+    """Count of numbers that a rollout stores for one image: states, log-probabilities and latents.
+
+    The states are those at both ends of the trained steps. With the reference model, its means are
+    added.
+    """
     steps = len(table.trained_steps)
     return (_stored_levels(table) + 1 + (steps if with_reference else 0)) * dimensions + steps
 
@@ -80,7 +86,7 @@ def _stored_levels(table: StepTable) -> int:
 
 
 def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> int:
-    """Of the two moments: float32, or in 8 bits with a float32 scale a block, where parameters are large enough."""
+    """Bytes of AdamW's moments: float32, or for large parameters 8 bits with a scale a block."""
 
     def moments(count: int) -> int:
         if config.kind == "adamw" or count < EIGHT_BIT_LEAST:
@@ -91,9 +97,10 @@ def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
 
 
 def activations(config: TrainConfig, policy: TrainablePolicy, table: StepTable, prompt: list[str]) -> dict[str, int]:
-    """The most bytes alive at once in one micro-batch of each phase, beside what stays: weights, gradients, trajectory.
+    """The largest number of bytes alive at once in one micro-batch of each phase.
 
-    An offloaded part counts where it visits the device.
+    Weights, gradients and trajectory, which stay, are not included. An offloaded part counts in the
+    phase in which it is on the device.
     """
     images, replay = config.rollout.images_per_iteration, config.objective.batch_size
     sampled = min(config.rollout.batch_size, images)
@@ -125,10 +132,13 @@ def activations(config: TrainConfig, policy: TrainablePolicy, table: StepTable, 
 
 
 def peak_bytes(work: Callable[[], Any], mode: FakeTensorMode | None = None) -> int:
-    """The most bytes of tensors alive at once that `work` makes, run on fake tensors: nothing is computed or allocated.
+    """The largest number of bytes of tensors that `work` has alive at once.
+
+    `work` runs on fake tensors: no number is computed and no memory allocated.
 
     Args:
-        mode: of the fake tensors that `work` is given, if there are any.
+        work: function to run.
+        mode: mode of the fake tensors that `work` uses. Default: a new one.
     """
     with mode or FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
         work()
@@ -136,7 +146,7 @@ def peak_bytes(work: Callable[[], Any], mode: FakeTensorMode | None = None) -> i
 
 
 class _Live(TorchDispatchMode):
-    """Counts the storages that operations make, until they are gone."""
+    """Counts the bytes of storages from their creation by an operation to their release."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +155,7 @@ class _Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if not (function.is_view or function._schema.is_mutable):  # those give storages that were there
+        if not (function.is_view or function._schema.is_mutable):  # such results use existing storages
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor):
                     self._add(tensor.untyped_storage())
@@ -166,7 +176,7 @@ class _Live(TorchDispatchMode):
 
 
 def _parts(policy: TrainablePolicy) -> dict[str, nn.Module]:
-    """The networks by name; the denoiser's own, not what Accelerate may have wrapped it in."""
+    """The networks by name; the denoiser itself, without a wrapper of Accelerate."""
     if not isinstance(policy, PipelinePolicy):
         return {"network": policy.network}
     components = policy.pipeline.components.items()
@@ -174,7 +184,7 @@ def _parts(policy: TrainablePolicy) -> dict[str, nn.Module]:
 
 
 def _waiting(policy: TrainablePolicy) -> set[str]:
-    """The parts that are on the CPU while they do not work."""
+    """Names of the parts that are on the CPU while they are not used."""
     if not (isinstance(policy, PipelinePolicy) and policy.offload):
         return set()
     return {name for name in _parts(policy) if name != policy.denoiser}
@@ -185,5 +195,5 @@ def _bytes(module: nn.Module) -> int:
 
 
 def readable(size: int) -> str:
-    """Bytes with three digits or so: MiB below one GiB."""
+    """A number of bytes in GiB, or in MiB below one GiB, with one decimal."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

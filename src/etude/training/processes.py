@@ -1,4 +1,4 @@
-"""What the processes of one run share: the accelerator, and who makes which sample."""
+"""The processes of one run: accelerator, wrapping of the network, and failures that all share."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from etude.errors import EtudeError, brief
 from etude.learning.exchange import gather
 
 TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
-"""Whether the package of a tracker, which has its name, is there."""
+"""Tracker to a function that says whether its package, of the same name, is installed."""
 LAUNCHED = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
-"""Where launchers (torchrun, `accelerate launch`, MPI) say how many processes they started."""
+"""Environment variables with the number of processes of torchrun, `accelerate launch` or MPI."""
 SKEW = timedelta(minutes=30)
-"""How far apart processes may be for other reasons than a reward: gloo's usual time-out."""
+"""Longest delay between processes for other reasons than a reward: gloo's usual time-out."""
 
 
 def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     """The accelerator of a run.
 
     Raises:
-        EtudeError: a tracker's package is missing, DeepSpeed is asked for, the launched processes do not form one group, the images of an
-            iteration do not divide among them.
+        EtudeError: a tracker's package is missing, DeepSpeed is asked for, the launched processes
+            do not form one group, or the images of an iteration do not divide among them.
     """
     check_trackers(config.trackers)
     if _asks_for("DEEPSPEED"):
@@ -54,16 +54,16 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     launched = get_int_from_env(LAUNCHED, 1)
     # Explicit, so that no environment variable of a launcher scales the loss or changes the precision.
     accelerator = Accelerator(
-        # Without it processes that torchrun started where there is no GPU would form no group: each would be a run of its own.
+        # Otherwise processes of torchrun without a GPU form no group: each is a run of its own.
         cpu=launched > 1 and not torch.accelerator.is_available(),
         log_with=list(config.trackers) or None,
         project_dir=out,
         mixed_precision="no",
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
-            # By default the others would give up first, and take a process whose reward is slow or hangs for one that is gone.
+            # After the default time-out a process with a slow reward would count as lost.
             InitProcessGroupKwargs(timeout=timedelta(seconds=config.rollout.reward_timeout) + SKEW),
-            # Nothing changes a buffer. So only the gradients are exchanged, and each process calls its network as often as it likes.
+            # Buffers never change. Without their exchange, processes may differ in their calls.
             DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
@@ -82,19 +82,20 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
 def prepare(
     accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Wraps the network for several processes, or divides it among them; the parameters are others then."""
+    """Wraps the network, or divides it among processes, which replaces its parameters."""
     with warnings.catch_warnings():
-        # Accelerate has no other argument that leaves the buffers alone.
+        # Accelerate has no other argument that stops the exchange of buffers.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         network, prepared = accelerator.prepare(network, optimizer)
     if isinstance(network, FSDPModule):
-        # By default the outermost layers stay whole after a forward without gradients, and would miss it when weights are swapped.
+        # By default the outermost layers stay whole after a forward without gradients, and swapped
+        # weights would not reach them.
         network.set_reshard_after_forward(True)
     return network, prepared
 
 
 def _check_division(config: TrainConfig, processes: int) -> None:
-    """Every process must have equally many samples of every optimiser step."""
+    """Refuses numbers that give the processes unequal shares of an optimiser step."""
     images, updates = config.rollout.images_per_iteration, config.objective.updates_per_epoch
     if images % processes:
         raise EtudeError(f"rollout.images_per_iteration = {images} is not a multiple of the {processes} processes.")
@@ -106,7 +107,7 @@ def _check_division(config: TrainConfig, processes: int) -> None:
 
 
 def _check_sharding(accelerator: Accelerator) -> None:
-    """Refuses FSDP where Accelerate would leave every process the whole model, and its first version."""
+    """Refuses FSDP on the CPU, where Accelerate would not divide the model, and FSDP's first version."""
     if accelerator.distributed_type == DistributedType.MULTI_CPU and _asks_for("FSDP"):
         raise EtudeError(
             "Accelerate's configuration asks for FSDP, which divides a network among accelerators, and this machine has none: use "
@@ -117,15 +118,16 @@ def _check_sharding(accelerator: Accelerator) -> None:
 
 
 def _asks_for(strategy: str) -> bool:
-    """Whether the launcher's configuration asks for FSDP or DEEPSPEED."""
+    """Whether the launcher's configuration asks for a strategy, FSDP or DEEPSPEED."""
     return os.environ.get(f"ACCELERATE_USE_{strategy}", "false").lower() == "true"
 
 
 def _keep_for_good(group: object) -> None:
-    """Lets the process group live as long as the process, whoever else lets go of it.
+    """Keeps the process group alive as long as the process, to avoid a deadlock at its end.
 
-    Gloo's destructor waits for its threads, and does so holding Python's global lock when the model's wrapper was the last to let go. A
-    thread that is just then freeing the tensors of the last exchange waits for that lock: neither ever ends (seen with torch 2.13).
+    Gloo's destructor waits for its threads. If the model's wrapper drops the last reference, it
+    does so while it holds Python's global lock. A thread that frees the tensors of the last
+    exchange at that moment waits for the lock, so neither ever ends (seen with torch 2.13).
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
@@ -138,10 +140,13 @@ class SharedFailureError(EtudeError):
 
 @contextmanager
 def failing_together(accelerator: Accelerator) -> Iterator[None]:
-    """Inside, what one process raises ends the others too, which would else wait for it in their next exchange until a time-out.
+    """Context in which a failure of one process ends all of them.
+
+    Otherwise the others would wait for the failed process in their next exchange until a time-out.
 
     Raises:
-        SharedFailureError: in every process, if there are several; what the first that failed said, and which it was.
+        SharedFailureError: in every process, if there are several. The message is that of the first
+            process that failed, with its number.
     """
     failure: Exception | None = None
     try:
@@ -152,38 +157,40 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
         if failure is not None:
             raise failure
         return
-    said: list[str | None] = gather_object([None if failure is None else brief(failure, 1000)])
-    first = next(((i, words) for i, words in enumerate(said) if words is not None), None)
+    messages: list[str | None] = gather_object([None if failure is None else brief(failure, 1000)])
+    first = next(((i, message) for i, message in enumerate(messages) if message is not None), None)
     if first is not None:
         raise SharedFailureError(f"process {first[0]}: {first[1]}") from failure
 
 
 def is_of_a_lost_process(error: BaseException) -> bool:
-    """Whether an exchange failed because another process is gone: as NCCL and the store say it, or as gloo does."""
+    """Whether an error of NCCL, the store or gloo says that another process is gone."""
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def check_same_directory(accelerator: Accelerator, out: Path, iteration: int) -> None:
-    """All processes must have found the same checkpoint; they have all looked when this returns.
+    """Checks that all processes read the same checkpoint. All have read it when this returns.
 
     Args:
-        iteration: that this process found; -1 for none.
+        accelerator: processes of the run.
+        out: directory of the run.
+        iteration: iteration of the checkpoint that this process read; -1 for none.
 
     Raises:
-        EtudeError: they did not, since `out` is not one directory that all of them share.
+        EtudeError: they did not, since they do not share the directory `out`.
     """
     if accelerator.num_processes == 1:
         return
-    found = gather(accelerator, torch.tensor([iteration]), accelerator.num_processes).tolist()
-    if len(set(found)) > 1:
+    iterations = gather(accelerator, torch.tensor([iteration]), accelerator.num_processes).tolist()
+    if len(set(iterations)) > 1:
         raise EtudeError(
-            f"the processes do not find the same checkpoint in '{out}' (iterations {found}, -1 for none): give an --out that all "
+            f"the processes do not find the same checkpoint in '{out}' (iterations {iterations}, -1 for none): give an --out that all "
             "machines share."
         )
 
 
 def tell_of_other_processes(before: int | None, now: int) -> None:
-    """Says what becomes of a run that goes on with another number of processes."""
+    """Warns that results change by rounding if a run continues with another number of processes."""
     if before is not None and before != now:
         warnings.warn(
             f"the run goes on with {now} process{'es' if now > 1 else ''} instead of {before}: prompts, noise and optimiser steps stay "
@@ -193,7 +200,7 @@ def tell_of_other_processes(before: int | None, now: int) -> None:
 
 
 def end_training(accelerator: Accelerator, dissolve: bool) -> None:
-    """Closes the trackers and, if asked to, dissolves the group of processes."""
+    """Closes the trackers and, with `dissolve`, the group of processes."""
     if dissolve:
         accelerator.end_training()
         return
@@ -202,7 +209,7 @@ def end_training(accelerator: Accelerator, dissolve: bool) -> None:
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """A tracker whose package is missing is an EtudeError: Accelerate alone would warn and leave it out."""
+    """Raises EtudeError if a tracker's package is missing; Accelerate would warn and leave it out."""
     for name in names:
         if not TRACKERS[name]():
             raise EtudeError(

@@ -1,4 +1,4 @@
-"""How a run tells of its progress, and the display that shows nothing."""
+"""The interface through which a run reports its progress, and the display that shows nothing."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from typing import Any, Protocol
 
 
 class Display(Protocol):
-    """What the trainer tells about its progress."""
+    """An object that the trainer informs of its progress."""
 
     def __enter__(self) -> Any: ...
 
     def __exit__(self, *exception: Any) -> None: ...
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """A phase of the iteration begins: rollout, rewards, update or evaluation; `total` units of work if known."""
+        """Called when a phase begins (rollout, rewards, update, evaluation, ...).
+
+        Args:
+            name: name of the phase.
+            total: units of work of the phase, if known.
+        """
 
     def advance(self, n: int = 1) -> None:
-        """`n` units of the phase are done."""
+        """Called when `n` units of the phase are done."""
 
     def iteration(self, row: Mapping[str, Any]) -> None:
-        """An iteration is complete; `row` is its line of metrics.jsonl."""
+        """Called when an iteration is complete, with its row of metrics.jsonl."""
 
     def summary_table(self, summary: Mapping[str, Any]) -> None:
-        """The run is complete; `summary` is its summary.json."""
+        """Called when the run is complete, with the content of summary.json."""
 
 
 class SilentDisplay:
@@ -33,7 +38,7 @@ class SilentDisplay:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Leaves nothing to tidy."""
+        """Does nothing: there is nothing to tidy."""
 
     def phase(self, name: str, total: int | None = None) -> None:
         """Shows nothing."""

@@ -1,4 +1,4 @@
-"""Scores of a run's images, computed beside the main thread: while the next images are sampled, and never waited for forever."""
+"""Scores of a run's images, computed beside the main thread while the next images are sampled."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from etude.rewards import WeightedRewards
 from etude.rewards.scoring import Scoring
 
 TICK = 0.2
-"""Seconds between two looks at whether the waiting should end."""
+"""Seconds between two checks on whether to stop waiting."""
 
 
 class Scorer:
-    """Calls the rewards of a run and waits for them.
+    """Calls the rewards of a run and waits for them, but not forever.
 
     Args:
-        rewards: what is called, on threads or as requests (`WeightedRewards.start`).
-        timeout: seconds without any news of a batch of images that is waited for, after which a reward counts as hung.
-        on_wait: called a few times a second while waiting; what it raises ends the waiting.
+        rewards: rewards to call, on threads or by requests (`WeightedRewards.start`).
+        timeout: longest wait for the scores of one batch, in seconds; then the reward counts as
+            hung.
+        on_wait: called a few times a second while waiting. An exception from it ends the wait.
     """
 
     def __init__(self, rewards: WeightedRewards, timeout: float, on_wait: Callable[[], None] = lambda: None) -> None:
@@ -36,7 +37,7 @@ class Scorer:
     def evaluate(
         self, images: Tensor, prompts: list[str], metadata: Any = None, groups: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
-        """As `WeightedRewards.evaluate`."""
+        """Scores as from `WeightedRewards.evaluate`, with the time-out."""
         scoring = self.rewards.start(images, prompts, metadata, groups=groups, held_out=True)
         try:
             return self.rewards.summed(self.result(scoring))
@@ -46,13 +47,15 @@ class Scorer:
     def pending(
         self, prompts: PromptSet, early: bool = True, first: int = 0, groups: Sequence[int] | None = None
     ) -> PendingScores:
-        """The scores of an iteration's images, to which batches are then handed in.
+        """A collector of the scores of an iteration's images, which arrive in batches.
 
         Args:
-            early: let the failure of one batch be raised when the next one is handed in.
-            first: number of the first of them among those of all processes, for messages.
-            groups: the group of each image, consecutive and whole. Where a reward compares the images of a group, images wait
-                here until their group is complete. Default: images of equal prompts.
+            prompts: prompt of each image of this process.
+            early: raise the failure of one batch when the next one arrives.
+            first: number of this process's first image among those of all processes, for messages.
+            groups: group of each image; groups are consecutive and whole. If a reward compares the
+                images of a group, images wait here until their group is complete. Default: groups
+                of equal prompts.
         """
         self._pending = PendingScores(self, prompts, early, first, groups)
         return self._pending
@@ -61,20 +64,20 @@ class Scorer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Cancels what is under way after a failure."""
+        """Cancels running work after a failure."""
         if kind is not None:
             self.cancel()
 
     def cancel(self) -> None:
-        """Ends the requests that are under way, and what has not begun."""
+        """Ends running requests and drops work that has not begun."""
         if self._pending is not None:
             self._pending.cancel()
 
     def result(self, scoring: Scoring) -> dict[str, Tensor]:
-        """Waits for one batch.
+        """Waits for the scores of one batch.
 
         Raises:
-            EtudeError: a reward failed, or has not finished in time; it is named.
+            EtudeError: a reward failed, or has not finished in time; the message names it.
         """
         deadline = time.monotonic() + self.timeout
         while not (scoring.done() or _failed(scoring)):
@@ -89,7 +92,7 @@ class Scorer:
 
 
 class PendingScores:
-    """The scores of an iteration's images; see `Scorer.pending`."""
+    """A collector of the scores of an iteration's images; see `Scorer.pending`."""
 
     def __init__(
         self, scorer: Scorer, prompts: PromptSet, early: bool, first: int, groups: Sequence[int] | None = None
@@ -125,16 +128,16 @@ class PendingScores:
         )
 
     def result(self) -> dict[str, Tensor]:
-        """Waits for all rows: float32 `[n]` by the reward's name, in the order of the rows.
+        """Waits for all rows: scores float32 `[n]` by reward, in the order of the rows.
 
         Raises:
-            EtudeError: a reward failed, or has not finished in time; it is named.
+            EtudeError: a reward failed, or has not finished in time; the message names it.
         """
         parts = [self._scorer.result(self._batches[start]) for start in sorted(self._batches)]
         return _joined(parts)
 
     def cancel(self) -> None:
-        """Ends the requests that are under way, and what has not begun."""
+        """Ends running requests and drops work that has not begun."""
         for scoring in self._batches.values():
             scoring.cancel()
 

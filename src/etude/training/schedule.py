@@ -1,7 +1,7 @@
-"""The plan of each iteration: every step stochastic (DDPO, Flow-GRPO), or a window that moves (MixGRPO, MixGRPO-Flash).
+"""The plan of each iteration: every step stochastic (DDPO, Flow-GRPO), or a moving window (MixGRPO).
 
-`etude.sampling.etas` gives the eta of each step: one number, a list over the steps, or a schedule over steps or iterations.
-A window takes the etas of the steps that it holds.
+`etude.sampling.etas` gives the eta of each step: one number, a list over the steps, or a schedule
+over steps or iterations. The steps in a window keep their etas.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ def check_sampling(sampling: SamplingConfig, trains_steps: bool) -> None:
     """Refuses kernels, etas and windows that cannot be trained with, before a model is loaded.
 
     Args:
+        sampling: settings of the training sampler.
         trains_steps: whether the objective needs the log-probabilities of stochastic steps.
 
     Raises:
-        EtudeError: the kernel does not exist or refuses an eta, no step is stochastic in some iteration, or there is a window
-            for an objective that trains no steps.
+        EtudeError: the kernel does not exist or refuses an eta, some iteration has no stochastic
+            step, or there is a window although the objective trains no steps.
     """
     for eta in sampling.all_etas:
         make_kernel(sampling.kernel, eta)
@@ -52,19 +53,22 @@ def check_sampling(sampling: SamplingConfig, trains_steps: bool) -> None:
 
 
 class PlanSchedule:
-    """The training sampler of each iteration: a function of the iteration alone, so that processes agree and a resumed run too.
+    """The training sampler of each iteration.
+
+    The plan depends on the iteration alone, so all processes agree, and so does a resumed run.
 
     Args:
         sampling: kernel, eta and its schedule, steps, first step and window.
-        grid: levels of its `num_steps` steps.
+        grid: noise levels of the `num_steps` steps.
         seed: seed of the random window.
-        device: where the tables are needed.
-        iterations: iterations of the whole run, over which a schedule of eta may stretch.
-        trains_steps: whether the stochastic steps are trained. False: the rollout keeps final images alone.
+        device: device of the tables.
+        iterations: number of iterations of the run, over which a schedule of eta may extend.
+        trains_steps: whether the stochastic steps are trained. False: the rollout keeps final
+            images alone.
 
     Raises:
-        EtudeError: eta is illegal for the kernel at some level in some iteration, no step is stochastic, or the window does
-            not fit those that are.
+        EtudeError: the kernel refuses eta at some level in some iteration, no step is stochastic,
+            or the window does not fit the stochastic steps.
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class PlanSchedule:
         return compact(self.etas.at(iteration, self.sampling.num_steps))
 
     def window_at(self, iteration: int) -> dict[str, int] | None:
-        """First step and size of the window in an iteration, whose steps count from 0; None where every step is stochastic."""
+        """First step (from 0) and size of the window in an iteration. None: every step is stochastic."""
         if self.schedule is None:
             return None
         if iteration < 1:
@@ -95,14 +99,14 @@ class PlanSchedule:
         return {"start": self.schedule.start_at(iteration), "size": self.schedule.size}
 
     def table_at(self, iteration: int) -> StepTable:
-        """The coefficients of the iteration's plan on the device."""
+        """The coefficients of an iteration's plan, on the device."""
         plan = self._plan(iteration)
         if self._last is None or self._last[0] != plan:
             self._last = plan, plan.tabulate(self.grid).to(self.device)
         return self._last[1]
 
     def _plan(self, iteration: int) -> SamplingPlan:
-        """The steps of the window with the kernels that all steps would have without one, the ODE around them."""
+        """The plan of an iteration: the kernels of `_everywhere` inside the window, the ODE outside."""
         sampling, window = self.sampling, self.window_at(iteration)
         everywhere = self._everywhere(iteration)
         if window is None or sampling.window is None:
@@ -122,10 +126,11 @@ class PlanSchedule:
         return SamplingPlan.from_etas(etas, kernel, self.trains_steps, sampling.first_step)
 
     def _check(self) -> StepTable:
-        """The table of the first iteration without a window, once every iteration is known to have one that trains the same steps.
+        """The table of the first iteration without a window, after a check of all iterations.
 
-        Two iterations stand for all: the etas of the others lie between theirs, every kernel allows the etas from 0 to its largest,
-        and its noise grows with eta.
+        All iterations must train the same steps. Two iterations stand for all: the etas of the
+        others lie between theirs, every kernel allows all etas from 0 to its largest, and its noise
+        grows with eta.
         """
         tables = {k: self._everywhere(k).tabulate(self.grid) for k in self.etas.extremes}
         steps = {k: table.trained_steps for k, table in tables.items()}
@@ -144,7 +149,7 @@ class PlanSchedule:
         return tables[1]
 
     def _window_schedule(self, everywhere: StepTable, seed: int) -> WindowSchedule | None:
-        """The window's schedule within the steps that can be stochastic, so that all of a window's steps are trained."""
+        """The window's schedule within the stochastic steps: all steps of a window are trained."""
         window = self.sampling.window
         if window is None:
             return None

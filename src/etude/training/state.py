@@ -1,4 +1,4 @@
-"""What a checkpoint holds: everything that a run needs to go on to the same bits."""
+"""The content of a checkpoint: everything that a run needs to continue to the same bits."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class RunState:
 
     Args:
         parameters: trained parameters by name.
-        optimizer: optimiser of them.
-        ema: their moving average; None where there is none.
+        optimizer: optimiser of the parameters.
+        ema: moving average of the parameters. None: the run has none.
         best: weights of the best evaluation.
-        objective: may remember weights of its own.
-        advantage: may remember rewards.
-        evaluation: base model's scores and newest result.
-        ledger: which iteration it is.
+        objective: objective, which may keep weights of its own.
+        advantage: advantage, which may remember rewards.
+        evaluation: evaluation, with the base model's scores and the newest result.
+        ledger: present iteration and its stage.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RunState:
         self.objective, self.advantage, self.evaluation, self.ledger = objective, advantage, evaluation, ledger
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, moments, averages, whole; all processes must call it where parameters are held in parts."""
+        """Whole weights, moments and averages. All processes must call this if they hold parts."""
         parts: dict[str, Mapping[str, Tensor]] = {
             "weights": {name: whole(p.detach()) for name, p in self.parameters.items()},
             "optimizer": optimizer_tensors(self.optimizer, list(self.parameters)),
@@ -62,7 +62,7 @@ class RunState:
         return {f"{part}/{name}": tensor for part, named in parts.items() for name, tensor in named.items()}
 
     def values(self) -> dict[str, Any]:
-        """What else there is, as JSON."""
+        """The rest of the state, as JSON."""
         return {
             "base_scores": self.evaluation.base_scores,
             "last_evaluation": self.evaluation.last,
@@ -72,10 +72,11 @@ class RunState:
         }
 
     def take_up(self, checkpoint: Checkpoint) -> None:
-        """Goes on from a checkpoint.
+        """Restores the state of a checkpoint.
 
         Raises:
-            EtudeError: the checkpoint is of another model, or lacks what this version of etude needs.
+            EtudeError: the checkpoint belongs to another model, or lacks a part that this version
+                of etude needs.
         """
         try:
             self._take_up(checkpoint.iteration, checkpoint.tensors, checkpoint.state)

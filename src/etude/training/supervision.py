@@ -1,4 +1,4 @@
-"""What surrounds the work of a run: phases are timed and shown, signals are obeyed, failures say what is left."""
+"""The supervision of a run: it times and shows phases, obeys signals, and explains failures."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from etude.training.progress import Display
 
 
 class Supervisor:
-    """Watches over a run.
+    """Times the phases of a run, ends it on a signal, and explains its failures.
 
     Args:
-        accelerator: the processes of the run.
-        ledger: says whether the run may end.
-        checkpoints: say what it can go on from.
-        display: shows the progress.
+        accelerator: processes of the run.
+        ledger: stage of the run, which decides whether it may end.
+        checkpoints: checkpoints that the run can continue from.
+        display: display of the progress.
 
     Attributes:
-        seconds: of each phase of the present iteration.
+        seconds: seconds of each phase of the present iteration.
     """
 
     def __init__(self, accelerator: Accelerator, ledger: Ledger, checkpoints: Checkpoints, display: Display) -> None:
@@ -36,7 +36,7 @@ class Supervisor:
 
     @contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[None]:
-        """Times what happens inside, and shows it; the run may end before it."""
+        """Context that times and shows a phase. The run may end before the phase begins."""
         self.end_if_asked()
         self.display.phase(name, total)
         start = time.perf_counter()
@@ -44,13 +44,13 @@ class Supervisor:
         self.seconds[name] = time.perf_counter() - start
 
     def advance(self, done: int) -> None:
-        """Tells of progress, and ends the run here if a signal asked for it."""
+        """Shows progress, and ends a run of one process here if a signal asked for it."""
         self.display.advance(done)
         if self.accelerator.num_processes == 1:
-            self.end_if_asked()  # several processes end where all of them pass: between phases and optimiser steps
+            self.end_if_asked()  # several processes end only together: between phases and optimiser steps
 
     def asked_to_end(self) -> bool:
-        """Whether a signal came, to whichever process."""
+        """Whether any process has received a signal."""
         if self.accelerator.num_processes > 1:
             return self.interruption.share(self.accelerator)
         return self.interruption.signum is not None
@@ -58,8 +58,8 @@ class Supervisor:
     def end_if_asked(self) -> None:
         """Ends the run here if a signal asked for it and no finished iteration would be lost.
 
-        If the last finished iteration is not yet in a checkpoint and the weights have moved on, the present iteration is finished
-        and saved first.
+        If the last finished iteration is not yet in a checkpoint and the weights have moved on, the
+        run does not end here: the present iteration is finished and saved first.
 
         Raises:
             Interrupted: the run ends.
@@ -74,16 +74,17 @@ class Supervisor:
 
     @contextmanager
     def failures_explained(self, save: Callable[[int], None], in_parts: bool) -> Iterator[None]:
-        """Saves after a failure what would be lost, and says which checkpoint is left.
+        """Context that saves an unsaved iteration after a failure and names the checkpoint that is left.
 
         Args:
             save: writes the checkpoint of an iteration.
-            in_parts: whether all processes must take part in that.
+            in_parts: whether parameters are sharded, so that all processes must take part in
+                `save`.
         """
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
-            # Parts are brought together by all processes or not at all.
+            # Sharded tensors can only be assembled by all processes together.
             reachable = not in_parts or isinstance(error, Interrupted | SharedFailureError)
             if self.ledger.unsaved is not None and reachable:
                 save(self.ledger.unsaved)

@@ -1,8 +1,8 @@
 """The loop: prompts, rollout under the training plan, rewards, advantages, optimiser steps, evaluation.
 
-`_iterate` is the algorithm. What makes a run durable stands beside it (`ledger.py`, `state.py`), and so does what it leaves for
-its user (`finish.py`). All randomness is keyed by (seed, stream, iteration, sample, step), so a run that is killed and resumed
-ends with the bits of one that never stopped.
+`_iterate` is the algorithm. Beside it stand the durability of a run (`ledger.py`, `state.py`) and
+its results (`finish.py`). All randomness is keyed by (seed, stream, iteration, sample, step), so a
+run that is killed and resumed ends with the same bits as one that never stopped.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ from etude.training.supervision import Supervisor
 
 
 class Trainer:
-    """Fine-tunes a policy with a stochastic sampler, and measures what the deterministic one makes of it.
+    """Fine-tunes a policy with a stochastic sampler, and evaluates it with the deterministic one.
 
     Args:
-        config: everything that determines the run.
-        out: run directory.
+        config: settings of the run, which determine it completely.
+        out: directory of the run.
         resume: continue the run that `out` holds.
-        display: shows the progress. Default: none.
-        policy: policy to train instead of loading `config.model`.
+        display: display of the progress. Default: none.
+        policy: policy to train. Default: `config.model` is loaded.
 
     Raises:
         EtudeError: for anything the user can mend; what was finished before stays in `out`.
@@ -91,7 +91,7 @@ class Trainer:
         self.objective, self.advantage = self.blueprint.objective, self.blueprint.advantage
         self.rewards, self.train_prompts = self.blueprint.rewards, self.blueprint.prompts
         self.scorer = Scorer(self.rewards, config.rollout.reward_timeout, on_wait=lambda: self.supervisor.advance(0))
-        self.formed = not torch.distributed.is_initialized()  # then the group of processes is this run's to dissolve
+        self.forms_group = not torch.distributed.is_initialized()  # then this run dissolves the process group
         self.accelerator = make_accelerator(config, self.out)
         self.blueprint.check_groups(self.accelerator.num_processes)
         self.policy = policy or load_source(ModelSource.of(config), self.accelerator.device)
@@ -107,12 +107,12 @@ class Trainer:
         self._prepare_training()
 
     def _prepare_training(self) -> None:
-        """What is trained, its optimiser and its average."""
+        """Makes the policy trainable, with optimiser, moving average, learner and state."""
         config = self.config
         self.blueprint.make_trainable(self.policy)
         optimizer = make_optimizer(config.optimizer, self.policy.trainable().values())
         self.policy.network, prepared = prepare(self.accelerator, self.policy.network, optimizer)
-        self.parameters = self.policy.trainable()  # others than before where they are held in parts
+        self.parameters = self.policy.trainable()  # `prepare` replaces sharded parameters
         self.in_parts = sharded(self.parameters)
         self.ema = {n: p.detach().clone() for n, p in self.parameters.items()} if config.ema.decay else None
         self.rollout_batches.adaptive = not self.in_parts
@@ -126,7 +126,7 @@ class Trainer:
             prepared,
             MicroBatch(config.objective.batch_size, "objective.batch_size", adaptive=not self.in_parts),
             self._draw(1).indices,
-            rehearsals=2 if copies else 0,  # before the optimiser has made its moments, and after
+            rehearsals=2 if copies else 0,  # one before the optimiser has its moments, one after
             on_step=self.supervisor.advance,
         )
         self.state = RunState(
@@ -145,7 +145,7 @@ class Trainer:
         started = time.time()
         with ExitStack() as lock:
             with failing_together(self.accelerator):
-                self.rewards.load()  # before anything is written: a reward that cannot be used leaves no run to clear away
+                self.rewards.load()  # before anything is written: an unusable reward leaves no run behind
                 if self.accelerator.is_main_process:
                     self.out.mkdir(parents=True, exist_ok=True)
                     lock.enter_context(locked(self.out))
@@ -176,45 +176,45 @@ class Trainer:
                 self._finish_iteration(self._iterate())
             summary = self._finish(started)
         self.display.summary_table(summary)
-        end_training(self.accelerator, self.formed)
+        end_training(self.accelerator, self.forms_group)
         return summary
 
     def _iterate(self) -> dict[str, Any]:
         """One rollout and its optimiser steps; returns the row of metrics."""
         iteration = self.ledger.draw()
-        self.supervisor.seconds, table, drawn = {}, self.schedule.table_at(iteration), self._draw(iteration)
-        groups, alone = drawn.groups[drawn.indices].tolist(), self.accelerator.num_processes == 1
-        pending = self.scorer.pending(drawn.own, alone, drawn.indices[0], groups)
-        with self.supervisor.phase("rollout", len(drawn.indices) * table.num_evaluations):
-            samples = self._rollout(iteration, table, drawn, pending)
+        self.supervisor.seconds, table, batch = {}, self.schedule.table_at(iteration), self._draw(iteration)
+        groups, alone = batch.groups[batch.indices].tolist(), self.accelerator.num_processes == 1
+        pending = self.scorer.pending(batch.own, alone, batch.indices[0], groups)
+        with self.supervisor.phase("rollout", len(batch.indices) * table.num_evaluations):
+            samples = self._rollout(iteration, table, batch, pending)
         with self.supervisor.phase("rewards"):
             with failing_together(self.accelerator):
                 local = pending.result()
-            scores = {name: gather(self.accelerator, values, len(drawn.prompts)) for name, values in local.items()}
+            scores = {name: gather(self.accelerator, values, len(batch.prompts)) for name, values in local.items()}
             self.ledger.update()
-            advantages = self.advantage(scores, drawn.prompts.texts, drawn.groups).float()
-        samples = samples.judged(advantages[drawn.indices].to(self.policy.device))
+            advantages = self.advantage(scores, batch.prompts.texts, batch.groups).float()
+        samples = samples.judged(advantages[batch.indices].to(self.policy.device))
         passes = self.config.objective.num_inner_epochs
-        with self.supervisor.phase("update", len(drawn.indices) * self.objective.columns(table) * passes):
-            learnt = self.learner.update(samples, iteration, self._after_step)
-        window, compared = self.schedule.window_at(iteration), self.config.rollout.images_per_prompt > 1
-        idle = zero_std_ratio(self.rewards.combine(scores), drawn.groups, advantages) if compared else None
+        with self.supervisor.phase("update", len(batch.indices) * self.objective.columns(table) * passes):
+            metrics = self.learner.update(samples, iteration, self._after_step)
+        window, has_groups = self.schedule.window_at(iteration), self.config.rollout.images_per_prompt > 1
+        idle = zero_std_ratio(self.rewards.combine(scores), batch.groups, advantages) if has_groups else None
         return {
             "iteration": iteration,
             "eta": self.schedule.eta_at(iteration),
             **({} if window is None else {"window": window}),
             "reward": {n: {"mean": v.mean().item(), "std": v.std(correction=0).item()} for n, v in scores.items()},
             **({} if idle is None else {"zero_std_ratio": idle}),
-            **learnt,
+            **metrics,
         }
 
     def _draw(self, iteration: int) -> Draw:
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
         return draw(self.train_prompts, self.config.rollout, self.config.seed, iteration, processes, index)
 
-    def _rollout(self, iteration: int, table: StepTable, drawn: Draw, pending: PendingScores) -> Samples:
-        """This process's images, whose rewards are scored meanwhile."""
-        config, own = self.config, drawn.own
+    def _rollout(self, iteration: int, table: StepTable, batch: Draw, pending: PendingScores) -> Samples:
+        """Draws this process's images, and has them scored meanwhile."""
+        config, own = self.config, batch.own
 
         def score(rows: slice, latents: Tensor) -> None:
             pending.begin(rows, self.policy.decode(latents))
@@ -227,31 +227,31 @@ class Trainer:
                 table,
                 conditioning,
                 NoiseSource(config.seed, "training", iteration),
-                drawn.indices,
+                batch.indices,
                 config.sampling.guidance_scale,
                 self.rollout_batches,
                 config.objective.logprob_reduction,
                 reference=self.policy.reference if self.objective.needs_reference else None,
                 on_step=self.supervisor.advance,
-                noise_samples=drawn.noise_keys,
+                noise_samples=batch.noise_keys,
                 on_rows=score if ahead else None,
                 prompts=own.texts,
-                starts=drawn.starts,
+                starts=batch.starts,
             )
         if not ahead:
-            score(slice(0, len(drawn.indices)), trajectory.latents)
+            score(slice(0, len(batch.indices)), trajectory.latents)
         noise = NoiseSource(config.seed, "objective", iteration)
-        return Samples(table, trajectory, conditioning, config.sampling.guidance_scale, drawn.indices, noise)
+        return Samples(table, trajectory, conditioning, config.sampling.guidance_scale, batch.indices, noise)
 
     def _after_step(self) -> None:
-        """What follows each optimiser step: the moving average, and several processes end where all of them pass."""
+        """Updates the moving average after an optimiser step; obeys a signal to several processes."""
         for name, average in (self.ema or {}).items():
             average.lerp_(self.parameters[name].detach(), 1 - self.config.ema.decay)
         if self.accelerator.num_processes > 1:
             self.supervisor.end_if_asked()
 
     def _finish_iteration(self, row: dict[str, Any]) -> None:
-        """Evaluates when due, then makes the iteration durable: metrics first, checkpoint second."""
+        """Evaluates if due, then makes the iteration durable: first the metrics, then the checkpoint."""
         config, ledger = self.config, self.ledger
         last = ledger.iteration == config.iterations
         if ledger.iteration % config.evaluation.every == 0 or last:
@@ -275,7 +275,7 @@ class Trainer:
         self.display.iteration(row)
 
     def _save(self, iteration: int) -> None:
-        """Writes a checkpoint, in the first process; all must call it where the state is held in parts."""
+        """Writes a checkpoint from the first process. All must call this if they hold parts."""
         if not (self.accelerator.is_main_process or self.in_parts):
             return
         tensors = self.state.tensors()
@@ -284,24 +284,24 @@ class Trainer:
             self.checkpoints.save(iteration, tensors, {**self.state.values(), "processes": processes})
 
     def _restore(self) -> None:
-        """Takes up the newest sound checkpoint, if there is one."""
+        """Restores the newest sound checkpoint, if there is one."""
         checkpoint = self.checkpoints.load() if self.resume else None
         iteration = -1 if checkpoint is None else checkpoint.iteration
-        check_same_directory(self.accelerator, self.out, iteration)  # and nobody writes before everybody has read
+        check_same_directory(self.accelerator, self.out, iteration)  # no process writes before all have read
         if checkpoint is not None:
             if self.accelerator.is_main_process:
                 tell_of_other_processes(checkpoint.state.get("processes"), self.accelerator.num_processes)
             self.state.take_up(checkpoint)
 
     def _begin_writing(self) -> None:
-        """Leaves nothing in the run directory that goes beyond the state of now, and writes the configuration."""
+        """Removes files and rows that go beyond the present state, and writes the configuration."""
         truncate_metrics(self.out / "metrics.jsonl", self.ledger.rows_written)
         self.checkpoints.prune()
         clear_half_written(self.out)
         atomic_write_text(self.out / "config.yaml", self.config.to_yaml())
 
     def _encode_ahead(self) -> None:
-        """Encodes every prompt that this process will show, after which the text encoders are no longer needed."""
+        """Encodes every prompt that this process will use; then text encoders are not needed."""
         self.display.phase("encoding")
         texts = dict.fromkeys(self.evaluation.measurement.shown(self.evaluation.samples).texts)
         for iteration in range(self.ledger.iteration + 1, self.config.iterations + 1):
@@ -309,7 +309,7 @@ class Trainer:
         self.policy.encode_ahead(texts)
 
     def _finish(self, started: float) -> dict[str, Any]:
-        """Writes what the user came for: the adapter, its card, the summary and the report."""
+        """Writes the results: the trained weights, their card, the summary and the report."""
         fresh = self._confirm_best()
         self._export(self.ema)
         if self.best.weights:
@@ -320,19 +320,19 @@ class Trainer:
         return finish.finish(self.out, self.config, self.policy, self.objective, last, started, done, self.best, fresh)
 
     def _export(self, weights: dict[str, Tensor] | None, suffix: str = "") -> None:
-        """Writes weights, by default the present ones, from the first process."""
+        """Exports weights from the first process. None: the present ones."""
         with swapped(self.parameters, weights), assembled(self.policy.network):
             if self.accelerator.is_main_process:
                 finish.export(self.policy, self.out, suffix)
 
     def _confirm_best(self) -> dict[str, Any]:
-        """What the best weights are worth from fresh noise, beside the last ones and the base model; empty if none were kept."""
+        """Measures best and last weights and base model from fresh noise; empty without best."""
         if not self.best.weights:
             return {}
         states: dict[str, Any] = {"best": swapped(self.parameters, self.best.weights)}
         if self.best.iteration != self.ledger.iteration:
             states["last"] = swapped(self.parameters, self.ema)
-        if self.config.lora.rank or self.objective.needs_reference:  # else no base model was kept
+        if self.config.lora.rank or self.objective.needs_reference:  # otherwise there is no copy of the base model
             states["base"] = self.policy.reference()
         with self.supervisor.phase("confirmation", len(states) * self.evaluation.work // 2):
             scores = self.evaluation.again(states, self.supervisor.advance)

@@ -36,6 +36,6 @@ class AuraFlowPolicy(PipelinePolicy):
         embedding = self.pipeline.encode_prompt([prompt], None, False, device=self.device)[0]
         return {"encoder_hidden_states": embedding}
 
-    def _forward(self, x: Tensor, timesteps: Tensor, told: dict[str, Tensor], guidance_scale: float) -> Tensor:
-        output: Tensor = self.network(x, timestep=timesteps.to(x.dtype) / 1000, return_dict=False, **told)[0]
+    def _forward(self, x: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], guidance_scale: float) -> Tensor:
+        output: Tensor = self.network(x, timestep=timesteps.to(x.dtype) / 1000, return_dict=False, **conditioning)[0]
         return output

@@ -1,4 +1,4 @@
-"""Objectives: the losses that an optimiser step minimises, one class a file, by name in `etude.registry.OBJECTIVES`."""
+"""Objectives: losses of an optimiser step, one class a file, named in `etude.registry.OBJECTIVES`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seam between a rollout and a loss: what an objective keeps of a rollout, what it makes of it, and what it remembers."""
+"""The interface of an objective: what it keeps of a rollout, its loss, its metrics and its state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from etude.sampling.rollout import Trajectory
 
 
 class Keep(Enum):
-    """What a rollout keeps of each image."""
+    """The data that a rollout keeps of each image."""
 
     TRANSITIONS = "states and log-probabilities of the trained steps"
     IMAGES = "the final latents alone"
@@ -34,13 +34,14 @@ class Samples:
     """The images of one iteration that this process learns from.
 
     Attributes:
-        table: the plan they were sampled under.
-        trajectory: their final latents; under `Keep.TRANSITIONS` also the states and log-probabilities of the trained steps.
-        conditioning: their prompts, encoded.
+        table: plan of the rollout.
+        trajectory: final latents; under `Keep.TRANSITIONS` also the states and log-probabilities of
+            the trained steps.
+        conditioning: encoded prompts.
         guidance_scale: guidance of the rollout.
-        indices: their numbers among the images of all processes, the keys of their noise.
-        noise: noise of this iteration for what an objective draws itself.
-        advantages: `[n]`, on the policy's device; empty before the images are judged.
+        indices: numbers of the images among those of all processes, the keys of their noise.
+        noise: noise of this iteration for the objective's own draws.
+        advantages: advantages `[n]` on the policy's device; empty before the images are judged.
     """
 
     table: StepTable
@@ -58,11 +59,12 @@ class Samples:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a micro-batch gives.
+    """The loss of a micro-batch.
 
     Attributes:
         value: scalar to differentiate, a mean over the `m` pairs.
-        records: detached tensors `[m]`, or scalars, by name, from which the objective's metrics are computed.
+        records: detached tensors `[m]` or scalars, by name; the objective computes its metrics from
+            them.
     """
 
     value: Tensor
@@ -70,16 +72,18 @@ class Loss:
 
 
 class Objective(ABC):
-    """What an optimiser step minimises, from what the rollout kept.
+    """The loss that an optimiser step minimises, computed from the samples of a rollout.
 
-    A pair is (sample, column). Under `Keep.TRANSITIONS` the columns of a sample are its trained steps; otherwise the objective
-    says how many there are, for example noise levels. An optimiser step trains some pairs, in micro-batches.
+    A pair is (sample, column). Under `Keep.TRANSITIONS` the columns of a sample are its trained
+    steps; otherwise the objective defines them, for example as noise levels. An optimiser step
+    trains some pairs, in micro-batches.
 
     Attributes:
         label: name for the model card, for example "PPO's clipped ratio".
-        title: published name of a run with this objective; empty where window and advantage name the algorithm.
-        keep: what the rollout keeps.
-        metrics: the numbers that it adds to those of `etude.learning.metrics.COMMON`.
+        title: published name of an algorithm with this objective. Empty: window and advantage name
+            it.
+        keep: data that the rollout keeps.
+        metrics: metrics of the objective, beside those of `etude.learning.metrics.COMMON`.
     """
 
     label: ClassVar[str]
@@ -89,7 +93,7 @@ class Objective(ABC):
 
     @classmethod
     def from_config(cls, config: ObjectiveConfig) -> Objective:
-        """The objective of a configuration. Default: a constructor that takes `objective.options`.
+        """The objective of a configuration. Default: calls `cls(**objective.options)`.
 
         Raises:
             EtudeError: an option that the constructor does not take.
@@ -101,7 +105,7 @@ class Objective(ABC):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss asks for the model before training, of which full fine-tuning must then keep a copy."""
+        """Whether the loss needs the model before training. Full fine-tuning must then keep a copy."""
         return False
 
     def columns(self, table: StepTable) -> int:
@@ -109,11 +113,11 @@ class Objective(ABC):
         return len(table.trained_steps)
 
     def averaged_dimensions(self, policy: TrainablePolicy) -> int:
-        """Number of latent dimensions that the loss is a mean over, from which float16 chooses its loss scale."""
+        """Number of latent dimensions that the loss is a mean over; it sets float16's loss scale."""
         return policy.dimensions
 
     def sampling(self, parameters: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:
-        """Context manager inside which the parameters are those that draw the images. Default: the trained ones as they are."""
+        """Context in which the parameters are those that draw the images. Default: the present ones."""
         return nullcontext()
 
     def prepare(
@@ -124,10 +128,13 @@ class Objective(ABC):
         micro_batches: MicroBatch,
         on_step: Progress,
     ) -> Records:
-        """Work before the first optimiser step of an iteration; returns what is recorded of it. Default: nothing.
+        """Work before the first optimiser step of an iteration; returns its records. Default: none.
 
         Args:
-            batches: rows and columns of the distinct pairs, an entry an optimiser step.
+            policy: policy with the weights that the images were drawn with.
+            samples: samples of this process.
+            batches: rows and columns of the distinct pairs, one entry for each optimiser step.
+            micro_batches: size of a micro-batch.
             on_step: called with 0 after each micro-batch.
         """
         return {}
@@ -137,31 +144,37 @@ class Objective(ABC):
         """The loss of one micro-batch of pairs under the present weights.
 
         Args:
-            rows: int64 `[m]`, which samples.
-            columns: int64 `[m]`, which column of each.
+            policy: policy with the present weights.
+            samples: samples of this process.
+            rows: number of each pair's sample, int64 `[m]`.
+            columns: number of each pair's column, int64 `[m]`.
         """
 
     def after_first_step(self, records: Records) -> Records:
-        """What is recorded of the first optimiser step of an iteration beside the records of all of them. Default: nothing."""
+        """Additional records of the first optimiser step of an iteration. Default: none.
+
+        Args:
+            records: records of that step, which are kept in any case.
+        """
         return {}
 
     def after_step(self, parameters: Mapping[str, nn.Parameter]) -> None:  # noqa: B027 - a hook
-        """What follows each optimiser step, for example an average of the weights. Default: nothing."""
+        """Work after each optimiser step, for example on an average of the weights. Default: nothing."""
 
     def evaluations(self, images: int, trained: int, distinct: int, pairs: int) -> dict[str, int]:
         """Network evaluations of one iteration beside its rollout, by part.
 
         Args:
-            images: images of the iteration.
-            trained: trained steps of each.
-            distinct: pairs that some optimiser step trains, each counted once.
-            pairs: pairs that all optimiser steps together train.
+            images: number of images of the iteration.
+            trained: number of trained steps of each image.
+            distinct: number of distinct pairs that the optimiser steps train.
+            pairs: number of pairs that the optimiser steps train, with repetitions.
         """
         return {"replay": pairs}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it. Default: nothing."""
+        """Memory of the objective for a checkpoint. Default: empty."""
         return {}
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - a hook
-        """Restores what `state` gave."""
+        """Restores the result of `state`."""

@@ -1,4 +1,4 @@
-"""Policy gradients: what every objective of the log-probabilities of stored (sample, step) pairs has in common."""
+"""Policy gradients: the common part of objectives on log-probabilities of stored steps."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from etude.sampling.replay import replay
 
 @dataclass(frozen=True)
 class PolicyLoss:
-    """A loss to differentiate, and what to log about it (detached).
+    """A loss to differentiate, with detached numbers to log.
 
     Attributes:
         loss: scalar, mean over the `n` pairs.
-        ratio: `[n]`, `exp(log_prob - old_log_prob)`.
-        clipped: bool `[n]`, `|ratio - 1| > clip_range`; the mean is `clipfrac`.
+        ratio: importance ratio `[n]`, `exp(log_prob - old_log_prob)`.
+        clipped: whether `|ratio - 1| > clip_range`, bool `[n]`; the mean is `clipfrac`.
         approx_kl: scalar, mean of `0.5 (log_prob - old_log_prob)^2`.
     """
 
@@ -36,11 +36,12 @@ class PolicyLoss:
 class PolicyGradient(Objective):
     """A surrogate of the log-probabilities, and the closed-form KL to the model before training.
 
-        loss = surrogate(log p, log p_old, A) + kl_coef mean KL(N(mean, std^2) || N(reference mean, std^2))
+        loss = surrogate(log p, log p_old, A) + kl_coef mean KL(N(mean, std^2) || N(reference mean,
+        std^2))
 
     Args:
         logprob_reduction: "mean" over latent dimensions, or "sum", the true density.
-        adv_clip_max: advantages are clipped to +- this.
+        adv_clip_max: largest magnitude of an advantage; larger ones are clipped.
         kl_coef: weight of the KL, which is reduced like the log-probability.
     """
 
@@ -60,7 +61,7 @@ class PolicyGradient(Objective):
     def surrogate(
         self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, policy: TrainablePolicy
     ) -> PolicyLoss:
-        """The policy loss of `[m]` log-probabilities, those of the rollout beside them."""
+        """The policy loss of `m` pairs, from their present log-probabilities `[m]` and the old ones."""
 
     def loss(self, policy: TrainablePolicy, samples: Samples, rows: Tensor, columns: Tensor) -> Loss:
         trajectory, reduction = samples.trajectory, self.logprob_reduction
@@ -85,17 +86,19 @@ def gaussian_kl(
     """`KL(N(mean, std^2) || N(reference_mean, std^2)) = ||mean - reference_mean||^2 / (2 std^2)`, one per sample.
 
     Args:
-        mean: `[n, ...]`.
-        reference_mean: the same shape.
-        std: positive, the same for both; a scalar, `[n]` or anything that broadcasts like `[n, 1, 1, 1]`.
-        reduction: over the D latent dimensions, as for the log-probability: `sum` is in nats, `mean` divides by D.
+        mean: means `[n, ...]`.
+        reference_mean: means of the reference model, of the same shape.
+        std: std of both, positive: a scalar, `[n]`, or a shape that broadcasts like `[n, 1, 1, 1]`.
+        reduction: reduction over the D latent dimensions, as for the log-probability. `sum` is in
+            nats, `mean` divides by D.
 
     Returns:
-        `[n]`.
+        KL `[n]`.
 
     Raises:
-        EtudeError: the shapes differ, or a std is not positive (a deterministic step has no KL). On a GPU the stds are
-            not looked at, since that would wait for the device: there a std of 0 gives infinity or NaN.
+        EtudeError: the shapes differ, or a std is not positive (a deterministic step has no KL). On
+            a GPU the std is not checked, since that would wait for the device; there a std of 0
+            gives infinity or NaN.
     """
     check_shapes(mean=mean, reference_mean=reference_mean)
     if std.device.type == "cpu" and not bool((std > 0).all()):
@@ -108,13 +111,13 @@ def gaussian_kl(
 
 
 def clip_advantages(advantages: Tensor, limit: float, like: Tensor) -> Tensor:
-    """Advantages without gradient, in the dtype of `like`, clipped to +- limit."""
+    """The advantages without gradient, in the dtype of `like`, clipped to +- limit."""
     return advantages.detach().to(like).clamp(-limit, limit)
 
 
 @torch.no_grad()
 def diagnostics(log_ratio: Tensor, clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Ratio, whether it is clipped, and approximate KL of `[n]` differences of log-probabilities."""
+    """Ratio `[n]`, whether it is clipped `[n]`, and approximate KL, from the log of the ratio `[n]`."""
     log_ratio = log_ratio.detach()
     ratio = log_ratio.exp()
     return ratio, (ratio - 1).abs() > clip_range, log_ratio.square().mean() / 2

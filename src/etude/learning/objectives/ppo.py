@@ -28,16 +28,17 @@ from etude.sampling.replay import replay_log_prob
 
 
 class PPO(PolicyGradient):
-    """`mean max(-A r, -A clip(r, 1 - c, 1 + c))` with the importance ratio `r` of stored steps: see `ppo_loss`.
+    """`mean max(-A r, -A clip(r, 1 - c, 1 + c))` with the importance ratio `r`: see `ppo_loss`.
 
     Args:
         clip_range: c, in units of the ratio. Give this or `clip_nats`.
-        clip_nats: the clip range in nats of the whole image's log-probability; c = clip_nats / D under the mean over D dimensions.
-        old_log_prob: "rollout" or "replay": whose log-probabilities the ratios compare with.
+        clip_nats: clip range in nats of the whole image's log-probability; c = clip_nats / D under
+            the mean over D dimensions.
+        old_log_prob: "rollout" or "replay", the log-probabilities that the ratios compare with.
         common: arguments of `PolicyGradient`.
 
     Raises:
-        EtudeError: both clip ranges are given, or none.
+        EtudeError: not exactly one of the two clip ranges is set.
     """
 
     label = "PPO's clipped ratio"
@@ -70,7 +71,7 @@ class PPO(PolicyGradient):
         )
 
     def clip_range(self, policy: TrainablePolicy) -> float:
-        """c, the clip range of the ratio, which depends on the policy's dimensions if it is given in nats."""
+        """c, the clip range of the ratio. In nats it depends on the policy's latent dimensions."""
         if self.range is not None:
             return self.range
         assert self.nats is not None
@@ -89,7 +90,10 @@ class PPO(PolicyGradient):
         micro_batches: MicroBatch,
         on_step: Progress,
     ) -> Records:
-        """With `old_log_prob: replay`, the log-probabilities of the replay; records by what ratios they differ from the rollout's."""
+        """With `old_log_prob: replay`, replaces the old log-probabilities by those of a replay.
+
+        Records the ratios of the new ones to those of the rollout.
+        """
         if self.old_log_prob == "rollout":
             return {}
         ratios = replay_log_prob(
@@ -106,7 +110,7 @@ class PPO(PolicyGradient):
         return {"rollout_ratio": ratios}
 
     def after_first_step(self, records: Records) -> Records:
-        """The ratios before any weight has moved, unless the replay has set them to 1."""
+        """Records the ratios before any weight has moved, unless the replay has set them to 1."""
         return {"rollout_ratio": list(records["ratio"])} if self.old_log_prob == "rollout" else {}
 
     def evaluations(self, images: int, trained: int, distinct: int, pairs: int) -> dict[str, int]:
@@ -117,16 +121,18 @@ class PPO(PolicyGradient):
 def ppo_loss(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float, adv_clip_max: float
 ) -> PolicyLoss:
-    """`mean max(-A r, -A clip(r, 1 - c, 1 + c))`, `r = exp(log_prob - old_log_prob)`, `A` clipped to `+- adv_clip_max`.
+    """`mean max(-A r, -A clip(r, 1 - c, 1 + c))`, `r = exp(log_prob - old_log_prob)`, `|A| <= adv_clip_max`.
 
-    The clipped surrogate of PPO (arXiv 1707.06347) as DDPO uses it (arXiv 2305.13301); a term per (sample, step) pair.
+    The clipped surrogate of PPO (arXiv 1707.06347) as DDPO uses it (arXiv 2305.13301); a term per
+    (sample, step) pair.
 
     Args:
-        log_prob: `[n]`, of the stored samples under the current weights; carries the gradient.
-        old_log_prob: `[n]`, of the same samples under the weights that drew them.
-        advantages: `[n]`.
+        log_prob: log-probabilities `[n]` of the stored samples under the current weights, with
+            gradient.
+        old_log_prob: log-probabilities `[n]` of the same samples under the weights that drew them.
+        advantages: advantages `[n]`.
         clip_range: `c`, in units of the ratio.
-        adv_clip_max: largest advantage counted.
+        adv_clip_max: largest magnitude of an advantage; larger ones are clipped.
 
     Raises:
         EtudeError: the shapes differ.

@@ -30,7 +30,8 @@ class Reinforce(PolicyGradient):
         """The objective of a configuration.
 
         Raises:
-            EtudeError: more than one optimiser step on a rollout, or a ratio, which this objective does not have.
+            EtudeError: more than one optimiser step on a rollout, or `old_log_prob: replay`: this
+                objective has no ratio.
         """
         if (config.num_inner_epochs, config.updates_per_epoch) != (1, 1):
             raise EtudeError(
@@ -48,9 +49,10 @@ class Reinforce(PolicyGradient):
 
 
 def reinforce_loss(log_prob: Tensor, advantages: Tensor, adv_clip_max: float) -> PolicyLoss:
-    """`mean -A log_prob`: the score-function estimator of DDPO (arXiv 2305.13301), valid for one step on fresh samples.
+    """`mean -A log_prob`: the score-function estimator of DDPO (arXiv 2305.13301).
 
-    `log_prob` and `advantages` are `[n]`. The policy is the one that drew the samples: every `ratio` is 1.
+    It is valid for one optimiser step on fresh samples: the policy is still the one that drew them,
+    so every `ratio` is 1. `log_prob` and `advantages` are `[n]`.
 
     Raises:
         EtudeError: the shapes differ.
