@@ -382,9 +382,9 @@ class Case:
 
 SMALL: Settings = {
     "iterations": 2,
-    "sampling.num_steps": 4,
-    "rollout.images_per_iteration": 8,
-    "rollout.images_per_prompt": 4,
+    "sampling.num_steps": 3,
+    "rollout.images_per_iteration": 6,
+    "rollout.images_per_prompt": 3,
     "objective.updates_per_epoch": 2,
     "evaluation.every": 2,
     "evaluation.num_images": 4,
@@ -392,6 +392,8 @@ SMALL: Settings = {
 }
 """Settings that make a recipe a matter of seconds."""
 WINDOW: Settings = {"sampling.num_steps": 6, "sampling.window.size": 2}
+PAIR: Settings = {"rollout.images_per_iteration": 8, "rollout.images_per_prompt": 4}
+"""Settings of two processes, which share the images of each optimiser step evenly."""
 FULL: Settings = {"lora.rank": 0, "optimizer.learning_rate": 1e-5}
 RECIPES: dict[str, Settings] = {
     "emoji-ddpo": {},
@@ -408,12 +410,21 @@ that moves progressively, Flash's compression and a KL penalty.
 VARIANTS: dict[str, tuple[str, Settings]] = {
     "ddpo-full": ("emoji-ddpo", {**FULL, "objective.kl_coef": 0}),
     "ddpo-full-kl": ("emoji-ddpo", {**FULL, "objective.kl_coef": 0.05}),
-    "ddpo-no-kl": ("emoji-ddpo", {"objective.kl_coef": 0}),
     "ddpo-ema": ("emoji-ddpo", {"ema.decay": 0.9}),
     "ddpo-best": ("emoji-ddpo", {"checkpoint.best": "colorfulness", "checkpoint.keep": 1, "evaluation.every": 1}),
-    "ddpo-reinforce": ("emoji-ddpo", {"objective.kind": "reinforce", "objective.updates_per_epoch": 1}),
+    "ddpo-reinforce": (
+        "emoji-ddpo",
+        {"objective.kind": "reinforce", "objective.updates_per_epoch": 1, "objective.kl_coef": 0},
+    ),
     "ddpo-replay": ("emoji-ddpo", {"objective.old_log_prob": "replay", "objective.num_inner_epochs": 2}),
-    "ddpo-sum": ("emoji-ddpo", {"objective.logprob_reduction": "sum", "objective.timestep_fraction": 0.5}),
+    "ddpo-sum": (
+        "emoji-ddpo",
+        {
+            "objective.logprob_reduction": "sum",
+            "objective.timestep_fraction": 0.5,
+            "optimizer.learning_rate": 1e-5,
+        },
+    ),
     "ddpo-memory": (
         "emoji-ddpo",
         {
@@ -424,8 +435,6 @@ VARIANTS: dict[str, tuple[str, Settings]] = {
             "objective.batch_size": 5,
         },
     ),
-    "ddpo-bfloat16-rollout": ("emoji-ddpo", {"rollout.dtype": "bfloat16"}),
-    "ddpo-bfloat16": ("emoji-ddpo", {"dtype": "bfloat16"}),
     "ddpo-per-prompt": ("emoji-ddpo", {"prompts.train": "emoji-8", "advantage.min_count": 2}),
     "ddpo-group": ("emoji-ddpo", {"advantage.kind": "group", "rollout.shared_noise": True}),
     "ddpo-rewards": (
@@ -435,7 +444,9 @@ VARIANTS: dict[str, tuple[str, Settings]] = {
     "ddpo-ddim": ("emoji-ddpo", {"sampling.kernel": "ddim", "sampling.eta": 0.9}),
     "ddpo-eta-over-iterations": ("emoji-ddpo", {"sampling.eta_schedule": "{kind: cosine, end: 0.5}"}),
     "ddpo-eta-over-steps": ("emoji-ddpo", {"sampling.eta_schedule": "{kind: linear, over: steps, end: 0}"}),
-    "ddpo-eta-by-step": ("emoji-ddpo", {"sampling.eta": "[1.5, 1, 0.5, 0]"}),
+    "ddpo-eta-by-step": ("emoji-ddpo", {"sampling.eta": "[1.5, 0.5, 0]"}),
+    "mixgrpo-bfloat16": ("emoji-mixgrpo", {**WINDOW, "dtype": "bfloat16"}),
+    "mixgrpo-bfloat16-rollout": ("emoji-mixgrpo", {**WINDOW, "rollout.dtype": "bfloat16"}),
     "mixgrpo-full": ("emoji-mixgrpo", {**WINDOW, **FULL}),
     "mixgrpo-random": ("emoji-mixgrpo", {**WINDOW, "sampling.window.strategy": "random"}),
     "mixgrpo-decay": (
@@ -453,7 +464,7 @@ STUDIES = ("eta", "eta-mixgrpo", "flash")
 TINY_STUDY = """\
 name: A study of two cells
 base: emoji-ddpo
-overrides: {iterations: 1, rollout.images_per_iteration: 8, rollout.images_per_prompt: 4, sampling.num_steps: 4,
+overrides: {iterations: 1, rollout.images_per_iteration: 6, rollout.images_per_prompt: 3, sampling.num_steps: 4,
   objective.updates_per_epoch: 1, evaluation.num_images: 4, evaluation.grid_images: 4, checkpoint.best: colorfulness}
 measurement: {num_images: 4, steps: [6], matrix: {solvers: [heun], etas: [0.5]}}
 grids: [{keys: {sampling.eta: [0.5, 1.0]}}]
@@ -468,8 +479,9 @@ THEORIES: dict[str, tuple[str, ...]] = {
     ),
     "theory-two-dimensions": (
         *("--mean", "1,0", "--variance", "1,0.25", "--center", "2,1", "--linear", "0,1", "--beta", "1"),
-        *("--schedule", "flow", "--kernel", "euler-maruyama", "--no-figures"),
+        *("--schedule", "flow", "--no-figures"),
     ),
+    "theory-euler-maruyama": ("--kernel", "euler-maruyama", "--spacing", "log-snr", "--steps", "20", "--no-figures"),
 }
 PEERS: dict[str, tuple[str, ...]] = {
     "theory-peers": (),
@@ -483,8 +495,8 @@ def cases() -> list[Case]:
         *(Case(f"study-{name}", report_study(name)) for name in STUDIES[:2]),
         Case("emoji-ddpo", train("emoji-ddpo", RECIPES["emoji-ddpo"])),
         Case("emoji-mixgrpo", train("emoji-mixgrpo", RECIPES["emoji-mixgrpo"])),
-        Case("two-processes-ddpo", train("emoji-ddpo", {"advantage.kind": "group"}, processes=2)),
-        Case("two-processes-mixgrpo", train("emoji-mixgrpo", WINDOW, processes=2)),
+        Case("two-processes-ddpo", train("emoji-ddpo", PAIR, processes=2)),
+        Case("two-processes-mixgrpo", train("emoji-mixgrpo", {**WINDOW, **PAIR}, processes=2)),
         Case("killed-ddpo", kill_and_resume("emoji-ddpo"), needs="emoji-ddpo"),
         Case("killed-mixgrpo", kill_and_resume("emoji-mixgrpo"), needs="emoji-mixgrpo"),
         Case("study-tiny", run_tiny_study),
