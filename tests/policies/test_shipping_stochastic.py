@@ -14,6 +14,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, PNDMScheduler
 
 from etude.config import LoraConfig, parse_config
+from etude.learning.objectives import make_objective
 from etude.measuring.statistics import estimate_mean
 from etude.policies import Policy, load_policy
 from etude.policies.deployment import deployment_snippet, stochastic_snippet
@@ -21,7 +22,7 @@ from etude.policies.source import ModelSource
 from etude.sampling.noise import NoiseSource
 from etude.sampling.rollout import rollout
 from etude.sampling.sampler import SDE
-from etude.training.finish import _deployment_advice, model_card
+from etude.training.card import deployment_advice, model_card
 from support.tiny import flux, stable_diffusion, stable_diffusion_3
 
 PROMPTS = ["red heart", "pizza"]
@@ -131,9 +132,9 @@ def test_the_card_names_the_algorithm_and_the_sde_with_its_kernel_and_first_step
         "reward_revisions": {},
         "versions": {"etude": "1"},
         "iterations": 3,
-        "deploy": _deployment_advice(config, policy, final),
+        "deploy": deployment_advice(config, policy, final),
     }
-    card = model_card(summary, config, policy)
+    card = model_card(summary, config, policy, make_objective(config.objective))
     assert (
         "with DDPO (PPO's clipped ratio) under the\ndance_sde sampler at eta = 0.3 (first step sde): 3 iterations"
         in card
