@@ -1,1 +1,1 @@
-"""Benchmarks: ratios measured within one run, by one command: `python -m benchmarks`. See docs/benchmarks.md."""
+"""Benchmarks: ratios measured within one run of `python -m benchmarks`. See docs/benchmarks.md."""

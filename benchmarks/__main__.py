@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME ...]`: prints a table for each and one of all their ratios, writes results/<name>.json and .md."""
+"""`python -m benchmarks [NAME ...]`: tables on the terminal, results/<name>.json and .md."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ from benchmarks.results import RESULTS, Headline, Result
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the named benchmarks, all by default, and sums up what was measured so far. 1 if a target is missed and `--strict` was given."""
+    """Runs the named benchmarks and prints a summary of all results. Default: every benchmark.
+
+    Returns:
+        Exit code: 1 if `--strict` is set and a target is missed, otherwise 0.
+    """
     parser = _parser()
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.benchmarks if name not in (*BENCHMARKS, SUMMARY)]:
@@ -87,11 +91,11 @@ def _async_rewards(options: argparse.Namespace) -> Result:
 
 RECIPES = ["emoji-ddpo", "emoji-mixgrpo"]
 SUMMARY = "summary"
-"""What is printed last, or alone: one table of what was measured, now or before."""
+"""One table of all results, of this run and of earlier ones: printed last, or alone."""
 SMALL, LARGER = Work((4, 8)), Work((32, 64))
-"""The channels of the pipelines in diffusers' own tests, and of the tiny ones that are on the model hub."""
+"""Channels of the pipelines in diffusers' own tests, and of the tiny ones on the model hub."""
 OURS = (32, 160)
-"""The whole rollout, and the whole of an optimiser step, in one network call."""
+"""Batch sizes that take the whole rollout, and a whole optimiser step, in one network call."""
 AGAINST_TRL = [
     Comparison(SMALL, (32, 16), OURS),  # the largest that 32 images and two optimiser steps allow
     Comparison(SMALL, (8, 4), OURS),

@@ -1,4 +1,4 @@
-"""The same DDPO iteration by etude and by TRL's DDPOTrainer, each in its own environment, one after the other."""
+"""The same DDPO iteration by etude and by TRL's DDPOTrainer, in turns, each in its own environment."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ HYPER_PARAMETERS = {"guidance_scale": 5.0, "learning_rate": 1e-5, "clip_range": 
 
 @dataclass(frozen=True)
 class Work:
-    """What both sides do in one iteration, which ends with two optimiser steps.
+    """The work of both sides in one iteration, which ends with two optimiser steps.
 
     Attributes:
-        channels: of the two levels of the UNet.
+        channels: channels of the two levels of the UNet.
         latent_size: height and width of the 4-channel latents.
-        images: sampled.
-        num_steps: of the sampler; all of them are trained.
+        images: number of images of the iteration.
+        num_steps: number of steps of the sampler; all of them are trained.
     """
 
     channels: tuple[int, int]
@@ -45,7 +45,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One line of the table: the work, TRL's (sample_batch_size, train_batch_size), etude's (rollout, objective) batch sizes."""
+    """One line of the table: work, TRL's batch sizes (sample, train), etude's (rollout, objective)."""
 
     work: Work
     trl: tuple[int, int]
@@ -55,12 +55,13 @@ class Comparison:
 def run(
     comparisons: list[Comparison], repeats: int, threads: int | None, seed: int = 0, environment: Path | None = None
 ) -> Result:
-    """Alternates an iteration of etude with one of TRL for each comparison, and takes the time of etude's network calls alone.
+    """Alternates iterations of etude and TRL for each comparison, and times etude's network calls alone.
 
     Args:
-        comparisons: what to compare.
-        repeats: pairs for each, after two that are thrown away (TRL writes no checkpoint in its first iteration).
-        environment: TRL's virtual environment; default: one under build/, made when it is missing.
+        comparisons: lines of the table.
+        repeats: number of pairs of each comparison, after two that are thrown away, since TRL
+            writes no checkpoint in its first iteration.
+        environment: TRL's virtual environment. Default: one under build/, created if missing.
     """
     python = (environment or peer_environment()) / "bin" / "python"
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ def _compare(
 
 
 def peer_environment() -> Path:
-    """TRL's virtual environment, built when the requirements have changed since it was last built."""
+    """TRL's virtual environment, built anew if the requirements have changed."""
     directory, text = BUILD / "trl-venv", REQUIREMENTS.read_bytes()
     stamp, digest = directory / ".installed", hashlib.sha256(text).hexdigest()
     if not stamp.is_file() or stamp.read_text() != digest:
@@ -111,7 +112,7 @@ def peer_environment() -> Path:
 
 
 def _alternate(ours: Side, theirs: Side, work: Path, repeats: int) -> dict[str, Any]:
-    """Checks that both compute the same, then takes turns."""
+    """Checks that both sides compute the same, then alternates their iterations."""
     if ours.info["parameters"] != theirs.info["parameters"]:
         raise RuntimeError(
             f"etude trains {ours.info['parameters']} parameters and TRL {theirs.info['parameters']}: not the same work."
@@ -161,7 +162,7 @@ def _result(runs: list[dict[str, Any]], settings: dict[str, Any]) -> Result:
 
 
 def _bound(run: dict[str, Any]) -> list[str]:
-    """What no trainer with etude's batches could do better than: TRL's iteration over etude's network calls."""
+    """The bound for any trainer with etude's batches: TRL's iteration over etude's network calls."""
     return [milliseconds(run["bare"]), f"{median(run['seconds']['trl']) / median(run['bare']):.2f}"]
 
 
@@ -185,7 +186,7 @@ def _differences(parity: dict[str, float]) -> str:
 
 
 def _recipe(folder: Path, pipeline: Path, comparison: Comparison, seed: int) -> str:
-    """What TRL's DDPOConfig says, in etude's words."""
+    """The settings of TRL's DDPOConfig as settings of etude."""
     work, (rollout, replay) = comparison.work, comparison.etude
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")

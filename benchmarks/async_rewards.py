@@ -1,4 +1,4 @@
-"""Iterations that score all images after the rollout over iterations that score each micro-batch while the next is sampled."""
+"""Time of iterations: scores after the rollout over scores of each micro-batch during the next one."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ TARGET = 1.3
 WARM_UP = 1
 AFTER, AHEAD = "scored after the rollout", "scored ahead"
 DURATION = "ETUDE_BENCHMARK_REWARD_SECONDS"
-"""The environment variable that says how long the slow reward takes for an image."""
+"""Environment variable with the seconds that the slow reward takes for an image."""
 
 
 def slow(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
-    """Brightness, from a reward that is not in a hurry: as if another machine, or another GPU, worked on it."""
+    """Brightness, with a delay as if another machine or GPU computed the reward."""
     time.sleep(float(os.environ[DURATION]) * len(images))
     return images.float().mean(dim=(1, 2, 3)) / 255
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every iteration does."""
+    """The work of every iteration."""
 
     images: int = 16
     batch: int = 2
@@ -37,12 +37,12 @@ class Work:
 
 
 def run(work: Work, repeats: int, threads: int | None) -> Result:
-    """Alternates an iteration that scores after the rollout and one that scores ahead: the same images, the same scores.
+    """Alternates iterations that score after the rollout and ahead: the same images, the same scores.
 
-    The reward takes as long for all images as the rollout, whatever the machine: the most that can overlap.
+    On every machine the reward takes as long for all images as the rollout: the largest overlap.
 
     Args:
-        repeats: pairs, after one that is thrown away.
+        repeats: number of pairs, after one that is thrown away.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
     duration = _rollout_seconds(work, threads) / work.images
@@ -57,7 +57,7 @@ def run(work: Work, repeats: int, threads: int | None) -> Result:
 
 
 def _rollout_seconds(work: Work, threads: int | None) -> float:
-    """What the rollout takes on this machine, with a reward that takes no time."""
+    """Seconds of the rollout on this machine, with a reward that takes no time."""
     with _side(work, AFTER, threads, 0.0) as side:
         return float([side.ask("iterate")["phases"]["rollout"] for _ in range(WARM_UP + 1)][-1])
 
@@ -94,7 +94,7 @@ def _settings(work: Work, name: str) -> dict[str, Any]:
         f"rollout.images_per_iteration={work.images}",
         f"rollout.batch_size={work.batch}",
         f"sampling.num_steps={work.num_steps}",
-        "objective.timestep_fraction=0.1",  # the update is not what is measured
+        "objective.timestep_fraction=0.1",  # a small update, since it is not measured
         f"rollout.score_ahead={'true' if name == AHEAD else 'false'}",
     ]
     return {"recipe": "emoji-ddpo", "overrides": overrides, "work": str(BUILD)}

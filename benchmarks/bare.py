@@ -1,4 +1,4 @@
-"""The bare network time of an iteration: its denoiser and VAE calls recorded, then run again with nothing around them."""
+"""The bare network time of an iteration: its denoiser and VAE calls, recorded and run again alone."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ KINDS = ("forward", "forward_backward", "decode")
 
 @dataclass(frozen=True)
 class Call:
-    """One network call: what was called, with which tensors, and whether its gradient was taken.
+    """One network call: the function, its tensors, and whether its gradient was computed.
 
-    `adapted` is the network whose LoRA layers were switched off for this call, or None.
+    `adapted` is the network whose LoRA layers were off during this call, or None.
     """
 
     kind: str
@@ -32,11 +32,11 @@ class Call:
 
     @property
     def rows(self) -> int:
-        """The samples in it, with guidance's."""
+        """Number of rows in the call, those of guidance included."""
         return len(self.keywords["hidden_states"] if "hidden_states" in self.keywords else self.arguments[0])
 
     def __call__(self) -> None:
-        """Runs it again: the forward, and for `forward_backward` the backward of a gradient of ones."""
+        """Runs the call again: forward, and for `forward_backward` the backward of ones."""
         if self.adapted is not None:
             self.adapted.disable_adapters()
         try:
@@ -51,7 +51,7 @@ class Call:
 
 @contextmanager
 def record(policy: PipelinePolicy) -> Iterator[list[Call]]:
-    """Inside, every call of the UNet or transformer (or its frozen reference) and of the VAE's decoder is noted, in order."""
+    """Context that records, in order, every call of denoiser, frozen reference and VAE decoder."""
     calls: list[Call] = []
     vae, decode = policy.pipeline.vae, policy.pipeline.vae.decode
 
@@ -69,14 +69,14 @@ def record(policy: PipelinePolicy) -> Iterator[list[Call]]:
     try:
         yield calls
     finally:
-        del vae.decode  # the instance's attribute; the class's method shows again
+        del vae.decode  # deletes the instance's attribute, so that the class's method applies again
         for hook in hooks:
             hook.remove()
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Consecutive calls of one kind and size, run again: how many, of how many rows each, and the seconds of all of them."""
+    """Consecutive calls of one kind and size: number of calls, rows of each, seconds of all."""
 
     kind: str
     rows: int
@@ -85,7 +85,7 @@ class Timed:
 
 
 def run_bare(calls: list[Call], now: Callable[[], float]) -> list[Timed]:
-    """Runs the calls again, in order and with nothing around them."""
+    """Runs the calls again, in order and alone."""
     timed = []
     for (kind, rows), group in groupby(calls, key=lambda call: (call.kind, call.rows)):
         alike, started = list(group), now()

@@ -1,4 +1,4 @@
-"""Time of an iteration against images x steps: a line, or not."""
+"""Time of an iteration against images x steps, and whether it is a line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.results import Headline, Ratio, Result, milliseconds
 TARGET = 0.1
 WARM_UP = 1
 IMAGES, STEPS, BATCH = (8, 16, 32), (5, 10, 20), 8
-"""Every number of images is a multiple of the micro-batch, so that all calls have the same size."""
+"""Micro-batch. It divides every number of images, so that all calls have the same size."""
 
 
 def run(
@@ -26,12 +26,12 @@ def run(
     images: tuple[int, ...] = IMAGES,
     steps: tuple[int, ...] = STEPS,
 ) -> Result:
-    """Takes turns: one iteration for each number of images with each number of steps; then fits a line to the medians.
+    """Runs one iteration for each number of images and of steps in turn, and fits a line to the medians.
 
     Args:
-        recipe: what is trained, at every step.
+        recipe: recipe to train, with every step trained.
         overrides: `a.b=value`, as for `etude train --set`.
-        repeats: rounds, after one that is thrown away.
+        repeats: number of rounds, after one that is thrown away.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -74,13 +74,13 @@ def _result(
 ) -> Result:
     work = [float(images * steps) for images, steps in points]
     seconds = [statistics.median(one[i] for one in rounds) for i in range(len(points))]
-    found = line(work, seconds, [1 / t**2 for t in seconds])  # so that a tenth too much counts alike, whatever the size
-    largest = max(abs(t - found(w)) / found(w) for w, t in zip(work, seconds, strict=True))
+    fit = line(work, seconds, [1 / t**2 for t in seconds])  # equal weights for equal relative errors
+    largest = max(abs(t - fit(w)) / fit(w) for w, t in zip(work, seconds, strict=True))
     head = Headline(
         "largest distance of an iteration's time from the line / the line", Ratio.of([largest], [1.0]), TARGET
     )
     rows = [
-        [str(i), str(s), str(i * s), milliseconds([t]), milliseconds([found(w)]), f"{100 * (t / found(w) - 1):+.1f} %"]
+        [str(i), str(s), str(i * s), milliseconds([t]), milliseconds([fit(w)]), f"{100 * (t / fit(w) - 1):+.1f} %"]
         for (i, s), w, t in zip(points, work, seconds, strict=True)
     ]
     rows.append(
@@ -88,9 +88,9 @@ def _result(
             "fit",
             "",
             "",
-            f"{1e3 * found.intercept:.1f} + {1e3 * found.slope:.2f} x images x steps",
+            f"{1e3 * fit.intercept:.1f} + {1e3 * fit.slope:.2f} x images x steps",
             "",
-            f"R2 = {found.r2:.5f}",
+            f"R2 = {fit.r2:.5f}",
         ]
     )
     return Result(
@@ -99,10 +99,10 @@ def _result(
         ["images", "steps", "images x steps", "iteration, ms", "line, ms", "residual"],
         rows,
         settings=settings,
-        measurements={"points": points, "rounds": rounds, "fit": _tree(found)},
+        measurements={"points": points, "rounds": rounds, "fit": _tree(fit)},
         versions={"etude": versions},
     )
 
 
-def _tree(found: Line) -> dict[str, float]:
-    return {"intercept_seconds": found.intercept, "seconds_per_image_step": found.slope, "r2": found.r2}
+def _tree(fit: Line) -> dict[str, float]:
+    return {"intercept_seconds": fit.intercept, "seconds_per_image_step": fit.slope, "r2": fit.r2}

@@ -1,4 +1,4 @@
-"""etude's side of every measurement: a trainer that takes one iteration when asked."""
+"""etude's side of every measurement: a trainer that runs one iteration on request."""
 
 from __future__ import annotations
 
@@ -28,20 +28,23 @@ from etude.training.trainer import Trainer
 
 
 def _unshared(*args: Any, **kwargs: Any) -> Trajectory:
-    """A rollout whose images have nothing in common."""
+    """A rollout whose images share no steps."""
     return rollout(*args, **{**kwargs, "prompts": None, "starts": None})
 
 
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
-    """Settings: `recipe` (a name or a YAML file), `overrides`, `work` (where the run directory goes, removed at exit).
+    """Builds a trainer; returns its info and the handlers of requests.
 
-    `share_prefix` (default true): compute what images of a group have in common once.
+    Args:
+        settings: `recipe` (a name or a YAML file), `overrides`, `work` (parent of the run
+            directory, which is removed at exit), and `share_prefix` (compute the common steps of a
+            group once; default true).
     """
     if not settings.get("share_prefix", True):
         etude.training.trainer.rollout = _unshared
     out = tempfile.TemporaryDirectory(dir=settings["work"], prefix="run-")
     atexit.register(out.cleanup)
-    never = 10**6  # evaluation is not part of an iteration: it is never due
+    never = 10**6  # an evaluation is not part of an iteration, so none is ever due
     overrides = [f"iterations={never}", f"evaluation.every={never}", *settings["overrides"]]
     trainer = Trainer(load_config(settings["recipe"], overrides), Path(out.name))
     assert isinstance(trainer.objective, PPO)
@@ -69,14 +72,18 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
 
 
 def _iterate(trainer: Trainer) -> float:
-    """One iteration as a run has it: rollout, decode, rewards, update, metrics and checkpoint on the disk."""
+    """One iteration as in a run: rollout, decode, rewards, update, metrics and checkpoint on the disk."""
     started = _now()
     trainer._finish_iteration(trainer._iterate())
     return _now() - started
 
 
 def _overhead(trainer: Trainer) -> dict[str, Any]:
-    """One iteration, then its network calls alone, on the same tensors in the same batches. Seconds: by kind, and of each run of like calls."""
+    """One iteration, then its network calls alone, on the same tensors in the same batches.
+
+    Returns:
+        Seconds by kind, and of each sequence of calls of one kind and size.
+    """
     assert isinstance(trainer.policy, PipelinePolicy)
     with record(trainer.policy) as calls:
         total = _iterate(trainer)
@@ -87,13 +94,13 @@ def _overhead(trainer: Trainer) -> dict[str, Any]:
 
 
 def _bytes_per_image(trainer: Trainer) -> int:
-    """What a rollout keeps of an image: its trajectory, what the network is told about its prompt, and the picture."""
+    """Bytes that a rollout keeps of an image: trajectory, conditioning and picture."""
     policy = trainer.policy
     assert isinstance(policy, PipelinePolicy)
-    told = policy.encode(trainer.train_prompts.texts[:1]).prompt
+    conditioning = policy.encode(trainer.train_prompts.texts[:1]).prompt
     height, width = policy.image_size
     floats = trajectory_floats(trainer.schedule.table_at(1), policy.dimensions, trainer.objective.needs_reference)
-    return 4 * floats + sum(rows.nbytes for rows in told.values()) + 3 * height * width
+    return 4 * floats + sum(rows.nbytes for rows in conditioning.values()) + 3 * height * width
 
 
 def _now() -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Line:
-    """`y = intercept + slope x`, and the share of the variance of y that it explains."""
+    """A line `y = intercept + slope x`, and R2, the share of the variance of y that it explains."""
 
     intercept: float
     slope: float
@@ -19,10 +19,15 @@ class Line:
 
 
 def line(x: Sequence[float], y: Sequence[float], weights: Sequence[float] | None = None) -> Line:
-    """Least squares: slope = cov(x, y) / var(x), through the means; weighted by `weights`, equal by default.
+    """The line of least squares: slope = cov(x, y) / var(x), through the means.
+
+    Args:
+        x: abscissas.
+        y: ordinates.
+        weights: weights of the points. Default: equal.
 
     Raises:
-        ValueError: if there are not two different x at least.
+        ValueError: there are fewer than two different x.
     """
     if len(set(x)) < 2:
         raise ValueError(f"a line needs two different x at least, not {list(x)}.")

@@ -1,4 +1,4 @@
-"""Peak memory of training against steps, images and parameters: it should grow by what must be kept of them and by nothing else."""
+"""Peak memory of training against steps, images and parameters, beside what must be kept."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from benchmarks.results import Headline, Ratio, Result
 TARGET = 1.15
 FLOAT_BYTES = 4
 ADAM_FLOATS = 4
-"""A trained parameter, its gradient and two moments."""
+"""Number of floats: the parameter, its gradient and two moments."""
 CHANNELS = (4, 8, 8)
 BATCH_SIZE = 4
-"""Small, as are the channels: the network's own memory should not hide that of the latents."""
+"""Small batches (and channels), so that the network's memory does not hide that of the latents."""
 ONE_ROW = {"rank": 0, "images": 2, "batch": 1, "guidance": 1.0, "latent_size": 8}
-"""Full fine-tuning with calls of one row, without guidance: activations, which grow with the channels too, should not hide the parameters."""
+"""Full fine-tuning with calls of one row and no guidance, so that activations do not hide parameters."""
 ITERATIONS = 2
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One number that is varied, all else equal.
+    """A sweep over one quantity, all else equal.
 
     Attributes:
-        name: what is counted.
-        points: the settings of each process.
-        count: how many of it a process has, from what it says of itself.
-        expected: bytes that one more of it must take.
+        name: name of the quantity.
+        points: settings of each process.
+        count: function from a process's report to its amount of the quantity.
+        expected: bytes that one more unit must take.
     """
 
     name: str
@@ -46,13 +46,15 @@ class Sweep:
 def run(
     steps: list[int], images: list[int], channels: list[int], latent_size: int, threads: int | None, seed: int = 0
 ) -> Result:
-    """One process for each point of three sweeps; the slopes of their peak resident memories, by least squares.
+    """Runs a process for each point of three sweeps and fits slopes to their peak resident memories.
 
     Args:
-        steps: numbers of steps, at least two.
-        images: per iteration, the numbers of them at 10 steps; the steps are varied with the second one.
-        channels: of a UNet that is trained as a whole, on few images: its parameters grow with their square.
-        latent_size: height and width of the 4-channel latents: large, so that they show beside torch's own memory.
+        steps: numbers of steps, at least two, at the second number of images.
+        images: numbers of images per iteration, at 10 steps.
+        channels: channels of a UNet that is trained as a whole, on few images; its parameters grow
+            with their square.
+        latent_size: height and width of the 4-channel latents, large enough to show beside torch's
+            own memory.
     """
     sweeps = [
         Sweep(
@@ -83,7 +85,7 @@ def run(
 
 
 def _peak(folder: Path, point: dict[str, Any], threads: int | None, seed: int) -> dict[str, Any]:
-    """What a process says of itself after its iterations, its peak included."""
+    """The report of a process after its iterations, with its peak memory."""
     settings = {"recipe": _recipe(folder, point, seed), "overrides": [], "work": str(folder)}
     with Side(sys.executable, "benchmarks.etude_side", settings, threads) as side:
         for _ in range(ITERATIONS):
@@ -122,12 +124,12 @@ def _result(sweeps: list[Sweep], found: dict[str, list[dict[str, Any]]], setting
 
 
 def _recipe(folder: Path, point: dict[str, Any], seed: int) -> str:
-    """Saves a pipeline and a recipe; batches stay the same whatever the number of steps and images."""
+    """Saves a pipeline and a recipe. Batches do not depend on the numbers of steps and images."""
     channels, size, images = point.get("channels", CHANNELS), point["latent_size"], point["images"]
     batch = point.get("batch", BATCH_SIZE)
     pipeline = folder / f"pipeline-{'-'.join(map(str, channels))}-{size}"
     if not pipeline.is_dir():
-        # Only what is trained grows with the channels.
+        # Only the trained network grows with the channels.
         same = {"vae_channels": CHANNELS[:2], "latent_size": size, "seed": seed}
         build = {"directory": str(pipeline), "channels": list(channels), **same}
         with Side(sys.executable, "benchmarks.pipeline_side", build):

@@ -1,4 +1,4 @@
-"""Time and memory of an iteration against the size of its micro-batches: rows in a network call."""
+"""Time and memory of an iteration against the size of its micro-batches, in rows of a network call."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ def run(
     sizes: tuple[int, ...] = SIZES,
     images: int = IMAGES,
 ) -> Result:
-    """Takes turns for each recipe: one iteration with micro-batches of each size, of the rollout and of the replay alike.
+    """Runs an iteration with micro-batches of each size in turn, for each recipe.
 
     Args:
-        recipes: what is trained.
+        recipes: recipes to train.
         overrides: `a.b=value`, as for `etude train --set`.
-        repeats: rounds, after one that is thrown away.
-        sizes: images while sampling and (image, step) pairs while replaying, at most.
-        images: of an iteration, of which the recipes take all at once while sampling.
+        repeats: number of rounds, after one that is thrown away.
+        sizes: largest numbers of images in a call of the rollout, and of (image, step) pairs in a
+            call of the replay.
+        images: number of images of an iteration; the recipes sample all of them at once.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
     found, info = {}, {}
@@ -72,7 +73,7 @@ def _sizes(size: int, images: int) -> list[str]:
 
 
 def _result(found: dict[str, Any], images: int, settings: dict[str, Any], versions: dict[str, str]) -> Result:
-    """The ratio of a size is that of its iteration to the iteration with all images at once, which is what the recipes do."""
+    """The ratios of each size's iteration to the iteration of the recipes, with all images at once."""
     heads, rows = [], []
     for recipe, measured in found.items():
         rounds, peaks = measured["rounds"], measured["peak_bytes"]

@@ -1,4 +1,4 @@
-"""Iterations of MixGRPO and MixGRPO-Flash over those of GRPO on the whole trajectory, at the same images and steps."""
+"""Time of iterations of MixGRPO and MixGRPO-Flash over those of GRPO, at the same images and steps."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from benchmarks.results import Headline, Ratio, Result, milliseconds
 
 WARM_UP = 2
 HEADS = 12
-"""Of the random transformer, of 32 channels each. Wide enough that a call's fixed cost, which is nothing beside a full-size network's time, does
-not decide what calls of few rows cost."""
+"""Heads of the random transformer, of 32 channels each. They make it wide enough that the fixed cost
+of a call, negligible beside the time of a full-size network, does not dominate calls of few
+rows."""
 FULL, MIXED, UNSHARED, FLASH, RECORDED = "GRPO", "MixGRPO", "MixGRPO, nothing shared", "MixGRPO-Flash", "recorded"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every iteration does: by default what each of 8 processes does of one of the recipe `flux-mixgrpo`.
+    """The work of every iteration. Default: the share of one of 8 processes in `flux-mixgrpo`.
 
     Attributes:
-        images: sampled, in groups of `group` images of one prompt and one initial noise.
-        num_steps: of the sampler.
-        window: the steps that MixGRPO trains. It moves by one step in each iteration, so that all its places count alike.
-        compression: of the steps after it, in Flash.
-        updates: optimiser steps.
-        batch: rows in a network call, at most.
+        images: number of images, in groups of `group` images of one prompt and one initial noise.
+        num_steps: number of steps of the sampler.
+        window: number of steps that MixGRPO trains. The window moves by one step in each iteration,
+            so that all its places count alike.
+        compression: Flash's compression of the steps after the window.
+        updates: number of optimiser steps.
+        batch: largest number of rows in a network call.
     """
 
     images: int = 48
@@ -47,17 +49,17 @@ class Work:
 
     @property
     def places(self) -> range:
-        """The window's first steps: neither the step out of pure noise nor the one into clean data can be trained."""
+        """Places of the window; the step at pure noise and the step to clean data cannot be trained."""
         return range(1, self.num_steps - self.window)
 
 
 def evaluations(work: Work, compression: float | None = None) -> tuple[int, int]:
-    """Of the network, for one group with the window at each of its places: without gradients (rollouts), and with (replay).
+    """Network evaluations of one group over all places of the window: rollout, and replay with gradients.
 
-    The steps before the window are taken once for the whole group.
+    The steps before the window are computed once for the whole group.
 
     Args:
-        compression: of the steps after the window; None: all of them are taken.
+        compression: compression of the steps after the window. None: no compression.
     """
     forwards = 0
     for start in work.places:
@@ -68,18 +70,19 @@ def evaluations(work: Work, compression: float | None = None) -> tuple[int, int]
 
 
 def bound(work: Work, cost: float) -> float:
-    """Flash over MixGRPO if an iteration is its network's evaluations alone and one with gradients costs `cost` others."""
+    """Flash over MixGRPO, counted in network evaluations; one with gradients costs `cost` others."""
     (flash, trained), (mixed, _) = evaluations(work, work.compression), evaluations(work)
     return (flash + trained * cost) / (mixed + trained * cost)
 
 
 def run(work: Work, model: str | None, repeats: int, threads: int | None, seed: int = 0, heads: int = HEADS) -> Result:
-    """Takes turns: GRPO, MixGRPO with and without a shared prefix, Flash, and MixGRPO with its network calls alone.
+    """Runs GRPO, MixGRPO with and without shared prefix, Flash, and MixGRPO's network calls in turn.
 
     Args:
-        model: a FLUX model by its name or directory; None: a random one.
-        repeats: rounds of one iteration each, after two that are thrown away. As many as the window has places, or a multiple.
-        heads: of the random model's transformer.
+        model: name or directory of a FLUX model. Default: a random one.
+        repeats: number of rounds of one iteration each, after two that are thrown away: the number
+            of places of the window, or a multiple.
+        heads: heads of the random model's transformer.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD, prefix="mixgrpo-") as name, ExitStack() as stack:
@@ -100,13 +103,13 @@ def run(work: Work, model: str | None, repeats: int, threads: int | None, seed: 
 
 
 def _round(sides: dict[str, Side]) -> dict[str, Any]:
-    """One iteration of each, all with the window at the same place. Seconds."""
+    """Seconds of one iteration of each side, all with the window at the same place."""
     found: dict[str, Any] = {v: side.ask("iterate")["seconds"] for v, side in sides.items() if v != RECORDED}
     return {**found, RECORDED: sides[RECORDED].ask("overhead")}
 
 
 def _settings(folder: Path, work: Work, model: str, variant: str, seed: int) -> dict[str, Any]:
-    """A side's recipe; all share everything but the window."""
+    """The recipe of a side; the recipes differ by the window alone."""
     window: dict[str, Any] = {"strategy": "progressive", "size": work.window, "iters_per_shift": 1, "stride": 1}
     if variant == FLASH:
         window["compression"] = work.compression
@@ -184,14 +187,14 @@ def _result(work: Work, rounds: list[dict[str, Any]], info: dict[str, Any], sett
 
 
 def _whole_rounds(work: Work, own: list[float], others: list[float]) -> Ratio:
-    """Of the sums over all places of the window, one after the other: what a run pays, whose window passes over them all."""
+    """Ratios of sums over all places of the window: the cost of a run whose window visits all of them."""
     starts = range(0, len(own), len(work.places))
     sums = [[sum(each[start : start + len(work.places)]) for start in starts] for each in (own, others)]
     return Ratio.of(*sums)
 
 
 def _network(work: Work, rounds: list[list[dict[str, Any]]]) -> list[list[str]]:
-    """What one row of a bare call costs, before the window and with gradients too, and what that makes of Flash."""
+    """Cost of a row of a bare call, in the prefix and with gradients, and Flash's ratio from it."""
 
     def a_row(kind: str, rows: int) -> list[float]:
         found = [[one for one in calls if (one["kind"], one["rows"]) == (kind, rows)] for calls in rounds]

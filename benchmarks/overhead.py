@@ -13,12 +13,14 @@ WARM_UP = 2
 
 
 def run(recipes: list[str], overrides: list[str], repeats: int, threads: int | None) -> Result:
-    """Alternates A (an iteration) and B (the denoiser's forwards, forward-backwards and VAE decodes of that very iteration), for each recipe.
+    """Alternates A (an iteration) and B (the network calls of that iteration alone), for each recipe.
+
+    B consists of the denoiser's forwards and forward-backwards, and the VAE's decodes.
 
     Args:
-        recipes: what is trained: recipes' names or YAML files.
+        recipes: recipes to train, as names or YAML files.
         overrides: `a.b=value`, as for `etude train --set`.
-        repeats: pairs of A and B, after two pairs that are thrown away.
+        repeats: number of pairs of A and B, after two pairs that are thrown away.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
     found, info = {}, {}
@@ -60,7 +62,7 @@ def _result(found: dict[str, list[dict[str, Any]]], settings: dict[str, Any], ve
 
 
 def _parts(pairs: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Seconds of each part, by pair. What a phase takes beyond its network calls is its overhead."""
+    """Seconds of each part, by pair. The overhead of a phase is its time without its network calls."""
 
     def each(*names: str, kind: str = "bare") -> list[float]:
         return [sum(pair[kind].get(name, 0.0) for name in names) for pair in pairs]

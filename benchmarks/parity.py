@@ -1,7 +1,7 @@
-"""Whether two implementations of DDPO compute the same thing: one rollout of the peer's, scored again by etude.
+"""A check that two implementations of DDPO compute the same: etude scores a rollout of the peer again.
 
-The peer writes what it sampled and what it made of it (log-probabilities, loss, gradient); etude computes the same from the same
-latents with its own encoder call, path, kernel and objective.
+The peer writes its samples with their log-probabilities, loss and gradient. etude computes these
+numbers from the same latents with its own encoder call, path, kernel and objective.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ def compare(trainer: Trainer, path: Path, prompts: list[str]) -> dict[str, float
     """Largest differences between the peer's values in `path` and etude's.
 
     Returns:
-        `log_prob`: largest absolute difference, in the units of the mean over latent dimensions. `loss`: absolute difference.
-        `gradient`: norm of the difference over the norm. `clipped`: the share of terms where the clip is active, so that a
-        loss which forgot it could not agree.
+        `log_prob`: largest absolute difference, in units of the mean over latent dimensions.
+            `loss`:
+        absolute difference. `gradient`: norm of the difference over the norm. `clipped`: share of
+        terms with an active clip; a loss without the clip could not agree on them.
     """
     peer, config, table = load_file(path), trainer.config, trainer.schedule.table_at(1)
     assert isinstance(trainer.objective, PPO)

@@ -1,4 +1,4 @@
-"""Saves the shared pipeline in a process of its own, so that the process that measures never loads torch."""
+"""Saves the shared pipeline in a process of its own, so that the measuring process never loads torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.workload import save_flux, save_pipeline
 
 
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
-    """Settings: the arguments of `save_pipeline`, or, with `heads` in place of `channels`, those of `save_flux`."""
+    """Saves a pipeline: by `save_flux` if the settings have `heads`, else by `save_pipeline`."""
     directory, size, seed = Path(settings["directory"]), settings.get("latent_size", 8), settings.get("seed", 0)
     if "heads" in settings:
         save_flux(directory, settings["heads"], size, seed)

@@ -1,4 +1,4 @@
-"""Iterations that sample in half precision and train in float32: their time, and what that does to the ratio before the first update."""
+"""Iterations that sample in half precision and train in float32: time, and ratios before the update."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ SIDES = {
     "float16": ["rollout.dtype=float16"],
 }
 SMALL = ["rollout.images_per_iteration=4", "rollout.images_per_prompt=2", "objective.updates_per_epoch=2"]
-"""A CPU without arithmetic in half precision takes many times as long for it."""
+"""Small, since a CPU without half-precision arithmetic takes many times as long."""
 
 
 def run(recipes: list[str], overrides: list[str], repeats: int, threads: int | None) -> Result:
-    """Takes turns for each recipe, one iteration in each precision.
+    """Runs an iteration in each precision in turn, for each recipe.
 
     Args:
-        recipes: what is trained.
-        overrides: `a.b=value`, as for `etude train --set`, after those that make the iteration small.
-        repeats: rounds, after one that is thrown away.
+        recipes: recipes to train.
+        overrides: `a.b=value`, as for `etude train --set`, after those that make the iteration
+            small.
+        repeats: number of rounds, after one that is thrown away.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
     found, info = {}, {}

@@ -1,4 +1,4 @@
-"""Measured programs run in processes of their own, which wait idle until they are asked for one iteration."""
+"""Processes of measured programs, which wait idle until a request for one iteration."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "benchmarks"
-"""Scratch files: git-ignored, on the disk of the checkout, so that writing a checkpoint costs what it costs there."""
+"""Scratch files: git-ignored, on the disk of the checkout, as its checkpoints would be."""
 
 
 class Side:
-    """One measured process. Several can be open at once, and only the one that is asked works.
+    """One measured process. Several can be open at once; each works only on request.
 
     Args:
-        python: interpreter of the environment it runs in.
-        module: a module of this package that calls `protocol.serve`.
-        settings: passed to it.
-        threads: threads of torch in it; None leaves torch's default.
-        cpu: hide any GPU from it.
-        environment: further variables.
-        wait: for its `info`; otherwise `receive` gets that.
+        python: interpreter of the process's environment.
+        module: module of this package that calls `protocol.serve`.
+        settings: settings of the process.
+        threads: number of torch's threads. Default: torch's own.
+        cpu: hide all GPUs.
+        environment: further environment variables.
+        wait: wait for the process's `info`. False: `receive` returns it.
 
     Raises:
-        RuntimeError: if the process ends before it replies; with the end of its log.
+        RuntimeError: the process ends before it replies; the message has the end of its log.
     """
 
     def __init__(
@@ -60,21 +60,21 @@ class Side:
         self.info = self.receive() if wait else {}
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """Has the process do something, and waits for its reply."""
+        """Sends a request and waits for the reply."""
         self.send(do, **arguments)
         return self.receive()
 
     def send(self, do: str, **arguments: Any) -> None:
-        """Has the process do something."""
+        """Sends a request."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # the process is gone: the missing reply says so, with its log
+            pass  # the process is gone; `receive` reports it, with its log
 
     def receive(self) -> dict[str, Any]:
-        """Waits for its next reply."""
+        """Waits for the next reply."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -102,13 +102,13 @@ class Side:
 
 
 class Group:
-    """The processes of one run, on this machine: all are asked for the same at once.
+    """The processes of one run on this machine; all get the same requests at once.
 
     Args:
-        module: as of `Side`, run by this interpreter.
-        settings: passed to each of them.
-        count: of processes.
-        threads: of torch in each.
+        module: module as of `Side`, run by this interpreter.
+        settings: settings of each process.
+        count: number of processes.
+        threads: number of torch's threads in each process.
     """
 
     def __init__(self, module: str, settings: dict[str, Any], count: int, threads: int | None) -> None:
@@ -138,7 +138,7 @@ class Group:
             self._open = started.pop_all()
 
     def ask(self, do: str, **arguments: Any) -> list[dict[str, Any]]:
-        """Has all processes do something, and waits for their replies."""
+        """Sends a request to all processes and waits for their replies."""
         for side in self._sides:
             side.send(do, **arguments)
         return [side.receive() for side in self._sides]

@@ -1,4 +1,4 @@
-"""Where the time of one iteration goes: by what is done, and by the operation of torch that does it."""
+"""The time of one iteration by part, and by operation of torch."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ GROUPS = {
     "copies": r"aten::(copy_|cat|clone|index|stack|_to_copy|contiguous|index_put_|upsample\w+)",
     "arithmetic by element": r"aten::(mul|add|sub|div|neg|pow|exp|log|sqrt|rsqrt|sum|mean|gelu|silu|tanh|maximum|clamp|sin|cos)_?(_backward)?",
 }
-"""Operations by the pattern of their names; the first that fits counts."""
+"""Groups of operations by a pattern of their names; the first that fits counts."""
 OTHERS = "other operations"
 
 
 class Stopwatch:
-    """Seconds by the name of a part, as far as `now` tells."""
+    """Seconds by the name of a part, read from the clock `now`."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.now, self.seconds, self._started = now, dict[str, float](), 0.0
@@ -44,7 +44,7 @@ class Stopwatch:
 
     @contextmanager
     def on(self, owner: Any, method: str, part: str) -> Iterator[None]:
-        """Inside, the calls of a method are timed."""
+        """Context in which the calls of a method are timed."""
         original = getattr(owner, method)
 
         @wraps(original)
@@ -58,11 +58,11 @@ class Stopwatch:
         try:
             yield
         finally:
-            delattr(owner, method)  # the instance's; the class's method shows again
+            delattr(owner, method)  # deletes the instance's attribute, so that the class's method applies again
 
     @contextmanager
     def on_network(self, network: nn.Module) -> Iterator[None]:
-        """Inside, the calls of a network are timed."""
+        """Context in which the calls of a network are timed."""
 
         def stop(module: nn.Module, *ignored: Any) -> None:
             self.stop(FORWARD if torch.is_grad_enabled() else REFERENCE if _adapters_off(module) else SAMPLING)
@@ -76,7 +76,7 @@ class Stopwatch:
 
 
 def profile(trainer: Trainer, iterate: Callable[[], float], now: Callable[[], float]) -> dict[str, Any]:
-    """Seconds of one iteration by its parts, and of another by groups of operations."""
+    """Seconds of one iteration by part, and of another one by group of operations."""
     policy, watch = trainer.policy, Stopwatch(now)
     assert isinstance(policy, PipelinePolicy)
     methods = [

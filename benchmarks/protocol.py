@@ -1,6 +1,6 @@
-"""How a measured process is told to work, and says how long it took: one JSON object a line, each way.
+"""The protocol of a measured process: requests and replies are JSON objects, one a line.
 
-Standard library only, because the peer's environment imports it too.
+Only the standard library is used, because the peer's environment imports this module, too.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from typing import Any
 
 
 def serve(start: Callable[[dict[str, Any]], tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]]) -> None:
-    """Sets up from the settings in the first argument, replies with `info`, then answers requests until its input ends.
+    """Serves one measured program on standard input and output.
+
+    The settings are the first command-line argument. The program replies with `info`, then answers
+    requests until its input ends.
 
     Args:
-        start: settings -> (info, handlers by request name). A handler takes the request's other keys.
+        start: function from settings to (info, handlers by request name). A handler takes the
+            request's other keys.
     """
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints goes to the log, not between the replies
+    os.dup2(2, 1)  # prints of a library go to the log, not between the replies
     info, handlers = start(json.loads(sys.argv[1]))
     _reply(channel, info)
     for line in sys.stdin:
@@ -33,18 +37,19 @@ def _reply(channel: Any, value: dict[str, Any]) -> None:
 
 
 def forget_peak() -> None:
-    """Starts the peak anew where the system can (Linux), so that importing and loading are not counted as training."""
+    """Resets the peak, on Linux, so that imports and loading do not count as training."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
             file.write("5")
     except OSError:
-        return  # the peak then includes the start, the same for any number of steps
+        return  # the peak then includes the start, which is the same for any number of steps
 
 
 def peak_bytes() -> int:
-    """Peak resident memory of this process, since `forget_peak` where that works.
+    """Peak resident memory of this process, since `forget_peak` if the system can reset it.
 
-    Linux's VmHWM starts anew with the program; ru_maxrss does not, it keeps the peak of the process that started it.
+    Linux's VmHWM starts anew with the program. ru_maxrss does not: it keeps the peak of the process
+    that started the program.
     """
     try:
         with open("/proc/self/status", encoding="ascii") as status:

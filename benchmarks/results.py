@@ -1,4 +1,4 @@
-"""What a benchmark found: ratios of interleaved measurements, as a table to read and as JSON to keep."""
+"""Results of a benchmark: ratios of interleaved measurements, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median of the ratios of pairs that were measured one right after the other, and their range."""
+    """Median and range of the ratios of pairs, each measured one right after the other."""
 
     median: float
     low: float
@@ -27,10 +27,10 @@ class Ratio:
 
     @classmethod
     def of(cls, numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
-        """Ratio of pair i = numerators[i] / denominators[i].
+        """The ratios numerators[i] / denominators[i].
 
         Raises:
-            ValueError: if there is no pair, or the numbers of the two differ.
+            ValueError: there is no pair, or the two lists differ in length.
         """
         ratios = [a / b for a, b in zip(numerators, denominators, strict=True)]
         if not ratios:
@@ -43,7 +43,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Headline:
-    """A number that a benchmark is for, and what it should be; without a target it is only stated."""
+    """A number that a benchmark measures, with its target, if any."""
 
     name: str
     ratio: Ratio
@@ -52,7 +52,7 @@ class Headline:
 
     @property
     def met(self) -> bool:
-        """Whether the target is met; a number without one misses nothing."""
+        """Whether the target is met, or there is none."""
         if self.target is None:
             return True
         return self.ratio.median <= self.target if self.at_most else self.ratio.median >= self.target
@@ -79,15 +79,15 @@ class Headline:
 
 @dataclass(frozen=True)
 class Result:
-    """What one benchmark leaves behind.
+    """The result of one benchmark.
 
     Attributes:
         columns: names of the table's columns.
-        rows: the table, already text.
-        settings: everything that was chosen, the seed included.
-        measurements: every single timing, so that another summary can be made of them.
-        versions: of the libraries on each side.
-        further: other numbers of it that have a place in the summary.
+        rows: rows of the table, as text.
+        settings: all settings of the benchmark, the seed included.
+        measurements: every single timing, from which another summary can be computed.
+        versions: versions of the libraries on each side.
+        further: other numbers for the summary.
     """
 
     benchmark: str
@@ -105,7 +105,7 @@ class Result:
 
     @property
     def met(self) -> bool:
-        """Whether every target is."""
+        """Whether every target is met."""
         return all(one.met for one in self.headlines)
 
     def as_json(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Result:
         }
 
     def as_markdown(self) -> str:
-        """The table and where it comes from, for the documentation."""
+        """The table and its origin, for the documentation."""
         found = self.as_json()
         where = found["machine"]
         load = " or ".join(dict.fromkeys(f"{one:.1f}" for one in where["load"]))
@@ -129,7 +129,7 @@ class Result:
         return f"{stated}\n\n{markdown_table(self.columns, self.rows)}\n\n{origin}.\n"
 
     def write(self, directory: Path = RESULTS) -> Path:
-        """`<benchmark>.json` and `<benchmark>.md` in the directory; returns the path of the first."""
+        """Writes `<benchmark>.json` and `<benchmark>.md`; returns the path of the first."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.benchmark}.json"
         path.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
@@ -143,7 +143,7 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on; `load` is the 1-minute load average, which says whether the machine was quiet."""
+    """The machine. `load` is the 1-minute load average, which shows whether the machine was quiet."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -154,7 +154,7 @@ def machine() -> dict[str, Any]:
 
 
 def milliseconds(values: Sequence[float]) -> str:
-    """The median of timings in seconds, in ms."""
+    """The median, in ms, of timings in seconds."""
     return f"{1e3 * statistics.median(values):.1f}"
 
 

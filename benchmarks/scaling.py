@@ -1,4 +1,4 @@
-"""Strong scaling: the same iteration by one process and by two, each with one thread of its own."""
+"""Strong scaling: the same iteration by one process and by two, with one thread each."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ ONE, TWO, THREADS = "1 process", f"{PROCESSES} processes", f"1 process of {PROCE
 
 @dataclass(frozen=True)
 class Work:
-    """What every iteration does, in micro-batches of the same size on all sides."""
+    """The work of every iteration, in micro-batches of the same size on all sides."""
 
     images: int = 16
     batch: int = 8
 
 
 def run(recipes: list[str], overrides: list[str], work: Work, repeats: int) -> Result:
-    """Takes turns for each recipe: one process, two, and one with two threads.
+    """Runs an iteration by one process, by two, and by one with two threads in turn, for each recipe.
 
     Args:
-        recipes: what is trained.
+        recipes: recipes to train.
         overrides: `a.b=value`, as for `etude train --set`.
-        repeats: rounds of one iteration each, after one that is thrown away.
+        repeats: number of rounds of one iteration each, after one that is thrown away.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
     sizes = [
@@ -80,7 +80,7 @@ def _result(
 
 
 def _seconds(replies: list[dict[str, Any]]) -> float:
-    """An iteration is done when the last process is."""
+    """Seconds of an iteration: those of the last process to finish."""
     return max(reply["seconds"] for reply in replies)
 
 

@@ -1,4 +1,4 @@
-"""One table of all that was measured: every number with its target, from the results as they were last written."""
+"""One table of every number with its target, from the results as they were last written."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Line:
 
 
 def collect(directory: Path, names: Iterable[str]) -> list[Line]:
-    """The numbers of those benchmarks of which the directory holds a result, in the order of the names."""
+    """The numbers of the named benchmarks with a result in the directory, in the names' order."""
     lines = []
     for name in names:
         path = directory / f"{name}.json"
@@ -40,7 +40,7 @@ def collect(directory: Path, names: Iterable[str]) -> list[Line]:
 
 
 def write(directory: Path, lines: list[Line]) -> Path:
-    """`summary.json` and `summary.md` in the directory; returns the path of the first."""
+    """Writes `summary.json` and `summary.md` into the directory; returns the path of the first."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "summary.json"
     path.write_text(json.dumps(_tree(lines), indent=1) + "\n", encoding="utf-8")

@@ -1,9 +1,11 @@
-"""Time of 1,000 reward gaps of a 64-dimensional Gaussian with full covariance at N = 50, on one core; tightness of the bounds.
+"""Time of 1,000 reward gaps of a 64-dimensional Gaussian on one core, and tightness of the bounds.
 
-Run with one thread: `OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/theory.py`. Three readings of the promise
-(under 2 s): a new target every time (its eigendecomposition included), one target and reward at 1,000 etas one call at a
-time, and the same etas in one call. The tightness is best bound / |gap| over random Gaussians (d = 1 to 6, full indefinite
-Q) and random mixtures on the line, VE, VP and rectified-flow starts.
+The Gaussian has full covariance, and N = 50. Run with one thread: `OMP_NUM_THREADS=1
+OPENBLAS_NUM_THREADS=1 python benchmarks/theory.py`. The promise is under 2 s, in three readings: a
+new target every time (its eigendecomposition included), one target and reward at 1,000 etas in one
+call each, and the same etas in a single call. The tightness is best bound / |gap| over random
+Gaussians (d = 1 to 6, full indefinite Q) and random mixtures on the line, with VE, VP and
+rectified-flow starts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TRL's side of the comparison: its DDPOTrainer, which takes one iteration (`step`) when asked. Runs in TRL's environment."""
+"""TRL's side of the comparison, in TRL's environment: its DDPOTrainer runs an iteration on request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # t
 
 
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
-    """Settings: `pipeline`, `work`, `images`, `num_steps`, `updates`, `sample_batch_size`, `train_batch_size` and the hyper-parameters."""
+    """Builds TRL's trainer; returns its info and the handlers of requests.
+
+    Args:
+        settings: `pipeline`, `work`, `images`, `num_steps`, `updates`, `sample_batch_size`,
+            `train_batch_size` and the hyper-parameters.
+    """
     out = tempfile.TemporaryDirectory(dir=settings["work"], prefix="run-")
     atexit.register(out.cleanup)
     choice = random.Random(settings["seed"])
@@ -76,7 +81,7 @@ def _config(settings: dict[str, Any], out: str) -> DDPOConfig:
 
 
 def _iterate(trainer: DDPOTrainer, state: dict[str, Any]) -> float:
-    """One epoch in TRL's words: rollout, decode, rewards, update, and from the second on a checkpoint."""
+    """Runs one iteration, an epoch in TRL: with a checkpoint from the second on."""
     started = time.perf_counter()
     state["step"] = trainer.step(state["epoch"], state["step"])
     state["epoch"] += 1
@@ -84,11 +89,11 @@ def _iterate(trainer: DDPOTrainer, state: dict[str, Any]) -> float:
 
 
 def _parity(trainer: DDPOTrainer, path: Path) -> dict[str, Any]:
-    """Samples one batch, and writes its latents with TRL's log-probabilities, loss and gradient."""
+    """Samples one batch and writes its latents with TRL's log-probabilities, loss and gradient."""
     (sample,), ((_, prompts, _),) = trainer._generate_samples(iterations=1, batch_size=trainer.config.sample_batch_size)
     generator = torch.Generator().manual_seed(0)
     n, steps = sample["timesteps"].shape
-    advantages = 4 * torch.randn(n, generator=generator)  # some beyond the limit of 5
+    advantages = 4 * torch.randn(n, generator=generator)  # some exceed the limit of 5
     old = sample["log_probs"] + 2 * trainer.config.train_clip_range * torch.randn(n, steps, generator=generator)
     embeds = torch.cat([sample["negative_prompt_embeds"], sample["prompt_embeds"]])
     losses = []

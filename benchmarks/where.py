@@ -1,4 +1,4 @@
-"""Where the time of an iteration goes: its parts, and the operations of torch, each as a share of the iteration."""
+"""The time of an iteration by part and by operation of torch, each as a share of the iteration."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from benchmarks.results import Headline, Ratio, Result, milliseconds
 
 WARM_UP = 2
 NETWORKS = ("network", "autoencoder")
-"""What a part's name says if the networks compute in it."""
+"""Words in the name of a part in which networks compute."""
 
 
 def run(recipes: list[str], overrides: list[str], repeats: int, threads: int | None) -> Result:
-    """Profiles iterations of each recipe, `repeats` of them after two that are thrown away."""
+    """Profiles `repeats` iterations of each recipe, after two that are thrown away."""
     BUILD.mkdir(parents=True, exist_ok=True)
     found, info = {}, {}
     for recipe in recipes:
@@ -49,7 +49,7 @@ def _result(found: dict[str, list[dict[str, Any]]], settings: dict[str, Any], ve
 
 
 def parts(profile: dict[str, Any]) -> dict[str, float]:
-    """Seconds of all parts of an iteration; what is left of each phase is its own part."""
+    """Seconds of all parts of an iteration; the rest of each phase is a part of its own."""
     timed, phases = profile["parts"], profile["phases"]
 
     def rest(phase: str, prefix: str) -> float:
@@ -70,7 +70,7 @@ def _order(name: str) -> tuple[int, bool]:
 
 
 def _shares(profiles: list[dict[str, Any]]) -> dict[str, Ratio]:
-    """Of each part and each group of operations, by their names."""
+    """Shares of each part and each group of operations, by name."""
     totals, others = [one["seconds"] for one in profiles], [one["operations_seconds"] for one in profiles]
     each = [parts(one) for one in profiles]
     groups = {name: [one["operations"][name] for one in profiles] for name in profiles[0]["operations"]}

@@ -1,6 +1,6 @@
 """The pipeline and the reward that both sides of a comparison share.
 
-Imports nothing of etude or TRL, so that both environments can use it.
+The module imports neither etude nor TRL, so that both environments can use it.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ WIDTH = 32
 
 
 def brightness(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
-    """Mean pixel value: a reward that costs nothing. `[n, 3, h, w]` -> float32 `[n]`."""
+    """Mean pixel value, a reward without cost: float32 `[n]` from images `[n, 3, h, w]`."""
     return images.float().flatten(1).mean(dim=1)
 
 
 def save_pipeline(
     directory: Path, channels: tuple[int, ...], latent_size: int, seed: int = 0, vae_channels: tuple[int, ...] = ()
 ) -> Path:
-    """A random StableDiffusionPipeline with the scheduler of Stable Diffusion 1.5, as safetensors.
+    """Saves a random StableDiffusionPipeline with the scheduler of Stable Diffusion 1.5, as safetensors.
 
     Args:
-        channels: of the UNet's levels, of which the last has attention.
-        latent_size: height and width of the latents, which have 4 channels; images are twice that.
-        vae_channels: of the autoencoder's two levels; default: the UNet's first two.
+        channels: channels of the UNet's levels; the last level has attention.
+        latent_size: height and width of the 4-channel latents; images are twice as large.
+        vae_channels: channels of the autoencoder's two levels. Default: the UNet's first two.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
@@ -72,11 +72,13 @@ def save_pipeline(
 
 
 def save_flux(directory: Path, heads: int, latent_size: int, seed: int = 0) -> Path:
-    """A random FluxPipeline with the shift and the guidance embedding of FLUX.1-dev, as safetensors.
+    """Saves a random FluxPipeline with FLUX.1-dev's shift and guidance embedding, as safetensors.
 
     Args:
-        heads: of 32 channels each, in a transformer of 1 double and 3 single blocks.
-        latent_size: height and width of the autoencoder's 8-channel latents; images are twice that.
+        heads: number of heads, of 32 channels each, in a transformer of 1 double and 3 single
+            blocks.
+        latent_size: height and width of the autoencoder's 8-channel latents; images are twice as
+            large.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
@@ -130,7 +132,7 @@ def _second_text() -> dict[str, Any]:
 
 
 def _let_transformers_4_read(directory: Path, vocabulary: dict[str, int]) -> None:
-    """Adds what the older library expects, and the newer one understands too: the tokenizer's files, CLIP's weight names."""
+    """Adds tokenizer files and CLIP's weight names for the older library; the newer accepts them."""
     from safetensors.torch import load_file, save_file
 
     (directory / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")

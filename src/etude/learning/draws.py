@@ -45,9 +45,9 @@ def draw(
     prompts: PromptSet, rollout: RolloutConfig, seed: int, iteration: int, processes: int = 1, index: int = 0
 ) -> Draw:
     """The draw of an iteration for process `index` of `processes`."""
-    drawn, groups = draw_prompts(prompts, rollout, seed, iteration)
-    indices = share(len(drawn), processes, index)
-    return Draw(drawn, groups, indices, noise_keys(indices, rollout), most_starts(len(drawn), rollout, processes))
+    batch, groups = draw_prompts(prompts, rollout, seed, iteration)
+    indices = share(len(batch), processes, index)
+    return Draw(batch, groups, indices, noise_keys(indices, rollout), most_starts(len(batch), rollout, processes))
 
 
 def draw_prompts(prompts: PromptSet, rollout: RolloutConfig, seed: int, iteration: int) -> tuple[PromptSet, Tensor]:

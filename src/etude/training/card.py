@@ -88,8 +88,8 @@ intervals clustered by prompt, {config.evaluation.num_images} pairs of images of
 
 
 def _kind_of_prompts(evaluation: dict[str, Any]) -> str:
-    seen = evaluation.get("prompts_trained_on", 0)
-    return f"prompts of which {seen} were trained on" if seen else "held-out prompts"
+    trained = evaluation.get("prompts_trained_on", 0)
+    return f"prompts of which {trained} were trained on" if trained else "held-out prompts"
 
 
 def _reward_models(summary: dict[str, Any]) -> str:
