@@ -13,9 +13,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from etude.errors import EtudeError, brief
-from etude.sampling.kernels import Kernel, make_kernel
 from etude.sampling.paths import FlowPath, check_mu, flow_grid
-from etude.sampling.plans import SamplingPlan, StepTable
+from etude.sampling.plans import StepTable
 from etude.sampling.schedulers.kernel_step import Generators, KernelStep
 
 
@@ -105,11 +104,6 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
         """The path of the current config."""
         return FlowPath.from_config(dict(self.config))
 
-    @property
-    def kernel(self) -> Kernel:
-        """The config's kernel at the config's eta."""
-        return make_kernel(self.config.kernel, self.config.eta)
-
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -192,6 +186,3 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
         self._step_index += 1
         previous, x0_hat = previous.to(model_output.dtype), x0_hat.to(model_output.dtype)
         return DDIMSchedulerOutput(previous, x0_hat) if return_dict else (previous, x0_hat)
-
-    def _plan(self, num_steps: int) -> SamplingPlan:
-        return SamplingPlan.sde(num_steps, self.kernel, first_step=self.config.first_step)

@@ -9,8 +9,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from etude.errors import EtudeError
+from etude.sampling.kernels import Kernel, make_kernel
 from etude.sampling.paths import to_x0_eps
-from etude.sampling.plans import StepTable
+from etude.sampling.plans import SamplingPlan, StepTable
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -29,6 +30,14 @@ class KernelStep:
     def eta(self) -> float:
         """The config's noise level."""
         return float(self.config.eta)
+
+    @property
+    def kernel(self) -> Kernel:
+        """The config's kernel at the config's eta."""
+        return make_kernel(self.config.kernel, self.config.eta)
+
+    def _plan(self, num_steps: int) -> SamplingPlan:
+        return SamplingPlan.sde(num_steps, self.kernel, first_step=self.config.first_step)
 
     def _limit(self, x0_hat: Tensor) -> Tensor:
         """x0_hat as the step uses it; a subclass may clip it."""

@@ -14,9 +14,8 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from etude.errors import EtudeError
-from etude.sampling.kernels import Kernel, make_kernel
 from etude.sampling.paths import VPPath, is_flow_config, per_sample, scheduler_defaults
-from etude.sampling.plans import SamplingPlan, StepTable
+from etude.sampling.plans import StepTable
 from etude.sampling.schedulers.kernel_step import Generators, KernelStep
 
 
@@ -108,11 +107,6 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         """The path of the current config, which pipelines may amend in a built scheduler."""
         return VPPath.from_config(dict(self.config))
 
-    @property
-    def kernel(self) -> Kernel:
-        """The config's kernel at the config's eta."""
-        return make_kernel(self.config.kernel, self.config.eta)
-
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
@@ -202,9 +196,6 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
                 "of scheduler.timesteps."
             )
         return int(index) if index.ndim == 0 else index
-
-    def _plan(self, num_steps: int) -> SamplingPlan:
-        return SamplingPlan.sde(num_steps, self.kernel, first_step=self.config.first_step)
 
     def _limit(self, x0_hat: Tensor) -> Tensor:
         """x0_hat after dynamic thresholding or clipping, if the config asks for one."""
