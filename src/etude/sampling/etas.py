@@ -56,7 +56,7 @@ class Etas:
 
     @property
     def extremes(self) -> tuple[int, ...]:
-        """The iterations with the smallest and largest eta: a plan legal in these is legal in all."""
+        """The iterations of the smallest and largest eta: a plan legal in these is legal in all."""
         moves = self.kind != "constant" and self.over == "iterations" and not isinstance(self.first, tuple)
         return (1, self.iterations) if moves else (1,)
 

@@ -377,7 +377,7 @@ def scheduler_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alphas_cumprod(values: Mapping[str, Any]) -> Tensor:
-    """diffusers' own alphas_cumprod, computed in fp32 as in the network's training, held in fp64."""
+    """diffusers' own alphas_cumprod, computed in fp32 as for the network's training, in fp64."""
     from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
