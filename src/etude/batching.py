@@ -1,7 +1,8 @@
-"""How many samples go through a network at once: what fits into memory, found by halving, without changing any result.
+"""Micro-batches: as many samples in a network call as fit into memory, found by halving.
 
-Noise is keyed by sample, gradients are sums over samples: the size of a micro-batch is a matter of memory and speed alone (and of
-the last bits, since kernels of another shape round otherwise).
+No result depends on their size: noise is keyed by sample, and gradients are sums over samples. The
+size is a matter of memory and speed alone (and of the last bits, since kernels of another shape
+round differently).
 """
 
 from __future__ import annotations
@@ -16,32 +17,36 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from etude.errors import EtudeError
 
 Progress = Callable[[int], None]
-_LIBRARIES_SAY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+_LIBRARY_STATUSES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, of torch, a device's library or Python, says that memory is used up."""
+    """Whether an error of torch, of a device's library or of Python says that memory is used up."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    told = isinstance(error, RuntimeError) and any(status in str(error) for status in _LIBRARIES_SAY)
-    return told or (isinstance(error, Exception) and should_reduce_batch_size(error))
+    by_library = isinstance(error, RuntimeError) and any(status in str(error) for status in _LIBRARY_STATUSES)
+    return by_library or (isinstance(error, Exception) and should_reduce_batch_size(error))
 
 
 def silent(done: int) -> None:
-    """Ignore progress: the callback where nobody watches."""
+    """A progress callback that does nothing."""
 
 
 class MicroBatch:
-    """The size of one phase's micro-batches. A size that runs out of memory is halved, with a warning, and stays so.
+    """The size of one phase's micro-batches.
+
+    A size that runs out of memory is halved, with a warning, and stays so.
 
     Args:
-        size: the most samples at once.
-        setting: where the user sets it, for messages.
-        adaptive: whether to halve at all. It must be False where the network's calls are collective, since every process must make
-            as many.
+        size: largest number of samples in a network call.
+        setting: name of the setting, for messages.
+        adaptive: whether to halve at all. It must be False where the network's calls are
+            collective, because every process must then make the same number of calls. Default:
+            True.
 
     Raises:
-        EtudeError: from `run` and `fits`, when one sample alone does not fit, or when it does not and may not adapt.
+        EtudeError: from `run` and `fits`: one sample alone does not fit, or the size does not fit
+            and is not adaptive.
     """
 
     def __init__(self, size: int, setting: str, adaptive: bool = True) -> None:
@@ -49,17 +54,20 @@ class MicroBatch:
 
     @classmethod
     def of(cls, size: int | MicroBatch, setting: str = "batch_size") -> MicroBatch:
-        """The size itself, or one that starts from a number."""
+        """A `MicroBatch` as it is, or a new one that starts from a number."""
         return size if isinstance(size, MicroBatch) else cls(size, setting)
 
     def run(self, count: int, work: Callable[[slice, Progress], None], on_step: Progress = silent) -> None:
         """Calls `work` with consecutive slices of `count` rows, at most `size` at a time.
 
-        Rows that run out of memory are worked through again in smaller slices, so `work` must be able to start over.
+        Rows that run out of memory are repeated in smaller slices, so `work` must be able to start
+        over.
 
         Args:
-            work: takes the rows, and what it reports its progress to.
-            on_step: receives that progress; a negative number takes back that of an attempt that failed.
+            count: number of rows.
+            work: called with the rows and a callback for its progress.
+            on_step: receives the progress; a negative number takes back the progress of an attempt
+                that failed.
         """
         start = 0
         while start < count:
@@ -76,9 +84,11 @@ class MicroBatch:
                 on_step(-reported)
 
     def fits(self, work: Callable[[], None], largest: int) -> bool:
-        """Does `work` on at most `largest` samples at once; False if it ran out of memory, whereupon `size` is smaller.
+        """Calls `work`, which has at most `largest` samples in a network call.
 
-        What `work` changed by then is for the caller to undo.
+        Returns:
+            False if `work` ran out of memory; `size` is then half of `largest`, and the caller must
+            undo what `work` changed.
         """
         try:
             work()
@@ -87,13 +97,13 @@ class MicroBatch:
             if not is_out_of_memory(error):
                 raise
             self._halve(largest, error)
-        # After the handler: while it runs, the traceback holds the tensors of the failed attempt.
+        # Not inside the handler: there the traceback still holds the tensors of the failed attempt.
         clear_device_cache(garbage_collection=True)
         return False
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """Inside, the size is not halved: what does not fit is an error."""
+        """A context inside which the size is not halved: running out of memory is an error."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -103,8 +113,8 @@ class MicroBatch:
 
     def _too_large(self, failed: int) -> EtudeError:
         return EtudeError(
-            f"{self.setting} = {failed} does not fit into memory, and is not lowered where several processes depend on one another: "
-            f"set {self.setting} to less."
+            f"{self.setting} = {failed} does not fit into memory, and is not lowered where several processes depend on "
+            f"one another: set {self.setting} to less."
         )
 
     def _halve(self, failed: int, error: Exception) -> None:
@@ -112,11 +122,12 @@ class MicroBatch:
             raise self._too_large(failed) from error
         if failed == 1:
             raise EtudeError(
-                f"a single sample does not fit into memory ({self.setting} is down to 1): lower the resolution, use bfloat16, "
-                "or switch on memory.gradient_checkpointing and memory.offload."
+                f"a single sample does not fit into memory ({self.setting} is down to 1): lower the resolution, use "
+                "bfloat16, or switch on memory.gradient_checkpointing and memory.offload."
             ) from error
         self.size = failed // 2
         warnings.warn(
-            f"{self.setting} = {failed} does not fit into memory: going on with {self.size}, which changes the speed and not the result",
+            f"{self.setting} = {failed} does not fit into memory: going on with {self.size}, which changes the speed "
+            "and not the result",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""The one error that users see: a sentence with the value, the place and the remedy."""
+"""The error that users see: a sentence with the value, the place and the remedy."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Iterable
 
 
 class EtudeError(ValueError):
-    """Something the user can mend. Its text is one complete sentence; the command line prints it without a traceback.
+    """An error that the user can mend.
+
+    Its text is one complete sentence; the command line prints it without a traceback.
 
     Attributes:
-        shared: every process of the run raises the same one, so that the first alone need tell it.
+        shared: whether every process of the run raises the same error, so that only the first need
+            print it.
 
     Example:
         >>> import etude
@@ -25,7 +28,13 @@ class EtudeError(ValueError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> EtudeError:
-    """The error for a name that is not in a list: says what was asked, the nearest name and the whole list."""
+    """The error for a name that is not in a list.
+
+    The text has the name, the nearest known name and the whole list.
+
+    Args:
+        kind: the kind of thing that is named, for example "kernel".
+    """
     choices = sorted(known)
     near = difflib.get_close_matches(name, choices, n=1)
     if not choices:
@@ -35,7 +44,10 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> EtudeError:
 
 
 def brief_value(value: object, limit: int = 80) -> str:
-    """A value as Python writes it, cut to fit in a sentence; of a number too long to be written, that it is one."""
+    """A value as Python writes it, cut at `limit` characters to fit in a sentence.
+
+    A number that is too long to be written is described by its type.
+    """
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # beyond 4300 digits Python writes no whole number
@@ -44,9 +56,9 @@ def brief_value(value: object, limit: int = 80) -> str:
 
 
 def brief(error: BaseException, limit: int = 300) -> str:
-    """An exception's text on one line, cut at `limit` characters: what fits in a sentence."""
+    """An exception's text on one line, cut at `limit` characters to fit in a sentence."""
     try:
         text = " ".join(str(error).split())
-    except Exception:  # an exception of the user's own may not even be able to say what it is
+    except Exception:  # the text of a user's own exception may itself raise
         text = "it has no text"
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -530,9 +530,13 @@ def test_loopback_needs_no_token_and_a_taken_port_is_said() -> None:
 def test_the_request_that_is_documented_is_the_one_that_is_sent() -> None:
     with scripted(lambda message, number: ok([0.0] * 5)) as (url, handler):
         RemoteReward(url)(IMAGES, PROMPTS, tag=list("abcde"))
-        request = ScoreRequest.model_validate(handler.seen[0])
-    assert (request.prompts, request.metadata) == (PROMPTS, {"tag": list("abcde")})
-    assert list(ScoreRequest.model_json_schema()["properties"]) == list(handler.seen[0])
+        RemoteReward(url, whole_groups=1)(IMAGES, PROMPTS, groups=[0] * 5, tag=list("abcde"))
+        plain, grouped = (ScoreRequest.model_validate(seen) for seen in handler.seen)
+    assert (plain.prompts, plain.metadata, plain.groups) == (PROMPTS, {"tag": list("abcde")}, None)
+    assert (grouped.prompts, grouped.metadata, grouped.groups) == (PROMPTS, {"tag": list("abcde")}, [0] * 5)
+    fields = list(ScoreRequest.model_json_schema()["properties"])
+    assert list(handler.seen[0]) == [name for name in fields if name != "groups"]
+    assert list(handler.seen[1]) == fields
 
 
 # A run.

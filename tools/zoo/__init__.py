@@ -1,4 +1,4 @@
-"""How the embedded models, and the heads of the `alignment` reward, were trained on emoji.
+"""Training of the embedded models, and of the heads of the `alignment` reward, on emoji.
 
-`python -m tools.zoo.pretrain --help` is the command; docs/embedded-models.md says what it gave.
+`python -m tools.zoo.pretrain --help` is the command; docs/embedded-models.md has its results.
 """

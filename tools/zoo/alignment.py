@@ -1,7 +1,9 @@
-"""Trains the heads of the `alignment` reward: `python -m tools.zoo.alignment --out DIR` (five minutes on two cores).
+"""Trains the heads of the `alignment` reward: `python -m tools.zoo.alignment --out DIR`.
 
-Symmetric InfoNCE (van den Oord et al. 2018, arXiv 1807.03748; the form of CLIP, arXiv 2103.00020) between pictures and captions of
-distinct emoji, on features of frozen networks. A tenth of the emoji names is never seen and measures retrieval.
+It takes five minutes on two cores. The loss is the symmetric InfoNCE (van den Oord et al. 2018,
+arXiv 1807.03748; the form of CLIP, arXiv 2103.00020) between pictures and captions of distinct
+emoji, on features of frozen networks. A tenth of the emoji names is left out of training and
+measures retrieval.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from tools.zoo.training import warmup_cosine
 
 @dataclass(frozen=True)
 class AlignmentRecipe:
-    """How the heads are trained; `held_out` names are kept for the retrieval figures."""
+    """Settings of the heads' training; `held_out` names are left out, for the retrieval figures."""
 
     steps: int = 2500
     batch_size: int = 512
@@ -39,7 +41,10 @@ class AlignmentRecipe:
 
 
 def picture_views(images: Tensor, vae: AutoencoderKL | None, seed: int) -> list[Tensor]:
-    """Views of each picture: as it is, mirrored, shrunk and moved, and through the autoencoder, so that its blur is no clue."""
+    """Views of each picture: as it is, mirrored, shrunk and moved, and through the autoencoder.
+
+    The last view makes the autoencoder's blur no clue.
+    """
     generator = torch.Generator().manual_seed(seed)
     small = torch.nn.functional.interpolate(images.float(), scale_factor=0.8, mode="bilinear", antialias=True)
     moved = torch.full_like(images, 255)
@@ -78,13 +83,13 @@ def _features(network: ImageFeatures, images: Tensor, label: str) -> Tensor:
 def train_alignment(
     pictures: Tensor, captions: Tensor, emoji: Tensor, held_out: Tensor, recipe: AlignmentRecipe
 ) -> tuple[Heads, dict[str, Any]]:
-    """Trains on features.
+    """Trains the heads on features; returns them and the figures.
 
     Args:
-        pictures: `[views, n, 1280]`.
-        captions: `[views, emoji, 384]`.
-        emoji: int64 `[n]`, which emoji each picture shows.
-        held_out: bool `[emoji]`.
+        pictures: features of the pictures, `[views, n, 1280]`.
+        captions: features of the captions, `[views, emoji, 384]`.
+        emoji: int64 `[n]`, the emoji that each picture shows.
+        held_out: bool `[emoji]`, whether an emoji is left out of training.
     """
     torch.manual_seed(recipe.seed)
     heads, scale = Heads(), torch.nn.Parameter(torch.tensor(2.6))
@@ -123,7 +128,11 @@ def train_alignment(
 
 
 def retrieval(heads: Heads, pictures: Tensor, captions: Tensor, emoji: Tensor, held_out: Tensor) -> dict[str, float]:
-    """Among the held-out names: how often the right one is first, or in the first ten, for a picture; and scores of pairs."""
+    """Retrieval figures among the held-out names.
+
+    Recall is the share of pictures whose right name comes first, or among the first ten. Scores are
+    means over matched pairs and over all pairs.
+    """
     names = torch.nonzero(held_out).flatten()
     rows = torch.nonzero(held_out[emoji]).flatten()
     score = heads.embed_image(pictures[rows]) @ heads.embed_text(captions[names]).T
@@ -140,14 +149,14 @@ def retrieval(heads: Heads, pictures: Tensor, captions: Tensor, emoji: Tensor, h
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where alignment.safetensors, names.json and card.json are written.")],
-    cache: Annotated[Path, typer.Option(help="Where the emoji packages are kept (155 MB).")] = Path("build/emoji-data"),
+    out: Annotated[Path, typer.Option(help="Directory for alignment.safetensors, names.json and card.json.")],
+    cache: Annotated[Path, typer.Option(help="Directory of the emoji packages (155 MB).")] = Path("build/emoji-data"),
     autoencoder: Annotated[
-        Path | None, typer.Option(help="A trained autoencoder, so that its blur is no clue.")
+        Path | None, typer.Option(help="Directory of an autoencoder, for views with its blur.")
     ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
-    """Trains the heads of the alignment reward and measures retrieval on names never seen."""
+    """Train the heads of the alignment reward, and measure retrieval on held-out names."""
     torch.set_num_threads(threads)
     recipe, data = AlignmentRecipe(), load_emoji(cache)
     vae = AutoencoderKL.from_pretrained(autoencoder, use_safetensors=True).eval() if autoencoder else None

@@ -1,6 +1,8 @@
 """Trains the autoencoder of the embedded models: 64 x 64 pixels to 8 x 8 latents of 8 channels.
 
-loss = |x - y| + 2 (x - y)^2 + kl_weight KL(q(z | x) || N(0, I)), each a mean over its own dimensions, pixels in [-1, 1].
+    loss = |x - y| + 2 (x - y)^2 + kl_weight KL(q(z | x) || N(0, I))
+
+Each term is a mean over its own dimensions; pixels are in [-1, 1].
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ LATENT_CHANNELS = 8
 
 @dataclass(frozen=True)
 class AutoencoderRecipe:
-    """How the autoencoder is trained.
+    """Settings of the autoencoder's training.
 
     Attributes:
         steps: optimiser steps.
         batch_size: pictures per step, each mirrored with probability 1/2.
         learning_rate: peak of a warm-up and cosine schedule that ends at 0.
-        kl_weight: keeps the latents bounded and the decoder smooth.
-        held_out: share of the emoji kept away from training, for the quality figure.
+        kl_weight: weight of the KL, which keeps the latents bounded and the decoder smooth.
+        held_out: share of the emoji that are left out of training, for the quality figure.
+        seed: seed of the weights, the batches and the split.
     """
 
     steps: int = 2600
@@ -40,7 +43,7 @@ class AutoencoderRecipe:
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """An AutoencoderKL of 2.7 M parameters; narrow at full resolution, where the time goes."""
+    """An AutoencoderKL of 2.7 M parameters, narrow at full resolution, which takes most time."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -111,7 +114,10 @@ def encode(model: AutoencoderKL, images: np.ndarray, batch_size: int = 64) -> to
 
 @torch.no_grad()
 def reconstruction_psnr(model: AutoencoderKL, images: np.ndarray, batch_size: int = 64) -> float:
-    """Mean over pictures of 10 log10(4 / mse), pixels in [-1, 1], reconstructed from the posterior mean."""
+    """Mean over pictures of 10 log10(4 / mse), reconstructed from the posterior mean.
+
+    Pixels are in [-1, 1].
+    """
     psnr = []
     for batch in torch.as_tensor(images).split(batch_size):
         x = to_model_range(batch).to(model.device)

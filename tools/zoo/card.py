@@ -1,6 +1,7 @@
-"""Measures an embedded model and writes its card: `python -m tools.zoo.card MODEL_DIRECTORY --grid GRID.png`.
+"""Measures an embedded model and writes its card: `python -m tools.zoo.card DIR --grid GRID.png`.
 
-The card is `card.json` (what `etude models` prints) and `README.md` (what a person reads) in the model's directory.
+The card is two files in the model's directory DIR: `card.json`, which `etude models` prints, and
+`README.md`, for readers.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ DATA = [
 
 
 def alignment_quality(model: Path, data: EmojiSet, prompts: list[str]) -> dict[str, Any]:
-    """Alignment of generated and of real pictures with their prompts, and with each other's (chance)."""
+    """Alignment of generated and of real pictures with their prompts, and with other prompts
+    (chance).
+    """
     captions = [prompt for prompt in prompts for _ in range(PER_PROMPT)]
     generated = ODE(NUM_STEPS, GUIDANCE_SCALE).draw(load_policy(model), captions)
     rows = [np.flatnonzero(data.emoji == data.names.index(prompt)) for prompt in prompts]
     real = torch.from_numpy(data.images[np.concatenate(rows)])
-    real_captions = [prompt for prompt, found in zip(prompts, rows, strict=True) for _ in found]
+    real_captions = [prompt for prompt, pictures in zip(prompts, rows, strict=True) for _ in pictures]
     scores = {
         "generated": _score(generated, captions),
         "real": _score(real, real_captions),
@@ -55,7 +58,7 @@ def _score(images: Tensor, captions: list[str]) -> dict[str, Any]:
 
 
 def write_card(model: Path, quality: dict[str, Any]) -> dict[str, Any]:
-    """Puts training and quality figures together into `card.json` and `README.md`."""
+    """Writes the figures of training and quality to `card.json` and `README.md`."""
     autoencoder, denoiser = (
         json.loads((model / "figures" / f"{stage}.json").read_text(encoding="utf-8"))
         for stage in ("autoencoder", "denoiser")
@@ -131,10 +134,10 @@ Made by `python -m tools.zoo.pretrain {card["name"]}`, measured by `python -m to
 
 def main(
     model: Annotated[Path, typer.Argument(help="Directory that `python -m tools.zoo.pretrain` wrote.")],
-    grid: Annotated[Path, typer.Option(help="Where the grid of 40 prompts is drawn.")],
-    cache: Annotated[Path, typer.Option(help="Where the emoji packages are kept.")] = Path("build/emoji-data"),
+    grid: Annotated[Path, typer.Option(help="File for the picture grid of 40 prompts.")],
+    cache: Annotated[Path, typer.Option(help="Directory of the emoji packages.")] = Path("build/emoji-data"),
 ) -> None:
-    """Measures a model and writes its card and picture grid."""
+    """Measure a model, and write its card and picture grid."""
     prompts = load_prompts("emoji-40").texts
     quality = alignment_quality(model, load_emoji(cache), prompts)
     write_card(model, quality)

@@ -1,7 +1,8 @@
 """The three emoji sets that the embedded models are trained on.
 
-The art is fetched from the npm registry with `npm pack` at pinned versions, drawn on white at 64 x 64 and kept in one
-compressed array. Nothing of it is shipped with etude: only models trained on it are.
+`npm pack` fetches the art from the npm registry at pinned versions. It is drawn on white at 64 x 64
+and stored in one compressed array. No art is shipped with etude, only models that were trained on
+it.
 
 | package                    | version | style     | licence of the art                  |
 | -------------------------- | ------- | --------- | ----------------------------------- |
@@ -39,11 +40,11 @@ class EmojiSet:
 
     Attributes:
         images: uint8 `[n, 3, 64, 64]`.
-        emoji: int64 `[n]`, which entry of `names` each picture shows.
+        emoji: int64 `[n]`, the index in `names` of the emoji that each picture shows.
         styles: `n` art styles, one of `STYLES`.
         names: one English name per emoji (Unicode CLDR), all different.
         tags: keywords per emoji.
-        is_flag: whether each emoji is a country flag (nobody names those from a small picture).
+        is_flag: whether each emoji is a country flag (hard to name from a small picture).
     """
 
     images: np.ndarray
@@ -54,10 +55,10 @@ class EmojiSet:
     is_flag: np.ndarray
 
     def held_out(self, fraction: float, seed: int) -> np.ndarray:
-        """Bool `[n]`: pictures of a random `fraction` of the emoji, every style of an emoji on the same side."""
+        """Bool `[n]`: pictures of a random `fraction` of the emoji, with all styles of each."""
         rng = np.random.default_rng(seed)
-        chosen = rng.permutation(len(self.names))[: round(fraction * len(self.names))]
-        return np.isin(self.emoji, chosen)
+        emoji = rng.permutation(len(self.names))[: round(fraction * len(self.names))]
+        return np.isin(self.emoji, emoji)
 
 
 def load_emoji(cache: Path) -> EmojiSet:
@@ -108,7 +109,10 @@ def _fetch(package: str, cache: Path) -> Path:
 
 
 def _code_point_key(code: str) -> str:
-    """One spelling per emoji: lower case, without the variation selector that the sets use inconsistently."""
+    """One spelling per emoji: lower case, without the variation selector.
+
+    The sets do not agree on that selector.
+    """
     return code.lower().replace("-fe0f", "")
 
 

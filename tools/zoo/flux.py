@@ -1,11 +1,14 @@
-"""Trains the denoiser of `emoji-flux`, a FLUX transformer with its CLIP and T5 encoders, on cached latents.
+"""Trains the denoiser of `emoji-flux`, a FLUX transformer with CLIP and T5 encoders, on latents.
 
-Two stages, as FLUX.1-dev came about (its own guidance distillation follows Meng et al. 2023, arXiv 2210.03142):
+There are two stages, as for FLUX.1-dev (whose guidance distillation follows Meng et al. 2023, arXiv
+2210.03142):
 
-1. Flow matching: loss = |v - (eps - x0)|^2 at x = (1 - sigma) x0 + sigma eps, with sigma = sigmoid(N(0, 1)) (Esser et al.
-   2024, arXiv 2403.03206), captions dropped 10 % of the time, and the guidance embedding held at 1.
-2. Guidance distillation: the frozen result is the teacher, v = u(empty) + w (u(prompt) - u(empty)), and the student learns to
-   give it in one evaluation when its guidance embedding says w, w uniform in [1, 5].
+1. Flow matching: loss = |v - (eps - x0)|^2 at x = (1 - sigma) x0 + sigma eps, with
+   sigma = sigmoid(N(0, 1)) (Esser et al. 2024, arXiv 2403.03206). 10 % of the captions are dropped,
+   and the guidance embedding is held at 1.
+2. Guidance distillation: the frozen result u is the teacher, v = u(empty) + w
+   (u(prompt) - u(empty)). The student learns to predict v in one evaluation from the guidance
+   embedding of w, with w uniform in [1, 5].
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from tools.zoo.text import (
     MAX_TOKENS_T5,
     build_t5_encoder,
     build_text_encoder,
-    padded,
+    tokenize,
     train_t5_tokenizer,
     train_tokenizer,
 )
@@ -40,12 +43,13 @@ DISTILLATION = TrainingRecipe(steps=2000, batch_size=256, learning_rate=5e-4)
 
 @dataclass(frozen=True)
 class FluxRecipe:
-    """How the two stages are trained.
+    """Settings of the two stages.
 
     Attributes:
-        matching: of the flow matching stage.
-        distillation: of the guidance distillation; 0 steps leave it out.
-        largest_guidance: w is drawn uniformly from [1, this].
+        matching: settings of the flow matching.
+        distillation: settings of the guidance distillation; 0 steps leave it out.
+        largest_guidance: upper end of the range [1, largest_guidance] from which w is drawn
+            uniformly.
     """
 
     matching: TrainingRecipe = MATCHING
@@ -54,7 +58,7 @@ class FluxRecipe:
 
 
 def flux_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """FLUX.1-dev's: the shift of the noise levels grows with the number of tokens."""
+    """FLUX.1-dev's scheduler: the shift of the noise levels grows with the number of tokens."""
     return FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True,
         shift=3.0,
@@ -66,7 +70,10 @@ def flux_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def build_transformer() -> FluxTransformer2DModel:
-    """A FLUX transformer of 4.7 M parameters on 16 packed tokens; each block starts as the identity (adaLN-Zero)."""
+    """A FLUX transformer of 4.7 M parameters on 16 packed tokens.
+
+    Each block starts as the identity (adaLN-Zero).
+    """
     model = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * LATENT_CHANNELS,
@@ -88,7 +95,7 @@ def build_transformer() -> FluxTransformer2DModel:
 
 
 class FluxNetworks(nn.Module):
-    """The trained networks of the pipeline, seen as one velocity v(x, sigma, captions, guidance)."""
+    """The trained networks of the pipeline, as one velocity v(x, sigma, captions, guidance)."""
 
     def __init__(
         self, transformer: Any, text_encoder: Any, text_encoder_2: Any, tokenizer: Any, tokenizer_2: Any
@@ -103,7 +110,7 @@ class FluxNetworks(nn.Module):
 
     @classmethod
     def build(cls, data: EmojiSet) -> FluxNetworks:
-        """From random weights, with tokenizers learnt on the captions."""
+        """Networks with random weights, and tokenizers learnt on the captions."""
         clip, t5 = train_tokenizer(data), train_t5_tokenizer(data)
         return cls(
             build_transformer(),
@@ -115,14 +122,14 @@ class FluxNetworks(nn.Module):
 
     @classmethod
     def load(cls, directory: Path) -> FluxNetworks:
-        """From an earlier result."""
+        """The networks and tokenizers of an earlier result."""
         earlier = FluxPipeline.from_pretrained(directory, use_safetensors=True)
         return cls(
             earlier.transformer, earlier.text_encoder, earlier.text_encoder_2, earlier.tokenizer, earlier.tokenizer_2
         )
 
     def pipeline(self, vae: AutoencoderKL) -> FluxPipeline:
-        """The pipeline that these networks are part of; see `training.in_half_precision` for its types."""
+        """The pipeline with these networks; see `training.in_half_precision` for its dtypes."""
         return FluxPipeline(
             vae=in_half_precision(vae),
             transformer=in_half_precision(self.transformer),
@@ -135,10 +142,18 @@ class FluxNetworks(nn.Module):
 
     def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """CLIP's int64 `[n, 24]` and T5's `[n, 16]`, as FluxPipeline prepares them."""
-        return padded(self.tokenizer, captions, MAX_TOKENS), padded(self.tokenizer_2, captions, MAX_TOKENS_T5)
+        return tokenize(self.tokenizer, captions, MAX_TOKENS), tokenize(self.tokenizer_2, captions, MAX_TOKENS_T5)
 
     def forward(self, x: Tensor, sigma: Tensor, clip: Tensor, t5: Tensor, guidance: Tensor) -> Tensor:
-        """Velocity `[n, 16, 32]` at packed latents `x`, levels `sigma` `[n]`, the captions' tokens and guidance `[n]`."""
+        """The velocity `[n, 16, 32]`.
+
+        Args:
+            x: packed latents, `[n, 16, 32]`.
+            sigma: levels `[n]`.
+            clip: CLIP's tokens of the captions.
+            t5: T5's tokens of the captions.
+            guidance: `[n]`.
+        """
         output: Tensor = self.transformer(
             hidden_states=x,
             timestep=sigma,
@@ -162,7 +177,11 @@ def pack(latents: Tensor) -> Tensor:
 def train_flux(
     latents: Tensor, data: EmojiSet, networks: FluxNetworks, on_checkpoint: OnCheckpoint, recipe: FluxRecipe
 ) -> tuple[FluxNetworks, dict[str, Any]]:
-    """Trains on scaled `latents` `[n, 8, 8, 8]`, row by row the pictures of `data`; returns the averaged weights and figures."""
+    """Trains the networks; returns their averaged weights and the figures.
+
+    Args:
+        latents: scaled latents `[n, 8, 8, 8]`, row by row those of the pictures of `data`.
+    """
     packed = pack(latents)
     stages: dict[str, dict[str, Any]] = {}
     if recipe.matching.steps:
@@ -204,6 +223,9 @@ def _distillation_loss(student: FluxNetworks, largest_guidance: float) -> Loss:
 
 
 def _noised(x0: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels sigma `[n]`, and x = (1 - sigma) x0 + sigma noise; the normal quantile makes N(0, 1) of uniform numbers."""
+    """Levels sigma `[n]`, and x = (1 - sigma) x0 + sigma noise.
+
+    The normal quantile turns the uniform numbers into N(0, 1).
+    """
     sigma = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6)).sigmoid()
     return sigma, x0.lerp(noise, sigma[:, None, None])

@@ -1,7 +1,9 @@
-"""Trains an embedded model from nothing: `python -m tools.zoo.pretrain emoji-sd --out build/emoji-sd`.
+"""Trains an embedded model from nothing: `python -m tools.zoo.pretrain emoji-sd --out
+build/emoji-sd`.
 
-Stages, each skipped when its result is already in the output directory: the data is fetched, the autoencoder trained (or taken
-over from another model), the latents cached, the denoiser trained, the pipeline put together.
+The stages: fetch the data, train the autoencoder (or take it over from another model), cache the
+latents, train the denoiser, assemble the pipeline. A stage is skipped if its result is already in
+the output directory.
 """
 
 from __future__ import annotations
@@ -43,11 +45,16 @@ def pretrain(
     """Writes a pipeline directory into `out`, and the figures of each stage into `out/figures`.
 
     Args:
-        networks_class: what is trained.
-        train: trains it on scaled latents, and returns the averaged networks and the figures.
-        autoencoder: how to train it, or the directory of a model whose autoencoder is taken over.
-        initial: an earlier result to go on from: its networks and tokenizers.
-        device: what computes.
+        networks_class: class of the networks to train.
+        train: trains the networks on scaled latents; returns the averaged networks and the figures.
+        out: directory of the pipeline.
+        cache: directory of the emoji packages.
+        autoencoder: settings of the autoencoder's training, or the directory of a model whose
+            autoencoder is taken over.
+        initial: an earlier result whose networks and tokenizers the training starts from. Default:
+            random weights.
+        seed: seed of the random weights.
+        device: device of the training, cpu or cuda.
     """
     data = load_emoji(cache)
     vae = _autoencoder(out, data, autoencoder, device)
@@ -67,7 +74,10 @@ def pretrain(
 
 
 def with_history(figures: dict[str, Any], initial: Path | None) -> dict[str, Any]:
-    """The figures of a denoiser that went on from an earlier one: steps and seconds of all legs together, and each leg."""
+    """The figures of a denoiser, with those of the earlier result that it started from.
+
+    Steps and seconds are the sums over all legs; `legs` has the figures of each.
+    """
     if initial is None:
         return figures
     earlier = json.loads((initial / "figures" / "denoiser.json").read_text(encoding="utf-8"))
@@ -91,7 +101,7 @@ def _autoencoder(out: Path, data: EmojiSet, source: AutoencoderRecipe | Path, de
 
 
 def _forget_origin(config: Path) -> None:
-    """The directory that a network was loaded from is nobody's business."""
+    """Removes the directory that a network was loaded from from its config."""
     values = json.loads(config.read_text(encoding="utf-8"))
     if values.pop("_name_or_path", None) is not None:
         config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -102,16 +112,14 @@ def _write(path: Path, figures: dict[str, Any]) -> None:
     path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
-Out = Annotated[
-    Path, typer.Option(help="Where the pipeline directory is written; a finished stage found there is not repeated.")
-]
-Cache = Annotated[Path, typer.Option(help="Where the emoji packages are kept (155 MB).")]
+Out = Annotated[Path, typer.Option(help="Directory of the pipeline; a stage that is finished there is not repeated.")]
+Cache = Annotated[Path, typer.Option(help="Directory of the emoji packages (155 MB).")]
 Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
 Steps = Annotated[int, typer.Option(help="Optimiser steps of the denoiser.", min=0)]
 Rate = Annotated[float, typer.Option(help="Peak learning rate of the denoiser.")]
-Initial = Annotated[Path | None, typer.Option(help="Go on from the denoiser of this earlier result.")]
+Initial = Annotated[Path | None, typer.Option(help="Earlier result whose denoiser the training starts from.")]
 BatchSize = Annotated[int, typer.Option(help="Pictures per optimiser step of the denoiser.", min=1)]
-Device = Annotated[str, typer.Option(help="What computes: cpu, cuda.")]
+Device = Annotated[str, typer.Option(help="Device of the training: cpu, cuda.")]
 Seed = Annotated[int, typer.Option(help="Seed of the denoiser's training.", min=0)]
 CACHE = Path("build/emoji-data")
 
@@ -120,7 +128,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 
 def _prepare(threads: int) -> None:
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU that has it; nothing on a CPU
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU that has it; no effect on a CPU
     np.seterr(all="raise", under="ignore")
 
 
@@ -139,7 +147,7 @@ def emoji_sd(
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """A StableDiffusionPipeline: fetches the emoji, trains the autoencoder, the text encoder and the UNet."""
+    """Train a StableDiffusionPipeline: its autoencoder, text encoder and UNet."""
     _prepare(threads)
     recipe = TrainingRecipe(steps, batch_size, learning_rate, seed=seed)
     pretrain(
@@ -173,7 +181,7 @@ def emoji_flux(
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """A FluxPipeline: fetches the emoji, trains both text encoders and the transformer, then distils the guidance."""
+    """Train a FluxPipeline: both text encoders and the transformer; then distil the guidance."""
     _prepare(threads)
     recipe = FluxRecipe(
         replace(MATCHING, steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed),

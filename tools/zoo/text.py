@@ -1,4 +1,4 @@
-"""Captions, and CLIP and T5 tokenizers and text encoders small enough to train together with the denoiser."""
+"""Captions, and CLIP and T5 text encoders small enough to train with the denoiser."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 class CaptionSampler:
-    """Draws captions: the name, sometimes with keywords, sometimes with the art style, sometimes nothing.
+    """Draws captions: the name, sometimes with keywords or the art style, sometimes an empty text.
 
-    Dropping the caption trains the unconditional branch of classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598).
+    The empty caption trains the unconditional branch of classifier-free guidance (Ho and Salimans
+    2022, arXiv 2207.12598).
     """
 
     def __init__(self, data: EmojiSet, drop: float = 0.1, style: float = 0.3, keywords: float = 0.15) -> None:
@@ -45,7 +46,7 @@ class CaptionSampler:
 
 
 def train_tokenizer(data: EmojiSet, merges: int = 1500) -> CLIPTokenizer:
-    """A byte-level BPE of CLIP's form, learnt on the names, keywords and styles; it can spell any text."""
+    """A byte-level BPE of CLIP's form, learnt on names, keywords and styles; it spells any text."""
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -89,18 +90,19 @@ def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     return [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges]
 
 
-def padded(tokenizer: Any, captions: list[str], length: int) -> Tensor:
-    """int64 `[n, length]`, as diffusers' pipelines prepare them: padded to the full length, or cut to it."""
+def tokenize(tokenizer: Any, captions: list[str], length: int) -> Tensor:
+    """Tokens int64 `[n, length]`, padded or cut to this length as in diffusers' pipelines."""
     tokens: Tensor = tokenizer(
         captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     ).input_ids
-    tokenizer.backend_tokenizer.no_padding()  # a call leaves its options behind, and they would be saved
+    # The call leaves its options in the tokenizer, which would be saved with them.
+    tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     return tokens
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer, hidden: int = 128, layers: int = 2) -> CLIPTextModel:
-    """A CLIPTextModel of 0.7 M parameters; its last hidden states are what the denoiser attends to."""
+    """A CLIPTextModel of 0.7 M parameters; the denoiser attends to its last hidden states."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -118,7 +120,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, hidden: int = 128, layers: int 
 
 
 def build_t5_encoder(tokenizer: T5Tokenizer, hidden: int = 128, layers: int = 2) -> T5EncoderModel:
-    """A T5 encoder of 0.5 M parameters; its last hidden states are the tokens that FLUX attends to."""
+    """A T5 encoder of 0.5 M parameters; FLUX attends to its last hidden states as tokens."""
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),

@@ -1,7 +1,8 @@
 """The training loop of the embedded models: AdamW, warm-up and cosine, averaged weights.
 
-A network this small leaves a GPU waiting for the next kernel to be launched: there a whole step, from the forward to the
-optimiser, is recorded once as a CUDA graph and replayed, and batches are drawn by processes beside it.
+With a network this small a GPU waits for the launch of each kernel. On a GPU a whole step, from the
+forward pass to the optimiser, is therefore recorded once as a CUDA graph and replayed, and other
+processes draw the batches.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from tools.zoo.text import CaptionSampler
 
 Networks = TypeVar("Networks", bound=nn.Module)
 OnCheckpoint = Callable[[Any], None]
-"""Is given the averaged networks."""
+"""A function of the averaged networks."""
 Loss = Callable[..., Tensor]
-"""Of the tensors of a batch."""
+"""A function of the tensors of a batch."""
 LOG_EVERY = 500
 
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """How a denoiser is trained.
+    """Settings of a denoiser's training.
 
     Attributes:
         steps: optimiser steps.
         batch_size: latents per step.
         learning_rate: peak of a warm-up and cosine schedule that ends at 0.
-        ema_decay: of the weights that are kept.
-        seed: of the weights, the batches and the noise.
+        ema_decay: decay of the averaged weights, which are the result.
+        seed: seed of the weights, the batches and the noise.
     """
 
     steps: int = 13500
@@ -51,12 +52,16 @@ class TrainingRecipe:
 
     @property
     def checkpoint_every(self) -> int:
-        """Steps between calls of `on_checkpoint`: a twentieth of the training, and no fewer than take a minute on a laptop."""
+        """Steps between calls of `on_checkpoint`: a twentieth of the training, but at least
+        `LOG_EVERY`.
+
+        So many steps take about a minute on a laptop.
+        """
         return max(LOG_EVERY, self.steps // 20)
 
 
 def sampling_weights(data: EmojiSet, people_weight: float = 0.35) -> np.ndarray:
-    """Probability `[n]` of drawing each picture: no flags, fewer of the many variants of people."""
+    """Probability `[n]` of drawing each picture: no flags, and fewer variants of people."""
     people = ("man", "woman", "men", "women", "person", "people", "family", "couple", "kiss:", "deaf")
     per_emoji = np.array([people_weight if name.startswith(people) else 1.0 for name in data.names])
     per_emoji[data.is_flag] = 0.0
@@ -65,17 +70,19 @@ def sampling_weights(data: EmojiSet, people_weight: float = 0.35) -> np.ndarray:
 
 
 class Batches(Dataset[tuple[Tensor, ...]]):
-    """Batch k of a training: latents, noise of their shape, two uniform numbers a picture `[2, n]`, and the captions' tokens.
+    """The batches of a training by their index k.
 
-    A function of the seed and k alone, so that any number of processes may draw them.
+    A batch holds latents, noise of their shape, two uniform numbers per picture `[2, n]`, and the
+    captions' tokens. It depends on the seed and k alone, so any number of processes may draw the
+    batches.
 
     Args:
-        latents: `[n, ...]` on the CPU, row by row the pictures of `data`.
-        recipe: its steps, batch size and seed.
-        tokens: of a list of captions.
+        latents: `[n, ...]` on the CPU, row by row those of the pictures of `data`.
+        recipe: settings with the steps, the batch size and the seed.
+        tokens: function from a list of captions to their tokens.
 
     Attributes:
-        pictures: how many can be drawn.
+        pictures: number of pictures that can be drawn.
     """
 
     def __init__(
@@ -88,7 +95,7 @@ class Batches(Dataset[tuple[Tensor, ...]]):
         self.latents, self.recipe, self.tokens = latents, recipe, tokens
         self.weights, self.captions = sampling_weights(data), CaptionSampler(data)
         self.pictures = int((self.weights > 0).sum())
-        self._tokens_of: dict[str, tuple[Tensor, ...]] = {}  # most captions come again and again
+        self._tokens_of: dict[str, tuple[Tensor, ...]] = {}  # most captions repeat
 
     def __len__(self) -> int:
         return self.recipe.steps
@@ -114,7 +121,11 @@ def fit(
     loss: Loss,
     on_checkpoint: OnCheckpoint = lambda networks: None,
 ) -> tuple[Networks, dict[str, Any]]:
-    """Minimises `loss` of the batches, on the networks' device; returns the averaged networks and the figures of the training."""
+    """Minimises `loss` over the batches, on the networks' device.
+
+    Returns:
+        The averaged networks, and the figures of the training.
+    """
     recipe, device = batches.recipe, next(networks.parameters()).device
     average = copy.deepcopy(networks).requires_grad_(False)
     networks.requires_grad_(True).train()
@@ -144,17 +155,20 @@ def fit(
 
 
 def _loaded(batches: Batches, device: torch.device) -> DataLoader[tuple[Tensor, ...]]:
-    """The batches in their order; beside a GPU they are drawn ahead by processes of their own."""
+    """The batches in order; with a GPU, processes of their own draw them ahead."""
     cuda = device.type == "cuda"
     workers = min(4, max(1, (os.cpu_count() or 1) - 1)) if cuda else 0
     return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=cuda)
 
 
 class _Step:
-    """An optimiser step of AdamW on one batch; returns the loss. Batches must agree in shape."""
+    """An optimiser step of AdamW on one batch, which returns the loss; batches have one shape."""
 
     WARM_UP = 3
-    """Ordinary steps before the graph is recorded: they let the libraries choose their kernels, and make the optimiser's state."""
+    """Ordinary steps before the graph is recorded.
+
+    In these steps the libraries choose their kernels, and the optimiser makes its state.
+    """
 
     def __init__(self, networks: nn.Module, loss: Loss, recipe: TrainingRecipe, device: torch.device) -> None:
         self.parameters, self.loss = list(networks.parameters()), loss
@@ -181,7 +195,7 @@ class _Step:
         return value.detach()
 
     def _launch(self, batch: Sequence[Tensor]) -> Tensor:
-        """The same, recorded as a graph after the warm-up."""
+        """The same as `_update`, recorded as a graph after the warm-up."""
         self.calls += 1
         if self.calls <= self.WARM_UP:
             side = torch.cuda.Stream()
@@ -193,7 +207,8 @@ class _Step:
         if self.calls == self.WARM_UP + 1:
             self.inputs = [tensor.to(self.device) for tensor in batch]
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # another thread pins batches
+            # Errors are local to the thread, because another thread pins batches.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.value = self._update(*self.inputs)
         for room, tensor in zip(self.inputs, batch, strict=True):
             room.copy_(tensor, non_blocking=True)
@@ -202,7 +217,7 @@ class _Step:
 
 
 def warmup_cosine(steps: int, warmup: int = 100) -> Callable[[int], float]:
-    """Learning-rate factor: linear over `warmup` steps, then half a cosine to 0."""
+    """The learning rate's factor: linear over `warmup` steps, then half a cosine to 0."""
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -213,5 +228,8 @@ def warmup_cosine(steps: int, warmup: int = 100) -> Callable[[int], float]:
 
 
 def in_half_precision(network: Any) -> Any:
-    """A copy for the disk, half the size; diffusers loads it as fp32. (transformers would keep fp16: text encoders stay fp32.)"""
+    """A copy for the disk in half the size; diffusers loads it as fp32.
+
+    It is not for text encoders, because transformers would load them as fp16.
+    """
     return copy.deepcopy(network).half()

@@ -1,7 +1,10 @@
 """Trains the denoiser of `emoji-sd`, a UNet with its text encoder, on cached latents.
 
-loss = min(SNR_t, 5) / SNR_t |eps - eps_hat|^2 (Hang et al. 2023, arXiv 2303.09556), SNR_t = a_t^2 / s_t^2, on Stable Diffusion's
-own noise schedule (scaled linear, 0.00085 to 0.012, 1000 steps), so that what holds for `emoji-sd` is tried on SD1.5's path.
+    loss = min(SNR_t, 5) / SNR_t |eps - eps_hat|^2        SNR_t = a_t^2 / s_t^2
+
+The loss is that of Hang et al. 2023, arXiv 2303.09556. The noise schedule is Stable Diffusion's own
+(scaled linear, 0.00085 to 0.012, 1000 steps), so that findings with `emoji-sd` are findings on the
+path of SD1.5.
 """
 
 from __future__ import annotations
@@ -15,14 +18,14 @@ from transformers import CLIPTokenizer
 
 from tools.zoo.autoencoder import LATENT_CHANNELS
 from tools.zoo.emoji_data import EmojiSet
-from tools.zoo.text import MAX_TOKENS, build_text_encoder, padded, train_tokenizer
+from tools.zoo.text import MAX_TOKENS, build_text_encoder, tokenize, train_tokenizer
 from tools.zoo.training import Batches, OnCheckpoint, TrainingRecipe, fit, in_half_precision
 
 SNR_GAMMA = 5.0
 
 
 def stable_diffusion_scheduler() -> DDIMScheduler:
-    """SD1.5's noise schedule and its quirks: last alpha from the table, timesteps offset by one, leading spacing."""
+    """SD1.5's schedule: last alpha from the table, timesteps offset by one, leading spacing."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -60,20 +63,20 @@ class UNetNetworks(nn.Module):
 
     @classmethod
     def build(cls, data: EmojiSet) -> UNetNetworks:
-        """From random weights, with a tokenizer learnt on the captions."""
+        """Networks with random weights, and a tokenizer learnt on the captions."""
         tokenizer = train_tokenizer(data)
         text_encoder = build_text_encoder(tokenizer)
         return cls(build_unet(text_encoder.config.hidden_size), text_encoder, tokenizer)
 
     @classmethod
     def load(cls, directory: Path) -> UNetNetworks:
-        """From an earlier result."""
+        """The networks and the tokenizer of an earlier result."""
         pipeline = StableDiffusionPipeline.from_pretrained(directory, use_safetensors=True, safety_checker=None)
         return cls(pipeline.unet, pipeline.text_encoder, pipeline.tokenizer)
 
     def tokens(self, captions: list[str]) -> tuple[Tensor]:
         """int64 `[n, 24]`, as StableDiffusionPipeline prepares them."""
-        return (padded(self.tokenizer, captions, MAX_TOKENS),)
+        return (tokenize(self.tokenizer, captions, MAX_TOKENS),)
 
     def forward(self, x: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         """Predicted noise `[n, 8, 8, 8]`, the captions encoded as StableDiffusionPipeline does."""
@@ -81,7 +84,7 @@ class UNetNetworks(nn.Module):
         return prediction
 
     def pipeline(self, vae: AutoencoderKL) -> StableDiffusionPipeline:
-        """The pipeline that these networks are part of; see `training.in_half_precision` for its types."""
+        """The pipeline with these networks; see `training.in_half_precision` for its dtypes."""
         return StableDiffusionPipeline(
             vae=in_half_precision(vae),
             unet=in_half_precision(self.unet),
@@ -97,7 +100,11 @@ class UNetNetworks(nn.Module):
 def train_unet(
     latents: Tensor, data: EmojiSet, networks: UNetNetworks, on_checkpoint: OnCheckpoint, recipe: TrainingRecipe
 ) -> tuple[UNetNetworks, dict[str, Any]]:
-    """Trains on scaled `latents` `[n, 8, 8, 8]`, row by row the pictures of `data`; returns the averaged weights and figures."""
+    """Trains the networks; returns their averaged weights and the figures.
+
+    Args:
+        latents: scaled latents `[n, 8, 8, 8]`, row by row those of the pictures of `data`.
+    """
     alphas = stable_diffusion_scheduler().alphas_cumprod.to(next(networks.parameters()).device)
     snr = alphas / (1 - alphas)
     batches = Batches(latents, data, recipe, networks.tokens)

@@ -1,8 +1,8 @@
 """Prompt sets: the built-in ones, a text or JSONL file, a function, or a dataset.
 
-`animals` is the set of DDPO (Black et al. 2023, arXiv 2305.13301), `animals-eval` a list of others. The
-emoji sets are Unicode CLDR English short names;
-`emoji-train` and `emoji-eval` have no name in common.
+`animals` is the set of DDPO (Black et al. 2023, arXiv 2305.13301); `animals-eval` lists other
+animals. The emoji sets are Unicode CLDR English short names. `emoji-train` and `emoji-eval` have no
+name in common.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ if TYPE_CHECKING:
 _HUB = "hub:"
 _HUB_OPTIONS = ("column", "config", "metadata", "revision", "split")
 LONGEST = 1 << 28
-"""Bytes of a file of prompts: a few million."""
+"""Largest size of a file of prompts in bytes, enough for a few million prompts."""
 PARTS = ("train", "eval")
-"""What may follow a source and a `#`: nine tenths of its prompts, and the others."""
-_RESERVED = {"groups", "images", "prompts", "self"}  # what a reward calls its own arguments
+"""Parts of a source, named after a `#`: nine tenths of its prompts, and the rest."""
+_RESERVED = {"groups", "images", "prompts", "self"}  # names of a reward's own arguments
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in order, and what else is known about them.
+    """Prompts in order, with their other fields.
 
     Attributes:
         texts: the prompts; repeats are kept.
-        metadata: by name, a list with an entry for each prompt (None where there is none). Rewards get it as keyword arguments.
+        metadata: by name, a list with an entry for each prompt (None where a prompt has none).
+            Rewards get the lists as keyword arguments.
 
     Raises:
-        EtudeError: a list of another length, or a name that a reward's own arguments have.
+        EtudeError: a list has another length, or a name is that of a reward's own argument.
     """
 
     texts: list[str]
@@ -61,10 +62,10 @@ class PromptSet:
         return len(self.texts)
 
     def select(self, indices: Iterable[int]) -> PromptSet:
-        """The prompts at those places, which may repeat."""
-        chosen = list(indices)
-        columns = {name: [values[i] for i in chosen] for name, values in self.metadata.items()}
-        return PromptSet([self.texts[i] for i in chosen], columns)
+        """The prompts at some places; a place may occur more than once."""
+        places = list(indices)
+        columns = {name: [values[i] for i in places] for name, values in self.metadata.items()}
+        return PromptSet([self.texts[i] for i in places], columns)
 
     def head(self, count: int) -> PromptSet:
         """The first `count` prompts, or all if there are fewer."""
@@ -77,19 +78,20 @@ def prompt_set_names() -> list[str]:
 
 
 def load_prompts(source: str) -> PromptSet:
-    """The prompts of a source, in order, surrounding blanks removed.
+    """The prompts of a source, in order, without surrounding blanks.
 
     | source | prompts |
     | --- | --- |
     | `emoji-train` | a built-in set; it wins over a file of the same name (write `./name` for the file) |
-    | `set.jsonl` | UTF-8, one JSON object a line: its field `prompt`, and the others as metadata |
-    | `set.txt`, any other file | UTF-8, one a line; blank lines and lines that begin with `#` are skipped |
-    | `package.module:function` | what the function returns: strings, or dicts like the objects of a JSONL file |
+    | `set.jsonl` | UTF-8, one JSON object per line: its field `prompt`, and its other fields as metadata |
+    | `set.txt`, any other file | UTF-8, one prompt per line; blank lines and lines that begin with `#` are skipped |
+    | `package.module:function` | the function's return value: strings, or dicts like the objects of a JSONL file |
     | `hub:owner/name?split=train&column=prompt&metadata=tag` | a dataset of `datasets.load_dataset`, from the hub or a directory |
-    | any of them, `#train` or `#eval` | nine tenths of its prompts, or the others (`part_of`); a file of that name wins |
+    | any of these and `#train` or `#eval` | nine tenths of its prompts, or the rest (`part_of`); a file of that name wins |
 
     Raises:
-        EtudeError: a source that does not exist or cannot be read, or holds no prompt, or something else than prompts.
+        EtudeError: the source does not exist or cannot be read, holds no prompt, or holds something
+            other than prompts.
     """
     whole, mark, part = source.rpartition("#")
     if mark and part in PARTS and not _exists(source):
@@ -106,23 +108,26 @@ def load_prompts(source: str) -> PromptSet:
         prompts = PromptSet(_lines(_read(source)))
     if not prompts.texts:
         raise EtudeError(
-            f"prompt source '{source}' holds no prompt: give at least one (in a text file one per line; blank lines and "
-            "# comments are skipped)."
+            f"prompt source '{source}' holds no prompt: give at least one (in a text file one per line; blank lines "
+            "and # comments are skipped)."
         )
     return prompts
 
 
 def part_of(text: str) -> str:
-    """Which part of its source a prompt belongs to, "train" or "eval": the latter for about one in ten.
+    """The part of its source to which a prompt belongs: "eval" for about one in ten, else "train".
 
-    A function of the prompt's words alone (SHA-256; case and blanks do not count), so that repeats stay together and a prompt that is added
-    moves no other.
+    The part depends on the prompt's words alone (SHA-256; case and blanks do not count). Repeats
+    therefore stay together, and a new prompt does not move any other.
     """
     return "eval" if hashlib.sha256(_words(text).encode()).digest()[0] * 10 < 256 else "train"
 
 
 def overlap(trained: PromptSet, evaluated: PromptSet) -> list[str]:
-    """The evaluated prompts that are trained on too, in order, without repeats; case and blanks do not count."""
+    """The evaluated prompts that are also trained on, in order, without repeats.
+
+    Case and blanks do not count.
+    """
     known = {_words(text) for text in trained.texts}
     return list(dict.fromkeys(text for text in evaluated.texts if _words(text) in known))
 
@@ -139,12 +144,13 @@ def _words(text: str) -> str:
 
 
 def _part(prompts: PromptSet, part: str, source: str) -> PromptSet:
-    chosen = prompts.select(i for i, text in enumerate(prompts.texts) if part_of(text) == part)
-    if not chosen.texts:
+    selection = prompts.select(i for i, text in enumerate(prompts.texts) if part_of(text) == part)
+    if not selection.texts:
         raise EtudeError(
-            f"prompts '{source}#{part}' are none: all {len(prompts)} of '{source}' belong to the other part; give more prompts, or two sources."
+            f"prompts '{source}#{part}' are none: all {len(prompts)} of '{source}' belong to the other part; "
+            "give more prompts, or two sources."
         )
-    return chosen
+    return selection
 
 
 def _sets() -> Traversable:
@@ -176,12 +182,12 @@ def _from_function(source: str) -> PromptSet:
     wanted = "module:function, where function() returns a list of strings, or of dicts with a field 'prompt'"
     function = import_callable(source, "prompts", wanted)
     try:
-        found = function()
-    except Exception as error:  # the user's code: whatever it raises has to say which function it was
+        records = function()
+    except Exception as error:  # a user's code raises anything; the error names the function
         raise EtudeError(f"prompts '{source}' failed: {type(error).__name__}: {brief(error)}") from error
-    if isinstance(found, (str, bytes, dict)) or not isinstance(found, Sequence):
-        raise EtudeError(f"prompts '{source}' returned {type(found).__name__}; give {wanted}.")
-    return _from_records(found, [f"prompts '{source}', entry {i}" for i in range(len(found))])
+    if isinstance(records, (str, bytes, dict)) or not isinstance(records, Sequence):
+        raise EtudeError(f"prompts '{source}' returned {type(records).__name__}; give {wanted}.")
+    return _from_records(records, [f"prompts '{source}', entry {i}" for i in range(len(records))])
 
 
 def _from_hub(source: str) -> PromptSet:
@@ -200,19 +206,19 @@ def _from_hub(source: str) -> PromptSet:
         dataset = load_dataset(
             name, options.get("config"), split=options.get("split", "train"), revision=options.get("revision")
         )
-    except Exception as error:  # the library raises what its readers raise
+    except Exception as error:  # the library passes on whatever its readers raise
         raise EtudeError(f"prompts '{source}' cannot be loaded ({type(error).__name__}: {brief(error)}).") from error
     column = options.get("column", "prompt")
     extra = [name for name in options.get("metadata", "").split(",") if name]
-    for asked in (column, *extra):
-        if asked not in dataset.column_names:
-            raise unknown(f"column of the dataset '{name}'", asked, dataset.column_names)
+    for wanted in (column, *extra):
+        if wanted not in dataset.column_names:
+            raise unknown(f"column of the dataset '{name}'", wanted, dataset.column_names)
     texts = [_text(value, f"prompts '{source}', row {i}") for i, value in enumerate(dataset[column])]
     return PromptSet(texts, {name: list(dataset[name]) for name in extra})
 
 
 def _from_records(records: Sequence[Any], places: list[str]) -> PromptSet:
-    """Strings, or dicts with a field `prompt`; `places` name them in errors."""
+    """The prompts in strings, or in dicts with a field `prompt`; errors name the `places`."""
     texts, extras = [], []
     for record, place in zip(records, places, strict=True):
         fields = record if isinstance(record, dict) else {"prompt": record}
@@ -227,7 +233,7 @@ def _text(value: Any, place: str) -> str:
         raise EtudeError(f"{place}: its prompt is {brief_value(value)}; give a text that is not empty.")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can hold half a character, which no file, tokenizer or page can
+    except UnicodeEncodeError:  # JSON may hold half a character; a file, tokenizer or page cannot
         raise EtudeError(
             f"{place}: its prompt {brief_value(value)} holds half of a surrogate pair; give whole characters."
         ) from None
@@ -265,7 +271,11 @@ def _read(source: str) -> str:
 
 
 def _decode(data: bytes, source: str) -> str:
-    """UTF-8 with or without a byte order mark; names the line of the first byte that is not text."""
+    """The text of UTF-8 data with or without a byte order mark.
+
+    Raises:
+        EtudeError: the data are not text; the error names the line of the first wrong byte.
+    """
     remedy = "save the prompts as UTF-8 text, one per line"
     try:
         text = data.decode("utf-8-sig")

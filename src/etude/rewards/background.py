@@ -1,7 +1,8 @@
-"""Scores that are computed while something else goes on: an event loop for requests, and threads for code of this process.
+"""Scoring in the background: an event loop for requests, and threads for code of this process.
 
-All threads are daemons. A reward that never returns cannot be stopped from outside, and must not keep the process from ending. One that is
-inside torch then would make Python abort on its way out (its thread is unwound through C++), so a program leaves by `leave`.
+All threads are daemons, because a reward that never returns cannot be stopped from outside and must
+not keep the process alive. If such a thread is inside torch when Python exits, Python aborts (the
+thread is unwound through C++). A program therefore ends by `leave`.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ _thread: threading.Thread | None = None
 
 
 def in_event_loop(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-    """Runs the coroutine on the one event loop that all remote rewards share. Cancelling the future cancels the coroutine."""
+    """Runs the coroutine on the event loop that all remote rewards share.
+
+    Cancelling the future cancels the coroutine.
+    """
     return asyncio.run_coroutine_threadsafe(coroutine, _running_loop())
 
 
 def _running_loop() -> asyncio.AbstractEventLoop:
     global _loop, _thread
     with _starting:
-        if _loop is None or _thread is None or not _thread.is_alive():  # a forked process inherits no threads
+        # A forked process inherits the variables, but no thread.
+        if _loop is None or _thread is None or not _thread.is_alive():
             _loop = asyncio.new_event_loop()
             _thread = threading.Thread(target=_loop.run_forever, name="remote-rewards", daemon=True)
             _thread.start()
@@ -39,16 +44,16 @@ def _running_loop() -> asyncio.AbstractEventLoop:
 
 
 class InTurn:
-    """Does one thing after another, in the order in which they were given, on a thread beside the caller's.
+    """Runs calls one after another, in the order of submission, on threads beside the caller's.
 
-    One at a time, because networks that share a device would compete for its memory.
+    Only one call runs at a time, because networks on one device would compete for its memory.
     """
 
     def __init__(self) -> None:
         self._last: threading.Thread | None = None
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """The result of `work()`, once it is there; whatever it raises is raised by `Future.result`."""
+        """A future of `work()`; `Future.result` raises what `work` raises."""
         future: Future[T] = Future()
         self._last = threading.Thread(
             target=_work, args=(future, work, self._last, _cuda_device()), name=_LOCAL, daemon=True
@@ -58,7 +63,7 @@ class InTurn:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the program with an exit code, whatever a reward is still doing."""
+    """Ends the program with an exit code, also while a reward is still running."""
     if any(thread.name == _LOCAL for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -72,7 +77,7 @@ def _work(future: Future[T], work: Callable[[], T], before: threading.Thread | N
     if not future.set_running_or_notify_cancel():
         return
     try:
-        if cuda_device is not None:  # each thread has its own current device, which begins as the first
+        if cuda_device is not None:  # in a new thread the current device is the first one
             import torch
 
             torch.cuda.set_device(cuda_device)

@@ -1,4 +1,6 @@
-"""Colourfulness of an image (Hasler and Suesstrunk, "Measuring colourfulness in natural images", SPIE 5007, 2003)."""
+"""Colourfulness of an image (Hasler and Suesstrunk, "Measuring colourfulness in natural images",
+SPIE 5007, 2003).
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,11 @@ from torch import Tensor
 
 
 def colorfulness(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
-    """sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2), rg = R - G, yb = (R + G) / 2 - B, on values 0..255.
+    """Colourfulness of uint8 images `[n, 3, h, w]`: float32 `[n]`, 0 for any grey image.
 
-    Their metric M-hat(3), with population variances: 0 for any grey image. uint8 [n, 3, h, w] -> float32 [n].
+        sqrt(var rg + var yb) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2),    rg = R - G,    yb = (R + G) / 2 - B
+
+    This is the authors' metric M-hat(3), with population variances, on values 0..255.
     """
     red, green, blue = images.flatten(2).to(torch.float64).unbind(1)
     opponents = torch.stack([red - green, (red + green) / 2 - blue])  # [2, n, pixels]

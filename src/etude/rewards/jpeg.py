@@ -1,4 +1,4 @@
-"""JPEG size as a reward: the two compressibility rewards of DDPO (Black et al. 2023, arXiv 2305.13301, section 5.1)."""
+"""JPEG size: the two compressibility rewards of DDPO (arXiv 2305.13301, section 5.1)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ QUALITY = 95
 
 
 def jpeg_incompressibility(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
-    """+ size of the image as a JPEG of quality 95, in kB (1 kB = 1000 bytes). uint8 [n, 3, h, w] -> float32 [n]."""
+    """The size of each image as a JPEG of quality 95, in kB (1 kB = 1000 bytes).
+
+    uint8 `[n, 3, h, w]` to float32 `[n]`.
+    """
     return torch.tensor([_kilobytes(image) for image in images], dtype=torch.float32)
 
 
 def jpeg_compressibility(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
-    """- size of the image as a JPEG of quality 95, in kB (1 kB = 1000 bytes). uint8 [n, 3, h, w] -> float32 [n]."""
+    """Minus the size of each image as a JPEG of quality 95, in kB (1 kB = 1000 bytes).
+
+    uint8 `[n, 3, h, w]` to float32 `[n]`.
+    """
     return -jpeg_incompressibility(images, prompts, **metadata)
 
 

@@ -1,4 +1,4 @@
-"""Rewards by name. Nothing is imported before a name is asked for."""
+"""Rewards by name. The code of a reward is imported when its name is first used."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ if TYPE_CHECKING:
 class Reward(Protocol):
     """`reward(images, prompts, **metadata) -> scores`; larger is better.
 
-    A reward may have further methods, which are called if they are there: `load()`, once before a run, to get ready;
-    `submit(images, prompts, **metadata)`, which returns a `concurrent.futures.Future` of the scores at once and is then called instead,
-    for those that wait for something else than this process; `offload()`, after each use under `memory.offload`, to leave the device.
+    A reward may have further methods, which are called if they exist:
 
-    A reward that compares the images of a group with one another has an attribute `whole_groups = True`. It gets all images of
-    a group in one call, and a keyword `groups`: a list with a number for each image, equal within a group.
+    - `load()` is called once before a run, to read weights or to reach a server.
+    - `submit(images, prompts, **metadata)` returns a `concurrent.futures.Future` of the scores at
+      once. It is called instead of the reward itself, and is meant for rewards that wait for
+      another process or machine.
+    - `offload()` is called after each use under `memory.offload`, to free the device.
+
+    A reward that compares the images of a group with one another has an attribute
+    `whole_groups = True`. It gets all images of a group in one call, and a keyword `groups`: a list
+    with a number for each image, equal within a group.
     """
 
     def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
@@ -28,9 +33,10 @@ class Reward(Protocol):
 
         Args:
             images: uint8 `[n, 3, h, w]`, values 0..255, RGB.
-            prompts: n texts, the i-th belongs to the i-th image.
-            metadata: what else the prompt set says (`etude.prompts`): by name, a list with an entry for each image. A reward
-                without `**metadata` gets those that it has a keyword for.
+            prompts: n texts; the i-th belongs to the i-th image.
+            metadata: the other fields of the prompt set (`etude.prompts`): by name, a list with an
+                entry for each image. A reward without `**metadata` gets only the fields for which
+                it has a keyword.
         """
 
 
@@ -40,18 +46,19 @@ WEIGHTED_SUM = "weighted_sum"
 _loaded: dict[str, Reward] = {}
 _factories: dict[str, Callable[[], Reward]] = {}
 WEIGHTS_GB = {"aesthetic": 1.2, "clip_score": 0.6, "hpsv2": 3.9, "imagereward": 1.9, "pickscore": 3.9}
-"""GB that the published weights of the preference models take in float32, as they are used."""
+"""Size in GB of the published weights of the preference models, in float32, as they are used."""
 CLOSED_FORMS = ("colorfulness", "jpeg_compressibility", "jpeg_incompressibility")
 """Rewards without weights."""
 
 
 def register(name: str) -> Callable[[RewardT], RewardT]:
-    """Decorator that adds a reward under `name`: a function, or a class, of which one instance is made at first use.
+    """Decorator that adds a reward under `name`: a function or a class.
 
+    A class is instantiated once, at its first use.
     Registering a name again replaces the former reward, so that a notebook cell can be run twice.
 
     Raises:
-        EtudeError: the name cannot be one (empty, or with a colon, which marks an import path).
+        EtudeError: the name is empty, is reserved, or has a colon (which marks an import path).
 
     Example:
         >>> import etude, torch
@@ -73,33 +80,35 @@ def register(name: str) -> Callable[[RewardT], RewardT]:
 
 
 def register_factory(name: str, factory: Callable[[], Reward]) -> None:
-    """Adds a reward that is built by `factory()` at its first use: the way in for scorers that load a network.
+    """Adds a reward that `factory()` builds at its first use, for rewards that load a network.
 
     Raises:
-        EtudeError: the name cannot be one (empty, or with a colon, which marks an import path).
+        EtudeError: as in `register`.
     """
     register(name)(factory)
     _factories[name] = factory
 
 
 def names() -> list[str]:
-    """Names that `get` knows, sorted: built-in and registered ones, and those that installed packages offer."""
+    """Names that `get` knows, sorted: built-in, registered, and those of installed packages."""
     return REWARDS.names()
 
 
 def get(name: str) -> Reward:
-    """The reward of that name, the callable at the import path `package.module:attribute`, or the one behind a url.
+    """The reward of a name, an import path `package.module:attribute`, or a url.
 
-    Names are those of `etude.registry.REWARDS`: functions, or classes of which one instance is made. A url,
-    `http://host:port/path`, is an `etude.rewards.remote.client.RemoteReward`. After the name of a model reward the colon
-    begins its options instead of an attribute: `name:model`, `name:model,key=value`, `name:key=value`
-    (`etude.rewards.models.model_reward.ModelReward` lists them); such a name comes before a module of the same name.
+    Names are those of `etude.registry.REWARDS`: functions, or classes, which are instantiated. A
+    url, `http://host:port/path`, gives an `etude.rewards.remote.client.RemoteReward`. After the
+    name of a model reward the colon starts its options instead of an attribute: `name:model`,
+    `name:model,key=value`, `name:key=value` (`etude.rewards.models.model_reward.ModelReward` lists
+    them). Such a name wins over a module of the same name.
 
-    Modules in the working directory are importable, too. A reward is built once and then shared.
+    Modules in the working directory can be imported, too. A reward is built once and then shared.
 
     Raises:
-        EtudeError: the name is unknown, or the module or the attribute of the path is missing or not callable; a package's
-            reward cannot be imported, or two packages offer it; a url cannot be one.
+        EtudeError: the name is unknown; the module or the attribute of the path is missing or not
+            callable; a package's reward cannot be imported, or two packages have it; or the url is
+            invalid.
     """
     if name not in _loaded:
         _loaded[name] = _build(name)
@@ -119,7 +128,7 @@ def _build(name: str) -> Reward:
         return _instance(name)
     except EtudeError:
         raise
-    except Exception as error:  # the user's constructor: whatever it raises has to say which reward it was
+    except Exception as error:  # a user's constructor raises anything; the error names the reward
         raise EtudeError(f"reward '{name}' could not be built: {type(error).__name__}: {brief(error)}") from error
 
 
@@ -131,7 +140,8 @@ def _instance(name: str) -> Reward:
         client = import_callable("etude.rewards.remote.client:RemoteReward.from_name", "reward", REWARDS.wanted)
         remote: Reward = client(name)
         return remote
-    # Only what is in the table by that name may take options: anything else before a colon is a module.
+    # Only a built-in or registered name may take options: any other text before a colon is a
+    # module.
     thing = REWARDS.get(base) if base in REWARDS.builtin or base in REWARDS.registered else None
     if thing is not None and hasattr(thing, "from_options"):
         model: Reward = thing.from_options(options)

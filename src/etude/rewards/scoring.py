@@ -1,4 +1,4 @@
-"""Calling rewards, and holding what they return to the contract: float [n], finite."""
+"""Calls of rewards, with a check that each returns one finite float per image."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images to be scored, and what is known of them.
+    """Images to be scored, with their prompts, metadata and groups.
 
     Attributes:
         images: uint8 `[n, 3, h, w]`.
         prompts: n texts.
         metadata: by name, a list of n entries.
-        groups: the group of each image, for rewards that compare images of a group. Default: images of equal prompts.
+        groups: the group of each image, for rewards that compare images of a group. Default: images
+            of equal prompts.
         offset: index of the first image in the whole batch, for errors.
 
     Raises:
-        EtudeError: images and prompts do not match, or the groups are not one an image.
+        EtudeError: images and prompts do not match, or there is not one group per image.
     """
 
     images: Tensor
@@ -46,13 +47,15 @@ class Batch:
             raise EtudeError(f"there are {len(self.prompts)} images but {len(self.groups)} groups: give one an image.")
 
     def arguments(self, function: Callable[..., Any], whole_groups: bool) -> tuple[Tensor, list[str], dict[str, Any]]:
-        """Images, prompts and keywords for one call of a reward, copies of its own: a reward may work in place.
+        """Images, prompts and keywords for one call of a reward.
+
+        They are copies, because a reward may work in place.
 
         Args:
-            function: what is called; it gets those keywords of the metadata that it takes.
-            whole_groups: whether it gets `groups`, too.
+            function: the function to call; the keywords are the metadata that it accepts.
+            whole_groups: whether `groups` is a keyword, too.
         """
-        keywords = copy.deepcopy(dict(_taken(function, self.metadata)))
+        keywords = copy.deepcopy(dict(_select_keywords(function, self.metadata)))
         if whole_groups:
             first: dict[str, int] = {}
             same = [first.setdefault(prompt, i) for i, prompt in enumerate(self.prompts)]
@@ -70,26 +73,28 @@ def score_one(
     groups: Sequence[int] | None = None,
     offset: int = 0,
 ) -> Tensor:
-    """One reward's scores, float32 [n] on the CPU, checked.
+    """One reward's scores, float32 `[n]` on the CPU, checked.
 
     Args:
-        name: what the reward is called in errors.
-        images: uint8 [n, 3, h, w].
+        name: the name of the reward in errors.
+        images: uint8 `[n, 3, h, w]`.
         prompts: n texts.
-        metadata: by name, a list of n entries; passed on as keyword arguments, of which the reward gets those that it takes.
-        groups: the group of each image, for a reward that compares them. Default: images of equal prompts.
-        offset: index of the first image in the whole batch, so that errors count in the batch and not in a slice of it.
+        metadata: by name, a list of n entries; the reward gets those for which it has a keyword.
+        groups: the group of each image, for a reward that compares them. Default: images of equal
+            prompts.
+        offset: index of the first image in the whole batch, so that errors count in the batch and
+            not in a slice of it.
 
     Raises:
-        EtudeError: if images and prompts do not match; if the reward raises (its message repeated, its error
-            chained); if it returns anything but n numbers (a floating
-            tensor [n], or a list, tuple or array of n numbers); or if a score is NaN or infinite in float32 (the
-            sample and its prompt are named).
+        EtudeError: images and prompts do not match; the reward raises (its message is repeated, its
+            error chained); it returns anything but n numbers (a floating tensor `[n]`, or a list,
+            tuple or array of n numbers); or a score is NaN or infinite in float32 (the sample and
+            its prompt are named).
     """
     batch = Batch(images, prompts, metadata or {}, groups, offset)
-    with _named(name, prompts, offset):
+    with _naming(name, prompts, offset):
         scores = _call(reward, batch)
-    return _checked(name, scores, prompts, offset)
+    return _check_scores(name, scores, prompts, offset)
 
 
 def score(
@@ -107,7 +112,7 @@ def score(
         By reward, float32 `[n]` on the CPU, checked as by `score_one`.
 
     Raises:
-        EtudeError: a name is unknown, and whatever `score_one` raises.
+        EtudeError: a name is unknown, or as in `score_one`.
 
     Example:
         >>> import etude, torch
@@ -120,16 +125,16 @@ def score(
 
 
 def revisions(rewards: Iterable[str]) -> dict[str, dict[str, str]]:
-    """What the rewards that have read something from a hub have read: by their name, each repository's commit."""
-    found: dict[str, dict[str, str]] = {name: getattr(get(name), "revisions", dict)() for name in rewards}
-    return {name: commits for name, commits in found.items() if commits}
+    """By reward name, the commit of each hub repository that the reward has read."""
+    by_name: dict[str, dict[str, str]] = {name: getattr(get(name), "revisions", dict)() for name in rewards}
+    return {name: commits for name, commits in by_name.items() if commits}
 
 
 class Scoring:
-    """Scores that are under way: what `WeightedRewards.start` returns.
+    """Scores that are being computed, as `WeightedRewards.start` returns them.
 
     Attributes:
-        futures: by the reward's name, what it will have returned.
+        futures: by reward name, a future of its scores.
     """
 
     def __init__(self, futures: dict[str, Any], prompts: list[str], offset: int = 0) -> None:
@@ -141,21 +146,26 @@ class Scoring:
         return all(future.done() for future in self.futures.values())
 
     def cancel(self) -> None:
-        """Ends the requests that are under way, and what has not begun; a local reward that has begun runs to its end unheard."""
+        """Cancels running requests, and calls that have not started.
+
+        A local reward that has started runs to its end; its scores are dropped.
+        """
         for future in self.futures.values():
             if future is not None:
                 future.cancel()
 
     def result(self, timeout: float | None = None) -> dict[str, Tensor]:
-        """Waits for the scores, by the reward's name float32 [n] on the CPU, checked as by `score_one`.
+        """Waits for the scores: by reward name, float32 `[n]` on the CPU.
 
-        The first reward that fails ends the waiting, and the requests of the others. A remote reward ends by its own time-outs.
+        They are checked as by `score_one`. The first reward that fails ends the wait and cancels
+        the others. A remote reward has its own time-outs.
 
         Args:
-            timeout: seconds after which it is an error; None waits for as long as it takes.
+            timeout: seconds after which a missing score is an error. Default: no limit.
 
         Raises:
-            EtudeError: naming the reward that failed, returned what it should not, or did not end in time.
+            EtudeError: a reward failed, returned something other than n finite numbers, or did not
+                end in time; the error names it.
         """
         try:
             finished = wait(self.futures.values(), timeout, FIRST_EXCEPTION).done
@@ -163,9 +173,9 @@ class Scoring:
             for name, future in sorted(self.futures.items(), key=lambda item: item[1] not in finished):
                 if future not in finished:
                     raise EtudeError(f"reward '{name}' has not finished after {timeout:g} s.")
-                with _named(name, self._prompts, self._offset):
-                    found = future.result()
-                scores[name] = _checked(name, found, self._prompts, self._offset)
+                with _naming(name, self._prompts, self._offset):
+                    values = future.result()
+                scores[name] = _check_scores(name, values, self._prompts, self._offset)
         except BaseException:
             self.cancel()
             raise
@@ -173,18 +183,20 @@ class Scoring:
 
 
 class WeightedRewards:
-    """Several rewards with their weights, scored apart and summed only when asked.
+    """Several rewards with their weights; scores stay separate until `combine` sums them.
 
-    They are kept apart because each reward is normalised within its group before the weighted sum of the advantages is
-    taken; a sum of raw rewards would let the one with the widest scale decide. `combine` is that sum, for either.
+    Each reward is normalised within its group before the weighted sum of the advantages is taken.
+    In a sum of raw rewards the reward with the widest scale would decide. `combine` computes the
+    weighted sum of either.
 
     Args:
         weights: reward name (or import path) to weight, at least one.
         held_out: names that are measured in evaluation and never trained on.
-        offload: rewards with a method `offload` get it called after each use: their networks wait on the CPU.
+        offload: whether to call the method `offload` of each reward that has one after each use;
+            its network then waits on the CPU. Default: False.
 
     Raises:
-        EtudeError: if a name is unknown or there is no weight.
+        EtudeError: a name is unknown, or there is no weight.
     """
 
     def __init__(self, weights: Mapping[str, float], held_out: Iterable[str] = (), *, offload: bool = False) -> None:
@@ -194,13 +206,15 @@ class WeightedRewards:
         self.held_out = tuple(name for name in dict.fromkeys(held_out) if name not in self.weights)
         self.offload, self._turns = offload, InTurn()
         for name in (*self.weights, *self.held_out):
-            get(name)  # an unknown name is an error now, not after the first rollout
+            get(name)  # an unknown name is an error here, and not after the first rollout
 
     def load(self) -> None:
-        """Lets every reward that has a method `load` read its weights or reach its server: a failure costs no rollout then.
+        """Calls the method `load` of each reward that has one, to read weights or reach a server.
+
+        A failure then costs no rollout.
 
         Raises:
-            EtudeError: naming the reward that failed.
+            EtudeError: a reward failed to load; the error names it.
         """
         for name in (*self.weights, *self.held_out):
             load = getattr(get(name), "load", None)
@@ -208,12 +222,12 @@ class WeightedRewards:
                 continue
             try:
                 load()
-            except Exception as error:  # a reward is the user's code: whatever it raises has to say which reward it was
+            except Exception as error:  # a user's code raises anything; the error names the reward
                 raise EtudeError(f"reward '{name}' cannot be used: {brief(error)}") from error
 
     @property
     def whole_groups(self) -> bool:
-        """Whether some reward compares the images of a group, and must be given all of them in one call."""
+        """Whether some reward compares the images of a group, and needs all of them in one call."""
         return any(getattr(get(name), "whole_groups", False) for name in (*self.weights, *self.held_out))
 
     def __call__(
@@ -223,7 +237,10 @@ class WeightedRewards:
         metadata: Mapping[str, Any] | None = None,
         groups: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """Scores of the trained rewards, each float32 [n]. Remote rewards are asked first, and the others computed meanwhile."""
+        """Scores of the trained rewards, each float32 `[n]`.
+
+        Requests of remote rewards are sent first, and the other rewards are computed meanwhile.
+        """
         return self._begin(self.weights, Batch(images, prompts, metadata or {}, groups), here=True).result()
 
     def start(
@@ -236,21 +253,24 @@ class WeightedRewards:
         held_out: bool = False,
         offset: int = 0,
     ) -> Scoring:
-        """Begins to score and returns at once: rewards with a method `submit` score by themselves, the others on a thread.
+        """Starts scoring and returns at once.
 
-        That thread takes its calls, also those of later starts, one after the other in their order, so no two local rewards run
-        side by side. Neither the images nor the metadata may change until the scores are there.
+        Rewards with a method `submit` score by themselves, and the others in the background. The
+        background takes its calls one after the other in their order, also over several starts, so
+        no two local rewards run side by side. The images and the metadata must not change until the
+        scores are there.
 
         Args:
-            images: uint8 [n, 3, h, w].
+            images: uint8 `[n, 3, h, w]`.
             prompts: n texts.
             metadata: by name, a list of n entries.
-            groups: the group of each image; a group must be whole. Default: images of equal prompts.
-            held_out: measure the held-out rewards too.
+            groups: the group of each image; a group must be whole. Default: images of equal
+                prompts.
+            held_out: whether to measure the held-out rewards too. Default: False.
             offset: index of the first image in the whole batch, for errors.
 
         Raises:
-            EtudeError: if images and prompts do not match; anything else is raised by `Scoring.result`.
+            EtudeError: images and prompts do not match; `Scoring.result` raises any other error.
         """
         names = (*self.weights, *(self.held_out if held_out else ()))
         return self._begin(names, Batch(images, prompts, metadata or {}, groups, offset), here=False)
@@ -262,35 +282,38 @@ class WeightedRewards:
         metadata: Mapping[str, Any] | None = None,
         groups: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
-        """Scores of trained and held-out rewards, float32 [n]; with several trained ones also their `weighted_sum`."""
+        """Scores of trained and held-out rewards, float32 `[n]`.
+
+        The scores of several trained rewards come with their `weighted_sum`.
+        """
         batch = Batch(images, prompts, metadata or {}, groups)
         return self.summed(self._begin((*self.weights, *self.held_out), batch, here=True).result())
 
     def _begin(self, names: Iterable[str], batch: Batch, here: bool) -> Scoring:
-        """Starts the rewards that score by themselves, then computes the others: here and now, or on the thread."""
+        """Starts the rewards with `submit`, then runs the others: here, or in the background."""
         scoring = Scoring(dict.fromkeys(names), batch.prompts, batch.offset)
         try:
             for name in [name for name in scoring.futures if not self._submit(name, scoring, batch)]:
                 work = partial(self._compute, name, batch)
-                scoring.futures[name] = _done(work) if here else self._turns.submit(work)
+                scoring.futures[name] = _run_now(work) if here else self._turns.submit(work)
         except BaseException:
             scoring.cancel()
             raise
         return scoring
 
     def _submit(self, name: str, scoring: Scoring, batch: Batch) -> bool:
-        """Starts a reward that scores by itself; whether it is one."""
+        """Starts a reward that has a method `submit`; returns whether it has one."""
         reward = get(name)
         submit = getattr(reward, "submit", None)
         if submit is not None:
-            with _named(name, batch.prompts, batch.offset):
+            with _naming(name, batch.prompts, batch.offset):
                 images, prompts, keywords = batch.arguments(submit, getattr(reward, "whole_groups", False))
                 scoring.futures[name] = submit(images, prompts, **keywords)
         return submit is not None
 
     def _compute(self, name: str, batch: Batch) -> Tensor:
         reward = get(name)
-        with _named(name, batch.prompts, batch.offset):
+        with _naming(name, batch.prompts, batch.offset):
             try:
                 return _call(reward, batch)
             finally:
@@ -298,11 +321,11 @@ class WeightedRewards:
                     reward.offload()
 
     def summed(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The scores, and with several trained rewards also their `weighted_sum`."""
+        """The scores, and the `weighted_sum` of several trained rewards."""
         return scores if len(self.weights) == 1 else {**scores, WEIGHTED_SUM: self.combine(scores)}
 
     def combine(self, values: Mapping[str, Tensor]) -> Tensor:
-        """sum_k weight_k values_k over the trained rewards: raw scores or normalised advantages, any shape."""
+        """sum_k weight_k values_k over the trained rewards: scores or advantages of any shape."""
         terms = [weight * values[name] for name, weight in self.weights.items()]
         total = terms[0]
         for term in terms[1:]:
@@ -313,34 +336,37 @@ class WeightedRewards:
 def _call(reward: Reward, batch: Batch) -> Any:
     import torch
 
-    called = reward.forward if isinstance(reward, torch.nn.Module) else reward
-    images, prompts, keywords = batch.arguments(called, getattr(reward, "whole_groups", False))
+    function = reward.forward if isinstance(reward, torch.nn.Module) else reward
+    images, prompts, keywords = batch.arguments(function, getattr(reward, "whole_groups", False))
     with torch.no_grad():
         return reward(images, prompts, **keywords)
 
 
-def _taken(function: Callable[..., Any], metadata: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Of the metadata, what the function has keywords for: all if it takes `**metadata` or does not say."""
+def _select_keywords(function: Callable[..., Any], metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The metadata for which a function has keywords, or all if it has `**metadata`.
+
+    All metadata are returned for a function without a signature, too.
+    """
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # of a built-in function
-        return metadata or {}
+    except (TypeError, ValueError):  # a built-in function
+        return metadata
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return metadata or {}
-    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return {name: values for name, values in (metadata or {}).items() if name in named}
+        return metadata
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return {name: values for name, values in metadata.items() if name in names}
 
 
-def _done(work: Callable[[], Any]) -> Future[Any]:
-    """A future that has the result already; what `work` raises is raised here."""
+def _run_now(work: Callable[[], Any]) -> Future[Any]:
+    """A finished future of `work()`; raises what `work` raises."""
     future: Future[Any] = Future()
     future.set_result(work())
     return future
 
 
 @contextmanager
-def _named(name: str, prompts: list[str], offset: int) -> Iterator[None]:
-    """Whatever a reward, which is the user's code, raises has to say which reward it was, once."""
+def _naming(name: str, prompts: list[str], offset: int) -> Iterator[None]:
+    """A context that turns any exception of a reward into an error that names the reward, once."""
     try:
         yield
     except _RewardError:
@@ -352,20 +378,19 @@ def _named(name: str, prompts: list[str], offset: int) -> Iterator[None]:
 
 
 class _RewardError(EtudeError):
-    """A reward's own failure, named already."""
+    """A failure inside a reward; its text names the reward."""
 
 
-def _checked(name: str, scores: Any, prompts: list[str], offset: int) -> Tensor:
-    """What a reward returned, as float32 [n] on the CPU."""
+def _check_scores(name: str, values: Any, prompts: list[str], offset: int) -> Tensor:
+    """The values that a reward returned, as float32 `[n]` on the CPU, checked."""
     import torch
 
-    found = scores if isinstance(scores, torch.Tensor) else _numbers(scores)
-    if found is None or found.is_nested:
+    scores = values if isinstance(values, torch.Tensor) else _numbers(values)
+    if scores is None or scores.is_nested:
         raise EtudeError(
-            f"reward '{name}' returned {'a nested tensor' if hasattr(scores, 'is_nested') else type(scores).__name__}; "
+            f"reward '{name}' returned {'a nested tensor' if hasattr(values, 'is_nested') else type(values).__name__}; "
             f"it must return a float32 tensor of shape [{len(prompts)}], or as many numbers."
         )
-    scores = found
     if scores.shape != (len(prompts),) or not scores.is_floating_point():
         raise EtudeError(
             f"reward '{name}' returned a tensor of shape {list(scores.shape)} and {scores.dtype} "
@@ -396,7 +421,7 @@ def _numbers(scores: Any) -> Tensor | None:
         return None
     try:
         array = np.asarray([v.item() if isinstance(v, torch.Tensor) else v for v in scores])
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # ragged, or a tensor of several numbers
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # ragged, or a tensor in it
         return None
     return torch.from_numpy(array.astype(np.float64)) if array.dtype.kind in "fiub" else None
 

@@ -1,3 +1,3 @@
-"""What a sampler is: paths, kernels, plans, keyed noise, the rollout and its replay."""
+"""The sampler: paths, kernels, plans, keyed noise, the rollout and its replay."""
 
 from __future__ import annotations

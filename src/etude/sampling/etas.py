@@ -1,9 +1,16 @@
-"""The stochasticity of every step of every iteration: a number, a list over the steps, or a schedule that leads from one number to another.
+"""Etas: the stochasticity of each step in each iteration.
 
-    eta(x) = eta + w(x) (end - eta)        linear:  w(x) = x        cosine:  w(x) = (1 - cos(pi x)) / 2        constant:  w(x) = 0
+An eta is one number for all steps, a list over the steps, or a schedule from one number to another:
 
-Over iterations x = (k - 1) / (K - 1) in iteration k of K, and all steps have that eta. Over steps x = i / (N - 1) at step i of N, the same in
-every iteration. The two ends are reached exactly, and a schedule that leads nowhere is the number itself, bit for bit.
+    eta(x) = eta + w(x) (end - eta)
+
+    linear:    w(x) = x
+    cosine:    w(x) = (1 - cos(pi x)) / 2
+    constant:  w(x) = 0
+
+Over iterations, x = (k - 1) / (K - 1) in iteration k of K, and all steps have that eta. Over steps,
+x = i / (N - 1) at step i of N, the same in every iteration. Both ends are reached exactly. A
+schedule with two equal ends is that number, bit for bit.
 """
 
 from __future__ import annotations
@@ -19,14 +26,15 @@ Eta = float | Sequence[float]
 
 @dataclass(frozen=True)
 class Etas:
-    """The etas of a run; a function of the iteration alone, so that processes agree on them and a resumed run too.
+    """The etas of a run, a function of the iteration alone: processes and a resumed run agree.
 
     Attributes:
-        first: eta where the schedule begins; a tuple is the list over the steps, which has no schedule.
-        last: eta where it ends.
+        first: eta at the start of the schedule; a tuple is the list over the steps, which has no
+            schedule.
+        last: eta at the end of the schedule.
         kind: "constant", "linear" or "cosine".
         over: "iterations" or "steps".
-        iterations: K, of the whole run.
+        iterations: K, the number of iterations of the whole run.
     """
 
     first: float | tuple[float, ...]
@@ -36,7 +44,10 @@ class Etas:
     iterations: int = 1
 
     def at(self, iteration: int, num_steps: int) -> tuple[float, ...]:
-        """The eta of each step in an iteration; the first is iteration 1, and the base model's evaluation, 0, counts as it."""
+        """The eta of each of the `num_steps` steps in an iteration.
+
+        Iterations count from 1. Iteration 0, the base model's evaluation, has iteration 1's etas.
+        """
         if isinstance(self.first, tuple):
             return self.first
         if self.over == "steps":
@@ -45,7 +56,7 @@ class Etas:
 
     @property
     def extremes(self) -> tuple[int, ...]:
-        """Iterations between whose etas those of all others lie: what is legal in these is legal in all."""
+        """The iterations of the smallest and largest eta: a plan legal in these is legal in all."""
         moves = self.kind != "constant" and self.over == "iterations" and not isinstance(self.first, tuple)
         return (1, self.iterations) if moves else (1,)
 
@@ -69,7 +80,7 @@ def eta_text(eta: Eta) -> str:
 
 
 def setting_text(eta: Eta, schedule: Mapping[str, Any] | None) -> str:
-    """What a configuration asks for: `1.2`, `1.5 to 0.2 by step`, `1.2 to 0.5 over iterations (cosine)`."""
+    """The eta of a configuration in words: `1.2`, or `1.2 to 0.5 over iterations (cosine)`."""
     if schedule is None or schedule["kind"] == "constant":
         return eta_text(eta)
     return f"{eta_text(eta)} to {schedule['end']:g} over {schedule['over']} ({schedule['kind']})"

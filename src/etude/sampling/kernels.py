@@ -1,11 +1,12 @@
-"""Kernels: one step of a sampler as a Gaussian, linear in what the network says.
+"""Kernels: one step of a sampler as a Gaussian that is linear in the network's prediction.
 
 From a source level (a_t, s_t) to a less noisy target level (a_u, s_u),
 
     x_u = c_x0 * x0_hat + c_eps * eps_hat + std * z,        z ~ N(0, I)
 
-A kernel is the three coefficients, with c_x0 = a_u in all of them. With lam = s / a the noise-to-signal ratio and
-r = lam_u / lam_t in [0, 1]; on rectified flow (a = 1 - sigma, s = sigma) with h = sigma_t - sigma_u:
+A kernel is the three coefficients, with c_x0 = a_u in all of them. With lam = s / a the
+noise-to-signal ratio and r = lam_u / lam_t in [0, 1]; on rectified flow (a = 1 - sigma, s = sigma)
+with h = sigma_t - sigma_u:
 
     kernel     c_eps                                     std                                    eta
     GDDIM      s_u r^(eta^2)                             s_u sqrt(1 - r^(2 eta^2))              any
@@ -14,10 +15,11 @@ r = lam_u / lam_t in [0, 1]; on rectified flow (a = 1 - sigma, s = sigma) with h
     FlowSDE    sigma_u - eta^2 h / (2 (1 - sigma_t))     eta sqrt(h sigma_t / (1 - sigma_t))    any; flow only
     DanceSDE   sigma_u - eta^2 h / (2 sigma_t)           eta sqrt(h)                            any; flow only
 
-All are the probability-flow ODE at 0. GDDIM and DDIM are also equal at 1 (the DDPM posterior), and nowhere else. The first
-three keep the noise that the target level has, c_eps^2 + std^2 = s_u^2; the last two are Euler-Maruyama steps and leave
-more, by terms of the order h^2. Each names its stochasticity `eta`, in its own unit: `equivalent_eta` and
-`Kernel.small_step_eta` translate.
+At eta = 0 every kernel is the probability-flow ODE. GDDIM and DDIM also agree at eta = 1 (the DDPM
+posterior), and nowhere else. The first three keep the noise of the target level,
+c_eps^2 + std^2 = s_u^2. The last two are Euler-Maruyama steps and leave more noise, by terms of the
+order h^2. Each kernel has its own unit for its stochasticity `eta`: `equivalent_eta` and
+`Kernel.small_step_eta` convert it to the eta of GDDIM.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from etude.sampling.paths import per_sample
 
 Level = tuple[Tensor | float, Tensor | float]
 REDUCTIONS = ("mean", "sum")
-FLOW_TOLERANCE = 1e-6  # of a + s = 1, for levels that have been in fp32
+FLOW_TOLERANCE = 1e-6  # largest |a + s - 1|, for levels that were once in fp32
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +58,8 @@ class Transition:
     Attributes:
         mean: `[n, ...]`.
         std: broadcasts to `mean`.
-        stochastic: whether every std is above 0, where the maker knows it; None means that `log_prob` looks, which
-            synchronises an accelerator.
+        stochastic: whether every std is above 0. Default: None, unknown; `log_prob` then looks at
+            `std`, which synchronises an accelerator.
     """
 
     mean: Tensor
@@ -69,17 +71,21 @@ class Transition:
         return self.mean + self.std * noise.to(self.mean.dtype)
 
     def log_prob(self, x: Tensor, reduction: str = "mean") -> Tensor:
-        """log N(x; mean, std^2) = -(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2, constants kept.
+        """The log-density log N(x; mean, std^2), with its constants.
+
+            -(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2
 
         Args:
-            x: the next state, `[n, ...]`; taken to fp32.
-            reduction: over all dimensions but the first; "sum" is the density, "mean" the same per dimension.
+            x: the next state, `[n, ...]`; converted to the dtype of `mean`.
+            reduction: how the log-densities of an image's dimensions are combined: "sum" is the
+                state's log-density, "mean" the same per dimension. Default: "mean".
 
         Returns:
             `[n]`, differentiable through `mean`.
 
         Raises:
-            EtudeError: if a std is 0 (a deterministic step has no density), or the reduction is unknown.
+            EtudeError: a std is 0 (a deterministic step has no density), or the reduction is
+                unknown.
         """
         if reduction not in REDUCTIONS:
             raise EtudeError(f"log-probability reduction '{reduction}' is unknown: use mean or sum.")
@@ -113,17 +119,23 @@ class Kernel(ABC):
 
     @abstractmethod
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """The step's coefficients in fp64 from the levels (a_t, s_t) and (a_u, s_u), scalars or broadcastable."""
+        """The step's coefficients in fp64.
+
+        Args:
+            source: the level (a_t, s_t); scalars or tensors that broadcast.
+            target: the level (a_u, s_u), likewise.
+        """
 
     def largest_eta(self, source: Level, target: Level) -> float:
-        """The largest eta this kernel allows over all the given steps."""
+        """The largest eta that this kernel allows at all the given steps."""
         return math.inf
 
     def beyond(self, limit: float, where: str) -> EtudeError:
-        """The error for an eta above the largest one of some steps.
+        """The error for an eta above the largest legal one.
 
         Args:
-            limit: `largest_eta` of the steps; rounded down in the message, so that the printed value is legal.
+            limit: `largest_eta` of the steps; the message rounds it down, so that the printed value
+                is legal.
             where: the steps, in words.
         """
         return EtudeError(
@@ -141,13 +153,15 @@ class Kernel(ABC):
         return self
 
     def small_step_eta(self, level: Level) -> Tensor:
-        """The GDDIM eta that this kernel amounts to as its steps at a level become short (`equivalent_eta`'s limit).
+        """The GDDIM eta that this kernel equals in short steps from a level.
+
+        It is the limit of `equivalent_eta`.
 
         Returns:
-            fp64, one entry a level.
+            fp64, one entry per level.
 
         Raises:
-            EtudeError: if the kernel states none.
+            EtudeError: the kernel does not define this limit.
         """
         raise EtudeError(
             f"{type(self).__name__} states no eta for small steps: give it a small_step_eta method, or compare whole "
@@ -155,12 +169,20 @@ class Kernel(ABC):
         )
 
     def transition(self, x0_hat: Tensor, eps_hat: Tensor, source: Level, target: Level) -> Transition:
-        """N(c_x0 x0_hat + c_eps eps_hat, std^2 I) in fp32 (fp64 for fp64 inputs); levels are scalars or `[n]`."""
+        """N(c_x0 x0_hat + c_eps eps_hat, std^2 I) in fp32 (in fp64 for fp64 inputs).
+
+        Levels are scalars or `[n]`.
+        """
         return apply(self.coefficients(source, target), x0_hat, eps_hat)
 
 
 def apply(coefficients: Coefficients, x0_hat: Tensor, eps_hat: Tensor, stochastic: bool | None = None) -> Transition:
-    """The transition that coefficients (scalars or `[n]`) make of a pair `[n, ...]`."""
+    """The transition N(c_x0 x0_hat + c_eps eps_hat, std^2 I) of a pair `[n, ...]`.
+
+    Args:
+        coefficients: scalars or `[n]`.
+        stochastic: as in `Transition`. Default: None, unknown.
+    """
     dtype = torch.promote_types(torch.promote_types(x0_hat.dtype, eps_hat.dtype), torch.float32)
     x0_hat, eps_hat = x0_hat.to(dtype), eps_hat.to(dtype)
     mean = per_sample(coefficients.x0, x0_hat) * x0_hat + per_sample(coefficients.eps, x0_hat) * eps_hat
@@ -179,9 +201,9 @@ class GDDIM(Kernel):
 
         dY = [-f Y + (1 + eta^2) / 2 g^2 score] dt + eta g dB,
 
-    whose marginals are the model's for every eta. eta = 0 is DDIM, the probability-flow ODE; eta = 1 the DDPM
-    posterior; eta -> infinity redraws all the noise. std <= s_u always, so no eta is illegal. From pure noise
-    (a_t = 0) rho is 0 for every eta > 0.
+    whose marginals are the model's for every eta. eta = 0 is DDIM, the probability-flow ODE;
+    eta = 1 the DDPM posterior; eta -> infinity redraws all the noise. std <= s_u always, so no eta
+    is illegal. From pure noise (a_t = 0) rho is 0 for every eta > 0.
 
     Args:
         eta: the noise level, finite and >= 0; anything else is an EtudeError.
@@ -196,16 +218,17 @@ class GDDIM(Kernel):
     """
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """See the class; an EtudeError if the target is noisier than the source or has no signal."""
+        """See the class; an EtudeError if the target is the noisier level or has no signal."""
         a_u, s_u, log_ratio = _levels(source, target)
         if self.eta == 0:
             return Coefficients(a_u, s_u, torch.zeros_like(s_u))
         exponent = min(self.eta * self.eta, sys.float_info.max) * log_ratio
-        exponent = torch.where(log_ratio.isinf(), log_ratio, exponent)  # the square of a tiny eta is 0, and 0 inf NaN
+        # A tiny eta squares to 0, and 0 * inf is NaN.
+        exponent = torch.where(log_ratio.isinf(), log_ratio, exponent)
         return Coefficients(a_u, s_u * exponent.exp(), s_u * torch.expm1(2 * exponent).abs().sqrt())
 
     def small_step_eta(self, level: Level) -> Tensor:
-        """Its own eta."""
+        """The kernel's own eta, at every level."""
         return torch.full_like(_level(level)[0], self.eta)
 
 
@@ -216,8 +239,8 @@ class DDIM(Kernel):
         std  = eta s_u sqrt(1 - (lam_u / lam_t)^2)      on VP: eta (s_u / s_t) sqrt(1 - a_t^2 / a_u^2)
         mean = a_u x0_hat + sqrt(s_u^2 - std^2) eps_hat
 
-    Legal while std <= s_u, that is for eta <= 1 / sqrt(1 - (lam_u / lam_t)^2); steps that end without noise (s_u = 0)
-    set no limit.
+    Legal while std <= s_u, that is for eta <= 1 / sqrt(1 - (lam_u / lam_t)^2); steps that end
+    without noise (s_u = 0) set no limit.
 
     Args:
         eta: the multiple of the posterior's std, finite and >= 0; anything else is an EtudeError.
@@ -231,7 +254,10 @@ class DDIM(Kernel):
     _beyond = "takes the root of a negative number"
 
     def largest_eta(self, source: Level, target: Level) -> float:
-        """min over the steps of 1 / sqrt(1 - (lam_u / lam_t)^2); infinity if all of them end without noise."""
+        """The minimum over the steps of 1 / sqrt(1 - (lam_u / lam_t)^2).
+
+        It is infinite if all steps end without noise.
+        """
         _, s_u, log_ratio = _levels(source, target)
         limit = torch.expm1(2 * log_ratio).abs().rsqrt()  # abs: the root of -0. is -inf
         return float(torch.where(s_u > 0, limit, math.inf).min())
@@ -240,29 +266,31 @@ class DDIM(Kernel):
         """See the class; an EtudeError that names the largest legal eta if this one is above it."""
         a_u, s_u, log_ratio = _levels(source, target)
         limit = self.largest_eta(source, target)
-        if self.eta > limit * (1 + 1e-12):  # eta given as exactly the limit is legal despite rounding
+        if self.eta > limit * (1 + 1e-12):  # an eta of exactly the limit is legal despite rounding
             raise self.beyond(limit, "this step")
         std = self.eta * s_u * torch.expm1(2 * log_ratio).abs().sqrt()
         return Coefficients(a_u, (s_u * s_u - std * std).clamp(min=0).sqrt(), std)
 
     def small_step_eta(self, level: Level) -> Tensor:
-        """Its own eta: short steps tell DDIM and GDDIM apart no more."""
+        """The kernel's own eta: in short steps DDIM and GDDIM agree."""
         return torch.full_like(_level(level)[0], self.eta)
 
 
 @dataclass(frozen=True)
 class CPS(Kernel):
-    """Coefficients-preserving sampling (arXiv 2509.05952): the same share of the noise is redrawn however long the step.
+    """Coefficients-preserving sampling, CPS (arXiv 2509.05952).
 
         mean = a_u x0_hat + s_u cos(eta pi / 2) eps_hat
         std  = s_u sin(eta pi / 2)
 
-    There is no SDE behind it: in the limit of many steps any eta > 0 redraws all the noise at once, and a Gaussian target
-    keeps (1 + cos(eta pi / 2)) / 2 of its variance, where the other kernels come to keep all of it.
+    Every step redraws the same share of the noise, however long it is. CPS discretises no SDE: in
+    the limit of many steps any eta > 0 redraws all the noise at once. In that limit a Gaussian
+    target keeps (1 + cos(eta pi / 2)) / 2 of its variance; with the other kernels it keeps all of
+    it.
 
     Args:
-        eta: from 0, the ODE, to 1, which keeps nothing of the current noise; anything else is an EtudeError (beyond 1
-            the sine falls again).
+        eta: from 0, the ODE, to 1, which keeps nothing of the current noise; anything else is an
+            EtudeError (beyond 1 the sine falls again).
 
     Example:
         >>> import etude
@@ -274,7 +302,8 @@ class CPS(Kernel):
         super().__post_init__()
         if self.eta > 1:
             raise EtudeError(
-                f"CPS with eta {self.eta:g} folds back, to less noise than at 1: give at most 1 (all the noise redrawn)."
+                f"CPS with eta {self.eta:g} folds back, to less noise than at 1: give at most 1 (all the noise "
+                "redrawn)."
             )
 
     def largest_eta(self, source: Level, target: Level) -> float:
@@ -282,11 +311,11 @@ class CPS(Kernel):
         return 1.0
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """See the class; an EtudeError if the target is noisier than the source or has no signal."""
+        """See the class; an EtudeError if the target is the noisier level or has no signal."""
         a_u, s_u, _ = _levels(source, target)
         angle = self.eta * math.pi / 2
-        kept = math.cos(angle) if self.eta < 1 else 0.0
-        return Coefficients(a_u, s_u * kept, s_u * math.sin(angle))
+        share = math.cos(angle) if self.eta < 1 else 0.0
+        return Coefficients(a_u, s_u * share, s_u * math.sin(angle))
 
     def small_step_eta(self, level: Level) -> Tensor:
         """Infinite, but 0 at eta 0."""
@@ -295,16 +324,19 @@ class CPS(Kernel):
 
 @dataclass(frozen=True)
 class FlowSDE(Kernel):
-    """The Euler-Maruyama step of Flow-GRPO (arXiv 2505.05470) and MixGRPO (arXiv 2507.21802); rectified flow only.
+    """The Euler-Maruyama step of Flow-GRPO and MixGRPO (arXiv 2505.05470, 2507.21802).
+
+    It is defined on rectified flow only.
 
         dx   = (v + g^2 / (2 sigma) (x + (1 - sigma) v)) dt + g dB,      g = eta sqrt(sigma / (1 - sigma))
         mean = (1 - sigma_u) x0_hat + (sigma_u - eta^2 h / (2 (1 - sigma_t))) eps_hat,      h = sigma_t - sigma_u
         std  = eta sqrt(h sigma_t / (1 - sigma_t))
 
-    (v = eps_hat - x0_hat and x + (1 - sigma) v = eps_hat.) Its eta, the authors' noise level, is sqrt(2) times GDDIM's.
-    A step that ends without noise (sigma_u = 0) is the Euler step, where the formula would leave noise in the image.
-    A step from sigma = 1 has infinite noise, unless it is capped as in the authors' public code (flow_grpo,
-    `sde_step_with_logprob`), which there puts the next level sigma_1 = sigma_u into the denominator alone:
+    (v = eps_hat - x0_hat and x + (1 - sigma) v = eps_hat.) Its eta, the authors' noise level, is
+    sqrt(2) times GDDIM's. A step that ends without noise (sigma_u = 0) is the Euler step, because
+    the formula would leave noise in the image. A step from sigma = 1 has infinite noise unless it
+    is capped. The cap is that of the authors' public code (flow_grpo, `sde_step_with_logprob`): at
+    sigma = 1 the next level, sigma_1 = sigma_u, replaces sigma in the denominator alone:
 
         g    = eta sqrt(1 / (1 - sigma_u)),    so with h = 1 - sigma_u and eps_hat = x
         mean = (1 - sigma_u) x0_hat + (sigma_u - eta^2 / 2) eps_hat
@@ -312,7 +344,8 @@ class FlowSDE(Kernel):
 
     Args:
         eta: the noise level, finite and >= 0; anything else is an EtudeError.
-        cap: whether a step from sigma = 1 is capped; otherwise it is an EtudeError. Other steps do not change.
+        cap: whether a step from sigma = 1 is capped; other steps do not change. Default: False,
+            which makes a step from sigma = 1 an EtudeError.
 
     Example:
         >>> import etude
@@ -323,18 +356,22 @@ class FlowSDE(Kernel):
     cap: bool = False
 
     def capped(self) -> FlowSDE:
-        """The same with the noise of a step from sigma = 1 capped."""
+        """The same kernel, with the noise of a step from sigma = 1 capped."""
         return replace(self, cap=True)
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """See the class; an EtudeError off rectified flow, from sigma = 1 without the cap, or to a noisier level."""
+        """See the class.
+
+        Raises:
+            EtudeError: off rectified flow, from sigma = 1 without the cap, or to a noisier level.
+        """
         sigma, sigma_u = _flow_levels(source, target, "FlowSDE")
         if self.eta > 0 and not self.cap and bool(((sigma == 1) & (sigma_u > 0)).any()):
             raise EtudeError(
-                "FlowSDE has infinite noise at sigma = 1: set first_step to capped, as its authors do, or to ode, or use gddim, "
-                "which redraws there."
+                "FlowSDE has infinite noise at sigma = 1: set first_step to capped, as its authors do, or to ode, "
+                "or use gddim, which redraws there."
             )
-        # Where sigma_u = 0 too the step is the Euler step, whatever g is.
+        # From sigma = 1 to sigma_u = 0 the step is the Euler step, whatever g is.
         a = 1 - torch.where(sigma < 1, sigma, sigma_u)
         return _euler_maruyama(self.eta * self.eta * sigma / a, sigma, sigma_u)
 
@@ -351,7 +388,8 @@ class DanceSDE(Kernel):
         mean = (1 - sigma_u) x0_hat + (sigma_u - eta^2 h / (2 sigma_t)) eps_hat,      h = sigma_t - sigma_u
         std  = eta sqrt(h)
 
-    A step that ends without noise (sigma_u = 0) is the Euler step, where the formula would leave noise in the image.
+    A step that ends without noise (sigma_u = 0) is the Euler step, because the formula would leave
+    noise in the image.
 
     Args:
         eta: the noise of a unit of time, finite and >= 0; anything else is an EtudeError.
@@ -368,7 +406,7 @@ class DanceSDE(Kernel):
         return _euler_maruyama(torch.full_like(sigma, self.eta * self.eta), sigma, sigma_u)
 
     def small_step_eta(self, level: Level) -> Tensor:
-        """eta sqrt((1 - sigma) / (2 sigma)): little noise early, much of it late."""
+        """eta sqrt((1 - sigma) / (2 sigma)): little noise early, much late."""
         a, s = _level(level)
         return self.eta * (a / (2 * s)).sqrt()
 
@@ -378,19 +416,20 @@ def equivalent_eta(kernel: Kernel, source: Level, target: Level) -> Tensor:
 
         eta = sqrt(log(1 - std^2 / s_u^2) / (2 log(lam_u / lam_t)))
 
-    Infinite where the kernel's std is s_u or more: GDDIM gets there by redrawing all the noise, and beyond never. 0 where
-    the step is deterministic. From pure noise (a_t = 0), where GDDIM's std is 0 or s_u, anything between counts as 0.
+    Infinite where the kernel's std is s_u or more: GDDIM reaches s_u by redrawing all the noise,
+    and never exceeds it. 0 where the step is deterministic. From pure noise (a_t = 0) GDDIM's std
+    is 0 or s_u; a std between the two counts as 0.
 
     Args:
         kernel: any kernel.
-        source: the step's source level (a_t, s_t), scalars or one entry a step.
-        target: its target level.
+        source: the step's source level (a_t, s_t), scalars or one entry per step.
+        target: the step's target level (a_u, s_u), likewise.
 
     Returns:
-        fp64, broadcast of the levels.
+        fp64, in the broadcast shape of the levels.
 
     Raises:
-        EtudeError: as the kernel's `coefficients`.
+        EtudeError: as in the kernel's `coefficients`.
     """
     _, s_u, log_ratio = _levels(source, target)
     std = kernel.coefficients(source, target).std
@@ -401,12 +440,15 @@ def equivalent_eta(kernel: Kernel, source: Level, target: Level) -> Tensor:
 
 
 def _levels(source: Level, target: Level) -> tuple[Tensor, Tensor, Tensor]:
-    """(a_u, s_u, log(lam_u / lam_t)) in fp64, broadcast together; the log is -inf if s_u = 0 or a_t = 0."""
+    """(a_u, s_u, log(lam_u / lam_t)) in fp64, broadcast together.
+
+    The logarithm is -inf if s_u = 0 or a_t = 0.
+    """
     a_t, s_t, a_u, s_u = torch.broadcast_tensors(
         *(torch.as_tensor(value, dtype=torch.float64) for value in (*source, *target))
     )
     log_ratio = ((s_u * a_t) / (a_u * s_t)).log()
-    # NaN (no noise at the source and none at the target, no signal at either) fails the comparison too.
+    # NaN (no noise at source and target, or no signal at both) fails the comparison, too.
     if not bool((log_ratio <= 1e-12).all()):
         raise EtudeError(
             "a sampling step must go from a noisy level to a less noisy one (s_u / a_u <= s_t / a_t, with s_t > 0 and "
@@ -435,7 +477,10 @@ def _flow_levels(source: Level, target: Level, kernel: str) -> tuple[Tensor, Ten
 
 
 def _euler_maruyama(g2: Tensor, sigma: Tensor, sigma_u: Tensor) -> Coefficients:
-    """One step of dx = (v + g^2 eps_hat / (2 sigma)) dt + g dB on rectified flow; the Euler step where sigma_u = 0."""
+    """One step of dx = (v + g^2 eps_hat / (2 sigma)) dt + g dB on rectified flow.
+
+    Where sigma_u = 0 it is the Euler step.
+    """
     g2 = torch.where(sigma_u > 0, g2, 0.0)
     h = (sigma - sigma_u).clamp(min=0)
     if not bool((g2 * h).isfinite().all()):

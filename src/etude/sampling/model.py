@@ -1,6 +1,6 @@
 """The model as a sampler sees it: encode prompts, predict, decode.
 
-Nothing here trains. What the trainer needs beyond it is `etude.policies.trainable.TrainablePolicy`.
+Nothing here trains: `etude.policies.trainable.TrainablePolicy` adds what the trainer needs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from etude.sampling.paths import Path as NoisePath
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the network is told about the prompt.
+    """Encoded prompts, as the network takes them.
 
     Attributes:
-        prompt: named tensors, one row per sample.
-        unconditional: the same tensors for the empty prompt, one row; empty where guidance does not need them.
+        prompt: tensors by name, one row per sample.
+        unconditional: the same tensors for the empty prompt, one row; an empty dict where guidance
+            does not need them.
     """
 
     prompt: dict[str, Tensor]
@@ -41,9 +42,10 @@ class Policy(ABC):
 
     Attributes:
         path: the noise path that the network was trained on.
-        scheduler_config: of the pipeline's own scheduler.
-        latent_shape: of one sample: `[c, h, w]`, or `[tokens, c]` where the network takes packed latents.
-        device: where the networks live.
+        scheduler_config: config of the pipeline's own scheduler.
+        latent_shape: shape of one sample's latents: `[c, h, w]`, or `[tokens, c]` where the network
+            takes packed latents.
+        device: device of the networks.
     """
 
     path: NoisePath
@@ -53,7 +55,9 @@ class Policy(ABC):
 
     @property
     def prediction_type(self) -> str:
-        """What the network predicts, as its path says: "epsilon", "v_prediction", "sample" or "flow_prediction"."""
+        """The network's prediction type, from its path: "epsilon", "v_prediction", "sample" or
+        "flow".
+        """
         return self.path.prediction_type
 
     @property
@@ -62,15 +66,18 @@ class Policy(ABC):
         return int(torch.Size(self.latent_shape).numel())
 
     def grid(self, num_steps: int) -> Grid:
-        """The levels that the pipeline itself would visit in N steps at this policy's resolution."""
+        """The levels that the pipeline itself visits in N steps at this policy's resolution."""
         return self.path.grid(num_steps)
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of `n` prompts; each is encoded alone, and not again while there is room to keep it."""
+        """The conditioning of `n` prompts.
+
+        Each prompt is encoded alone. Its encoding is reused as long as there is room to keep it.
+        """
 
     def encode_ahead(self, prompts: Iterable[str]) -> None:
-        """Encodes prompts that `encode` will be asked for, so that little or nothing is left to encode then."""
+        """Encodes prompts ahead of `encode`, which then finds most or all of them ready."""
         for prompt in prompts:
             self.encode([prompt])
 
@@ -80,15 +87,19 @@ class Policy(ABC):
 
         Args:
             x: fp32 latents `[n, *latent_shape]`.
-            timesteps: `[n]`.
+            timesteps: the network's timesteps, `[n]`.
             conditioning: `n` rows.
-            guidance_scale: as the plain pipeline takes it: w of `uncond + w (cond - uncond)`, where at most 1 means no
-                guidance, or, for models with a guidance embedding (FLUX), what the embedding is told.
+            guidance_scale: as in the plain pipeline: the weight w in `uncond + w (cond - uncond)`,
+                where w <= 1 means no guidance. For models with a guidance embedding (FLUX): the
+                value that is embedded.
         """
 
     @contextmanager
     def precision(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """Inside the context the network computes in `dtype`; its weights are not cast. None: the precision it was loaded in.
+        """A context inside which the network computes in `dtype`; its weights are not cast.
+
+        Args:
+            dtype: the precision. None: the one that the network was loaded in.
 
         Raises:
             EtudeError: this policy's network has one precision only.

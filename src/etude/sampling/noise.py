@@ -1,11 +1,11 @@
-"""Keyed noise: randomness as a pure function of what it is for.
+"""Keyed noise: randomness as a pure function of its purpose.
 
     z[sample, step] = N(0, I) drawn from Philox(key = blake2b(seed, stream, iteration, sample, step))
 
-Nothing else enters: not the batch size, not the number of processes, not what was drawn before. A resumed run,
-a run on two processes and a comparison of two samplers from the same start all see the same noise, and no noise
-is ever stored. Philox is keyed by 128 bits, where `torch.manual_seed` keeps only 32 on the CPU and two rows of a
-long run would share their noise.
+Nothing else enters: not the batch size, not the number of processes, not earlier draws. A resumed
+run, a run on two processes and a comparison of two samplers from the same start all see the same
+noise, and no noise is ever stored. Philox takes a key of 128 bits. `torch.manual_seed` keeps only
+32 bits on the CPU, so two rows of a long run would share their noise.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ from etude.errors import EtudeError
 
 
 def _digest(seed: int, stream: str, key: tuple[int, ...]) -> int:
-    """128 bits from an unambiguous text of the key (`repr` quotes the stream, so no two keys share a text)."""
+    """128 bits from an unambiguous text of the key (`repr` quotes the stream, so no two keys share
+    a text).
+    """
     text = repr((int(seed), str(stream), *(int(part) for part in key)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
 def keyed_generator(seed: int, stream: str, *key: int) -> np.random.Generator:
-    """A NumPy generator that depends on (seed, stream, *key) only; for prompt choices, shuffles and the like."""
+    """A NumPy generator that depends on (seed, stream, *key) only, for shuffles and choices."""
     return np.random.Generator(np.random.Philox(key=_digest(seed, stream, key)))
 
 
 def keyed_torch_generator(seed: int, stream: str, *key: int) -> torch.Generator:
-    """A CPU torch generator that depends on (seed, stream, *key) only; for library calls that ask for one.
+    """A CPU torch generator that depends on (seed, stream, *key) only, for library calls.
 
-    Its seed keeps 32 of the key's bits, which is enough for one draw per iteration and not for one per sample:
-    use `keyed_noise` there.
+    Its seed keeps 32 of the key's bits, which is enough for one draw per iteration and not for one
+    per sample: use `keyed_noise` there.
     """
     return torch.Generator().manual_seed(_digest(seed, stream, key) & 0xFFFFFFFF)
 
@@ -48,17 +50,18 @@ def keyed_noise(
 
     Args:
         seed: the run's seed.
-        stream: what the noise is for: "initial", "step", "evaluation"...
+        stream: purpose of the noise: "initial", "step", "evaluation"...
         iteration: the training iteration (0 outside training).
         samples: the samples' global indices, one row each, in any order and any grouping.
         step: the sampler's step.
         shape: the shape of one row.
 
     Returns:
-        float32 `[len(samples), *shape]` on the CPU; row k is a function of (seed, stream, iteration, samples[k], step).
+        float32 `[len(samples), *shape]` on the CPU; row k is a function of (seed, stream,
+        iteration, samples[k], step).
 
     Raises:
-        EtudeError: if `shape` has a negative size.
+        EtudeError: `shape` has a negative size.
     """
     rows = [int(sample) for sample in samples]
     if any(size < 0 for size in shape):
@@ -70,18 +73,22 @@ def keyed_noise(
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device. CUDA copies it from pinned memory in the order of its stream, and the CPU does not wait for that."""
+    """Copies a CPU tensor to the device.
+
+    A copy to CUDA starts from pinned memory and follows the order of the stream; the CPU does not
+    wait for it.
+    """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Noise keyed by what it is for: never by batch size, process or history.
+    """Noise keyed by its purpose: never by batch size, process or history.
 
     Attributes:
-        seed: of the run.
-        stream: what the samples are for ("training", "evaluation").
-        iteration: of the run; evaluations use 0, so that every one of them sees the same noise.
+        seed: seed of the run.
+        stream: purpose of the samples ("training", "evaluation").
+        iteration: iteration of the run; evaluations use 0, so that all of them see the same noise.
     """
 
     seed: int
@@ -89,7 +96,10 @@ class NoiseSource:
     iteration: int = 0
 
     def initial(self, samples: list[int], shape: tuple[int, ...]) -> Tensor:
-        """x_T of each sample, N(0, I) as in diffusers: fp32 `[len(samples), *shape]`. Equal keys give equal rows."""
+        """x_T of each sample, N(0, I) as in diffusers: fp32 `[len(samples), *shape]`.
+
+        Equal keys give equal rows.
+        """
         return keyed_noise(self.seed, f"{self.stream}/initial", self.iteration, samples, 0, shape)
 
     def step(self, samples: list[int], step: int, shape: tuple[int, ...]) -> Tensor:

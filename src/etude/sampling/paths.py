@@ -1,4 +1,4 @@
-"""Gaussian paths: the levels a sampler visits, and the one conversion of a network's output.
+"""Gaussian paths: the levels that a sampler visits, and the conversion of a network's output.
 
     x_t = a_t x0 + s_t eps,        eps ~ N(0, I)
 
@@ -6,19 +6,20 @@ Variance preserving (VP), the path of Stable Diffusion 1.x, 2.x and XL:
 
     a_t = sqrt(alphas_cumprod[t]),        s_t = sqrt(1 - alphas_cumprod[t])
 
-Rectified flow, the path of Stable Diffusion 3 and FLUX, on levels sigma that the sampler is free to choose:
+Rectified flow, the path of Stable Diffusion 3 and FLUX, on levels sigma that the sampler is free to
+choose:
 
     a = 1 - sigma,        s = sigma
 
-A network predicts one of (`flow` on rectified flow)
+A network predicts one of these quantities (`flow` on rectified flow):
 
     epsilon        eps
     sample         x0
     v_prediction   a eps - s x0
     flow           eps - x0
 
-and `to_x0_eps` turns any of them into the pair (x0_hat, eps_hat) with x = a x0_hat + s eps_hat. Nothing
-downstream knows the parametrisation.
+and `to_x0_eps` turns any of them into the pair (x0_hat, eps_hat) with x = a x0_hat + s eps_hat.
+Nothing downstream knows the parametrisation.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The levels a sampler visits, from noise to data; step i goes from level i to level i + 1.
+    """The levels that a sampler visits, from noise to data; step i goes from level i to level
+    i + 1.
 
     Attributes:
-        timesteps: `[N]`, what the network is given at each step: int64 on VP, float32 on rectified flow.
+        timesteps: `[N]`, the network's timestep at each step: int64 on VP, float32 on rectified
+            flow.
         a: fp64 `[N + 1]` on the CPU, the signal's coefficient at each level.
         s: fp64 `[N + 1]` on the CPU, the noise's coefficient at each level.
     """
@@ -66,8 +69,8 @@ class VPPath:
 
     Attributes:
         alphas_cumprod: fp64 `[T]`, a_t^2 at the T training timesteps.
-        final_alpha_cumprod: a^2 at the level the last step ends on: 1 (clean data), or alphas_cumprod[0] for
-            schedulers with `set_alpha_to_one=False` or `final_sigmas_type="sigma_min"`.
+        final_alpha_cumprod: a^2 at the end of the last step: 1 (clean data), or alphas_cumprod[0]
+            for schedulers with `set_alpha_to_one=False` or `final_sigmas_type="sigma_min"`.
         prediction_type: "epsilon", "v_prediction" or "sample".
         timestep_spacing: "leading", "trailing" or "linspace" (arXiv 2305.08891, table 2).
         steps_offset: added to the timesteps under leading spacing.
@@ -81,14 +84,16 @@ class VPPath:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VPPath:
-        """Builds the path from the config of a DDIM, DDPM, PNDM, Euler, DPM-Solver or other discrete VP scheduler.
+        """Builds the path from the config of a DDIM, DDPM, PNDM, Euler, DPM-Solver or other
+        discrete VP scheduler.
 
-        A key that the config lacks takes the default of the scheduler class that the config names (DDIM's if it
-        names none). Settings that belong to another sampler rather than to the model (Karras sigmas, solver
-        orders, float timesteps) play no part.
+        A key that is missing in the config takes the default of the scheduler class that the config
+        names (DDIM's if it names none). Settings of a sampler rather than of the model (Karras
+        sigmas, solver orders, float timesteps) are ignored.
 
         Raises:
-            EtudeError: for schedulers that are not discrete VP ones, and unknown schedules or prediction types.
+            EtudeError: the scheduler is not a discrete VP one, or its schedule or prediction type
+                is unknown.
         """
         defaults = scheduler_defaults(config)
         values = {**defaults, **{k: v for k, v in config.items() if v is not None or k not in defaults}}
@@ -110,7 +115,7 @@ class VPPath:
 
     @property
     def num_train_timesteps(self) -> int:
-        """T, the number of levels the network was trained on."""
+        """T, the number of levels that the network was trained on."""
         return len(self.alphas_cumprod)
 
     def level(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,16 +124,18 @@ class VPPath:
         return alpha.sqrt(), (1 - alpha).sqrt()
 
     def timesteps(self, num_steps: int, spacing: str | None = None) -> Tensor:
-        """The N timesteps (int64, descending) that diffusers' DDIM visits under the spacing (arXiv 2305.08891).
+        """The N timesteps (int64, descending) that diffusers' DDIM visits under the spacing (arXiv
+        2305.08891).
 
             leading    i (T // N) + steps_offset
             trailing   round(T - i T / N) - 1
             linspace   round(i (T - 1) / (N - 1))
 
-        One step under linspace starts at T - 1 (diffusers starts it at 0, where the network expects clean data).
+        One step under linspace starts at T - 1 (diffusers starts it at 0, where the network expects
+        clean data).
 
         Raises:
-            EtudeError: if N is not in 1..T, the spacing is unknown, or the offset leads past T - 1.
+            EtudeError: N is not in 1..T, the spacing is unknown, or the offset leads past T - 1.
         """
         spacing = self.timestep_spacing if spacing is None else spacing
         total = self.num_train_timesteps
@@ -154,16 +161,22 @@ class VPPath:
         return torch.from_numpy(steps.astype(np.int64).copy())
 
     def grid(self, num_steps: int, spacing: str | None = None) -> Grid:
-        """The levels of an N-step sampler; `spacing` None is the config's own.
+        """The levels of an N-step sampler.
 
-        Every step goes to the **next timestep of the grid**, and the last one to the final level. diffusers' DDIM
-        goes to t - T // N instead. Both agree under leading spacing and, where N divides T, under trailing
-        spacing; under linspace (and trailing with another N) diffusers' target is a level that the next step does
-        not start from, so a state would be read at a noise level it does not have.
+        Every step goes to the **next timestep of the grid**, and the last one to the final level.
+        diffusers' DDIM goes to t - T // N instead. The two agree under leading spacing and, where N
+        divides T, under trailing spacing. Under linspace (and trailing with another N) diffusers'
+        target is not the level from which the next step starts, so the network would read a state
+        at a noise level that the state does not have.
+
+        Args:
+            num_steps: N.
+            spacing: as in `timesteps`. Default: the config's own.
 
         Raises:
-            EtudeError: as `timesteps`; and if the grid starts at zero terminal SNR (a = 0) with an epsilon-predicting
-                network, whose output says nothing about x0 there, or passes a level without noise (s = 0).
+            EtudeError: as in `timesteps`; the grid starts at zero terminal SNR (a = 0) with an
+                epsilon-predicting network, whose output says nothing about x0 there; or it passes a
+                level without noise (s = 0).
         """
         timesteps = self.timesteps(num_steps, spacing)
         alpha = torch.cat([self.alphas_cumprod[timesteps], torch.tensor([self.final_alpha_cumprod]).double()])
@@ -180,13 +193,16 @@ class VPPath:
 
 @dataclass(frozen=True, eq=False)
 class FlowPath:
-    """Rectified flow (arXiv 2209.03003) as Stable Diffusion 3 and FLUX are trained: a = 1 - sigma, s = sigma.
+    """Rectified flow (arXiv 2209.03003) as Stable Diffusion 3 and FLUX are trained: a = 1 - sigma,
+    s = sigma.
 
-    The network predicts the velocity eps - x0. Which levels a sampler visits is the scheduler's choice, so they come from
-    diffusers' own `FlowMatchEulerDiscreteScheduler`, whatever shift the config asks of it.
+    The network predicts the velocity eps - x0. The scheduler chooses the levels that a sampler
+    visits, so the levels come from diffusers' own `FlowMatchEulerDiscreteScheduler`, under any
+    shift of its config.
 
     Attributes:
-        config: every option of that scheduler; make it with `from_config`, which fills in the defaults.
+        config: every option of that scheduler; make it with `from_config`, which fills in the
+            defaults.
     """
 
     config: Mapping[str, Any]
@@ -194,14 +210,15 @@ class FlowPath:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FlowPath:
-        """Builds the path from the config of a FlowMatch scheduler; a key that the config lacks takes the default.
+        """Builds the path from a FlowMatch scheduler's config; a missing key takes the default.
 
-        `stochastic_sampling` plays no part: it says how the scheduler steps between the levels, which is the kernel's
-        business here.
+        `stochastic_sampling` is ignored: it says how the scheduler steps between the levels, and
+        here the kernel does.
 
         Raises:
-            EtudeError: for another scheduler's config, for options that diffusers refuses, and for `invert_sigmas`
-                (Mochi): its levels count the signal, from 0 to 1, and its network's timesteps with them.
+            EtudeError: the config is another scheduler's; diffusers refuses its options; or it sets
+                `invert_sigmas` (Mochi), where the levels and the network's timesteps count the
+                signal, from 0 to 1.
         """
         from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -217,39 +234,41 @@ class FlowPath:
                 "a model whose levels run from noise to data."
             )
         options = set(inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters) - {"self"}
-        given = {key: value for key, value in config.items() if key in options}
+        settings = {key: value for key, value in config.items() if key in options}
         try:
-            scheduler = FlowMatchEulerDiscreteScheduler(**given)
+            scheduler = FlowMatchEulerDiscreteScheduler(**settings)
         except (ValueError, TypeError, ImportError) as error:
             raise EtudeError(f"diffusers refuses the flow scheduler's config ({brief(error)}): mend it.") from error
         return cls({key: scheduler.config[key] for key in sorted(options)})
 
     @property
     def num_train_timesteps(self) -> int:
-        """What a level is multiplied by to make the timestep that the network is given."""
+        """The network's timestep at a level divided by the level, sigma."""
         return int(self.config["num_train_timesteps"])
 
     @property
     def needs_mu(self) -> bool:
-        """Whether the levels depend on the resolution, through the mu that `grid` then asks for."""
+        """Whether the levels depend on the resolution; `grid` then needs a mu."""
         return bool(self.config["use_dynamic_shifting"])
 
     def grid(self, num_steps: int, sigmas: Sequence[float] | None = None, mu: float | None = None) -> Grid:
-        """The levels of an N-step sampler: what `set_timesteps` makes of the arguments, and 0 after the last.
+        """The levels of an N-step sampler: those of diffusers' `set_timesteps`, then 0.
 
-        diffusers computes them in fp32; they are held in fp64 as they are, with a = 1 - sigma exact. Under the usual
-        shift every level is `shift sigma / (1 + (shift - 1) sigma)`; under a dynamic one
-        `exp(mu) / (exp(mu) + 1 / sigma - 1)`, or mu in place of exp(mu) (`time_shift_type` "linear").
+        diffusers computes sigma in fp32. The grid holds the same values in fp64, with a = 1 - sigma
+        exact. Under the usual shift every level is `shift sigma / (1 + (shift - 1) sigma)`. Under a
+        dynamic shift it is `exp(mu) / (exp(mu) + 1 / sigma - 1)`, or has mu in place of exp(mu)
+        (`time_shift_type` "linear").
 
         Args:
             num_steps: N.
-            sigmas: N levels before shifting, in (0, 1], from noise to data; None: evenly spaced.
-            mu: the shift that the resolution asks for; needed with `use_dynamic_shifting`, without it ignored (as
-                pipelines give it regardless).
+            sigmas: N levels before the shift, in (0, 1], from noise to data. Default: evenly
+                spaced.
+            mu: the shift for the resolution. Required with `use_dynamic_shifting`, and otherwise
+                ignored, because pipelines always pass it.
 
         Raises:
-            EtudeError: if N is not a whole number of at least 1, sigmas are not N falling levels, mu is missing, or the
-                config's options leave a level that is not in (0, 1].
+            EtudeError: N is not a whole number of at least 1; sigmas are not N falling levels; mu
+                is missing; or the config's options lead to a level that is not in (0, 1].
         """
         from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -258,7 +277,7 @@ class FlowPath:
         levels = None if sigmas is None else _checked_sigmas(sigmas, int(num_steps))
         check_mu(self.config, mu)
         scheduler = FlowMatchEulerDiscreteScheduler(**self.config)
-        with np.errstate(all="ignore"):  # what overflows or divides by 0 is caught below
+        with np.errstate(all="ignore"):  # flow_grid refuses overflows and divisions by 0
             scheduler.set_timesteps(int(num_steps), sigmas=levels, mu=mu if self.needs_mu else None)
         return flow_grid(scheduler.timesteps, scheduler.sigmas)
 
@@ -267,25 +286,30 @@ Path = VPPath | FlowPath
 
 
 def path_from_config(config: Mapping[str, Any]) -> Path:
-    """The path of a model by the class of its scheduler: rectified flow for a FlowMatch one, else VP.
+    """The path of a model by the class of its scheduler: rectified flow for a FlowMatch one, else
+    VP.
 
     Raises:
-        EtudeError: as `FlowPath.from_config` and `VPPath.from_config`.
+        EtudeError: as in `FlowPath.from_config` and `VPPath.from_config`.
     """
     return FlowPath.from_config(config) if is_flow_config(config) else VPPath.from_config(config)
 
 
 def is_flow_config(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler's config is that of a rectified-flow (FlowMatch) one.
+    """Whether a config is that of a rectified-flow (FlowMatch) scheduler.
 
-    A scheduler made in code has no class name in its config; there its options tell.
+    The config of a scheduler that was built in code has no class name; its options decide then.
     """
     name = config.get("_class_name")
     return str(name).startswith("FlowMatch") if name else "shift" in config and "beta_start" not in config
 
 
 def check_mu(config: Mapping[str, Any], mu: float | None) -> None:
-    """Refuses a grid whose levels depend on the resolution when nothing says which resolution."""
+    """Checks that mu is there if the levels depend on the resolution, and that it is finite.
+
+    Raises:
+        EtudeError: mu is missing, or is not a finite number.
+    """
     if config["use_dynamic_shifting"] and mu is None:
         raise EtudeError(
             "the scheduler shifts its levels with the resolution (use_dynamic_shifting), but no mu was given: pass mu, "
@@ -298,18 +322,19 @@ def check_mu(config: Mapping[str, Any], mu: float | None) -> None:
 def flow_grid(timesteps: Tensor, sigmas: Tensor) -> Grid:
     """The grid of a flow scheduler's timesteps `[N]` and sigmas `[N + 1]`, held in fp64 on the CPU.
 
-    A sigma within 1e-6 of 1 is pure noise: a shift in fp32 rounds 1 to its neighbours, and a kernel would divide by the difference.
+    A sigma within 1e-6 of 1 becomes exactly 1, pure noise: a shift in fp32 may round 1 to a
+    neighbouring number, and a kernel would divide by 1 - sigma.
 
     Raises:
-        EtudeError: if a level that a step starts from is not in (0, 1], or they do not fall.
+        EtudeError: a step starts from a level that is not in (0, 1], or the levels do not fall.
     """
     s = sigmas.detach().cpu().double()
     s = torch.where((s - 1).abs() <= 1e-6, 1.0, s)
-    # Written so that NaN fails it too.
+    # In this form the condition fails for NaN, too.
     if not bool(((s[:-1] > 0) & (s[:-1] <= 1)).all() and (s.diff() <= 0).all()):
         raise EtudeError(
-            f"the flow scheduler's options give the levels {_shown(s.tolist())}, but they must fall from at most 1 and "
-            "stay above 0 until the last: change the shift (shift_terminal needs at least 2 steps), mu or sigmas."
+            f"the flow scheduler's options give the levels {_shorten(s.tolist())}, but they must fall from at most 1 "
+            "and stay above 0 until the last: change the shift (shift_terminal needs at least 2 steps), mu or sigmas."
         )
     return Grid(timesteps.detach().cpu().float(), 1 - s, s)
 
@@ -319,19 +344,25 @@ def _checked_sigmas(sigmas: Sequence[float], num_steps: int) -> list[float]:
     falling = all(later < sooner for sooner, later in pairwise(levels))
     if len(levels) != num_steps or not falling or not all(0 < level <= 1 for level in levels):
         raise EtudeError(
-            f"the sigmas {_shown(levels)} do not give {num_steps} steps: give {num_steps} falling numbers above 0 and at "
-            "most 1, without the final 0."
+            f"the sigmas {_shorten(levels)} do not give {num_steps} steps: give {num_steps} falling numbers above 0 "
+            "and at most 1, without the final 0."
         )
     return levels
 
 
-def _shown(values: list[float]) -> str:
+def _shorten(values: list[float]) -> str:
     texts = [f"{value:g}" for value in values]
     return ", ".join(texts if len(texts) <= 6 else [*texts[:3], "...", *texts[-2:]])
 
 
 def scheduler_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor defaults of the diffusers class that the config names; DDIM's for none or a foreign name."""
+    """The constructor defaults of the diffusers scheduler that the config names.
+
+    DDIM's defaults are taken if the config names no class, or one that diffusers does not have.
+
+    Raises:
+        EtudeError: the scheduler is not a variance preserving one.
+    """
     import diffusers
 
     name = config.get("_class_name")
@@ -339,14 +370,14 @@ def scheduler_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     signature = inspect.signature((scheduler or diffusers.DDIMScheduler).__init__)
     if "beta_start" not in signature.parameters or is_flow_config(config):
         raise EtudeError(
-            f"{name or 'a scheduler with a shift and no betas'} is not a variance preserving scheduler: use a model with a "
-            "DDIM, PNDM or Euler one."
+            f"{name or 'a scheduler with a shift and no betas'} is not a variance preserving scheduler: "
+            "use a model with a DDIM, PNDM or Euler one."
         )
     return {k: p.default for k, p in signature.parameters.items() if p.default is not inspect.Parameter.empty}
 
 
 def _alphas_cumprod(values: Mapping[str, Any]) -> Tensor:
-    """alphas_cumprod as diffusers computes it in fp32 (what the network was trained with), held in fp64."""
+    """diffusers' own alphas_cumprod, computed in fp32 as for the network's training, in fp64."""
     from diffusers import DDIMScheduler, DDPMScheduler, HeunDiscreteScheduler
 
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
@@ -354,7 +385,7 @@ def _alphas_cumprod(values: Mapping[str, Any]) -> Tensor:
     if chosen.get("trained_betas") is not None:
         chosen["trained_betas"] = [float(beta) for beta in chosen["trained_betas"]]
     schedule = chosen.get("beta_schedule", "linear")
-    # Two schedules exist only in one class each; every other one is common to all of them.
+    # Some schedules exist in few classes, of which one is named here; the others exist in DDIM's.
     builder: Any = {"sigmoid": DDPMScheduler, "laplace": DDPMScheduler, "exp": HeunDiscreteScheduler}.get(
         schedule, DDIMScheduler
     )
@@ -372,9 +403,9 @@ def _alphas_cumprod(values: Mapping[str, Any]) -> Tensor:
 def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
     """A coefficient as a tensor of `like`'s dtype and device that broadcasts over its samples.
 
-    A scalar becomes `[1, 1, ..]` and a `[n]` vector `[n, 1, ..]`, so that both go through the same arithmetic and
-    give the same bits; anything else is left to broadcast as it is. Free of device synchronisation for tensors
-    already on the device.
+    A scalar becomes `[1, 1, ..]` and a `[n]` vector `[n, 1, ..]`, so that both go through the same
+    arithmetic and give the same bits. A tensor of more dimensions stays as it is. A tensor that is
+    on the device already causes no synchronisation.
     """
     tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     return tensor.reshape(-1, *[1] * (like.ndim - 1)) if tensor.ndim < 2 else tensor
@@ -383,24 +414,24 @@ def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
 def to_x0_eps(
     model_output: Tensor, x: Tensor, a: Tensor | float, s: Tensor | float, prediction_type: str
 ) -> tuple[Tensor, Tensor]:
-    """(x0_hat, eps_hat) with x = a x0_hat + s eps_hat, from what the network predicts.
+    """(x0_hat, eps_hat) with x = a x0_hat + s eps_hat, from the network's prediction.
 
         epsilon        x0 = (x - s e) / a        eps = e
         v_prediction   x0 = a x - s v            eps = a v + s x
         sample         x0 = o                    eps = (x - a o) / s
         flow           x0 = (x - s v) / (a + s)  eps = (x + a v) / (a + s)
 
-    Computed and returned in fp32 whatever the network's dtype (fp64 if the latents are fp64).
+    Computed and returned in fp32, for any dtype of the network (in fp64 if the latents are fp64).
 
     Args:
         model_output: the network's output, `[n, ...]`, any floating dtype.
         x: the latents, same shape.
-        a: signal coefficient at x's level, a scalar or `[n]`.
-        s: noise coefficient, same.
+        a: signal coefficient at the level of `x`, a scalar or `[n]`.
+        s: noise coefficient, likewise.
         prediction_type: one of the four above.
 
     Raises:
-        EtudeError: for an unknown prediction type.
+        EtudeError: the prediction type is unknown.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     output, x = model_output.to(dtype), x.to(dtype)

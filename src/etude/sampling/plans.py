@@ -1,13 +1,16 @@
-"""Plans: a sampler is a list of Gaussian transitions, and training and deployment differ only in that list.
+"""Plans: a sampler as a list of Gaussian transitions.
+
+Training and deployment differ only in this list.
 
     plan      = [(kernel_0, trained_0), ..., (kernel_{N-1}, trained_{N-1})]
     plan(grid) = a table of c_x0[i], c_eps[i], std[i]:   x_{i+1} = c_x0[i] x0_hat + c_eps[i] eps_hat + std[i] z
 
-`SamplingPlan` says what is done, `tabulate` works it out once on a grid's levels, and the sampling loop only
-indexes the resulting `StepTable` by the integer step: no level is ever recovered from a timestep.
+`SamplingPlan` is the list, and `SamplingPlan.tabulate` computes its coefficients once, on the
+levels of a grid. The sampling loop only indexes the resulting `StepTable` by the integer step: no
+level is ever looked up from a timestep.
 
-A plan may end early, with a compressed tail: M steps of DPM-Solver++(2M) from there to the last level, on M of the grid's own
-levels (MixGRPO-Flash, arXiv 2507.21802).
+A plan may end in a compressed tail (MixGRPO-Flash, arXiv 2507.21802): M steps of DPM-Solver++(2M)
+lead from the last of the plan's steps to the last level, on M of the grid's own levels.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ FIRST_STEPS = ("ode", "sde", "capped")
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its kernel, and whether the policy gradient is taken there (if the step turns out stochastic)."""
+    """One step: its kernel, and whether it is trained (only a stochastic step can be)."""
 
     kernel: Kernel
     trained: bool = False
@@ -39,12 +42,19 @@ class SamplingPlan:
     """The list of steps from noise to data.
 
     Attributes:
-        steps: one entry a step, from the first level on.
-        first_step: what becomes of a step that starts at pure noise (a = 0: zero terminal SNR). There any eta > 0
-            redraws all the noise at once, discontinuously in eta, so "ode" makes it an ODE step that is not trained;
-            "sde" keeps the kernel as it is; "capped" does too, but for one whose noise is infinite there (`Kernel.capped`).
-        tail_steps: M, the DPM-Solver++(2M) steps that follow `steps` down to the last level; 0: none.
-        grid_steps: N, the steps of the grid that the plan is for, at least `len(steps) + tail_steps`; None: exactly that.
+        steps: one entry per step, from the first level on.
+        first_step: the treatment of a step that starts at pure noise (a = 0: zero terminal SNR).
+            There any eta > 0 redraws all the noise at once, discontinuously in eta. "ode" makes it
+            an ODE step that is not trained; "sde" keeps its kernel; "capped" keeps it too, except
+            for a kernel whose noise is infinite there (`Kernel.capped`). Default: "ode".
+        tail_steps: M, the number of DPM-Solver++(2M) steps that follow `steps` down to the last
+            level. Default: 0.
+        grid_steps: N, the number of steps of the plan's grid, at least `len(steps) + tail_steps`.
+            Default: exactly that.
+
+    Raises:
+        EtudeError: there is no step, `first_step` is unknown, or steps and tail do not fit the
+            grid.
     """
 
     steps: tuple[Step, ...]
@@ -61,22 +71,26 @@ class SamplingPlan:
             raise EtudeError(f"a tail of {self.tail_steps} steps cannot be taken: give 0 or more.")
         if self.tail_steps == 0 and self.grid_steps not in (None, len(self.steps)):
             raise EtudeError(
-                f"a plan of {len(self.steps)} steps without a tail ends before the last of {self.grid_steps} levels: give it "
-                "a tail, or all the steps."
+                f"a plan of {len(self.steps)} steps without a tail ends before the last of {self.grid_steps} levels: "
+                "give it a tail, or all the steps."
             )
         if self.grid_size < self.num_steps:
             raise EtudeError(
-                f"{len(self.steps)} steps and a tail of {self.tail_steps} do not fit a grid of {self.grid_size}: shorten the tail."
+                f"{len(self.steps)} steps and a tail of {self.tail_steps} do not fit a grid of {self.grid_size}: "
+                "shorten the tail."
             )
 
     @classmethod
     def ode(cls, num_steps: int) -> SamplingPlan:
-        """Every step the probability-flow ODE (DDIM at eta 0): deployment."""
+        """A plan for deployment: every step is the probability-flow ODE (DDIM at eta 0)."""
         return cls((Step(ODE),) * _count(num_steps))
 
     @classmethod
     def sde(cls, num_steps: int, kernel: Kernel, trained: bool = True, first_step: str = "ode") -> SamplingPlan:
-        """Every step the same kernel: DDPO if trained, the SDE side of the reward gap if not."""
+        """A plan with one kernel at every step.
+
+        Trained, it is the plan of DDPO; otherwise the SDE side of the reward gap.
+        """
         return cls((Step(kernel, trained),) * _count(num_steps), first_step)
 
     @classmethod
@@ -89,15 +103,23 @@ class SamplingPlan:
         first_step: str = "ode",
         compression: float | None = None,
     ) -> SamplingPlan:
-        """The kernel, trained, at steps start..start + size - 1 and the ODE elsewhere (MixGRPO, arXiv 2507.21802).
+        """The plan of MixGRPO (arXiv 2507.21802): a trained window, and the ODE elsewhere.
+
+        The window holds the steps start..start + size - 1.
 
         Args:
-            kernel: of all steps of the window, or one for each of them.
-            compression: in (0, 1]: MixGRPO-Flash. The K ODE steps after the window become max(1, round(K compression)) of
-                DPM-Solver++(2M); there are none where the window ends with the last step.
+            num_steps: N.
+            kernel: the kernel of all steps in the window, or a list with one for each.
+            start: first step of the window.
+            size: number of steps in the window.
+            first_step: as in the class.
+            compression: in (0, 1], for MixGRPO-Flash: max(1, round(K compression)) steps of
+                DPM-Solver++(2M) replace the K ODE steps after the window. A window that ends with
+                the last step has no tail. Default: no compression.
 
         Raises:
-            EtudeError: if the window is empty or leaves the N steps, or the compression is not in (0, 1].
+            EtudeError: the window is empty or leaves the N steps, there is not one kernel per step,
+                or the compression is not in (0, 1].
         """
         count = _count(num_steps)
         if not (size >= 1 and start >= 0 and start + size <= count):
@@ -110,7 +132,7 @@ class SamplingPlan:
             raise EtudeError(f"{len(kernels)} kernels for a window of {size} steps: give one, or one for each step.")
         before, inside = (Step(ODE),) * start, tuple(Step(one, True) for one in kernels)
         rest = count - start - size
-        tail = _compressed(rest, compression)
+        tail = _tail_length(rest, compression)
         if tail == 0:
             return cls(before + inside + (Step(ODE),) * rest, first_step)
         return cls(before + inside, first_step, tail, count)
@@ -123,28 +145,29 @@ class SamplingPlan:
         trained: bool = True,
         first_step: str = "ode",
     ) -> SamplingPlan:
-        """An eta schedule: step i has eta_i, and is trained if that is above 0."""
+        """A plan from one eta per step; with `trained`, the steps of an eta above 0 are trained."""
         return cls(tuple(Step(kernel(eta), trained and eta > 0) for eta in etas), first_step)
 
     @property
     def num_steps(self) -> int:
-        """The network evaluations that it takes: the steps and the tail."""
+        """Number of network evaluations: the steps and the tail."""
         return len(self.steps) + self.tail_steps
 
     @property
     def grid_size(self) -> int:
-        """N, the number of steps of the grid that it is tabulated on."""
+        """N, the number of steps of the plan's grid."""
         return self.num_steps if self.grid_steps is None else self.grid_steps
 
     def tabulate(self, grid: Grid, dtype: torch.dtype = torch.float32) -> StepTable:
         """The plan's coefficients on the grid: computed in fp64 on the CPU, stored in `dtype`.
 
         Args:
-            grid: of `grid_size` steps: the whole of it, whether or not a tail skips some of its levels.
+            grid: the whole grid of `grid_size` steps, also where a tail skips some of its levels.
+            dtype: dtype of the table. Default: fp32.
 
         Raises:
-            EtudeError: if plan and grid differ in length, or a kernel's eta is illegal on one of its steps; the error
-                names the largest eta that is legal on all of them.
+            EtudeError: plan and grid differ in length, or a kernel's eta is illegal at one of its
+                steps; the error names the largest eta that is legal at all of them.
         """
         if grid.num_steps != self.grid_size:
             raise EtudeError(
@@ -174,13 +197,18 @@ class SamplingPlan:
         return StepTable(*levels, x0.to(dtype), eps.to(dtype), std, trained, stochastic, tail)
 
     def _out_of_noise(self, kernel: Kernel) -> Kernel:
-        """What `first_step` makes of the kernel of a step that starts at pure noise."""
+        """The kernel to use at a step that starts at pure noise, as `first_step` says."""
         if self.first_step == "ode":
             return ODE
         return kernel.capped() if self.first_step == "capped" else kernel
 
     def _check_etas(self, kernels: list[Kernel], grid: Grid) -> None:
-        """Refuses an eta that its kernel does not allow at some step, and names the one that is legal at all steps of that kernel."""
+        """Checks that each kernel allows its eta at all its steps.
+
+        Raises:
+            EtudeError: one does not; the error names the largest eta that is legal at all steps of
+                its class.
+        """
         for kernel in set(kernels):
             _, source, target = _steps_of({kernel}, kernels, grid)
             if kernel.eta > kernel.largest_eta(source, target) * (1 + 1e-12):
@@ -192,18 +220,20 @@ class SamplingPlan:
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
-    """Everything that a sampling loop indexes by the integer step, on one device.
+    """The tensors that a sampling loop indexes by the integer step, on one device.
 
     Attributes:
-        timesteps: `[N]`, what the network is given.
-        a: `[N + 1]`, the levels' signal coefficients; step i goes from a[i], s[i] to a[i + 1], s[i + 1].
+        timesteps: `[N]`, the network's timesteps.
+        a: `[N + 1]`, the levels' signal coefficients; step i goes from a[i], s[i] to a[i + 1],
+            s[i + 1].
         s: `[N + 1]`, the levels' noise coefficients.
-        x0: `[N]`, the step's coefficient of x0_hat.
-        eps: `[N]`, of eps_hat.
-        std: `[N]`, of the noise.
+        x0: `[N]`, the coefficient of x0_hat.
+        eps: `[N]`, the coefficient of eps_hat.
+        std: `[N]`, the coefficient of the noise.
         trained: per step, whether it is trained (only stochastic steps are).
         stochastic: per step, whether std > 0 as stored.
-        tail: the levels of the DPM-Solver++(2M) steps that follow, from where step N - 1 ends to the last one; None: none.
+        tail: the levels of the DPM-Solver++(2M) steps that follow, from the end of step N - 1 to
+            the last level. Default: no tail.
     """
 
     timesteps: Tensor
@@ -223,12 +253,15 @@ class StepTable:
 
     @property
     def num_evaluations(self) -> int:
-        """How often one image takes the network, if it shares nothing: the steps and the tail's."""
+        """Number of network evaluations of an image that shares no step: the steps and the tail."""
         return self.num_steps + (self.tail.num_steps if self.tail else 0)
 
     @property
     def prefix_steps(self) -> int:
-        """How many steps are deterministic before the first stochastic one: there, equal noise means equal states."""
+        """Number of deterministic steps before the first stochastic one.
+
+        In these steps equal initial noise gives equal states.
+        """
         return next((i for i, random in enumerate(self.stochastic) if random), self.num_steps)
 
     @property
@@ -237,7 +270,10 @@ class StepTable:
         return tuple(i for i, flag in enumerate(self.trained) if flag)
 
     def to(self, device: torch.device | str) -> StepTable:
-        """The same table on another device; the tail's a and s stay on the CPU, where its solver reads them."""
+        """The same table on another device.
+
+        The tail's a and s stay on the CPU, where its solver reads them.
+        """
         names = ("timesteps", "a", "s", "x0", "eps", "std")
         tail = self.tail and replace(self.tail, timesteps=self.tail.timesteps.to(device))
         return replace(self, **{name: getattr(self, name).to(device) for name in names}, tail=tail)
@@ -246,20 +282,21 @@ class StepTable:
         """The Gaussian of the state after `step`, without synchronising the device.
 
         Args:
-            step: one step for the whole batch, or int64 `[n]`, each sample's own (as in a replay batch). Both give
-                the same bits. A `[n]` on the CPU lets `log_prob` know what is stochastic without asking the device.
-                Not a scalar tensor: indexing with one reads its value back from the device.
+            step: one step for the whole batch, or int64 `[n]` with each sample's step (as in a
+                replay batch); both give the same bits. With a `[n]` on the CPU, `log_prob` knows
+                which steps are stochastic without asking the device. Avoid a scalar tensor:
+                indexing with it reads its value back from the device.
             x0_hat: `[n, ...]`.
             eps_hat: `[n, ...]`.
 
         Raises:
-            EtudeError: if an integer (or CPU tensor) step is not in 0..N-1.
+            EtudeError: an integer (or CPU tensor) step is not in 0..N-1.
         """
         if isinstance(step, int) or step.device.type == "cpu":
-            asked = {step} if isinstance(step, int) else set(step.reshape(-1).tolist())
-            if not all(0 <= i < self.num_steps for i in asked):
-                raise EtudeError(f"step {sorted(asked)} is not in this {self.num_steps}-step table: count from 0.")
-            stochastic: bool | None = all(self.stochastic[i] for i in asked)
+            indices = {step} if isinstance(step, int) else set(step.reshape(-1).tolist())
+            if not all(0 <= i < self.num_steps for i in indices):
+                raise EtudeError(f"step {sorted(indices)} is not in this {self.num_steps}-step table: count from 0.")
+            stochastic: bool | None = all(self.stochastic[i] for i in indices)
         else:
             stochastic = True if all(self.stochastic) else None
         return apply(Coefficients(self.x0[step], self.eps[step], self.std[step]), x0_hat, eps_hat, stochastic)
@@ -271,17 +308,24 @@ def _count(num_steps: int) -> int:
     return int(num_steps)
 
 
-def _compressed(steps: int, compression: float | None) -> int:
-    """max(1, round(steps * compression)), the length of a tail in place of so many steps; 0 in place of none."""
+def _tail_length(steps: int, compression: float | None) -> int:
+    """Length of the tail that replaces `steps` steps: max(1, round(steps * compression)).
+
+    It is 0 if there is no step to replace or no compression.
+    """
     if compression is not None and not 0 < compression <= 1:
         raise EtudeError(
-            f"compression = {compression}: the share of the steps after the window that are kept is above 0 and at most 1."
+            f"compression = {compression}: the share of the steps after the window that are kept is above 0 and "
+            "at most 1."
         )
     return 0 if compression is None or steps == 0 else max(1, round(steps * compression))
 
 
 def _tail(grid: Grid, start: int, count: int) -> Grid:
-    """From level `start` to the last in `count` steps over the grid's own levels, evenly spaced by their index."""
+    """The grid of `count` steps from level `start` to the last.
+
+    Its levels are the grid's own, evenly spaced by index.
+    """
     length = grid.num_steps - start
     at = torch.tensor([start + (2 * i * length + count) // (2 * count) for i in range(count + 1)])
     return Grid(grid.timesteps[at[:-1]], grid.a[at], grid.s[at])
@@ -290,6 +334,6 @@ def _tail(grid: Grid, start: int, count: int) -> Grid:
 def _steps_of(
     chosen: set[Kernel], kernels: list[Kernel], grid: Grid
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The steps that use the chosen kernels, and their source and target levels."""
+    """The steps that use the chosen kernels, with their source and target levels."""
     at = torch.tensor([i for i, kernel in enumerate(kernels) if kernel in chosen])
     return at, (grid.a[at], grid.s[at]), (grid.a[at + 1], grid.s[at + 1])

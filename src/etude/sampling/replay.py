@@ -12,7 +12,6 @@ from torch import Tensor
 from etude.batching import MicroBatch, Progress
 from etude.sampling.kernels import Transition
 from etude.sampling.model import Conditioning, Policy
-from etude.sampling.noise import NoiseSource as NoiseSource
 from etude.sampling.plans import StepTable
 from etude.sampling.rollout import Trajectory, denoise
 
@@ -27,14 +26,14 @@ def replay(
     guidance_scale: float,
     with_gradient: bool = True,
 ) -> tuple[Transition, Tensor]:
-    """The transition of stored (sample, step) pairs under the current weights, and the stored target of each.
+    """The transitions of stored (sample, step) pairs under the current weights, and their targets.
 
     Nothing is read back from an accelerator.
 
     Args:
-        rows: int64 `[m]`, which samples.
-        columns: int64 `[m]`, which of the trained steps: indices into `trajectory.steps`.
-        conditioning: of all samples of the trajectory.
+        rows: int64 `[m]`, indices of samples.
+        columns: int64 `[m]`, indices into `trajectory.steps`, the trained steps.
+        conditioning: the conditioning of all samples of the trajectory.
 
     Example:
         >>> import etude, torch
@@ -54,7 +53,8 @@ def replay(
         transition = denoise(
             policy, table, steps, trajectory.states[rows, levels], conditioning.take(rows), guidance_scale
         )
-    return replace(transition, stochastic=True), trajectory.states[rows, levels + 1]  # trained steps are stochastic
+    # Only stochastic steps are trained.
+    return replace(transition, stochastic=True), trajectory.states[rows, levels + 1]
 
 
 @torch.no_grad()
@@ -69,16 +69,17 @@ def replay_log_prob(
     reduction: str = "mean",
     on_step: Progress = lambda pairs: None,
 ) -> list[Tensor]:
-    """Puts the replay's log-probabilities under the present weights in the place of the rollout's.
+    """Replaces the rollout's log-probabilities by those of a replay under the present weights.
 
-    A replay of the same pairs in the same micro-batches finds the same bits, so that its ratios are exactly 1, whatever precision and
-    batches the images were sampled in. The images then count as if the present policy had drawn them.
+    A second replay of the same pairs in the same micro-batches computes the same bits. Its ratios
+    are then exactly 1, whatever the precision and the batches of sampling were: the images count as
+    if the present policy had drawn them.
 
     Args:
-        batches: rows and columns, as of `replay`, of the pairs that an optimiser step trains; of a pair that several train, those of the
-            first count.
-        batch_size: of the replay's micro-batches.
-        on_step: called with the number of pairs that were just scored.
+        batches: for each optimiser step the rows and columns of its pairs, as in `replay`. A pair
+            in several steps gets its log-probability from the first of them.
+        batch_size: size of the replay's micro-batches.
+        on_step: called with the number of pairs that were just replayed.
 
     Returns:
         `exp(log_prob - the rollout's log_prob)` of each micro-batch, in no particular order.

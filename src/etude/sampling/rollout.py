@@ -1,10 +1,11 @@
-"""Plan + policy + noise -> trajectory, and the replay of its trained steps.
+"""The rollout: plan + policy + noise -> trajectory.
 
-The same function, `denoise`, takes one step of the rollout and one micro-batch of the replay: with unchanged weights and the same
-batch shape the two give the same bits, so the importance ratio of the first update is exactly 1.
+One function, `denoise`, computes both a step of the rollout and a micro-batch of the replay
+(`etude.sampling.replay`). With unchanged weights and the same batch shape the two give the same
+bits, so the importance ratio of the first update is exactly 1.
 
-Images of one prompt that start from the same noise are the same image until the first stochastic step: that part is computed once
-for all of them.
+Images of one prompt that start from the same noise have the same states until the first stochastic
+step. These steps are computed once for all of them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from etude.batching import MicroBatch, Progress
 from etude.errors import EtudeError
 from etude.sampling.kernels import Transition
 from etude.sampling.model import Conditioning, Policy
-from etude.sampling.noise import NoiseSource as NoiseSource
-from etude.sampling.noise import to_device
+from etude.sampling.noise import NoiseSource, to_device
 from etude.sampling.paths import to_x0_eps
 from etude.sampling.plans import StepTable
 from etude.sampling.tail import multistep_tail
@@ -30,17 +30,22 @@ from etude.sampling.tail import multistep_tail
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a rollout leaves behind: the images' latents, and what the replay of the trained steps needs.
+    """The result of a rollout: the images' latents, and the data for a replay of the trained steps.
+
+    The fields are fixed, but `store` and `replay_log_prob` write into the tensors.
 
     Attributes:
         latents: final latents, fp32 `[n, ...]`.
         steps: the K trained steps.
-        states: `x` at the source and the target of each trained step, fp32 `[n, L, ...]`, each level once.
+        states: `x` at the source and the target of each trained step, fp32 `[n, L, ...]`, each
+            level once.
         log_prob: fp32 `[n, K]`.
         step_index: the trained steps as a tensor on the device, int64 `[K]`.
-        level_index: where `states` has the source of each trained step, int64 `[K]`; its target is the next one.
+        level_index: the index in `states` of each trained step's source, int64 `[K]`; the target is
+            at the next index.
         levels: the L levels that `states` holds.
-        reference_mean: the reference model's means of the trained steps, fp32 `[n, K, ...]`, when asked for.
+        reference_mean: the reference model's means of the trained steps, fp32 `[n, K, ...]`.
+            Default: None, not computed.
     """
 
     latents: Tensor
@@ -53,7 +58,7 @@ class Trajectory:
     reference_mean: Tensor | None = None
 
     def store(self, rows: slice, step: int, x: Tensor, target: Tensor, log_prob: Tensor) -> None:
-        """Keeps one trained step of some rows."""
+        """Writes one trained step of some rows: source state, target state and log-probability."""
         level = self.levels.index(step)
         self.states[rows, level], self.states[rows, level + 1] = x, target
         self.log_prob[rows, self.steps.index(step)] = log_prob
@@ -62,7 +67,11 @@ class Trajectory:
 def denoise(
     policy: Policy, table: StepTable, step: int | Tensor, x: Tensor, conditioning: Conditioning, guidance_scale: float
 ) -> Transition:
-    """The Gaussian transition out of `x` `[n, ...]` at one step, or at one step per sample (int64 `[n]`)."""
+    """The Gaussian transition out of `x` `[n, ...]`.
+
+    Args:
+        step: one step for all samples, or int64 `[n]` with one for each.
+    """
     steps = torch.full((len(x),), step, device=x.device) if isinstance(step, int) else step
     output = policy.predict(x, table.timesteps[steps], conditioning, guidance_scale)
     x0_hat, eps_hat = to_x0_eps(output, x, table.a[steps], table.s[steps], policy.prediction_type)
@@ -89,23 +98,29 @@ def rollout(
     """Samples one image per row of `conditioning`.
 
     Args:
-        samples: the global index of each row: the key of the noise that its steps inject.
-        batch_size: rows in a network call, at most; fewer where they do not fit into memory.
-        reduction: of the log-probability over latent dimensions, "mean" or "sum".
-        reference: context manager inside which the policy is the reference model (`TrainablePolicy.reference`). With it the reference's
-            means along the same states are computed, too, for the KL.
+        samples: global index of each row, the key of the noise in its stochastic steps.
+        batch_size: largest number of rows in a network call; lowered where so many rows do not fit
+            into memory.
+        reduction: how a log-probability combines the latent dimensions, "mean" or "sum". Default:
+            "mean".
+        reference: makes a context inside which the policy is the reference model
+            (`TrainablePolicy.reference`). The rollout then also computes the reference's means at
+            the same states, for the KL. Default: None, no means.
         on_step: called with the number of images that just made one step.
-        noise_samples: the key of each row's initial noise; rows of a group that share theirs carry the same one. None: `samples`.
-        prompts: the prompt of each row, or anything that tells them apart. With it the steps before the first stochastic one are
-            computed once for all rows of equal initial noise and equal prompt. The images are the same, bit for bit where the
-            network is called with batches of the same size and to rounding otherwise. None: for each row on its own.
-        starts: how many beginnings are computed, at least as many as differ here: fewer are filled up with copies. Where the
-            network's calls are collective every process must give the same (`most_starts`), and so makes as many calls. None:
-            as many as differ.
-        on_rows: called with the rows of each micro-batch and their final latents as soon as these are known.
+        noise_samples: key of each row's initial noise; rows with the same key start from the same
+            noise. Default: `samples`.
+        prompts: the prompt of each row, or any key that tells prompts apart. Rows of equal initial
+            noise and equal prompt then share the steps before the first stochastic one, which are
+            computed once. The images do not change: bit for bit where the network's batches have
+            the same size, and up to rounding otherwise. Default: each row computes all its steps.
+        starts: number of starting states to compute. Under FSDP every process must call the network
+            equally often: all pass the largest number that any needs (`most_starts`), and compute
+            copies to reach it. Default: one for each distinct start.
+        on_rows: called with the rows of each micro-batch and their final latents as soon as these
+            are known.
 
     Raises:
-        EtudeError: if `noise_samples` or `prompts` is not one a row.
+        EtudeError: `noise_samples` or `prompts` does not have one entry per row.
 
     Example:
         >>> import etude
@@ -126,30 +141,31 @@ def rollout(
     trajectory = _empty(policy, table, len(samples), reference is not None)
     batches = MicroBatch.of(batch_size)
     origin = list(range(len(keys))) if prompts is None else origins(keys, prompts)
-    # Where each image starts from waits in the room of where it ends.
+    # `trajectory.latents` first holds the state from which each row continues, then its final
+    # latents.
     first = _begin(
         policy, table, conditioning, noise, keys, origin, starts, guidance_scale, batches, on_step, trajectory.latents
     )
 
     def walk(rows: slice, report: Progress) -> None:
-        told, x = conditioning.take(rows), trajectory.latents[rows].clone()
+        own, x = conditioning.take(rows), trajectory.latents[rows].clone()
         for step in range(first, table.num_steps):
-            transition = denoise(policy, table, step, x, told, guidance_scale)
+            transition = denoise(policy, table, step, x, own, guidance_scale)
             target = transition.mean
             if table.stochastic[step]:
-                drawn = noise.step(samples[rows], step, policy.latent_shape)
-                target = transition.sample(to_device(drawn, policy.device))
+                z = noise.step(samples[rows], step, policy.latent_shape)
+                target = transition.sample(to_device(z, policy.device))
             if table.trained[step]:
                 trajectory.store(rows, step, x, target, transition.log_prob(target, reduction))
             x = target
             report(len(x))
         if table.tail is not None:
-            x = multistep_tail(policy, table.tail, told, x, guidance_scale, report)
+            x = multistep_tail(policy, table.tail, own, x, guidance_scale, report)
         trajectory.latents[rows] = x
         if on_rows is not None:
             on_rows(rows, x)
         if reference is not None:
-            _refer(policy, reference, table, trajectory, rows, told, guidance_scale, report)
+            _refer(policy, reference, table, trajectory, rows, own, guidance_scale, report)
 
     batches.run(len(samples), walk, on_step)
     return trajectory
@@ -161,27 +177,31 @@ def _refer(
     table: StepTable,
     trajectory: Trajectory,
     rows: slice,
-    told: Conditioning,
+    conditioning: Conditioning,
     guidance_scale: float,
     report: Progress,
 ) -> None:
-    """Keeps the reference model's means along the stored states of some rows.
+    """Stores the reference model's means at the stored states of some rows.
 
-    They are computed in the precision of the replay that they are compared with, or weights that did not move would have a KL; and all
-    in one go, since to switch an adapter off and on takes as long as an evaluation of a small network.
+    The means have the precision of the replay, with which the KL compares them: in another
+    precision unchanged weights would have a KL above 0. One context serves all steps, since
+    switching an adapter off and on takes as long as an evaluation of a small network.
+
+    Args:
+        conditioning: the conditioning of these rows.
     """
     assert trajectory.reference_mean is not None
     with reference(), policy.precision(None):
         for column, step in enumerate(trajectory.steps):
             x = trajectory.states[rows, trajectory.levels.index(step)].contiguous()
-            trajectory.reference_mean[rows, column] = denoise(policy, table, step, x, told, guidance_scale).mean
+            trajectory.reference_mean[rows, column] = denoise(policy, table, step, x, conditioning, guidance_scale).mean
             report(0)
 
 
 def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -> Trajectory:
     """A trajectory of `count` images, not yet filled, with room for the trained steps only."""
     steps, shape, device = table.trained_steps, policy.latent_shape, policy.device
-    touched = sorted({*steps, *(step + 1 for step in steps)})
+    levels = sorted({*steps, *(step + 1 for step in steps)})
 
     def room(*middle: int) -> Tensor:
         return torch.empty((count, *middle), device=device)
@@ -189,11 +209,11 @@ def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -
     return Trajectory(
         latents=room(*shape),
         steps=steps,
-        states=room(len(touched), *shape),
+        states=room(len(levels), *shape),
         log_prob=room(len(steps)),
         step_index=torch.tensor(steps, dtype=torch.int64, device=device),
-        level_index=torch.tensor([touched.index(step) for step in steps], dtype=torch.int64, device=device),
-        levels=tuple(touched),
+        level_index=torch.tensor([levels.index(step) for step in steps], dtype=torch.int64, device=device),
+        levels=tuple(levels),
         reference_mean=room(len(steps), *shape) if with_reference else None,
     )
 
@@ -211,27 +231,34 @@ def _begin(
     on_step: Progress,
     out: Tensor,
 ) -> int:
-    """Writes where each row's own path begins to `out` `[n, ...]`, and returns the step it begins with.
+    """Fills `out` `[n, ...]` with the state from which each row continues on its own.
 
-    That is the initial noise and 0, or, if some rows share theirs (`origin` names the row that stands for each), the state in
-    front of the first stochastic step. What is called how often depends on `starts` and the number of rows alone.
+    Returns the step at which the rows continue.
+
+    Without shared starts this is the initial noise and step 0. With them, the deterministic steps
+    are computed once per distinct start, and rows part at the first stochastic step. The number of
+    network calls depends on `starts` and the number of rows alone.
+
+    Args:
+        keys: key of each row's initial noise.
+        origin: for each row, the first row with the same start (`origins`).
     """
-    standing = Counter(origin)
-    heads = sorted(standing)
+    sharers = Counter(origin)
+    heads = sorted(sharers)
     heads += heads[-1:] * ((starts or 0) - len(heads))
     shared = len(heads) < len(origin)
     if not shared:
         heads = list(range(len(origin)))
-    images = [standing[head] * (i == 0 or heads[i - 1] != head) if shared else 1 for i, head in enumerate(heads)]
+    images = [sharers[head] * (i == 0 or heads[i - 1] != head) if shared else 1 for i, head in enumerate(heads)]
     first = table.prefix_steps if shared else 0
     states = torch.empty((len(heads), *out.shape[1:]), device=out.device) if shared else out
 
     def begin(rows: slice, report: Progress) -> None:
         some = heads[rows]
         x = to_device(noise.initial([keys[head] for head in some], policy.latent_shape), policy.device)
-        told = conditioning.take(to_device(torch.tensor(some), policy.device)) if first else conditioning
+        own = conditioning.take(to_device(torch.tensor(some), policy.device)) if first else conditioning
         for step in range(first):
-            x = denoise(policy, table, step, x, told, guidance_scale).mean
+            x = denoise(policy, table, step, x, own, guidance_scale).mean
             report(sum(images[rows]))
         states[rows] = x
 
@@ -243,6 +270,6 @@ def _begin(
 
 
 def origins(keys: Sequence[Hashable], prompts: Sequence[Hashable]) -> list[int]:
-    """For each row, the first row of the same initial noise and the same prompt: itself if there is no earlier one."""
+    """For each row, the first row with the same initial noise and prompt (perhaps itself)."""
     first: dict[tuple[Hashable, Hashable], int] = {}
     return [first.setdefault(pair, row) for row, pair in enumerate(zip(keys, prompts, strict=True))]

@@ -1,4 +1,7 @@
-"""The compressed tail of MixGRPO-Flash: a few steps of diffusers' DPM-Solver++(2M) from the end of a window to the last level."""
+"""The compressed tail of MixGRPO-Flash (arXiv 2507.21802).
+
+A few steps of diffusers' DPM-Solver++(2M) lead from the end of a window to the last level.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,11 @@ from etude.sampling.noise import to_device
 from etude.sampling.paths import FlowPath, Grid, to_x0_eps
 
 LARGEST_SIGMA = 1 - 1e-6
-"""Of a multistep solver on rectified flow, which takes the logarithm of a; diffusers' UniPC keeps the same distance from pure noise."""
+"""Largest sigma for a multistep solver on rectified flow, which takes the logarithm of
+a = 1 - sigma.
+
+diffusers' UniPC keeps the same distance from pure noise.
+"""
 
 
 def multistep_tail(
@@ -23,16 +30,17 @@ def multistep_tail(
     guidance_scale: float,
     on_step: Progress = lambda images: None,
 ) -> Tensor:
-    """Takes a batch down the levels of `tail` with DPM-Solver++(2M), the first step of first order.
+    """Takes a batch down the levels of `tail` with DPM-Solver++(2M).
 
-        D       = x0_hat + (x0_hat - x0_hat') h / (2 h')        h = log(lam_t / lam_u), the last step's with '
+        D       = x0_hat + (x0_hat - x0_hat') h / (2 h')        h = log(lam_t / lam_u); ' marks the step before
         x_u     = (s_u / s_t) x - a_u (exp(-h) - 1) D           lam = s / a
 
-    Also the last step of fewer than 15, or into clean data, is of first order, as diffusers has it; one of first order is the step
-    of the ODE plan.
+    The first step is of first order (D = x0_hat), which is the step of the ODE plan. As in
+    diffusers, the last step is of first order too if there are fewer than 15 steps or if it ends in
+    clean data.
 
     Args:
-        tail: M + 1 levels, the first one that of `x`.
+        tail: M + 1 levels; the first is the level of `x`.
         x: fp32 latents `[n, *latent_shape]`.
         on_step: called with n after each of the M steps.
 
@@ -42,8 +50,8 @@ def multistep_tail(
     solver = pinned_scheduler(scheduler_class("DPMSolverMultistepScheduler"), tail, policy, prediction_type="sample")
     a, s = (to_device(level.float(), x.device) for level in (tail.a, tail.s))
     for step in range(tail.num_steps):
-        told = tail.timesteps[step : step + 1].expand(len(x))
-        output = policy.predict(x, told, conditioning, guidance_scale)
+        timesteps = tail.timesteps[step : step + 1].expand(len(x))
+        output = policy.predict(x, timesteps, conditioning, guidance_scale)
         x0_hat, _ = to_x0_eps(output, x, a[step], s[step], policy.prediction_type)
         x = solver.step(x0_hat, solver.timesteps[step], x, return_dict=False)[0]
         on_step(len(x))
@@ -51,13 +59,17 @@ def multistep_tail(
 
 
 def scheduler_class(name: str) -> Any:
+    """The scheduler class of that name in diffusers."""
     import diffusers
 
     return getattr(diffusers, name)
 
 
 def pinned_scheduler(kind: Any, grid: Grid, policy: Policy, prediction_type: str) -> Any:
-    """A scheduler on the grid's very levels with an empty history; its `set_timesteps` would choose others."""
+    """A diffusers scheduler on exactly the grid's levels, with an empty history.
+
+    `set_timesteps` is not called, because it would choose other levels.
+    """
     flow = isinstance(policy.path, FlowPath)
     if kind.__name__ == "FlowMatchEulerDiscreteScheduler":
         scheduler, sigmas = kind(), grid.s

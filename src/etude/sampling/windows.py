@@ -5,11 +5,12 @@
     random        draws its left edge uniformly in every iteration
     fixed         never moves
 
-Only steps that the sampler can make stochastic are counted (`trainable_range`), so that no part of a window is lost on a
-step that has no log-probability: the one out of pure noise, the one into clean data. The window is always full. Its last
-place ends with the last of these steps, also where the stride does not divide the way.
+A window holds only steps that the sampler can make stochastic (`trainable_range`). No part of it is
+lost on a step without a log-probability, such as the step out of pure noise or the step into clean
+data. The window is always full. At its last place it ends with the last trainable step, also where
+the stride does not divide the distance.
 
-The place is a function of the iteration alone: all processes agree on it, and so does a run that was resumed.
+The place is a function of the iteration alone, so all processes and a resumed run agree on it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WindowSchedule(ABC):
-    """The left edge of the window by iteration; the window is the steps `start_at(i) .. start_at(i) + size - 1`.
+    """The left edge of the window by iteration; the window is the steps `start_at(i) ..
+    start_at(i) + size - 1`.
 
-    A strategy is a frozen dataclass with `start_at`; its fields are what a recipe may set. `register_window` gives it a name.
+    A strategy is a frozen dataclass with `start_at`; its fields are what a recipe may set.
+    `register_window` gives it a name.
 
     Attributes:
         stop: first step after those that can be trained (`trainable_range(table).stop`).
@@ -51,8 +54,8 @@ class WindowSchedule(ABC):
     def __post_init__(self) -> None:
         if self.size < 1 or self.start < 0 or self.start + self.size > self.stop:
             raise EtudeError(
-                f"a window of size {self.size} does not fit in steps {self.start} to {self.stop - 1}, those that can be "
-                "trained: lower window.size (to at least 1), or raise num_steps."
+                f"a window of size {self.size} does not fit in steps {self.start} to {self.stop - 1}, those that can "
+                "be trained: lower window.size (to at least 1), or raise num_steps."
             )
 
     @abstractmethod
@@ -71,7 +74,7 @@ class FixedWindow(WindowSchedule):
 
 @dataclass(frozen=True)
 class RandomWindow(WindowSchedule):
-    """A window whose left edge is uniform over its places in every iteration, keyed by seed and iteration."""
+    """A window with a uniform left edge in every iteration, keyed by seed and iteration."""
 
     def start_at(self, iteration: int) -> int:
         """The left edge drawn for the iteration."""
@@ -83,15 +86,18 @@ class RandomWindow(WindowSchedule):
 
 @dataclass(frozen=True)
 class ProgressiveWindow(WindowSchedule):
-    """A window that stays for `iters_per_shift` iterations at each place, then moves on by `stride`.
+    """A window that stays for `iters_per_shift` iterations at a place, then moves by `stride`.
 
     Attributes:
         iters_per_shift: iterations between two moves.
-        stride: steps that the window moves by; at most `size`, so that no step is passed over.
-        roll_back: after the last place, begin again. False: stay there.
+        stride: number of steps by which the window moves; at most `size`, so that no step is passed
+            over.
+        roll_back: whether the window begins again after its last place or stays there. Default:
+            True.
 
     Raises:
-        EtudeError: also for numbers that make no schedule.
+        EtudeError: the window does not fit, `iters_per_shift` is below 1, or `stride` is not in
+            1..size.
     """
 
     iters_per_shift: int = 25
@@ -104,8 +110,8 @@ class ProgressiveWindow(WindowSchedule):
             raise EtudeError(f"iters_per_shift = {self.iters_per_shift}: the window stays for at least 1 iteration.")
         if not 1 <= self.stride <= self.size:
             raise EtudeError(
-                f"a window of size {self.size} that moves by stride = {self.stride} would pass over steps and never train "
-                f"them: give a stride from 1 to {self.size}."
+                f"a window of size {self.size} that moves by stride = {self.stride} would pass over steps and never "
+                f"train them: give a stride from 1 to {self.size}."
             )
 
     @property
@@ -119,27 +125,28 @@ class ProgressiveWindow(WindowSchedule):
         return self.iters_per_shift
 
     def start_at(self, iteration: int) -> int:
-        """The place in whose dwell the iteration falls."""
+        """The left edge at which the window stays in the iteration."""
         dwells = [self.dwell(place) for place in self.places]
-        into = iteration - 1
+        offset = iteration - 1
         if self.roll_back:
-            into %= sum(dwells)
+            offset %= sum(dwells)
         for place, dwell in zip(self.places, dwells, strict=True):
-            if into < dwell:
+            if offset < dwell:
                 return place
-            into -= dwell
+            offset -= dwell
         return self.places[-1]
 
 
 @dataclass(frozen=True)
 class DecayWindow(ProgressiveWindow):
-    """A progressive window that stays ever shorter as it moves on.
+    """A progressive window whose stays become shorter as it moves on.
 
         dwell(l) = max(1, round(iters_per_shift exp(-decay_rate max(0, l - decay_threshold))))
 
     Attributes:
         decay_rate: k, per step, at least 0.
-        decay_threshold: l0, the left edge from which on the dwell shrinks; the default is meant for 25 steps.
+        decay_threshold: l0, the left edge after which the dwell shrinks. Default: 13, meant for 25
+            steps.
     """
 
     decay_rate: float = 0.1
@@ -157,11 +164,11 @@ class DecayWindow(ProgressiveWindow):
 
 
 def make_window(strategy: str, settings: Mapping[str, Any]) -> WindowSchedule:
-    """The window of a strategy, from those of the settings that it has fields for.
+    """The window of a strategy.
 
     Args:
         strategy: name in `WINDOWS`, or `module:Class`.
-        settings: values by field name.
+        settings: values by field name; a name that the strategy has no field for is ignored.
 
     Raises:
         EtudeError: the strategy is unknown, or its constructor refuses a value.
@@ -176,10 +183,11 @@ def make_window(strategy: str, settings: Mapping[str, Any]) -> WindowSchedule:
 
 
 def trainable_range(table: StepTable) -> range:
-    """The steps a window can train, from the table of the plan that would train all of them (`SamplingPlan.sde`).
+    """The steps that a window can train, from the table of the plan that trains all of them
+    (`SamplingPlan.sde`).
 
     Raises:
-        EtudeError: there is none, or a deterministic step lies between two of them.
+        EtudeError: no step can be trained, or a deterministic step lies between two that can.
     """
     steps = table.trained_steps
     if not steps:

@@ -1,4 +1,4 @@
-"""The embedded models: small, really trained, ordinary diffusers directories inside the package."""
+"""The embedded models: small trained models, ordinary diffusers directories inside the package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def path(name: str) -> Path:
     """Directory of an embedded model, for any diffusers `from_pretrained`.
 
     Raises:
-        EtudeError: if there is no embedded model of that name.
+        EtudeError: there is no embedded model of that name.
     """
     if name not in names():
         raise unknown("embedded model", name, names())
@@ -31,5 +31,5 @@ def path(name: str) -> Path:
 
 
 def models() -> list[dict[str, Any]]:
-    """The card of each embedded model: what it is, its data, licence and quality figures."""
+    """The card of each embedded model: its pipeline, data, licence and quality figures."""
     return [json.loads((path(name) / "card.json").read_text(encoding="utf-8")) for name in names()]

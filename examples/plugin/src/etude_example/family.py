@@ -13,8 +13,8 @@ from etude.sampling.paths import FlowPath
 class AuraFlowPolicy(PipelinePolicy):
     """An AuraFlowPipeline as a policy.
 
-    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), at most 1 means none. Latents are the autoencoder's,
-    `[c, h, w]`.
+    `guidance_scale` is the weight w of classifier-free guidance (arXiv 2207.12598); w <= 1 means no
+    guidance. Latents are the autoencoder's, `[c, h, w]`.
     """
 
     path_class = FlowPath

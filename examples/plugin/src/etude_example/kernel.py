@@ -14,13 +14,14 @@ from etude.sampling.kernels import Coefficients, Kernel, Level
 class KeptNoise(Kernel):
     """`x_u = a_u x0_hat + s_u sqrt(1 - eta^2) eps_hat + s_u eta z`.
 
-    The target level keeps its noise, `c_eps^2 + std^2 = s_u^2`, so any model and any schedule will do. eta = 0 is the ODE.
+    The target level keeps its noise, `c_eps^2 + std^2 = s_u^2`, so the kernel fits any model and
+    any schedule. eta = 0 is the ODE.
 
     Args:
         eta: std of the new noise, as a share of the noise of the target level; from 0 to 1.
 
     Raises:
-        EtudeError: for any other eta.
+        EtudeError: eta is not in [0, 1].
     """
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""An objective that has no log-probability: regression onto the final images, the better ones weighted more."""
+"""An objective without log-probabilities: regression onto final images, weighted by advantage."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from etude.sampling.plans import StepTable
 
 
 class WeightedMatching(Objective):
-    """`mean w |eps_hat(a x0 + s eps) - eps|^2`, `w = exp(A / temperature)`, over noise levels of the sampler.
+    """`mean w |eps_hat(a x0 + s eps) - eps|^2`, `w = exp(A / temperature)`, over noise levels.
 
-    x0 is a sampled image's latents, so the rollout keeps nothing else, and may be the ODE. Equal advantages teach nothing new.
+    x0 are the latents of a sampled image. The rollout stores nothing else, and may be the ODE.
+    Equal advantages teach nothing new.
 
     Args:
-        levels: noise levels at which each image is trained, evenly spaced over the sampler's steps.
-        temperature: how much advantage makes an image e times as important.
+        levels: number of noise levels at which each image is trained, evenly spaced over the
+            sampler's steps. Default: 4.
+        temperature: difference in advantage that makes an image e times as important. Default: 1.
 
     Raises:
-        EtudeError: fewer than one level, or a temperature that is not above 0.
+        EtudeError: `levels` is below 1, or `temperature` is not above 0.
     """
 
     label = "advantage-weighted matching of noise"
@@ -52,16 +54,16 @@ class WeightedMatching(Objective):
         return self.levels
 
     def averaged_dimensions(self, policy: TrainablePolicy) -> int:
-        """All of them: the error is a mean over an image's latent dimensions."""
+        """All dimensions: the error is a mean over an image's latent dimensions."""
         return policy.dimensions
 
     def loss(self, policy: TrainablePolicy, samples: Samples, rows: Tensor, columns: Tensor) -> Loss:
         steps = columns * samples.table.num_steps // self.levels
-        drawn = [
+        noise = [
             samples.noise.step([samples.indices[row]], column, policy.latent_shape)
             for row, column in zip(rows.tolist(), columns.tolist(), strict=True)
         ]
-        eps, x0 = to_device(torch.cat(drawn), policy.device), samples.trajectory.latents[rows]
+        eps, x0 = to_device(torch.cat(noise), policy.device), samples.trajectory.latents[rows]
         a, s = samples.table.a[steps], samples.table.s[steps]
         x = per_sample(a, x0) * x0 + per_sample(s, x0) * eps
         output = policy.predict(

@@ -1,4 +1,4 @@
-"""A reward that compares the images of a group: how far an image is from the others of its prompt."""
+"""A reward that compares the images of a group: the distance of an image to the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def distinctness(images: Tensor, prompts: list[str], groups: list[int], **metadata: Any) -> Tensor:
-    """The mean distance of an image to the other images of its group, in grey levels (root mean square); 0 for one alone.
+    """The mean distance of an image to the other images of its group.
+
+    The distance is the root mean square in grey levels. An image alone in its group has 0.
 
     Args:
         images: uint8 `[n, 3, h, w]`.
@@ -29,4 +31,5 @@ def distinctness(images: Tensor, prompts: list[str], groups: list[int], **metada
     return scores
 
 
-distinctness.whole_groups = True  # type: ignore[attr-defined]  # every call gets all images of a group
+# Every call gets all images of a group.
+distinctness.whole_groups = True  # type: ignore[attr-defined]

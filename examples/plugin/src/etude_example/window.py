@@ -9,7 +9,7 @@ from etude.sampling.windows import WindowSchedule
 
 @dataclass(frozen=True)
 class PingPongWindow(WindowSchedule):
-    """The left edge goes from `start` to `stop - size` and back, a step every `iters_per_shift` iterations.
+    """A left edge that goes from `start` to `stop - size` and back, one step at a time.
 
     Attributes:
         iters_per_shift: iterations between two moves.

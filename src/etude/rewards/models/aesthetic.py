@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from etude.errors import EtudeError
-from etude.rewards.models.clip import image_embedding, image_processor, processed
+from etude.rewards.models.clip import image_embedding, image_processor, preprocess
 from etude.rewards.models.model_reward import ModelReward
-from etude.rewards.models.weights import WEIGHT_FILES, fetch, pretrained, read_tensors, strip_prefix, weights_of
+from etude.rewards.models.weights import WEIGHT_FILES, fetch, load_pretrained, read_tensors, strip_prefix, weights_of
 
 
 class ScoreHead(nn.Module):
     """The five linear layers d-1024-128-64-16-1 that the aesthetic predictor and ImageReward share.
 
-    There is no non-linearity between them, and the dropout is for training; layers are numbered as published.
+    There is no non-linearity between the layers. The published dropout acts in training only, and
+    is left out. Layers are numbered as published.
     """
 
     def __init__(self, width: int) -> None:
@@ -33,37 +34,40 @@ class ScoreHead(nn.Module):
 
     @classmethod
     def of(cls, width: int, tensors: Mapping[str, Tensor], origin: Path) -> ScoreHead:
-        """The head whose tensors are among `tensors`, under `layers.0.weight` or with anything before it.
+        """The head in a state dict, under `layers.0.weight` and so on, with or without a prefix.
 
         Raises:
-            EtudeError: if they are not there or have other shapes.
+            EtudeError: a tensor is missing or has another shape; the error names `origin`.
         """
-        head, found = cls(width), strip_prefix(tensors, "layers.7.weight")
-        wanted = head.state_dict()
-        for name, tensor in wanted.items():
-            if name not in found or found[name].shape != tensor.shape:
-                there = list(found[name].shape) if name in found else "nothing"
+        head, source = cls(width), strip_prefix(tensors, "layers.7.weight")
+        state = head.state_dict()
+        for name, tensor in state.items():
+            if name not in source or source[name].shape != tensor.shape:
+                there = list(source[name].shape) if name in source else "nothing"
                 raise EtudeError(
                     f"'{origin}' does not hold the score head {width}-1024-128-64-16-1: "
                     f"'{name}' must be {list(tensor.shape)}, and there is {there}."
                 )
-        head.load_state_dict({name: found[name].float() for name in wanted})
+        head.load_state_dict({name: source[name].float() for name in state})
         return head.eval().requires_grad_(False)
 
 
 class Aesthetic(ModelReward):
-    """LAION's improved aesthetic predictor (sac+logos+ava1-l14-linearMSE), the aesthetic reward of DDPO, arXiv 2305.13301.
+    """LAION's improved aesthetic predictor, the aesthetic reward of DDPO (arXiv 2305.13301).
 
         score = MLP(f(image) / |f(image)|), MLP of ScoreHead with d = 768
 
-    f is the projected image embedding of `openai/clip-vit-large-patch14` (`base`; the code of CLIP is MIT, the card of the weights states
-    none) with its image processor; the head is by C. Schuhmann (github.com/christophschuhmann/improved-aesthetic-predictor, Apache-2.0). It
-    regresses ratings of 1 to 10 and is not bounded; generated pictures score about 4.5 to 7. Prompts are ignored. The head is computed in
-    float32.
+    The published model is sac+logos+ava1-l14-linearMSE. f is the projected image embedding of
+    `openai/clip-vit-large-patch14` (`base`), with its image processor. The code of CLIP is MIT; the
+    card of the weights states no licence. The head is by C. Schuhmann
+    (github.com/christophschuhmann/improved-aesthetic-predictor, Apache-2.0). It regresses ratings
+    of 1 to 10 and is not bounded; generated pictures score about 4.5 to 7. Prompts are ignored. The
+    head is computed in float32.
 
-    The published head is a pickle, which etude does not read; the default `model` is a hub repository that carries the same tensors in
-    safetensors (`RE-N-Y/laion-aesthetic`, used by the package imscore; not the author's, not pinned, and no licence of its own is known:
-    see its card), of which only the head is used.
+    The published head is a pickle, which etude does not read. The default `model` is a hub
+    repository with the same tensors in safetensors (`RE-N-Y/laion-aesthetic`, used by the package
+    imscore); only the head is read from it. This repository is not the author's and is not pinned
+    to a commit. No licence of its own is known: see its card.
     """
 
     MODEL = "RE-N-Y/laion-aesthetic"
@@ -73,11 +77,11 @@ class Aesthetic(ModelReward):
         from transformers import CLIPModel
 
         weights = weights_of(fetch(self.model, ["*.safetensors"]))
-        network = pretrained(CLIPModel, fetch(self.base, WEIGHT_FILES))
+        network = load_pretrained(CLIPModel, fetch(self.base, WEIGHT_FILES))
         self.head = ScoreHead.of(network.config.projection_dim, read_tensors(weights), weights)
         self.processor = image_processor(self.base)
         return nn.ModuleDict({"vision_model": network.vision_model, "visual_projection": network.visual_projection})
 
     def _score(self, images: Tensor, prompts: list[str], device: torch.device) -> Tensor:
-        pixels = processed(self.processor, images).to(device, self.dtype)
+        pixels = preprocess(self.processor, images).to(device, self.dtype)
         return self.head.to(device)(image_embedding(self.network, pixels))

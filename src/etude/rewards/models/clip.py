@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from etude.errors import EtudeError, brief
 from etude.rewards.models.model_reward import ModelReward
 from etude.rewards.models.preprocessing import pictures
-from etude.rewards.models.weights import TEXT_FILES, WEIGHT_FILES, fetch, pretrained
+from etude.rewards.models.weights import TEXT_FILES, WEIGHT_FILES, fetch, load_pretrained
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c"
 CLIP_FILES = ("preprocessor_config.json", "tokenizer_config.json")
 
 
 class Cosine(ModelReward):
-    """cos(f(image), g(prompt)) of a `transformers.CLIPModel`, scaled by what each reward says.
+    """cos(f(image), g(prompt)) of a `transformers.CLIPModel`, scaled as each subclass says.
 
-    Prompts are cut to the text encoder's length (77 tokens in every published one); embeddings are normalised in float32.
+    Prompts are cut to the text encoder's length (77 tokens in every published CLIP). Embeddings are
+    normalised in float32.
     """
 
     BASE_FILES = CLIP_FILES
@@ -28,7 +29,7 @@ class Cosine(ModelReward):
     def _load(self) -> nn.Module:
         from transformers import CLIPModel
 
-        network = pretrained(CLIPModel, fetch(self.model, WEIGHT_FILES))
+        network = load_pretrained(CLIPModel, fetch(self.model, WEIGHT_FILES))
         self.tokenizer = tokenizer(self.base)
         self.processor = image_processor(self.base)
         return network
@@ -43,12 +44,13 @@ class Cosine(ModelReward):
         return image_embedding(self.network, self._pixels(images).to(device, self.dtype))
 
     def _pixels(self, images: Tensor) -> Tensor:
-        return processed(self.processor, images)
+        return preprocess(self.processor, images)
 
     def _text(self, prompts: list[str], device: torch.device) -> Tensor:
         network = self.network
         longest = network.config.text_config.max_position_embeddings
-        # to the full length: what precedes the end is blind to the padding, and a row must not depend on its company
+        # Padded to the full length, so that a row does not depend on the other prompts; the tokens
+        # of a prompt do not see the padding behind them.
         tokens = self.tokenizer(
             prompts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
         ).to(device)
@@ -61,15 +63,19 @@ class Cosine(ModelReward):
 
 
 class CLIPScore(Cosine):
-    """CLIPScore = 2.5 max(cos(f(image), g("A photo depicts " + prompt)), 0), Hessel et al. 2021, arXiv 2104.08718.
+    """CLIPScore (Hessel et al. 2021, arXiv 2104.08718): 2.5 max(cos(f(image), g("A photo depicts "
+    + prompt)), 0).
 
-    Model: `openai/clip-vit-base-patch32`, the paper's ViT-B/32, with its own image processor, at the commit of that repository that holds
-    its conversion to safetensors (the main branch has pickles only). Licence: the code of CLIP is MIT; the repository's card states none
-    for the weights. Range [0, 2.5]; captions of photographs score about 0.6 to 0.9. Work on text-to-image models often reports 100 max(cos,
-    0) of another CLIP without the prefix instead: that is `clip_score:openai/clip-vit-large-patch14,prefix=` times 40.
+    Model: `openai/clip-vit-base-patch32`, the paper's ViT-B/32, with its own image processor. The
+    pinned commit of that repository holds a conversion to safetensors; its main branch has pickles
+    only. Licence: the code of CLIP is MIT; the repository's card states none for the weights. Range
+    [0, 2.5]; captions of photographs score about 0.6 to 0.9.
+
+    Work on text-to-image models often reports 100 max(cos, 0) of another CLIP without the prefix.
+    This is `clip_score:openai/clip-vit-large-patch14,prefix=` times 40.
 
     Args:
-        prefix: what precedes each prompt.
+        prefix: text in front of each prompt.
     """
 
     MODEL = BASE = "openai/clip-vit-base-patch32@c237dc49a33fc61debc9276459120b7eac67e7ef"
@@ -84,7 +90,7 @@ class CLIPScore(Cosine):
         device: str = "",
         prefix: str = "A photo depicts",
     ) -> None:
-        base = base or model  # any CLIP is whole: the tokenizer of another one would not fit it
+        base = base or model  # a CLIP checkpoint holds its own tokenizer, and no other fits it
         super().__init__(model, base=base, batch_size=batch_size, dtype=dtype, device=device)
         self.prefix = f"{prefix.strip()} " if prefix.strip() else ""
 
@@ -96,11 +102,15 @@ class CLIPScore(Cosine):
 
 
 class PickScore(Cosine):
-    """PickScore v1 = exp(logit_scale) cos(f(image), g(prompt)), Kirstain et al. 2023, arXiv 2305.01569.
+    """PickScore v1 (Kirstain et al. 2023, arXiv 2305.01569).
 
-    Model: `yuvalkirstain/PickScore_v1`, a CLIP-ViT-H-14 tuned on Pick-a-Pic (licence: its model card states none); tokenizer and image
-    processor (`base`) of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` (MIT). exp(logit_scale) is about 100: range [-100, 100], in practice about
-    15 to 25. Some work divides it by 26 to bring it near 1, which group-normalised advantages do not notice.
+        score = exp(logit_scale) cos(f(image), g(prompt))
+
+    Model: `yuvalkirstain/PickScore_v1`, a CLIP-ViT-H-14 tuned on Pick-a-Pic (licence: its model
+    card states none). Tokenizer and image processor (`base`) are those of
+    `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` (MIT). exp(logit_scale) is about 100: range [-100, 100],
+    in practice about 15 to 25. Some work divides the score by 26 to bring it near 1;
+    group-normalised advantages do not change by this.
     """
 
     MODEL = "yuvalkirstain/PickScore_v1@a4e4367c6dfa7288a00c550414478f865b875800"
@@ -117,7 +127,7 @@ def image_embedding(network: Any, pixels: Tensor) -> Tensor:
     return nn.functional.normalize(network.visual_projection(pooled).float(), dim=-1)
 
 
-def processed(processor: Any, images: Tensor) -> Tensor:
+def preprocess(processor: Any, images: Tensor) -> Tensor:
     """uint8 images through a CLIP image processor, float32 `[n, 3, size, size]`."""
     pixels: Tensor = processor(images=pictures(images), return_tensors="pt")["pixel_values"]
     return pixels
@@ -127,7 +137,7 @@ def tokenizer(source: str) -> Any:
     """The tokenizer of a checkpoint.
 
     Raises:
-        EtudeError: if the checkpoint holds none.
+        EtudeError: the checkpoint holds none.
     """
     from transformers import AutoTokenizer
 
@@ -135,10 +145,10 @@ def tokenizer(source: str) -> Any:
 
 
 def image_processor(source: str) -> Any:
-    """The CLIP image processor of a checkpoint, in its PIL form whether or not torchvision is installed.
+    """The CLIP image processor of a checkpoint, in its PIL form, with or without torchvision.
 
     Raises:
-        EtudeError: if the checkpoint holds none.
+        EtudeError: the checkpoint holds none.
     """
     from transformers import CLIPImageProcessorPil
 

@@ -1,4 +1,4 @@
-"""HPS v2.1: a CLIP-ViT-H-14 tuned on human preferences, from its published OpenCLIP layout or that of transformers."""
+"""HPS v2.1: a CLIP-ViT-H-14 tuned on human preferences, from either of two layouts."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from torch import Tensor, nn
 from etude.errors import EtudeError
 from etude.rewards.models.clip import VIT_H, Cosine, tokenizer
 from etude.rewards.models.preprocessing import pad_to_square
-from etude.rewards.models.weights import TEXT_FILES, assembled, fetch, read_tensors, strip_prefix, weights_of
+from etude.rewards.models.weights import TEXT_FILES, assemble, fetch, read_tensors, strip_prefix, weights_of
 
 
 class HPSv2(Cosine):
     """HPS v2.1 = cos(f(image), g(prompt)), Wu et al. 2023, arXiv 2306.09341.
 
-    The network is the CLIP-ViT-H-14 of LAION, tuned (licence of the authors' repository and weights: Apache-2.0); `base` gives its
-    architecture and tokenizer: `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` (MIT). As published, there is no logit scale, and a picture that is
-    not square is resized to fit and padded with black rather than cropped. Range [-1, 1], in practice about 0.2 to 0.35; papers often print
-    it times 100.
+    The network is LAION's CLIP-ViT-H-14, tuned (licence of the authors' repository and weights:
+    Apache-2.0). Its architecture and tokenizer come from `base`:
+    `laion/CLIP-ViT-H-14-laion2B-s32B-b79K` (MIT). As published, there is no logit scale, and a
+    picture that is not square is resized to fit and padded with black, not cropped. Range [-1, 1],
+    in practice about 0.2 to 0.35; papers often print the score times 100.
 
-    The published checkpoint (`xswu/HPSv2`, HPS_v2.1_compressed.pt) is a pickle, which etude does not read; the default `model` is a hub
-    repository that carries it in safetensors (`RE-N-Y/hpsv21`, used by the package imscore; not the authors', not pinned, and no licence of
-    its own is known: see its card). Both layouts are understood: OpenCLIP's names, whatever wrapper precedes them, and those of
-    `transformers.CLIPModel`. OpenCLIP itself is not needed.
+    The published checkpoint (`xswu/HPSv2`, HPS_v2.1_compressed.pt) is a pickle, which etude does
+    not read. The default `model` is a hub repository with the same tensors in safetensors
+    (`RE-N-Y/hpsv21`, used by the package imscore). This repository is not the authors' and is not
+    pinned to a commit. No licence of its own is known: see its card. Two layouts are read:
+    OpenCLIP's names, with any prefix, and those of `transformers.CLIPModel`. OpenCLIP itself is not
+    needed.
     """
 
     MODEL = "RE-N-Y/hpsv21"
@@ -42,7 +45,7 @@ class HPSv2(Cosine):
         if not names:
             raise EtudeError(f"'{weights}' holds no CLIP in the layout of OpenCLIP or of transformers.")
         self.tokenizer = tokenizer(self.base)
-        return assembled(CLIPModel, config, names, weights)
+        return assemble(CLIPModel, config, names, weights)
 
     def _pixels(self, images: Tensor) -> Tensor:
         return pad_to_square(images, self.network.config.vision_config.image_size)
@@ -52,12 +55,13 @@ class HPSv2(Cosine):
 
 
 def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of OpenCLIP's CLIP under the names of `transformers.CLIPModel`; empty if it is none.
+    """A state dict of OpenCLIP's CLIP under the names of `transformers.CLIPModel`.
 
     OpenCLIP keeps query, key and value in one matrix, and its two projections act from the right.
+    The result is empty if the tensors are not those of a CLIP in OpenCLIP's layout.
     """
     source = strip_prefix(tensors, "visual.class_embedding")
-    return {name: t for key, tensor in source.items() for name, t in _renamed(key, tensor)}
+    return {name: t for key, tensor in source.items() for name, t in _rename(key, tensor)}
 
 
 _WHOLE = {
@@ -84,11 +88,12 @@ _IN_BLOCK = {
 _BLOCK = re.compile(r"(?P<tower>visual\.)?transformer\.resblocks\.(?P<i>\d+)\.(?P<part>.+?)[._](?P<kind>weight|bias)")
 
 
-def _renamed(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+def _rename(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     stem, _, kind = key.rpartition(".")
     block = _BLOCK.fullmatch(key)
     if key in _WHOLE:
-        yield _WHOLE[key], tensor.reshape(()) if key == "logit_scale" else tensor  # some versions store [1]
+        # Some versions store logit_scale in shape [1].
+        yield _WHOLE[key], tensor.reshape(()) if key == "logit_scale" else tensor
     elif key in _PROJECTIONS:
         yield _PROJECTIONS[key], tensor.T.contiguous()
     elif stem in _NORMS:

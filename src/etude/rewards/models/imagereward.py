@@ -16,26 +16,30 @@ from etude.rewards.models.aesthetic import ScoreHead
 from etude.rewards.models.clip import tokenizer
 from etude.rewards.models.model_reward import ModelReward
 from etude.rewards.models.preprocessing import crop_to_square
-from etude.rewards.models.weights import assembled, fetch, read_tensors, strip_prefix, weights_of
+from etude.rewards.models.weights import assemble, fetch, read_tensors, strip_prefix, weights_of
 
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score over the authors' test set
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # the raw score's, over the authors' test set
 TOKENS = 35
-HEAD_WIDTH = 64  # of every attention head in BLIP, and not to be read off its tensors
+HEAD_WIDTH = 64  # width of every attention head in BLIP; its tensors do not show it
 
 
 class ImageReward(ModelReward):
     """ImageReward v1.0, Xu et al. 2023, arXiv 2304.05977.
 
-        score = (MLP(h) - 0.1671736...) / 1.0333395..., h the first output token of BLIP's text encoder, MLP of ScoreHead
+        score = (MLP(h) - 0.1671736...) / 1.0333395...
 
-    The text encoder (BERT base) attends to all tokens of the image encoder (ViT-L/16 at 224 pixels); prompts are cut or padded to 35 tokens
-    and images cropped to the centre, as published. Standardised, so unbounded: in practice about -2.3 to 2. Licence of the authors' code
-    and weights: Apache-2.0 (BLIP: BSD-3-Clause). The head is computed in float32.
+    h is the first output token of BLIP's text encoder, MLP is `ScoreHead`. The text encoder (BERT
+    base) attends to all tokens of the image encoder (ViT-L/16 at 224 pixels). As published, prompts
+    are cut or padded to 35 tokens, and images are cropped to the centre. The score is standardised
+    and unbounded: in practice about -2.3 to 2. Licence of the authors' code and weights: Apache-2.0
+    (BLIP: BSD-3-Clause). The head is computed in float32.
 
-    The published checkpoint (`THUDM/ImageReward`, ImageReward.pt) is a pickle, which etude does not read; the default `model` is a hub
-    repository that carries it in safetensors (`RE-N-Y/ImageReward`, used by the package imscore; not the authors', not pinned, and no
-    licence of its own is known: see its card), under the published names. It runs in the BLIP classes of transformers. `base` gives the
-    tokenizer: `google-bert/bert-base-uncased` (Apache-2.0).
+    The published checkpoint (`THUDM/ImageReward`, ImageReward.pt) is a pickle, which etude does not
+    read. The default `model` is a hub repository with the same tensors in safetensors, under the
+    published names (`RE-N-Y/ImageReward`, used by the package imscore). This repository is not the
+    authors' and is not pinned to a commit. No licence of its own is known: see its card. The
+    network runs in the BLIP classes of transformers. The tokenizer comes from `base`:
+    `google-bert/bert-base-uncased` (Apache-2.0).
     """
 
     MODEL = "RE-N-Y/ImageReward"
@@ -86,7 +90,7 @@ def vision_encoder(tensors: Mapping[str, Tensor], origin: Path) -> Any:
     """`transformers.BlipVisionModel` from the published names; its sizes are read off the tensors.
 
     Raises:
-        EtudeError: if it is not there, or not whole.
+        EtudeError: the encoder is missing or incomplete.
     """
     from transformers import BlipVisionConfig, BlipVisionModel
 
@@ -102,14 +106,14 @@ def vision_encoder(tensors: Mapping[str, Tensor], origin: Path) -> Any:
         patch_size=patch,
         layer_norm_eps=1e-6,
     )
-    return assembled(BlipVisionModel, config, {_vision_name(name): t for name, t in source.items()}, origin)
+    return assemble(BlipVisionModel, config, {_vision_name(name): t for name, t in source.items()}, origin)
 
 
 def text_encoder(tensors: Mapping[str, Tensor], origin: Path) -> Any:
-    """`transformers.BlipTextModel`, whose names are the published ones; its sizes are read off the tensors.
+    """`transformers.BlipTextModel` from the published names; its sizes are read off the tensors.
 
     Raises:
-        EtudeError: if it is not there, or not whole.
+        EtudeError: the encoder is missing or incomplete.
     """
     from transformers import BlipTextConfig, BlipTextModel
 
@@ -125,20 +129,21 @@ def text_encoder(tensors: Mapping[str, Tensor], origin: Path) -> Any:
         num_attention_heads=max(1, width // HEAD_WIDTH),
         max_position_embeddings=0 if places is None else len(places),
         layer_norm_eps=1e-12,
-        is_decoder=True,  # builds the cross-attention; the forward pass attends in both directions all the same
+        is_decoder=True,  # for the cross-attention; the forward pass attends both ways all the same
         bos_token_id=None,
         eos_token_id=None,
         sep_token_id=None,
     )
-    # its attention adds the mask to the scores, which holds for the additive masks of the eager implementation only
-    return assembled(BlipTextModel, config, source, origin, add_pooling_layer=False, attn_implementation="eager")
+    # BLIP's attention adds the mask to its scores, so the mask must be the additive one of the
+    # eager implementation.
+    return assemble(BlipTextModel, config, source, origin, add_pooling_layer=False, attn_implementation="eager")
 
 
 def _part(tensors: Mapping[str, Tensor], part: str, landmark: str, origin: Path) -> dict[str, Tensor]:
     whole = strip_prefix(tensors, part + landmark)
     if not whole:
         raise EtudeError(f"'{origin}' does not hold ImageReward: there is no '{part}{landmark}' in it.")
-    extra = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")  # buffers and layers that go unused
+    extra = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")  # unused
     inside = {name.removeprefix(part): t for name, t in whole.items() if name.startswith(part)}
     return {name: t for name, t in inside.items() if name not in extra}
 
@@ -152,5 +157,5 @@ def _vision_name(name: str) -> str:
 
 
 def _depth(names: Mapping[str, Tensor], stem: str) -> int:
-    found = [re.match(rf"{stem}\.(\d+)\.", name) for name in names]
-    return 1 + max(int(match[1]) for match in found if match)
+    matches = [re.match(rf"{stem}\.(\d+)\.", name) for name in names]
+    return 1 + max(int(match[1]) for match in matches if match)

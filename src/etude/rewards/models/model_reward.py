@@ -1,4 +1,4 @@
-"""What rewards that run a network share: options inside the name, weights at first use, device, batches."""
+"""Base of rewards that run a network: options, weights at first use, device, batches."""
 
 from __future__ import annotations
 
@@ -22,27 +22,33 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ModelReward(ABC):
     """A frozen network as a reward: images uint8 `[n, 3, h, w]` and prompts to float32 `[n]`.
 
-    Making one costs nothing: `load`, or the first call, fetches and reads the weights. Images are preprocessed one by one with
-    PIL on the CPU, as the published code of each model does, and scored in batches. A batch that does not fit into the device's memory is
-    halved, with a warning, and the size stays so.
+    An instance costs nothing until `load`, or the first call, fetches and reads the weights. Images
+    are preprocessed one by one with PIL on the CPU, as in the published code of each model, and
+    scored in batches. A batch that does not fit into the device's memory is halved, with a warning,
+    and later batches keep that size.
 
     Args:
-        model: the weights: a hub id (`owner/name`, `owner/name@revision`), a directory or a `.safetensors` file. Published defaults are
-            pinned to a commit where one is known for certain; `revisions` tells which was read.
-        base: the checkpoint that gives what `model` does not hold (tokenizer, image processor, and as each reward says).
-            Default: `model` itself where it is a local directory with those files, else the published one.
-        batch_size: images per forward pass.
-        dtype: of the network: float32, bfloat16 or float16. Scores are computed from its outputs in float32.
-        device: default: that of the images if it is no CPU, else the one that Accelerate gave to this process, else CUDA where
-            there is one, so that it is the policy's.
+        model: the weights: a hub id (`owner/name`, `owner/name@revision`), a directory or a
+            `.safetensors` file. Published defaults are pinned to a commit where one is known for
+            certain; `revisions` tells which commit was read.
+        base: the checkpoint for the parts that `model` lacks (tokenizer, image processor, and
+            others that each reward names). Default: `model` itself if it is a local directory with
+            those files, else the published one.
+        batch_size: images per forward pass. Default: 16.
+        dtype: dtype of the network: float32, bfloat16 or float16. Scores are computed from its
+            outputs in float32. Default: float32.
+        device: device of the network. Default: the images' device if that is no CPU, else the
+            device that Accelerate gave to this process, else CUDA if there is one; this is the
+            policy's device.
 
     Raises:
-        EtudeError: a path that does not exist, a pickle, a batch size below 1, an unknown dtype or device.
+        EtudeError: a path does not exist, a file is a pickle, the batch size is below 1, or the
+            dtype or device is unknown.
     """
 
     MODEL: ClassVar[str]
     BASE: ClassVar[str]
-    BASE_FILES: ClassVar[tuple[str, ...]] = ()  # with these, a local directory is its own `base`
+    BASE_FILES: ClassVar[tuple[str, ...]] = ()  # a local directory with these is its own `base`
 
     def __init__(
         self, model: str = "", *, base: str = "", batch_size: int = 16, dtype: str = "float32", device: str = ""
@@ -65,16 +71,19 @@ class ModelReward(ABC):
 
     @classmethod
     def from_options(cls, text: str = "") -> Self:
-        """From what follows the colon of a reward's name: `model`, `key=value`, or several of them with commas.
+        """Builds the reward from the text after the colon of its name.
+
+        Args:
+            text: `model`, `key=value`, or several of them with commas.
 
         Raises:
-            EtudeError: an unknown option, or a value that cannot be one.
+            EtudeError: an option is unknown, or its value is invalid.
         """
         parameters = inspect.signature(cls).parameters
         options: dict[str, Any] = {}
         for i, part in enumerate(text.split(",") if text else []):
             key, equals, value = part.partition("=")
-            if i == 0 and (not equals or "/" in key):  # a path may hold an equals sign, an option's name no slash
+            if i == 0 and (not equals or "/" in key):  # a path may hold '=', an option no '/'
                 key, value = "model", part
             elif key not in parameters:
                 raise unknown(f"option of the reward {cls.__name__}", key, parameters)
@@ -86,14 +95,17 @@ class ModelReward(ABC):
 
     @property
     def batch_size(self) -> int:
-        """Images per forward pass: what was asked for, or what is left of it after halving."""
+        """Images per forward pass: the configured number, or less after halving."""
         return self.batches.size
 
     def load(self) -> None:
-        """Fetches and reads the weights, once; calling it before a run makes a missing checkpoint an error before it.
+        """Fetches and reads the weights, once.
+
+        Called before a run, it reports a missing checkpoint before the first rollout.
 
         Raises:
-            EtudeError: if a checkpoint is neither on disk nor on a hub within reach, or holds other weights.
+            EtudeError: a checkpoint is neither on disk nor on a hub within reach, or holds other
+                weights.
         """
         if self.network is None:
             self.network = self._load().to(dtype=self.dtype)
@@ -112,15 +124,15 @@ class ModelReward(ABC):
         return scores
 
     def offload(self) -> None:
-        """Moves the networks to the CPU, where they wait until the next call: what `memory.offload` asks for after each use."""
+        """Moves the networks to the CPU until the next call, for `memory.offload`."""
         for value in vars(self).values():
             if isinstance(value, nn.Module):
                 value.to("cpu")
         clear_device_cache()
 
     def revisions(self) -> dict[str, str]:
-        """The hub repositories that were read, as they were named, and the commit of each."""
-        return {source: found for source in (self.model, self.base) if (found := revision_read(source))}
+        """The commit of each hub repository that was read, by its name in the options."""
+        return {source: commit for source in (self.model, self.base) if (commit := revision_read(source))}
 
     def _holds_base(self) -> bool:
         path = Path(os.path.expanduser(self.model))
@@ -139,7 +151,7 @@ class ModelReward(ABC):
 
     @abstractmethod
     def _load(self) -> nn.Module:
-        """The network, and whatever else `_score` needs kept on `self`."""
+        """Returns the network; sets the other attributes that `_score` needs."""
 
     @abstractmethod
     def _score(self, images: Tensor, prompts: list[str], device: torch.device) -> Tensor:

@@ -1,7 +1,8 @@
-"""Images as the published scorers see them: resized by PIL (bicubic, with its antialiasing), then normalised as CLIP's.
+"""Preprocessing of the published scorers: resized by PIL (bicubic, antialiased), normalised as
+CLIP's.
 
-The arithmetic of sizes and offsets is torchvision's, which the published code calls, and its rounding is part of the score: a tensor
-resize, or another library's centre crop, shifts some images by a pixel.
+Sizes and offsets are computed as in torchvision, which the published code calls. The rounding is
+part of the score: a tensor resize, or another library's centre crop, shifts some images by a pixel.
 """
 
 from __future__ import annotations
@@ -24,22 +25,30 @@ def pictures(images: Tensor) -> list[Image.Image]:
 
 
 def crop_to_square(images: Tensor, size: int) -> Tensor:
-    """The shorter side resized to `size` (the longer to its floor), the centre cropped. float32 `[n, 3, size, size]`."""
-    return _normalised(images, partial(_cropped, size=size))
+    """Resizes the shorter side to `size` (the longer to its floor) and crops the centre.
+
+    Returns:
+        float32 `[n, 3, size, size]`.
+    """
+    return _normalise(images, partial(_crop, size=size))
 
 
 def pad_to_square(images: Tensor, size: int) -> Tensor:
-    """The longer side resized to `size` (the shorter rounded), black bars around. float32 `[n, 3, size, size]`."""
-    return _normalised(images, partial(_padded, size=size))
+    """Resizes the longer side to `size` (the shorter is rounded) and adds black bars.
+
+    Returns:
+        float32 `[n, 3, size, size]`.
+    """
+    return _normalise(images, partial(_pad, size=size))
 
 
-def _normalised(images: Tensor, fit: Callable[[Image.Image], Image.Image]) -> Tensor:
+def _normalise(images: Tensor, fit: Callable[[Image.Image], Image.Image]) -> Tensor:
     pixels = torch.from_numpy(np.stack([np.asarray(fit(picture)) for picture in pictures(images)]))
     unit = pixels.permute(0, 3, 1, 2).float() / 255
     return (unit - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
-def _cropped(picture: Image.Image, size: int) -> Image.Image:
+def _crop(picture: Image.Image, size: int) -> Image.Image:
     width, height = picture.size
     short = min(width, height)
     width, height = size * width // short, size * height // short
@@ -48,7 +57,7 @@ def _cropped(picture: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-def _padded(picture: Image.Image, size: int) -> Image.Image:
+def _pad(picture: Image.Image, size: int) -> Image.Image:
     scale = size / max(picture.size)
     width, height = (round(side * scale) for side in picture.size)
     square = Image.new("RGB", (size, size))

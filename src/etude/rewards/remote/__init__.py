@@ -1,3 +1,3 @@
-"""Rewards of another machine: the wire format, the client and the server."""
+"""Rewards on another machine: the wire format, the client and the server."""
 
 from __future__ import annotations

@@ -21,35 +21,40 @@ from etude.rewards.background import in_event_loop
 from etude.rewards.remote.wire import ScoreAnswer, encode_image, explain, token_for, token_variables
 
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""Answers that another attempt may mend."""
+"""Status codes after which a request is repeated."""
 
 _LARGEST_ANSWER = 1 << 20  # bytes; the scores of a batch are a few hundred
 
 
 class RemoteReward:
-    """Scores of `POST url`, in batches of which several are under way at a time.
+    """A reward behind `POST url`, which gets the images in batches, several at a time.
 
-    Request: `{"images": [base64 of a PNG file, ...], "prompts": [...], "metadata": {name: [...]}}`, n of each. Answer: status 200 and
-    `{"scores": [n finite numbers]}`. `etude serve-reward` is a server.
+    Request: `{"images": [base64 of a PNG file, ...], "prompts": [...], "metadata": {name: [...]}}`,
+    n of each. Answer: status 200 and `{"scores": [n finite numbers]}`. `etude serve-reward` is a
+    server.
 
-    An attempt that finds no server, gets no answer in time or one of the statuses `RETRIED` is repeated after backoff, 2 backoff, 4 backoff, ...
-    seconds, without jitter. Every other mistake is an error at once, and ends the requests beside it. Redirects are not followed: the
-    images, and the token, go to `url` alone.
+    An attempt is repeated if it finds no server, gets no answer in time, or gets a status in
+    `RETRIED`. The waits are backoff, 2 backoff, 4 backoff, ... seconds, without jitter. Any other
+    failure is an error at once, and cancels the other requests. Redirects are not followed: the
+    images and the token go to `url` alone.
 
-    The token that `etude.rewards.remote.wire.token_for` finds for the url's host is sent as `Authorization: Bearer`; nothing writes it anywhere.
+    The token of the url's host (`etude.rewards.remote.wire.token_for`) is sent as `Authorization:
+    Bearer`. It is never written anywhere.
 
     Args:
         url: `http://host:port/path` or `https://host/path`.
-        timeout: seconds for one attempt, from looking up the host to the last byte of the answer, however slowly it drips.
-        batch_size: images per request.
-        concurrency: requests under way at a time, over all calls.
-        retries: attempts after the first.
-        backoff: seconds before the first retry.
-        whole_groups: 1 if the server's reward compares the images of a group. A request then holds whole groups, as many as
-            `batch_size` has room for and at least one, and says which image belongs to which.
+        timeout: seconds for one attempt, from the look-up of the host to the last byte of the
+            answer, however slowly the answer arrives. Default: 60.
+        batch_size: images per request. Default: 8.
+        concurrency: number of requests at a time, over all calls. Default: 4.
+        retries: attempts after the first. Default: 4.
+        backoff: seconds before the first retry. Default: 1.
+        whole_groups: 1 if the server's reward compares the images of a group. A request then holds
+            whole groups, as many as `batch_size` has room for and at least one, and says which
+            image belongs to which group. Default: 0.
 
     Raises:
-        EtudeError: a url or an option that cannot be used; when called, a server that fails.
+        EtudeError: the url or an option is invalid; in a call, the server fails.
     """
 
     def __init__(
@@ -75,7 +80,7 @@ class RemoteReward:
                 raise EtudeError(
                     f"{name} = {value:g} of a remote reward must be a finite number of at least {least:g}."
                 )
-        self._address = _checked_url(url)
+        self._address = _parse_url(url)
         self.url, self.timeout, self.batch_size = url, timeout, batch_size
         self.concurrency, self.retries, self.backoff = concurrency, retries, backoff
         self.whole_groups = bool(whole_groups)
@@ -85,10 +90,12 @@ class RemoteReward:
 
     @classmethod
     def from_name(cls, name: str) -> RemoteReward:
-        """From a reward's name: the url, with options where a page's fragment would be: `http://host/score#timeout=300,batch_size=4`.
+        """Builds the reward from its name, a url with options in the place of a fragment.
+
+        An example is `http://host/score#timeout=300,batch_size=4`.
 
         Raises:
-            EtudeError: an unknown option, or one that is no number.
+            EtudeError: an option is unknown or is no number.
         """
         url, _, text = name.partition("#")
         parameters = dict(list(inspect.signature(cls).parameters.items())[1:])
@@ -111,10 +118,10 @@ class RemoteReward:
         return cls(url, **options)
 
     def load(self) -> None:
-        """Finds out before a run whether anything answers at the url; what it says to a GET is its own business.
+        """Checks before a run that a server answers a GET at the url, with any status.
 
         Raises:
-            EtudeError: if nothing does.
+            EtudeError: no server answers.
         """
         _wait(in_event_loop(self._greet()))
 
@@ -122,9 +129,10 @@ class RemoteReward:
         return _wait(self.submit(images, prompts, **metadata))
 
     def submit(self, images: Tensor, prompts: list[str], **metadata: Any) -> Future[Tensor]:
-        """Sends the requests and returns at once; the future has the scores, float32 `[n]`. Cancelling it ends the requests.
+        """Sends the requests and returns a future of the scores, float32 `[n]`, at once.
 
-        The images must not change until the scores are there.
+        Cancelling the future ends the requests. The images must not change until the scores are
+        there.
         """
         return in_event_loop(self._all(images.cpu(), prompts, metadata))
 
@@ -142,7 +150,7 @@ class RemoteReward:
                 tasks.append(asyncio.ensure_future(self._batch(client, images[rows], own, columns)))
             try:
                 answers = await asyncio.gather(*tasks)
-            finally:  # after a failure nobody waits for the others any more
+            finally:  # after a failure the other answers are not needed
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -152,7 +160,7 @@ class RemoteReward:
         return scores
 
     def _batches(self, count: int, groups: list[int] | None) -> list[list[int]]:
-        """The rows of each request: consecutive ones, or those of whole groups."""
+        """The rows of each request: consecutive rows, or those of whole groups."""
         if groups is None:
             return [list(range(count))[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
         batches: list[list[int]] = []
@@ -191,17 +199,25 @@ class RemoteReward:
             ) from None
 
     def _client(self) -> httpx2.AsyncClient:
-        """One for each call: no connection waits idle between two iterations, to be found closed by the second."""
+        """A client for one call of the reward.
+
+        A client for several calls would keep connections that the server may close between two
+        iterations.
+        """
         headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": "application/json"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        # Each attempt has a deadline as a whole. Neither proxies nor credentials are taken from the environment.
+        # The attempt as a whole has a deadline. No proxy and no credentials come from the
+        # environment.
         return httpx2.AsyncClient(headers=headers, verify=self._verify, timeout=None, trust_env=False)
 
     async def _attempts(
         self, client: httpx2.AsyncClient, method: str, body: bytes | None, every_status: bool = False
     ) -> tuple[int, bytes]:
-        """Status and body of the first answer that no other attempt could mend."""
+        """Status and body of the first answer that is not repeated.
+
+        Answers with a status in `RETRIED` are repeated, unless `every_status`.
+        """
         problem = ""
         for attempt in range(self.retries + 1):
             if attempt:
@@ -216,7 +232,7 @@ class RemoteReward:
                 continue
             if every_status or status not in RETRIED:
                 return status, answer
-            problem = f"status {status}{self._said(answer)}"
+            problem = f"status {status}{self._quote(answer)}"
         count = f"{self.retries + 1} attempts" if self.retries else "1 attempt"
         raise EtudeError(f"{self.url}: {problem} after {count}: check that the server runs and is reachable.")
 
@@ -239,13 +255,15 @@ class RemoteReward:
                 f"{self.url}: status {status}, a redirect, which is not followed: give the url it leads to."
             )
         if status in {401, 403}:
-            raise EtudeError(f"{self.url}: status {status}{self._said(answer)}: {self._token_remedy()}.")
+            raise EtudeError(f"{self.url}: status {status}{self._quote(answer)}: {self._token_remedy()}.")
         if status != 200:
-            raise EtudeError(f"{self.url}: status {status}{self._said(answer)}; {expected}.")
+            raise EtudeError(f"{self.url}: status {status}{self._quote(answer)}; {expected}.")
         try:
             scores = ScoreAnswer.model_validate_json(answer).scores
         except ValidationError as error:
-            raise EtudeError(f"{self.url}: status 200 with {self._hidden(explain(error))[:120]}; {expected}.") from None
+            raise EtudeError(
+                f"{self.url}: status 200 with {self._hide_token(explain(error))[:120]}; {expected}."
+            ) from None
         if len(scores) != count:
             raise EtudeError(f"{self.url}: status 200 with {len(scores)} scores; {expected}.")
         if not torch.tensor(scores, dtype=torch.float32).isfinite().all():
@@ -259,37 +277,40 @@ class RemoteReward:
         state = "was refused" if self._token else "is not set"
         return f"set the server's token in the environment variable {variables[-1]} (it {state})"
 
-    def _said(self, answer: bytes) -> str:
-        """The server's own words on an error, if it has any: its field `error` or `detail`, else the beginning of its text."""
+    def _quote(self, answer: bytes) -> str:
+        """The server's own words on an error, if it has any.
+
+        They are its field `error` or `detail`, else the start of its text.
+        """
         text = answer[:4096].decode("utf-8", errors="replace")
         try:
             fields = json.loads(text)
             text = str(fields.get("error") or fields.get("detail") or text) if isinstance(fields, dict) else text
         except (ValueError, RecursionError):
-            pass  # not JSON: shown as it is
-        text = "".join(c if c.isprintable() else " " for c in self._hidden(text))
+            pass  # not JSON: the text itself is shown
+        text = "".join(c if c.isprintable() else " " for c in self._hide_token(text))
         text = re.sub(r" +", " ", text).strip().rstrip(".")
         return f" ({text[:160]})" if text else ""
 
-    def _hidden(self, text: str) -> str:
+    def _hide_token(self, text: str) -> str:
         return text.replace(self._token, "***") if self._token else text
 
 
 def _wait(future: Future[Any]) -> Any:
     try:
         return future.result()
-    except BaseException:  # Ctrl-C here must end the requests there
+    except BaseException:  # Ctrl-C in this thread must end the requests in the other
         future.cancel()
         raise
 
 
-def _checked_url(url: str) -> httpx2.URL:
+def _parse_url(url: str) -> httpx2.URL:
     try:
         parts = httpx2.URL(url)
     except httpx2.InvalidURL:
         raise EtudeError(f"remote reward '{url}' is no url: give http://host:port/path.") from None
     host = parts.raw_host.decode("ascii")
-    if parts.userinfo:  # it would be written to config.yaml
+    if parts.userinfo:  # the url is written to config.yaml
         raise EtudeError(
             f"the url of the remote reward at '{host}' holds a user name or password: leave it out, "
             f"and set a token in an environment variable ({', '.join(token_variables(host, None)[-1:])})."
@@ -302,7 +323,7 @@ def _checked_url(url: str) -> httpx2.URL:
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said, which is at the bottom of the library's errors, else what they say."""
+    """The operating system's message at the root of the library's errors, else the error's own."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:

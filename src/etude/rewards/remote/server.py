@@ -1,7 +1,9 @@
-"""`etude serve-reward`: any reward behind `POST /score`, for trainers on other machines (`etude.rewards.remote.client`).
+"""`etude serve-reward`: any reward behind `POST /score`, for trainers on other machines.
 
-Small on purpose: one reward, one batch at a time, JSON. It listens on loopback unless told otherwise, and then asks for a token. Nothing
-that a client sends is unpacked before its size is known, and at most `MAX_BODIES` requests are held in memory: the others wait unread.
+The client is `etude.rewards.remote.client`. The server is small on purpose: one reward, one batch
+at a time, JSON. By default it listens on loopback; on any other address it asks for a token. Images
+are unpacked only after their size is known. At most `MAX_BODIES` requests are held in memory; the
+others wait unread.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ if TYPE_CHECKING:
 
 MAX_REQUEST_BYTES = 64 << 20
 MAX_PIXELS = 1 << 26
-"""Of all images of a request: 64 of 1024 x 1024, 192 MiB unpacked."""
+"""Pixels of all images of a request, at most: 64 images of 1024 x 1024, 192 MiB unpacked."""
 
 MAX_BODIES = 4
-"""Requests that are read, or wait for their turn, at a time; of any other no more than its beginning is in memory."""
+"""Requests whose bodies are read, or wait for their turn, at a time.
+
+Of any other request only the beginning is in memory.
+"""
 
 _READ_SECONDS = 60  # for the body of a request
 _MAX_CONNECTIONS = 64
@@ -54,15 +59,17 @@ def build_app(
     """The ASGI application: `POST /score` and `GET /health`.
 
     Args:
-        name: of the reward, as `etude.rewards.get` takes it; it is built, and its weights are read, before this returns.
-        token: what `Authorization: Bearer` must hold to get scores; "" asks for none.
-        max_request_bytes: a longer request is refused while it arrives.
-        max_pixels: of all images of one request.
-        hosts: names without a port that the header `Host` may give; empty: any. The default is for a server on loopback: a page in a
-            browser on this machine reaches it under a name of the page's own, which its owner has pointed at 127.0.0.1.
+        name: name of the reward, as in `etude.rewards.get`. The reward is built, and its weights
+            are read, before this function returns.
+        token: the token that `Authorization: Bearer` must hold. Default: "", no token is needed.
+        max_request_bytes: length of a request, at most; a longer one is refused while it arrives.
+        max_pixels: pixels of all images of one request, at most.
+        hosts: names without a port that the header `Host` may hold; empty: any name. Default: those
+            of loopback. A web page in a browser on this machine could otherwise reach the server
+            under the page's own name, which its owner has pointed at 127.0.0.1 (DNS rebinding).
 
     Raises:
-        EtudeError: if the reward cannot be built, or the extra `serve` is not installed.
+        EtudeError: the reward cannot be built, or the extra `serve` is not installed.
     """
     _check_installed()
     from starlette.applications import Starlette
@@ -93,7 +100,8 @@ def listen(host: str, port: int, token: str = "", insecure: bool = False) -> soc
     """A listening socket; port 0 takes a free one.
 
     Raises:
-        EtudeError: a host beyond this machine without a token (unless `insecure`), or an address that cannot be had.
+        EtudeError: the host is beyond this machine and there is no token (unless `insecure`), or
+            the address cannot be used.
     """
     if not (token or insecure or is_loopback(host)):
         raise EtudeError(
@@ -110,7 +118,10 @@ def listen(host: str, port: int, token: str = "", insecure: bool = False) -> soc
 
 
 def make_server(app: Starlette) -> uvicorn.Server:
-    """A server to `run(sockets=[listen(...)])`, which returns after Ctrl-C or once its `should_exit` is set."""
+    """A server, to be started by `run(sockets=[listen(...)])`.
+
+    `run` returns after Ctrl-C, or once `should_exit` of the server is set.
+    """
     import uvicorn
 
     return uvicorn.Server(
@@ -128,10 +139,13 @@ def make_server(app: Starlette) -> uvicorn.Server:
 
 
 def server_token(variable: str | None) -> str:
-    """The token in that environment variable; without a name, in ETUDE_REWARD_TOKEN if it is set.
+    """The token in an environment variable.
+
+    Args:
+        variable: name of the variable. None: ETUDE_REWARD_TOKEN, which need not be set.
 
     Raises:
-        EtudeError: the named variable is not set, or holds what no header can carry.
+        EtudeError: the named variable is not set, or no header can carry its value.
     """
     from etude.rewards.remote.wire import TOKEN_VARIABLE, check_token
 
@@ -150,10 +164,12 @@ def address(sock: socket.socket) -> str:
 def prepare(
     name: str, host: str, port: int, token: str = "", *, insecure: bool = False, max_request_bytes: int
 ) -> tuple[uvicorn.Server, socket.socket]:
-    """The server of a reward and its listening socket; the address is taken before the reward's weights are read.
+    """The server of a reward and its listening socket.
+
+    The address is taken before the reward's weights are read.
 
     Raises:
-        EtudeError: as `listen` and `build_app`.
+        EtudeError: as in `listen` and `build_app`.
     """
     _check_installed()
     sock = listen(host, port, token, insecure)
@@ -173,7 +189,7 @@ class _Scorer:
         if hasattr(self.reward, "load"):
             self.reward.load()
         self.token, self.max_request_bytes, self.max_pixels = token.encode(), max_request_bytes, max_pixels
-        # memory is bounded: so many bodies, and one batch at a time
+        # Memory is bounded by MAX_BODIES bodies and one batch at a time.
         self.bodies, self.turn = anyio.Semaphore(MAX_BODIES), anyio.Lock()
 
     async def answer(self, request: Request) -> list[float]:
@@ -186,8 +202,8 @@ class _Scorer:
                 return await run_in_threadpool(self._score, body)
 
     def _authorise(self, request: Request) -> None:
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self.token)
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(token.strip().encode("latin-1", "replace"), self.token)
         if self.token and not (kind.lower() == "bearer" and right):
             raise _RefusedError(401, "this server asks for the right Authorization: Bearer token")
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -246,9 +262,9 @@ class _Scorer:
 
 
 def _check_host(request: Request, hosts: Collection[str]) -> None:
-    """Refuses a name under which the server is not meant to be reached (DNS rebinding)."""
-    given = request.headers.get("host", "").lower()
-    name = given.removeprefix("[").partition("]")[0] if given.startswith("[") else given.partition(":")[0]
+    """Refuses a request whose `Host` is not one of `hosts` (DNS rebinding)."""
+    host = request.headers.get("host", "").lower()
+    name = host.removeprefix("[").partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if hosts and name not in hosts:
         raise _RefusedError(
             421,

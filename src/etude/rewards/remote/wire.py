@@ -1,4 +1,4 @@
-"""What a remote reward and its server say to each other: JSON, the images as base64 of PNG files, which lose nothing."""
+"""The messages of a remote reward and its server: JSON, with images as base64 of PNG (lossless)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from etude.errors import EtudeError, brief
 
 TOKEN_VARIABLE = "ETUDE_REWARD_TOKEN"
-"""The environment variable with the bearer token of a server, and of those on the client's own machine."""
+"""Environment variable with a server's bearer token; clients on its own machine read it, too."""
 
 Score = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -57,7 +57,7 @@ class ScoreAnswer(BaseModel):
 def encode_image(image: Tensor) -> str:
     """uint8 `[3, h, w]` to base64 of a PNG file."""
     buffer = io.BytesIO()
-    # Level 1 is several times faster than the default and the files of images are hardly larger.
+    # Level 1 is several times faster than the default, and the files are hardly larger.
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="PNG", compress_level=1)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
@@ -67,10 +67,12 @@ def decode_images(texts: list[str], max_pixels: int) -> Tensor:
 
     Args:
         texts: n files, at least one.
-        max_pixels: of all images together, counted from the files' headers before any is unpacked.
+        max_pixels: largest number of pixels of all images together, counted from the files' headers
+            before an image is unpacked.
 
     Raises:
-        EtudeError: an image that is not base64 of an RGB PNG, images of several sizes, or too many pixels.
+        EtudeError: an image is not base64 of an RGB PNG, the images differ in size, or have too
+            many pixels.
     """
     opened = [_open(i, text) for i, text in enumerate(texts)]
     for i, image in enumerate(opened):
@@ -90,7 +92,7 @@ def decode_images(texts: list[str], max_pixels: int) -> Tensor:
 
 
 def explain(error: ValidationError) -> str:
-    """The first thing wrong with a message, without the value, which may be an image."""
+    """The first error of a message in words, without the value, which may be an image."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     return f"{place + ': ' if place else ''}{first['msg'].removeprefix('Value error, ')}"
@@ -105,12 +107,14 @@ def is_loopback(host: str) -> bool:
 
 
 def token_variables(host: str, port: int | None) -> list[str]:
-    """The environment variables in which a client looks for the token of the server at `host`, first to last.
+    """The environment variables that may hold the token for the server at `host`, first to last.
 
-    `ETUDE_REWARD_TOKEN_` and the host in capitals, with `_` for each dot and `__` for each hyphen: gpu-7.example.org has
-    `ETUDE_REWARD_TOKEN_GPU__7_EXAMPLE_ORG`, and its port 8001 may have one of its own, the same with `_8001`. So whoever writes the
-    url in a recipe cannot have a token sent to a host for which it was not meant. Servers on this machine may also have
-    `ETUDE_REWARD_TOKEN`. Hosts of other letters (IPv6 addresses, underscores) have none.
+    The name is `ETUDE_REWARD_TOKEN_` and the host in capitals, with `_` for each dot and `__` for
+    each hyphen: for gpu-7.example.org it is `ETUDE_REWARD_TOKEN_GPU__7_EXAMPLE_ORG`. Port 8001 of
+    that host may have its own variable, with `_8001` at the end. The url in a recipe can therefore
+    never send a token to a host for which it was not meant. For servers on this machine
+    `ETUDE_REWARD_TOKEN` comes last. Hosts with other characters (IPv6 addresses, underscores) have
+    no variable of their own.
     """
     names = [TOKEN_VARIABLE] if is_loopback(host) else []
     if re.fullmatch(r"[A-Za-z0-9.-]+", host):
@@ -122,10 +126,10 @@ def token_variables(host: str, port: int | None) -> list[str]:
 
 
 def token_for(host: str, port: int | None) -> str:
-    """The token for that server, "" if none is set: of the first of `token_variables` that is.
+    """The token for a server, from the first of its `token_variables` that is set; "" if none is.
 
     Raises:
-        EtudeError: if no HTTP header can carry it.
+        EtudeError: no HTTP header can carry the token.
     """
     for variable in token_variables(host, port):
         if token := os.environ.get(variable, ""):
@@ -137,7 +141,7 @@ def check_token(token: str, variable: str) -> str:
     """The token, if an HTTP header can carry it.
 
     Raises:
-        EtudeError: otherwise; the text names the variable and never shows the token.
+        EtudeError: no HTTP header can; the error names the variable and never shows the token.
     """
     if not token.isascii() or not token.isprintable() or " " in token:
         raise EtudeError(

@@ -3,10 +3,10 @@
     pipe.scheduler = GDDIMScheduler.from_config(pipe.scheduler.config, eta=1.2)             Stable Diffusion 1.x, 2.x, XL
     pipe.scheduler = FlowMatchGDDIMScheduler.from_config(pipe.scheduler.config, eta=1.2)    Stable Diffusion 3, FLUX
 
-**eta lives in the config, and `step` has no eta argument.** The Stable Diffusion pipelines look at
-the signature of `scheduler.step` and, where it has an `eta`, pass their own, whose default is 0. A
-scheduler with eta there would silently sample the ODE. In the config eta is also saved with the
-pipeline and loads with it.
+**eta lives in the config, and `step` has no eta argument.** The Stable Diffusion pipelines inspect
+the signature of `scheduler.step`. If it has an `eta`, they pass their own, 0 by default, so a
+scheduler with that argument would silently sample the ODE. An eta in the config is also saved and
+loaded with the pipeline.
 
 A saved pipeline names its scheduler `["etude", "GDDIMScheduler"]`, whichever file of the package
 the class is in.

@@ -13,38 +13,41 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor
 
 from etude.errors import EtudeError, brief
-from etude.sampling.kernels import Kernel, make_kernel
 from etude.sampling.paths import FlowPath, check_mu, flow_grid
-from etude.sampling.plans import SamplingPlan, StepTable
+from etude.sampling.plans import StepTable
 from etude.sampling.schedulers.kernel_step import Generators, KernelStep
 
 
 class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
-    """gDDIM (arXiv 2206.05564), or another kernel, at any eta >= 0 for rectified flow (Stable Diffusion 3, FLUX).
+    """gDDIM (arXiv 2206.05564), or another kernel, at any eta >= 0 for rectified flow (Stable
+    Diffusion 3, FLUX).
 
         x_u = (1 - sigma_u) x0_hat + sigma_u rho eps_hat + sigma_u sqrt(1 - rho^2) z
         rho = (lam_u / lam_t)^(eta^2),      lam = sigma / (1 - sigma)
 
-    Drop-in for `FlowMatchEulerDiscreteScheduler`, which it is at eta 0. It is one, so that the levels under every shift, the
-    place in them (`set_begin_index`, `index_for_timestep`) and `scale_noise` are diffusers' own: text to image, image to
-    image and inpainting work alike.
+    Drop-in for `FlowMatchEulerDiscreteScheduler`, and equal to it at eta 0. It is a subclass, so
+    the levels under every shift, the place among them (`set_begin_index`, `index_for_timestep`) and
+    `scale_noise` are diffusers' own: text to image, image to image and inpainting all work.
 
-    **The pipelines of these models give `step` no generator.** Noise then comes from `scheduler.generator`, which may be
-    set to one (a list: one a sample), and without it from torch's global generator, which `torch.manual_seed` seeds.
+    **The pipelines of these models give `step` no generator.** Set `scheduler.generator` to a
+    generator, or to a list with one per sample. Without it, noise comes from torch's global
+    generator, which `torch.manual_seed` seeds.
 
     Args:
         eta: the kernel's noise level, finite and >= 0, in the kernel's own unit.
         kernel: "gddim", "ddim", "flow_sde", "dance_sde" or "cps"; see `etude.sampling.kernels`.
-        first_step: at a step that starts from pure noise (sigma = 1, as the pipelines start), "ode" takes the Euler step,
-            "sde" leaves it to the kernel: gDDIM redraws all the noise, flow_sde is not defined there; "capped" does too, but
-            flow_sde takes the next level's noise (`FlowSDE`).
+        first_step: the treatment of a step from pure noise (sigma = 1, where the pipelines start).
+            "ode" takes the Euler step. "sde" takes the kernel's step: gDDIM redraws all the noise,
+            and flow_sde is not defined there. "capped" does the same, but flow_sde takes the next
+            level's noise (`FlowSDE`).
         invert_sigmas: must be false.
-        stochastic_sampling: ignored; it would redraw all the noise at every step, as gDDIM does for eta -> infinity.
+        stochastic_sampling: ignored; it would redraw all the noise at every step, as gDDIM does for
+            eta -> infinity.
 
-    The others are as in `FlowMatchEulerDiscreteScheduler`, with its defaults.
+    The other arguments are as in `FlowMatchEulerDiscreteScheduler`, with its defaults.
 
     Raises:
-        EtudeError: for an illegal eta, kernel or first_step, and as `FlowPath.from_config`.
+        EtudeError: the eta, kernel or first_step is illegal, or as in `FlowPath.from_config`.
 
     Example:
         >>> import etude
@@ -87,10 +90,10 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The scheduler for another flow scheduler's config; keyword arguments (eta=1.2) overrule the config.
+        """The scheduler for a flow scheduler's config; keyword arguments (eta=1.2) overrule it.
 
         Raises:
-            EtudeError: as `FlowPath.from_config`.
+            EtudeError: as in `FlowPath.from_config`.
         """
         if isinstance(config, Mapping):
             FlowPath.from_config({**config, **kwargs})
@@ -101,11 +104,6 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
         """The path of the current config."""
         return FlowPath.from_config(dict(self.config))
 
-    @property
-    def kernel(self) -> Kernel:
-        """The config's kernel at the config's eta."""
-        return make_kernel(self.config.kernel, self.config.eta)
-
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -114,18 +112,19 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """Works out the levels, as diffusers does, and every step's coefficients, on `device`.
+        """Computes the levels, as diffusers does, and every step's coefficients, on `device`.
 
         Args:
-            num_inference_steps: N; None: as many as there are sigmas or timesteps.
-            device: where the timesteps and the coefficients go; None: the CPU.
-            sigmas: the levels before shifting, instead of evenly spaced ones.
-            mu: the shift that the resolution asks for; needed with `use_dynamic_shifting`, without it ignored.
-            timesteps: what the network is given, instead of 1000 sigma.
+            num_inference_steps: N. Default: the number of sigmas or timesteps.
+            device: device of the timesteps and the coefficients. Default: the CPU.
+            sigmas: the levels before the shift. Default: evenly spaced.
+            mu: the shift for the resolution; required with `use_dynamic_shifting`, and otherwise
+                ignored.
+            timesteps: the network's timesteps. Default: 1000 sigma.
 
         Raises:
-            EtudeError: where mu is missing, no number of steps or two that differ are given, the options leave a level
-                outside (0, 1], or the kernel's eta is illegal on one of the steps.
+            EtudeError: mu is missing; no number of steps is given, or two that differ; the options
+                lead to a level outside (0, 1]; or the kernel's eta is illegal at one of the steps.
         """
         check_mu(self.config, mu)
         if num_inference_steps is None and sigmas is None and timesteps is None:
@@ -133,7 +132,7 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
                 "set_timesteps was given no number of steps: pass num_inference_steps, sigmas or timesteps."
             )
         try:
-            with np.errstate(all="ignore"):  # flow_grid refuses what overflows or divides by 0
+            with np.errstate(all="ignore"):  # flow_grid refuses overflows and divisions by 0
                 super().set_timesteps(num_inference_steps, "cpu", sigmas=sigmas, mu=mu, timesteps=timesteps)
         except (ValueError, IndexError) as error:
             raise EtudeError(f"diffusers refuses these timesteps ({brief(error)}): mend them.") from error
@@ -152,20 +151,21 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
     ) -> Any:
         """One step of the kernel, from the current level to the next.
 
-        The place in the schedule is diffusers': the first call finds it by `set_begin_index` or the timestep, and every
-        call moves on by one. The arithmetic is in fp32; the result has the network's dtype, as diffusers' has.
+        diffusers keeps the place in the schedule: the first call takes it from `set_begin_index` or
+        the timestep, and every call moves on by one. The arithmetic is in fp32. As in diffusers,
+        the result has the network's dtype.
 
         Args:
             model_output: the network's output, `[n, ...]`, packed or not.
             timestep: one of `self.timesteps`.
             sample: the latents, same shape.
-            generator: draws the noise (fp32); None: `self.generator`.
+            generator: draws the noise (fp32). Default: `self.generator`.
             variance_noise: the noise itself, instead of a generator.
             return_dict: False returns the tuple (prev_sample, pred_original_sample).
 
         Raises:
-            EtudeError: before `set_timesteps`, after the last step, at a timestep that is not in the schedule, with both
-                kinds of noise.
+            EtudeError: `set_timesteps` was not called, all steps were taken, the timestep is not in
+                the schedule, or both a generator and noise are given.
         """
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
             raise EtudeError("the timestep is a whole number, not one of scheduler.timesteps: pass those as they are.")
@@ -186,6 +186,3 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
         self._step_index += 1
         previous, x0_hat = previous.to(model_output.dtype), x0_hat.to(model_output.dtype)
         return DDIMSchedulerOutput(previous, x0_hat) if return_dict else (previous, x0_hat)
-
-    def _plan(self, num_steps: int) -> SamplingPlan:
-        return SamplingPlan.sde(num_steps, self.kernel, first_step=self.config.first_step)

@@ -1,4 +1,4 @@
-"""What the schedulers share: one step by a table of coefficients."""
+"""The part that the schedulers share: one step by a table of coefficients."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from etude.errors import EtudeError
+from etude.sampling.kernels import Kernel, make_kernel
 from etude.sampling.paths import to_x0_eps
-from etude.sampling.plans import StepTable
+from etude.sampling.plans import SamplingPlan, StepTable
 
 Generators = torch.Generator | list[torch.Generator] | None
 
 
 class KernelStep:
-    """A scheduler's step from its table, in fp32: the pair, its limits, the kernel, the noise."""
+    """One step of a scheduler by its table, in fp32.
+
+    The network's output becomes the pair (x0_hat, eps_hat), `_limit` bounds x0_hat, and the kernel
+    and the noise give the next state.
+    """
 
     config: Any
     _table: StepTable | None
@@ -26,8 +31,16 @@ class KernelStep:
         """The config's noise level."""
         return float(self.config.eta)
 
+    @property
+    def kernel(self) -> Kernel:
+        """The config's kernel at the config's eta."""
+        return make_kernel(self.config.kernel, self.config.eta)
+
+    def _plan(self, num_steps: int) -> SamplingPlan:
+        return SamplingPlan.sde(num_steps, self.kernel, first_step=self.config.first_step)
+
     def _limit(self, x0_hat: Tensor) -> Tensor:
-        """What becomes of x0_hat before the step."""
+        """x0_hat as the step uses it; a subclass may clip it."""
         return x0_hat
 
     def _table_on(self, device: torch.device) -> StepTable:
@@ -47,7 +60,7 @@ class KernelStep:
         generator: Generators,
         variance_noise: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(x_u, x0_hat) in fp32. Where eta > 0 noise is drawn at every step, also the deterministic ones."""
+        """(x_u, x0_hat) in fp32; if eta > 0, deterministic steps draw noise, too."""
         if generator is not None and variance_noise is not None:
             raise EtudeError("both a generator and variance_noise were given: give one of the two.")
         table = self._table_on(sample.device)

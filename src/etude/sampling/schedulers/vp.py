@@ -14,36 +14,38 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from etude.errors import EtudeError
-from etude.sampling.kernels import Kernel, make_kernel
 from etude.sampling.paths import VPPath, is_flow_config, per_sample, scheduler_defaults
-from etude.sampling.plans import SamplingPlan, StepTable
+from etude.sampling.plans import StepTable
 from etude.sampling.schedulers.kernel_step import Generators, KernelStep
 
 
 class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
-    """gDDIM (arXiv 2206.05564) at any eta >= 0 for variance preserving models; drop-in for `DDIMScheduler`.
+    """gDDIM (arXiv 2206.05564) at any eta >= 0 for variance preserving models; drop-in for
+    `DDIMScheduler`.
 
         x_u = a_u x0_hat + s_u rho eps_hat + s_u sqrt(1 - rho^2) z,      rho = (lam_u / lam_t)^(eta^2),  lam = s / a
 
-    eta 0 is diffusers' DDIM at eta 0, eta 1 its DDIM at eta 1 (the DDPM posterior); see `etude.sampling.kernels.GDDIM`. The
-    schedule is the one of the config, as `VPPath.from_config` reads it, and a step goes to the next timestep of the
-    grid (`VPPath.grid` says where diffusers' DDIM goes elsewhere).
+    eta 0 is diffusers' DDIM at eta 0, eta 1 its DDIM at eta 1 (the DDPM posterior); see
+    `etude.sampling.kernels.GDDIM`. The schedule is that of the config, as `VPPath.from_config`
+    reads it. A step goes to the next timestep of the grid (`VPPath.grid` says where diffusers' DDIM
+    goes elsewhere).
 
-    `from_config` takes the config of any discrete VP scheduler at the values that scheduler really has, also those it
-    left at its own defaults, so that the grid does not change with the class.
+    `from_config` takes the config of any discrete VP scheduler with all values that this scheduler
+    uses, its own defaults included, so the grid does not change with the class.
 
     Args:
         eta: the noise level, finite and >= 0, in the kernel's own unit.
         kernel: "gddim", "ddim" or "cps"; see `etude.sampling.kernels`.
-        first_step: at a step that starts from pure noise (zero terminal SNR), "ode" takes the ODE step, "sde" redraws.
-        clip_sample: clamps x0_hat to +-clip_sample_range, eps_hat unchanged, as diffusers' DDIM does. False by default,
-            because latents are not pixels (diffusers' default is True).
-        thresholding: dynamic thresholding of x0_hat (arXiv 2205.11487), before and instead of clipping.
+        first_step: at a step that starts from pure noise (zero terminal SNR), "ode" takes the ODE
+            step, "sde" redraws.
+        clip_sample: clamps x0_hat to +-clip_sample_range, eps_hat unchanged, as diffusers' DDIM
+            does. False by default, because latents are not pixels (diffusers' default is True).
+        thresholding: dynamic thresholding of x0_hat (arXiv 2205.11487), instead of clipping.
 
-    The others are as in `DDIMScheduler`, with its defaults.
+    The other arguments are as in `DDIMScheduler`, with its defaults.
 
     Raises:
-        EtudeError: for an illegal eta, kernel, schedule, prediction type or spacing.
+        EtudeError: the eta, kernel, schedule, prediction type or spacing is illegal.
 
     Example:
         >>> import etude
@@ -91,24 +93,19 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The scheduler for another scheduler's config; keyword arguments (eta=1.2) overrule the config.
+        """The scheduler for another scheduler's config; keyword arguments (eta=1.2) overrule it.
 
         Raises:
-            EtudeError: if the config is not one of a discrete VP scheduler.
+            EtudeError: the config is not that of a discrete VP scheduler.
         """
         if isinstance(config, Mapping):
-            config = _effective(config, inspect.signature(cls.__init__).parameters.keys())
+            config = _with_defaults(config, inspect.signature(cls.__init__).parameters.keys())
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @property
     def path(self) -> VPPath:
-        """The path of the current config; pipelines may amend a scheduler's config after it was built."""
+        """The path of the current config, which pipelines may amend in a built scheduler."""
         return VPPath.from_config(dict(self.config))
-
-    @property
-    def kernel(self) -> Kernel:
-        """The config's kernel at the config's eta."""
-        return make_kernel(self.config.kernel, self.config.eta)
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
@@ -118,13 +115,14 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         return sample
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Works out the grid and every step's coefficients for N steps, on `device`.
+        """Computes the grid and every step's coefficients for N steps, on `device`.
 
         Raises:
-            EtudeError: if N is not in 1..num_train_timesteps, or as `VPPath.grid`.
+            EtudeError: N is not in 1..num_train_timesteps, or as in `VPPath.grid`.
         """
         grid = self.path.grid(num_inference_steps)
-        index_of = torch.full((len(self),), grid.num_steps)  # N, out of every table's range, marks the absent ones
+        # N, which is out of the table's range, marks timesteps that are not in the grid.
+        index_of = torch.full((len(self),), grid.num_steps)
         index_of[grid.timesteps] = torch.arange(grid.num_steps)
         self.num_inference_steps = grid.num_steps
         self.timesteps = grid.timesteps.to(device)
@@ -142,10 +140,11 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
     ) -> Any:
         """One step of gDDIM, from `timestep` to the next of the grid.
 
-        Stateless: the timestep's place in the grid comes from a table, so an image-to-image run that starts in the
-        middle needs nothing else, and on an accelerator nothing synchronises. The arithmetic is in fp32; the result
-        has the latents' dtype. Where eta > 0 noise is drawn at every step, the deterministic ones included, as
-        diffusers' DDIM does, so that both consume a generator alike.
+        The step is stateless: the timestep's place in the grid comes from a table. An
+        image-to-image run that starts in the middle needs nothing else, and an accelerator is never
+        synchronised. The arithmetic is in fp32; the result has the latents' dtype. If eta > 0,
+        noise is drawn at every step, also at deterministic ones. diffusers' DDIM does the same, so
+        both consume a generator alike.
 
         Args:
             model_output: the network's output, `[n, ...]`.
@@ -156,7 +155,8 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
             return_dict: False returns the tuple (prev_sample, pred_original_sample).
 
         Raises:
-            EtudeError: before `set_timesteps`, at a timestep that is not in the grid, with both kinds of noise.
+            EtudeError: `set_timesteps` was not called, the timestep is not in the grid, or both a
+                generator and noise are given.
         """
         index = self._locate(timestep, self._table_on(sample.device))
         previous, x0_hat = self._move(
@@ -184,7 +184,8 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         """The timestep's index in the table."""
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
             self._index_on_device = self._index_on_device.to(timestep.device)
-            # As [1] rather than a scalar: indexing with a scalar tensor reads its value back from the device.
+            # Shape [1] and not a scalar: indexing with a scalar tensor reads its value back from
+            # the device.
             return self._index_on_device[timestep.long().reshape(-1)]
         wanted = torch.as_tensor(timestep).long()
         known = (wanted >= 0) & (wanted < len(self._index_of))
@@ -196,11 +197,8 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
             )
         return int(index) if index.ndim == 0 else index
 
-    def _plan(self, num_steps: int) -> SamplingPlan:
-        return SamplingPlan.sde(num_steps, self.kernel, first_step=self.config.first_step)
-
     def _limit(self, x0_hat: Tensor) -> Tensor:
-        """Dynamic thresholding or clipping of x0_hat, where the config asks for one."""
+        """x0_hat after dynamic thresholding or clipping, if the config asks for one."""
         if self.config.thresholding:
             magnitudes = x0_hat.abs().reshape(x0_hat.shape[0], -1)
             bound = torch.quantile(magnitudes, self.config.dynamic_thresholding_ratio, dim=1)
@@ -211,15 +209,19 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         return x0_hat
 
 
-def _effective(config: Mapping[str, Any], wanted: Any) -> dict[str, Any]:
-    """A config with the source scheduler's own defaults filled in, where it is one of diffusers'.
+def _with_defaults(config: Mapping[str, Any], wanted: Any) -> dict[str, Any]:
+    """A config with its scheduler's own defaults filled in, if the scheduler is one of diffusers'.
 
-    diffusers drops the values a scheduler left at its defaults and takes the new class's: an Euler config would turn
-    from linspace to leading spacing on the way, and the samples with it.
+    diffusers drops the values that a scheduler left at its defaults, and takes the new class's
+    defaults instead: an Euler config would turn from linspace to leading spacing, and its samples
+    would change.
+
+    Args:
+        wanted: names of the keys whose defaults are filled in.
     """
-    given = {key: value for key, value in config.items() if key != "_use_default_values"}
+    values = {key: value for key, value in config.items() if key != "_use_default_values"}
     name = config.get("_class_name")
     if not is_flow_config(config) and not (isinstance(name, str) and hasattr(diffusers, name)):
-        return given
+        return values
     defaults = scheduler_defaults(config)
-    return {**{key: value for key, value in defaults.items() if key in wanted}, **given}
+    return {**{key: value for key, value in defaults.items() if key in wanted}, **values}
