@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -22,7 +23,7 @@ import etude
 from etude.cli.app import app
 from etude.config import TrainConfig, describe_fields, leaves, load_config, parse_rewards
 from etude.learning.advantages import PromptStatistics
-from etude.training.dry_run import ImageSteps, evaluations
+from etude.learning.draws import draw_pairs
 from support.tiny import save_families
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +124,24 @@ def test_every_command_of_a_document_is_one_that_the_program_takes(document: Pat
         given = known.commands[name].make_context(name, list(rest), resilient_parsing="--help" in rest).params
         if name == "train" and given["recipe"] and not given["recipe"].endswith(".yaml"):
             load_config(given["recipe"], given["overrides"], parse_rewards(given["reward"] or []))
+
+
+@pytest.mark.parametrize("document", [ROOT / "CONTRIBUTING.md", *DOCUMENTS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_file_that_a_document_names_exists(document: Path) -> None:
+    named = re.findall(r"`((?:src|tests|docs|examples)/[\w./-]+)`", document.read_text(encoding="utf-8"))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_every_file_of_the_architecture_exists() -> None:
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \|", (ROOT / "docs" / "architecture.md").read_text("utf-8"), re.MULTILINE)
+    cells = [re.findall(r"`([\w/]+(?:\.py)?)`", cell) for cell in rows]
+    paths = [
+        f"{first.rpartition('/')[0]}/{name}" if "/" not in name else name
+        for first, *rest in filter(None, cells)
+        for name in [first, *rest]
+    ]
+    assert len(paths) > 15
+    assert [path for path in paths if not (ROOT / "src" / "etude" / path).exists()] == []
 
 
 @pytest.fixture(scope="module")
@@ -341,11 +360,11 @@ def test_a_converted_ddpo_configuration_has_the_sizes_of_the_original(changes: d
     images = theirs["sample_batch_size"] * theirs["sample_num_batches_per_epoch"] * processes
     in_step = theirs["train_batch_size"] * theirs["train_gradient_accumulation_steps"] * processes
     steps, trained = theirs["sample_num_steps"], int(theirs["sample_num_steps"] * theirs["train_timestep_fraction"])
-    epochs = theirs["train_num_inner_epochs"]
 
     assert config.rollout.images_per_iteration == images
     assert images == in_step * config.objective.updates_per_epoch
-    assert evaluations(config, ImageSteps(steps, 0, steps))["replay"] == images * trained * epochs
+    rows, _ = draw_pairs(torch.arange(images), steps, config.objective.timestep_fraction, np.random.default_rng(0))
+    assert (len(rows), config.objective.num_inner_epochs) == (images * trained, theirs["train_num_inner_epochs"])
     assert config.objective.batch_size == theirs["train_batch_size"]
     assert config.optimizer.betas == (0.9, 0.999)
     assert config.optimizer.epsilon == 1e-8
