@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -60,6 +61,13 @@ def test_imports_run_downhill() -> None:
             if other != room and FLOOR.get(other, len(FLOORS)) >= FLOOR[room]:
                 wrong.append(f"{name} imports {target or 'etude'}")
     assert wrong == []
+
+
+def test_the_floors_in_contributing_are_these() -> None:
+    text = (SOURCE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", text, flags=re.MULTILINE)
+    shown = {int(floor): re.findall(r"`(\w+)(?:\.py)?`", rooms) for floor, rooms in rows}
+    assert shown == {floor: list(rooms) for floor, rooms in enumerate(FLOORS)}
 
 
 def test_no_two_modules_import_one_another_around_a_circle() -> None:
