@@ -98,6 +98,8 @@ A module that does not exist is passed over.
 """
 _FORKS = threading.Lock()
 """Lock around every call of `multiprocessing`, which two threads may not make at once."""
+_STOP = threading.Event()
+"""Flag that ends every case, because the program ends."""
 
 
 class CaseFailedError(Exception):
@@ -138,7 +140,8 @@ class Bench:
         Raises:
             CaseFailedError: it failed or took longer than the limit.
         """
-        self._finish(self.start(*arguments))
+        process = self.start(*arguments)
+        self._finish(lambda: _exit_code(process), lambda: _kill(process))
         return self._log("out").read_text(encoding="utf-8")
 
     def start(self, *arguments: str) -> BaseProcess:
@@ -161,15 +164,16 @@ class Bench:
         place: dict[str, Any] = {"cwd": self.work, "env": environment(self.checkout), "start_new_session": True}
         with open(self._log("out"), "wb") as out, open(self._log("err"), "wb") as err:
             process = subprocess.Popen(command, stdout=out, stderr=err, **place)
-        try:
-            code = process.wait(self.limit)
-        except subprocess.TimeoutExpired:
-            raise CaseFailedError(f"took longer than {self.limit:g} s") from None
-        finally:
-            with suppress(ProcessLookupError):  # the whole session, since workers outlive a killed launcher
+
+        def kill() -> None:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        if code:
-            raise CaseFailedError(self._last_words(code))
+
+        try:
+            self._finish(process.poll, kill)
+        finally:
+            kill()  # the workers, which outlive a launcher that fails
+            process.wait()
 
     def kill_when(self, process: BaseProcess, condition: Callable[[], bool]) -> None:
         """Kill the process with SIGKILL as soon as the condition is true.
@@ -182,22 +186,23 @@ class Bench:
             code = _exit_code(process)
             if code is not None:
                 raise CaseFailedError(f"it ended before it was killed: {self._last_words(code)}")
-            if time.monotonic() > deadline:
-                _kill(process)
-                raise CaseFailedError(f"took longer than {self.limit:g} s to the moment of its kill")
-            time.sleep(0.01)
+            self._tick(deadline, lambda: _kill(process))
         _kill(process)
 
-    def _finish(self, process: BaseProcess) -> None:
-        """Wait until the process has ended well."""
+    def _finish(self, poll: Callable[[], int | None], kill: Callable[[], None]) -> None:
+        """Wait until a process has ended well."""
         deadline = time.monotonic() + self.limit
-        while (code := _exit_code(process)) is None:
-            if time.monotonic() > deadline:
-                _kill(process)
-                raise CaseFailedError(f"took longer than {self.limit:g} s")
-            time.sleep(0.05)
+        while (code := poll()) is None:
+            self._tick(deadline, kill)
         if code:
             raise CaseFailedError(self._last_words(code))
+
+    def _tick(self, deadline: float, kill: Callable[[], None]) -> None:
+        """Pause for a moment, or kill the process if its time is over or the program ends."""
+        if _STOP.is_set() or time.monotonic() > deadline:
+            kill()
+            raise CaseFailedError(f"took longer than {self.limit:g} s")
+        time.sleep(0.02)
 
     def _log(self, stream: str) -> Path:
         return self.work / "logs" / f"{self.name}.{stream}"
@@ -670,6 +675,7 @@ def record(checkout: Path, out: Path, only: Iterable[str], jobs: int, limit: flo
                 results[names[future]], seconds = future.result()
                 _tell(f"[{len(results)}/{len(names)}]", names[future], results[names[future]], seconds)
         except BaseException:
+            _STOP.set()
             pool.shutdown(cancel_futures=True)
             raise
     path = out / "bits.json"
@@ -802,6 +808,7 @@ def main(arguments: list[str]) -> int:
 
 def prepare() -> None:
     """Give this process the variables of `ENVIRONMENT`, which its forks inherit."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, which ends the cases too
     os.environ.update(ENVIRONMENT)
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)

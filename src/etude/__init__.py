@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from etude.measuring.statistics import Estimate
     from etude.policies import load_policy
     from etude.policies.source import ModelSource
+    from etude.registry import register_advantage, register_kernel, register_objective, register_policy, register_window
     from etude.rewards import register as register_reward
     from etude.rewards import score
     from etude.sampling.kernels import CPS, DDIM, GDDIM, DanceSDE, FlowSDE
@@ -46,7 +47,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CPS", "DDIM", "GDDIM", "ODE", "SDE", "DanceSDE", "Estimate", "EtudeError", "FlowMatchGDDIMScheduler", "FlowSDE",
     "GDDIMScheduler", "Measurement", "ModelSource", "Solver", "TrainConfig", "Trainer", "Window", "__version__", "load_config",
-    "load_policy", "register_reward", "replay", "reward_gap", "rollout", "sample", "score", "train",
+    "load_policy", "register_advantage", "register_kernel", "register_objective", "register_policy", "register_reward",
+    "register_window", "replay", "reward_gap", "rollout", "sample", "score", "train",
 ]  # fmt: skip
 
 _HOMES = {
@@ -56,6 +58,7 @@ _HOMES = {
     "etude.measuring.statistics": "Estimate",
     "etude.policies": "load_policy",
     "etude.policies.source": "ModelSource",
+    "etude.registry": "register_advantage register_kernel register_objective register_policy register_window",
     "etude.rewards": "register_reward=register score",
     "etude.sampling.kernels": "CPS DDIM DanceSDE FlowSDE GDDIM",
     "etude.sampling.replay": "replay",

@@ -265,3 +265,103 @@ ADVANTAGES = Registry(
     },
     "module:Class, a subclass of etude.learning.advantages.Advantage",
 )
+
+
+def register_kernel(name: str) -> Callable[[ThingT], ThingT]:
+    """Decorator that adds a kernel class under `name`, for this process.
+
+    Raises:
+        EtudeError: as `Registry.register`.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import etude
+        >>> @etude.register_kernel("half_gddim")
+        ... @dataclass(frozen=True)
+        ... class HalfGDDIM(etude.GDDIM):
+        ...     def coefficients(self, source, target):
+        ...         return etude.GDDIM(self.eta / 2).coefficients(source, target)
+        >>> etude.load_config("emoji-mixgrpo", {"sampling.kernel": "half_gddim"}).sampling.kernel
+        'half_gddim'
+    """
+    return KERNELS.register(name)
+
+
+def register_window(name: str) -> Callable[[ThingT], ThingT]:
+    """Decorator that adds a window strategy, a class, under `name`, for this process.
+
+    Raises:
+        EtudeError: as `Registry.register`.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import etude
+        >>> from etude.sampling.windows import WindowSchedule
+        >>> @etude.register_window("last")
+        ... @dataclass(frozen=True)
+        ... class LastWindow(WindowSchedule):
+        ...     def start_at(self, iteration):
+        ...         return self.stop - self.size
+        >>> config = etude.load_config("emoji-mixgrpo", {"sampling.window.strategy": "last"})
+        >>> config.sampling.window.strategy
+        'last'
+    """
+    return WINDOWS.register(name)
+
+
+def register_objective(name: str) -> Callable[[ThingT], ThingT]:
+    """Decorator that adds an objective class under `name`, for this process.
+
+    Raises:
+        EtudeError: as `Registry.register`.
+
+    Example:
+        >>> import etude
+        >>> from etude.learning.objectives.reinforce import Reinforce
+        >>> @etude.register_objective("half_reinforce")
+        ... class HalfReinforce(Reinforce):
+        ...     def surrogate(self, log_prob, old_log_prob, advantages, policy):
+        ...         return super().surrogate(log_prob, old_log_prob, advantages / 2, policy)
+        >>> etude.load_config("emoji-ddpo", {"objective.kind": "half_reinforce"}).objective.kind
+        'half_reinforce'
+    """
+    return OBJECTIVES.register(name)
+
+
+def register_advantage(name: str) -> Callable[[ThingT], ThingT]:
+    """Decorator that adds an advantage class under `name`, for this process.
+
+    Raises:
+        EtudeError: as `Registry.register`.
+
+    Example:
+        >>> import etude
+        >>> from etude.learning.advantages import Group
+        >>> @etude.register_advantage("half_group")
+        ... class HalfGroup(Group):
+        ...     def normalise(self, name, rewards, prompts, groups):
+        ...         return super().normalise(name, rewards, prompts, groups) / 2
+        >>> etude.load_config("emoji-mixgrpo", {"advantage.kind": "half_group"}).advantage.kind
+        'half_group'
+    """
+    return ADVANTAGES.register(name)
+
+
+def register_policy(name: str) -> Callable[[ThingT], ThingT]:
+    """Decorator that adds the adapter of a pipeline family, a class, under `name`, for this process.
+
+    `name` is the class name in the pipeline's `model_index.json`, or what `family` in a recipe says.
+
+    Raises:
+        EtudeError: as `Registry.register`.
+
+    Example:
+        >>> import etude
+        >>> from etude.policies.stable_diffusion import StableDiffusionPolicy
+        >>> @etude.register_policy("OurDiffusionPipeline")
+        ... class OurDiffusionPolicy(StableDiffusionPolicy):
+        ...     pass
+        >>> etude.load_config("emoji-ddpo", {"family": "OurDiffusionPipeline"}).family
+        'OurDiffusionPipeline'
+    """
+    return POLICIES.register(name)

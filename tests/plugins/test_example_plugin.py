@@ -223,8 +223,12 @@ def test_two_processes_train_with_whole_groups_as_one_does(models: dict[str, str
     arguments = ["-m", "etude", "train", str(config), "--quiet", "--out"]
     code, output = launch(2, [*arguments, str(tmp_path / "two")])
     assert code == 0, output
-    alone, both = metrics(tmp_path / "one" / "run")[1], metrics(tmp_path / "two")[1]
-    assert both["reward"]["distinctness"]["mean"] == pytest.approx(alone["reward"]["distinctness"]["mean"], rel=1e-4)
+    alone, both = metrics(tmp_path / "one" / "run"), metrics(tmp_path / "two")
+    trained = [rows[1]["reward"]["distinctness"]["mean"] for rows in (alone, both)]
+    assert trained[1] == pytest.approx(trained[0], rel=1e-4)
+    evaluated = [rows[0]["evaluation"]["ode"]["distinctness"]["mean"] for rows in (alone, both)]
+    assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-4)  # the images of a prompt come from both processes
+    assert evaluated[0] > 0
     code, output = launch(2, [*arguments, str(tmp_path / "cut"), "--set", "rollout.images_per_prompt=2"])
     assert code != 0
     assert "do not divide among 2 processes" in output

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from etude.batching import MicroBatch, Progress
@@ -63,6 +64,7 @@ class Evaluation:
     Attributes:
         num_steps: number of steps of both samplers.
         measurement: prompts, rewards and noise of every evaluation.
+        whole_groups: whether a reward compares the images of a prompt.
         work: number of image steps that one evaluation costs this process.
         base_scores: rewards of the base model's ODE images by name, once measured.
         last: newest result.
@@ -88,6 +90,7 @@ class Evaluation:
             config.seed,
             batch_size=batches or config.rollout.batch_size,
         )
+        self.whole_groups = rewards.whole_groups
         self.ode = ODE(self.num_steps, sampling.guidance_scale)
         self.etas = sampling.etas(config.iterations)
         for iteration in self.etas.extremes:
@@ -177,9 +180,22 @@ class Evaluation:
         """This process's images, and every image's scores."""
         measurement = measurement or self.measurement
         images = measurement.images(self.policy, sampler, on_step, self.samples)
+        if self.whole_groups and self.accelerator.num_processes > 1:
+            return images, self._scores_of_whole_groups(self._gather(images), measurement)
         with failing_together(self.accelerator):
             own = measurement.scores(images, self.samples)
         return images, {name: self._gather(torch.from_numpy(values)).numpy() for name, values in own.items()}
+
+    def _scores_of_whole_groups(self, images: Tensor, measurement: Measurement) -> Scores:
+        """The scores of all images, by the main process: the images of a prompt come from several
+        processes.
+        """
+        scores: list[Scores | None] = [None]
+        with failing_together(self.accelerator):
+            if self.accelerator.is_main_process:
+                scores = [measurement.scores(images)]
+        (found,) = broadcast_object_list(scores)
+        return found
 
     def _gather(self, values: Tensor) -> Tensor:
         return gather(self.accelerator, values, self.measurement.num_images)

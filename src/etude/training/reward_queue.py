@@ -34,6 +34,11 @@ class Scorer:
         self.rewards, self.timeout, self.on_wait = rewards, timeout, on_wait
         self._pending: PendingScores | None = None
 
+    @property
+    def whole_groups(self) -> bool:
+        """Whether a reward compares the images of a group: `WeightedRewards.whole_groups`."""
+        return self.rewards.whole_groups
+
     def evaluate(
         self, images: Tensor, prompts: list[str], metadata: Any = None, groups: Sequence[int] | None = None
     ) -> dict[str, Tensor]:
@@ -98,7 +103,7 @@ class PendingScores:
         self, scorer: Scorer, prompts: PromptSet, early: bool, first: int, groups: Sequence[int] | None = None
     ) -> None:
         self._scorer, self._prompts, self._early, self._first = scorer, prompts, early, first
-        self._groups = groups if scorer.rewards.whole_groups else None
+        self._groups = groups if scorer.whole_groups else None
         self._batches: dict[int, Scoring] = {}
         self._waiting: dict[int, Tensor] = {}
 

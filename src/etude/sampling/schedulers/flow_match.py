@@ -19,8 +19,9 @@ from etude.sampling.schedulers.kernel_step import Generators, KernelStep
 
 
 class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
-    """gDDIM (arXiv 2206.05564), or another kernel, at any eta >= 0 for rectified flow (Stable
-    Diffusion 3, FLUX).
+    """gDDIM, or another kernel, at any eta >= 0 for rectified flow models (arXiv 2206.05564).
+
+    Those are Stable Diffusion 3 and FLUX, for example.
 
         x_u = (1 - sigma_u) x0_hat + sigma_u rho eps_hat + sigma_u sqrt(1 - rho^2) z
         rho = (lam_u / lam_t)^(eta^2),      lam = sigma / (1 - sigma)

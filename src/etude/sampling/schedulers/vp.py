@@ -20,8 +20,9 @@ from etude.sampling.schedulers.kernel_step import Generators, KernelStep
 
 
 class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
-    """gDDIM (arXiv 2206.05564) at any eta >= 0 for variance preserving models; drop-in for
-    `DDIMScheduler`.
+    """gDDIM at any eta >= 0 for variance preserving models (arXiv 2206.05564).
+
+    Drop-in for `DDIMScheduler`.
 
         x_u = a_u x0_hat + s_u rho eps_hat + s_u sqrt(1 - rho^2) z,      rho = (lam_u / lam_t)^(eta^2),  lam = s / a
 
