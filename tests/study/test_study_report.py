@@ -1,4 +1,4 @@
-"""What a study says about made-up scores whose truth is known."""
+"""The results of a study of made-up scores hold the truth that is known."""
 
 from __future__ import annotations
 
