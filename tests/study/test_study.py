@@ -141,6 +141,12 @@ def test_a_study_runs_every_cell_once_and_leaves_a_report(tree, tmp_path):
     assert [row["sampler"] for row in scores["samplers"]] == ["ode", "gddim", "heun", "gddim"]
     assert all(len(row["scores"]["redness"]) == len(row["base"]["redness"]) == 8 for row in scores["samplers"])
     assert len(list((out / "base").glob("*.json"))) == 5  # the two trained etas, and what the cells share
+    assert CliRunner().invoke(app, ["study", str(file), "--out", str(out), "--pack"]).exit_code == 0
+    file.write_text(yaml.safe_dump(tree | {"grids": {"keys": {"sampling.eta": [1.0, 2.0, 3.0]}}}))
+    assert CliRunner().invoke(app, ["study", str(file), "--out", str(out), "--quiet"]).exit_code == 0
+    assert [path.parent.name for path in out.glob("cells/*/scores.json")] == ["eta-3_seed-0"]
+    assert json.loads((out / "results.json").read_text())["done"] == 3
+    assert len(list((out / "base").glob("*.json"))) == 1  # the new eta: the rest is in the archive
 
 
 def test_a_cell_is_the_run_that_train_makes_and_one_failure_stops_no_other(tree, tmp_path):

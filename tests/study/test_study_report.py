@@ -1,4 +1,4 @@
-"""What a study says about made-up scores whose truth is known."""
+"""The results of a study of made-up scores hold the truth that is known."""
 
 from __future__ import annotations
 
@@ -237,6 +237,21 @@ def test_further_step_counts_are_measured_beside_the_cells_own(tmp_path):
         t for t in tables(analyse(study, collect(study, directory)[0])) if t.title == "Trained on colorfulness"
     )
     assert [row[0].endswith(", at 3 steps") for row in shown.rows] == [False, True, False, True]
+
+
+def test_a_baseline_need_not_name_the_defaults_of_a_section(tmp_path):
+    window = {"strategy": "progressive", "size": 4}
+    study, directory = small(
+        tmp_path,
+        base="emoji-mixgrpo",
+        overrides={"iterations": 2, "sampling.window": window},
+        grids=[{"keys": {"rewards": ["colorfulness"], "sampling.window.compression": [None, 0.4]}}],
+        baseline={"sampling.window": window},
+    )
+    compared = analyse(study, collect(study, directory)[0])["comparisons"]
+    assert [(row["label"], row["against"]) for row in compared] == [
+        ("progressive window of 4, Flash 0.4", "progressive window of 4")
+    ]
 
 
 def test_a_study_without_its_baseline_says_that_nothing_is_compared(tmp_path):

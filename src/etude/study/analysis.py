@@ -6,12 +6,14 @@ by pair, sets the gap before training beside the theory's, and fills the sampler
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from etude.config import leaves
+from etude.config import parse_config
+from etude.config.tree import set_key
 from etude.errors import EtudeError
 from etude.study.collect import SAMPLER_KEYS, CellResult, Condition, conditions, families
 from etude.study.inference import Effect, effect, holm
@@ -194,9 +196,19 @@ def _comparisons(study: Study, members: list[Condition]) -> list[Row]:
 
 
 def _has(condition: Condition, baseline: Row) -> bool:
-    tree = dict(leaves(condition.config.model_dump(mode="json")))
-    plain = condition.config.sampling.eta_schedule is None
-    return plain and all(tree.get(key) == value for key, value in baseline.items())
+    """Whether a condition has the values of the baseline: setting them changes nothing.
+
+    Keys that a section of the baseline leaves out have their defaults.
+    """
+    if condition.config.sampling.eta_schedule is not None:
+        return False
+    tree = condition.config.model_dump(mode="json")
+    try:
+        for key, value in baseline.items():
+            set_key(tree, key, copy.deepcopy(value), "baseline")
+        return parse_config(tree, "baseline") == condition.config
+    except EtudeError:  # a value that no such run can have
+        return False
 
 
 def _compare(family: str, condition: Condition, reference: Condition, reward: str) -> Row:
