@@ -242,10 +242,7 @@ def _steps(value: int) -> int:
 
 @contextmanager
 def _directory(out: Path) -> Iterator[None]:
-    """Make the directory before anything is computed.
-
-    Remove the new directories if the work fails.
-    """
+    """Make the directory before anything is computed; undo it if the work fails."""
     new: list[Path] = []
     try:
         if out.is_file():

@@ -44,10 +44,7 @@ def _exact_score(settings: dict[str, Any]) -> str:
 
 
 def _continuous_time(settings: dict[str, Any]) -> str:
-    """Describe the score of a continuous-time table's samplers, and the unit of its eta.
-
-    The unit is named where the kernel has its own.
-    """
+    """Describe the score of continuous-time samplers, and the unit of eta where N steps differ."""
     unit = "" if settings["kernel"] in GDDIM_UNIT else ", eta in gDDIM's unit"
     return _exact_score(settings) + unit
 

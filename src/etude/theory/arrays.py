@@ -26,10 +26,7 @@ def array(value: Any, name: str) -> Array:
 
 
 def require(value: Any, name: str, ok: Callable[[Array], npt.NDArray[np.bool_]], rule: str) -> Array:
-    """Convert `value` as `array` does, and check that every entry satisfies `ok`.
-
-    The error quotes the first entry that does not, and the `rule`.
-    """
+    """Convert `value`; an error quotes the first entry without `ok`, and the `rule`."""
     out = array(value, name)
     wrong = out[~ok(out)]
     if wrong.size:

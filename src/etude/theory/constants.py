@@ -52,10 +52,7 @@ class Constants:
 
 
 def constants_of(target: Gaussian | GaussianMixture, reward: Reward) -> Constants:
-    """Compute the constants of a target and a reward.
-
-    A Lipschitz reward's sd is bounded by L (tr Cov)^(1/2).
-    """
+    """Compute the constants; a Lipschitz reward's sd is bounded by L (tr Cov)^(1/2)."""
     reward = as_reward(reward)
     m, trace = target.mu, float(np.trace(target.matrix))
     c_min, c_max, R = _class(target)
@@ -71,10 +68,7 @@ def constants_of(target: Gaussian | GaussianMixture, reward: Reward) -> Constant
 
 
 def _class(target: Gaussian | GaussianMixture) -> tuple[float, float, float]:
-    """Return (c_min, c_max, R).
-
-    R is infinite for a mixture whose components differ in covariance.
-    """
+    """Return (c_min, c_max, R); R is infinite for a mixture of different covariances."""
     if isinstance(target, Gaussian):
         return float(target.spectrum.min()), float(target.spectrum.max()), 0.0
     first = target.components[0]

@@ -212,19 +212,13 @@ class VP(ContinuousPath):
 
     @classmethod
     def stable_diffusion(cls) -> VP:
-        """Make the path of SD1.x, SD2.x and SDXL.
-
-        sqrt(beta) is linear from sqrt(0.00085) to sqrt(0.012) over 1000 levels.
-        """
+        """Make the path of SD1.x, SD2.x, SDXL: sqrt(beta) from sqrt(0.00085) to sqrt(0.012)."""
         beta = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
         return cls.discrete(np.cumprod(1.0 - beta), label="sd")
 
     @classmethod
     def ddpm(cls) -> VP:
-        """Make the path of DDPM (arXiv 2006.11239).
-
-        beta is linear from 1e-4 to 0.02 over 1000 levels.
-        """
+        """Make the path of DDPM (arXiv 2006.11239): beta linear from 1e-4 to 0.02, 1000 levels."""
         return cls.discrete(np.cumprod(1.0 - np.linspace(1e-4, 0.02, 1000)), label="ddpm")
 
     def __repr__(self) -> str:
@@ -261,10 +255,7 @@ class VP(ContinuousPath):
 
     @cached_property
     def total(self) -> Array:
-        """Integral of beta over [0, T].
-
-        A continuous-time law depends on a VP path through it alone.
-        """
+        """Integral of beta over [0, T]; a continuous-time law of VP depends on it alone."""
         return self.integral(self.T)
 
     def a(self, t: Numbers) -> Array:
@@ -354,10 +345,7 @@ PATHS_BY_NAME: dict[str, Callable[[], ContinuousPath]] = {
 
 
 def as_path(path: Any) -> ContinuousPath:
-    """Return a path as it is, or the path of a name.
-
-    The names are "sd", "ddpm" and "flow" (rectified flow from pure noise).
-    """
+    """Return a path, or the one of a name ("flow" is rectified flow from pure noise)."""
     if isinstance(path, ContinuousPath):
         return path
     if isinstance(path, str):

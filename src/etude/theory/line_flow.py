@@ -111,10 +111,7 @@ class _Clock:
         return np.asarray(np.clip(self.low + share * (self.high - self.low), self.low, self.high), dtype=np.float64)
 
     def stages(self, stride: int) -> Array:
-        """Return the two stage times of every step as shares of the whole, [steps / stride, 2].
-
-        They are rounded, so that they serve as keys.
-        """
+        """Return each step's stage times as rounded shares of the whole, [steps / stride, 2]."""
         h = stride / self.steps
         begin = h * np.arange(self.steps // stride)
         return np.asarray(np.round(np.stack([begin + STAGE * h, begin + h], axis=1), 12), dtype=np.float64)
@@ -123,10 +120,7 @@ class _Clock:
 def _integrate(
     parts: Components, y: Array, clock: _Clock, times: tuple[float, float], at: Array | None = None
 ) -> Array:
-    """Integrate the probability flow dY/dq = -score/2 in the clock.
-
-    Columns are the times `at`. Default: the end.
-    """
+    """Integrate dY/dq = -score/2 in the clock; columns are the times `at`. Default: the end."""
     out = solve_ivp(
         lambda theta, z: -0.5 * np.exp(theta) * parts.score(z, clock.q(theta)),
         times,
@@ -151,10 +145,7 @@ def _labels(parts: Components, V: float, tau: float, count: int) -> Array:
 
 
 def _flow(parts: Components, points: Array, clock: _Clock) -> dict[float, Array]:
-    """Compute Y at every stage time of every refinement.
-
-    The keys are the times' shares of the whole.
-    """
+    """Compute Y at every stage time of every refinement, by the time's share of the whole."""
     shares = np.unique(np.concatenate([clock.stages(stride).ravel() for stride in REFINEMENTS]))
     columns = _integrate(parts, points, clock, (clock.low, clock.high), at=clock.theta(shares))
     return dict(zip(shares.tolist(), columns.T, strict=True))

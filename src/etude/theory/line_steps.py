@@ -91,10 +91,7 @@ class _LineSampler:
 
 
 def _spline(x: Array, u: Array) -> Callable[[Array], Array]:
-    """Interpolate by a cubic spline.
-
-    Outside the mesh, where there is no weight, return the edge value.
-    """
+    """Interpolate by a cubic spline; outside the mesh, without weight, return the edge value."""
     spline, low, high = CubicSpline(x, u), x[0], x[-1]
     return lambda at: np.asarray(spline(np.clip(at, low, high)))
 

@@ -90,10 +90,7 @@ def _compose(A: Array, noise: Array) -> tuple[Array, Array]:
 def _average_of_tilts(
     target: Gaussian, reward: QuadraticReward, beta: float, offset: Array, S: Array, spread: Array
 ) -> Gaussian:
-    """Tilt N(offset + xi, S) by exp(r/beta), and average over xi ~ N(0, spread).
-
-    All arguments are in the eigenbasis.
-    """
+    """Tilt N(offset + xi, S) by exp(r/beta), average over xi ~ N(0, spread); in the eigenbasis."""
     U = np.eye(target.d) if target.basis is None else target.basis
     Q, c, b = reward.parts(target.d)
     Q, pull = U.T @ Q @ U, U.T @ (2.0 * Q @ c + b)

@@ -48,10 +48,7 @@ class PeerRow:
 
 @dataclass(frozen=True)
 class PeerTable:
-    """Rows of etas, and the steps that they belong to.
-
-    `steps` are (sigma_t, sigma_u) of the first, middle and last stochastic step.
-    """
+    """Rows of etas, and (sigma_t, sigma_u) of the first, middle and last stochastic step."""
 
     steps: tuple[tuple[float, float], ...]
     rows: tuple[PeerRow, ...]

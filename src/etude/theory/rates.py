@@ -95,20 +95,14 @@ def rates(target: Gaussian, path: ContinuousPath, reward: QuadraticReward, eta: 
 
 
 def asymptotic_series(target: Gaussian, path: ContinuousPath, reward: QuadraticReward, eta: float) -> Array:
-    """Add up all of the module's terms on a path.
-
-    The sum is closer than the leading term alone, above all at small eta.
-    """
+    """Add up all of the module's terms: closer than the leading one, above all at small eta."""
     target, kappa = gaussian(target, "asymptotic_series"), 1.0 + float(nonnegative(number(eta, "eta"), "eta")) ** 2
     terms = _terms(target, path, reward, kappa)
     return np.asarray(sum(coefficient * path.start().V ** -power for power, coefficient, _ in terms))
 
 
 def own_error_rates(target: Gaussian, path: ContinuousPath, eta: float) -> tuple[Rate, Rate]:
-    """Compute the rates of the SDE_eta sampler's own errors, at eta = 0 of the ODE's.
-
-    They are those of |mean error| and of the trace of the variance error.
-    """
+    """Compute the rates of the SDE_eta sampler's |mean error| and trace of the variance error."""
     target, kappa = gaussian(target, "own_error_rates"), 1.0 + float(nonnegative(number(eta, "eta"), "eta")) ** 2
     m, c = target.to_eigen(target.mu), target.spectrum
     mean = float(np.linalg.norm(c ** (kappa / 2) * m))

@@ -124,10 +124,7 @@ def recommended_eta(
 
 @dataclass(frozen=True)
 class _Samplers:
-    """A sampler at an array of etas, with N steps or in continuous time (`steps` None).
-
-    `limits` are the gDDIM etas of the limit of short steps.
-    """
+    """A sampler at an array of etas; `limits` are the gDDIM etas of its limit of short steps."""
 
     target: Gaussian
     etas: Array

@@ -129,10 +129,7 @@ def _horizon(tuned: Gaussian, path: VE | VP, reward: QuadraticReward, etas: list
 
 
 def _steps(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dict[str, Any]:
-    """Compute the N-step gap, score error included, against N.
-
-    It is None where the kernel has no such eta.
-    """
+    """Compute the N-step gap, score error included; None where the kernel has no such eta."""
     etas = np.array(settings.etas)
     gaps = []
     for n in STEP_COUNTS:

@@ -50,17 +50,11 @@ class QuadraticReward:
         return x[..., None] if scalar and x.ndim < 2 else x
 
     def __call__(self, x: Numbers) -> Array:
-        """Compute the values [...] at points `x` [..., d].
-
-        A reward made of numbers also takes points [n] on the line.
-        """
+        """Compute the values [...] at points `x` [..., d]; numbers alone also take [n]."""
         return self.value(self._points(x))
 
     def value(self, x: Array) -> Array:
-        """Compute the values [...] at points [..., d].
-
-        The last axis is always that of the coordinates.
-        """
+        """Compute the values [...] at points [..., d]; the last axis is the coordinates'."""
         Q, c, b = self.parts(x.shape[-1])
         z = x - c
         return np.asarray(-np.sum((z @ Q) * z, axis=-1) + x @ b)
@@ -71,10 +65,7 @@ class QuadraticReward:
         return np.asarray(b - 2.0 * (x - c) @ Q)
 
     def expected(self, law: Gaussian | GaussianMixture) -> Any:
-        """Compute `E r = -tr(Q Cov) - (mean - c)^T Q (mean - c) + b^T mean`.
-
-        It is an array for a batch of laws.
-        """
+        """Compute `E r = -tr(Q Cov) - (mean - c)^T Q (mean - c) + b^T mean` of a law or a batch."""
         if isinstance(law, GaussianMixture):
             return float(sum(w * self.expected(part) for w, part in zip(law.weights, law.components, strict=True)))
         value = self.value(law.mu) - law.spectrum @ self._diagonal(law)
@@ -160,10 +151,7 @@ class LipschitzReward:
         return self._on_line(law) if law.d == 1 else self._in_space(law)
 
     def _on_line(self, law: Gaussian) -> Any:
-        """Integrate by composite Gauss-Legendre in the normal score.
-
-        The error is the change from half as many panels.
-        """
+        """Integrate by composite Gauss-Legendre; the error is the change from half the panels."""
         coarse, fine = (self._panels(law, panels) for panels in (200, 400))
         if law.batch:
             return fine
@@ -179,10 +167,7 @@ class LipschitzReward:
         return np.asarray(values @ (w / w.sum()))
 
     def _in_space(self, law: Gaussian, replicates: int = 16, log2_points: int = 12) -> Approximation:
-        """Average over scrambled Sobol points.
-
-        The error is the 95 % half-width over independent scramblings.
-        """
+        """Average over Sobol points; the error is the 95 % half-width over scramblings."""
         from scipy.stats import qmc  # slow to import, and rarely needed
 
         law.single("a Lipschitz reward in d > 1")

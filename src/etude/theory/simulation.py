@@ -92,10 +92,7 @@ def simulate_continuous(
 
 
 def _span(target: GaussianMixture, V: float) -> float:
-    """Return the log of the last level over the first.
-
-    The last is a hundredth of the data's smallest deviation.
-    """
+    """Return log(last level / first), the last a hundredth of the data's least deviation."""
     smallest = min(float(part.spectrum.min()) for part in target.components) ** 0.5
     return min(float(np.log(0.01 * smallest / V**0.5)), -1.0)
 

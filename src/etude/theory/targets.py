@@ -99,10 +99,7 @@ class Gaussian:
         return self.power(1.0)
 
     def power(self, exponent: float) -> Array:
-        """Compute the matrix power cov^exponent, [..., d, d].
-
-        0^exponent is 0 for every exponent, so a direction without variance stays without.
-        """
+        """Compute cov^exponent, [..., d, d]; directions without variance stay without."""
         with np.errstate(divide="ignore"):
             values = np.where(self.spectrum > 0, self.spectrum**exponent, 0.0)
         U = np.eye(self.d) if self.basis is None else self.basis

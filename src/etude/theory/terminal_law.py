@@ -20,10 +20,7 @@ from etude.theory.targets import Gaussian, GaussianMixture
 
 
 def contraction(target: Gaussian, start: Start, eta: Numbers, q_stop: Numbers = 0.0) -> Array:
-    """Compute `Phi_eta` in each eigen-direction, [..., d].
-
-    The leading axes are those of eta, of the start and of `q_stop`, broadcast together.
-    """
+    """Compute `Phi_eta`, [..., d] by eigen-direction; the axes of all arguments broadcast."""
     kappa = 1.0 + nonnegative(eta, "eta")[..., None] ** 2
     q = np.asarray(q_stop, dtype=np.float64)[..., None]
     floor = target.spectrum + q
@@ -70,10 +67,7 @@ def terminal_law(target: Gaussian, path: ContinuousPath | str, eta: Numbers, t_s
 
 
 def gaussian(target: Gaussian | GaussianMixture, what: str) -> Gaussian:
-    """Return the target if it is one Gaussian.
-
-    Otherwise raise an EtudeError that names `what` and the remedy.
-    """
+    """Return the target if it is one Gaussian; an EtudeError for any other names `what`."""
     if isinstance(target, Gaussian):
         target.single(what)
         return target
