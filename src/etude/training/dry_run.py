@@ -118,12 +118,16 @@ def resolved(config: TrainConfig, out: Path, resume: bool = False, policy: Train
     """
     from etude.policies.loading import load_source
     from etude.policies.source import ModelSource
+    from etude.prompts import load_prompts
     from etude.training.blueprint import Blueprint
+    from etude.training.evaluation import SamplerPair, count_trained
     from etude.training.memory_estimate import memory_estimate
 
     blueprint = Blueprint.of(config, out, resume)
     policy = policy or load_source(ModelSource.of(config), outline=True)
     schedule = blueprint.schedule(policy)
+    SamplerPair(config).check(policy)
+    count_trained(load_prompts(config.prompts.evaluation).head(config.evaluation.num_images), blueprint.prompts)
     blueprint.make_trainable(policy)
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     whole = sum(parameter.numel() for parameter in policy.network.parameters())

@@ -39,7 +39,7 @@ from etude.batching import MicroBatch, Progress
 from etude.config import TrainConfig
 from etude.learning.exchange import gather, share
 from etude.measuring.gap import Measurement, Scores, by_quantity, compare
-from etude.policies import TrainablePolicy
+from etude.policies import Policy, TrainablePolicy
 from etude.prompts import PromptSet, load_prompts, overlap
 from etude.rewards import WeightedRewards
 from etude.sampling.etas import Eta, compact
@@ -48,6 +48,51 @@ from etude.training import finish
 from etude.training.guards import fallen
 from etude.training.processes import failing_together
 from etude.training.reward_queue import Scorer
+
+
+class SamplerPair:
+    """The two samplers of a run's evaluations: the ODE, and the SDE at the eta of an iteration.
+
+    Attributes:
+        num_steps: number of steps of both.
+        ode: the sampler of deployment.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._sampling = config.sampling
+        self._etas = config.sampling.etas(config.iterations)
+        self.num_steps = config.evaluation.num_steps or config.sampling.num_steps
+        self.ode = ODE(self.num_steps, config.sampling.guidance_scale)
+
+    def eta(self, iteration: int) -> float | list[float]:
+        """The eta of the evaluation after an iteration, by step where it differs."""
+        return compact(self._etas.at(iteration, self.num_steps))
+
+    def sde(self, eta: Eta) -> SDE:
+        """The training kernel at an eta, in every step."""
+        sampling = self._sampling
+        return SDE(eta, self.num_steps, sampling.kernel, sampling.first_step, sampling.guidance_scale)
+
+    def check(self, policy: Policy) -> None:
+        """Refuses an eta that the kernel does not allow at the policy's levels.
+
+        Raises:
+            EtudeError: an evaluation of the run has such an eta.
+        """
+        for iteration in self._etas.extremes:
+            self.sde(self.eta(iteration)).check(policy)
+
+
+def count_trained(evaluated: PromptSet, trained: PromptSet, warn: bool = True) -> int:
+    """The number of evaluated prompts that are trained on, too. There is a warning if there is one."""
+    seen, count = overlap(trained, evaluated), len(set(evaluated.texts))
+    if seen and warn:
+        warnings.warn(
+            f"{len(seen)} of the {count} prompts in prompts.evaluation are trained on ({seen[0]!r}), so the figures say little about new ones: "
+            "give others, or the two parts of one source (SOURCE#train and SOURCE#eval)",
+            stacklevel=3,
+        )
+    return len(seen)
 
 
 class Evaluation:
@@ -62,7 +107,7 @@ class Evaluation:
             every result.
 
     Attributes:
-        num_steps: number of steps of both samplers.
+        samplers: the two samplers.
         measurement: prompts, rewards and noise of every evaluation.
         whole_groups: whether a reward compares the images of a prompt.
         work: number of image steps that one evaluation costs this process.
@@ -81,8 +126,7 @@ class Evaluation:
         trained: PromptSet | None = None,
     ) -> None:
         self.config, self.policy, self.accelerator, self.out = config, policy, accelerator, out
-        sampling, evaluation = config.sampling, config.evaluation
-        self.num_steps = evaluation.num_steps or sampling.num_steps
+        evaluation = config.evaluation
         self.measurement = Measurement(
             load_prompts(config.prompts.evaluation),
             rewards.evaluate,
@@ -91,26 +135,15 @@ class Evaluation:
             batch_size=batches or config.rollout.batch_size,
         )
         self.whole_groups = rewards.whole_groups
-        self.ode = ODE(self.num_steps, sampling.guidance_scale)
-        self.etas = sampling.etas(config.iterations)
-        for iteration in self.etas.extremes:
-            self._sde(self._eta(iteration)).check(policy)
-        self.prompts_trained_on = self._trained_on(trained or PromptSet([]))
+        self.samplers = SamplerPair(config)
+        self.samplers.check(policy)
+        self.prompts_trained_on = count_trained(
+            self.measurement.prompts, trained or PromptSet([]), warn=accelerator.is_main_process
+        )
         self.samples = share(evaluation.num_images, accelerator.num_processes, accelerator.process_index)
-        self.work = 2 * len(self.samples) * self.num_steps
+        self.work = 2 * len(self.samples) * self.samplers.num_steps
         self.base_scores: dict[str, list[float]] | None = None
         self.last: dict[str, Any] = {}
-
-    def _trained_on(self, trained: PromptSet) -> int:
-        """Count the evaluated prompts that are trained on too."""
-        seen, count = overlap(trained, self.measurement.prompts), len(set(self.measurement.prompts.texts))
-        if seen and self.accelerator.is_main_process:
-            warnings.warn(
-                f"{len(seen)} of the {count} prompts in prompts.evaluation are trained on ({seen[0]!r}), so the figures say little about new ones: "
-                "give others, or the two parts of one source (SOURCE#train and SOURCE#eval)",
-                stacklevel=3,
-            )
-        return len(seen)
 
     @property
     def fallen(self) -> str | None:
@@ -134,14 +167,14 @@ class Evaluation:
             prompts that are not held out), and the estimates of `compare` by quantity and reward,
             as plain values.
         """
-        eta = self._eta(iteration)
-        ode_images, ode = self._images(self.ode, on_step)
-        sde_images, sde = self._images(self._sde(eta), on_step)
+        eta = self.samplers.eta(iteration)
+        ode_images, ode = self._images(self.samplers.ode, on_step)
+        sde_images, sde = self._images(self.samplers.sde(eta), on_step)
         if self.base_scores is None:
             self.base_scores = {name: values.tolist() for name, values in ode.items()}
         base = {name: np.array(values) for name, values in self.base_scores.items()}
         estimates = by_quantity(compare(ode, sde, base, self.measurement.clusters))
-        settings = {"eta": eta, "num_steps": self.num_steps, "prompts_trained_on": self.prompts_trained_on}
+        settings = {"eta": eta, "num_steps": self.samplers.num_steps, "prompts_trained_on": self.prompts_trained_on}
         self.last = {**settings, **estimates}
         if grids is None and self.fallen is not None:
             grids = "after"
@@ -164,15 +197,8 @@ class Evaluation:
         fresh, scores = replace(self.measurement, stream="confirmation"), {}
         for name, weights in states.items():
             with weights:
-                scores[name] = self._images(self.ode, on_step, fresh)[1]
+                scores[name] = self._images(self.samplers.ode, on_step, fresh)[1]
         return scores
-
-    def _eta(self, iteration: int) -> float | list[float]:
-        return compact(self.etas.at(iteration, self.num_steps))
-
-    def _sde(self, eta: Eta) -> SDE:
-        sampling = self.config.sampling
-        return SDE(eta, self.num_steps, sampling.kernel, sampling.first_step, sampling.guidance_scale)
 
     def _images(
         self, sampler: Sampler, on_step: Progress, measurement: Measurement | None = None
