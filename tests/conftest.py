@@ -57,6 +57,15 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _figures_where_they_are_tested(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports hold empty figures outside of the tests of reports and studies: to draw takes longer than a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name not in {"report", "study"}:
+            patch.setattr("etude.report.figures._inline", lambda figure, alt: "<svg/>")
+        yield
+
+
 def _rewards_put_back() -> Iterator[None]:
     tables = REWARDS.registered, reward._factories, reward._loaded
     before = [table.copy() for table in tables]

@@ -39,6 +39,14 @@ def test_the_seed_keeps_more_than_32_bits():
     assert not torch.equal(keyed_noise(1, "step", 0, [0], 0, (8,)), keyed_noise(1 + 2**32, "step", 0, [0], 0, (8,)))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3,), (4, 5, 7)])
+def test_a_row_is_what_the_generator_of_its_key_draws(shape):
+    rows = keyed_noise(7, "training/step", 3, [0, 9, 2**40], 2, shape)
+    for row, sample in zip(rows, [0, 9, 2**40], strict=True):
+        drawn = keyed_generator(7, "training/step", 3, sample, 2).standard_normal(shape, dtype=np.float32)
+        assert torch.equal(row, torch.from_numpy(drawn))
+
+
 def test_the_noise_is_pinned():
     noise = keyed_noise(0, "initial", 0, [0], 0, (3,))
     assert noise.dtype == torch.float32
