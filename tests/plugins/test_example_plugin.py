@@ -14,7 +14,8 @@ from etude.config import parse_config
 from etude.errors import EtudeError
 from etude.policies.loading import load_policy
 from etude.registry import KERNELS, OBJECTIVES, POLICIES, REWARDS, WINDOWS
-from etude.rewards import get, score
+from etude.rewards import get
+from etude.rewards.scoring import score_one
 from etude.sampling.kernels import make_kernel
 from etude.sampling.sampler import ODE
 from etude.sampling.windows import make_window
@@ -125,10 +126,10 @@ def test_the_reward_is_given_whole_groups_whatever_the_batches(models: dict[str,
 
 def test_the_distance_is_that_to_the_others_of_the_group() -> None:
     images = torch.tensor([0, 10, 40, 7], dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 3, 2, 2).contiguous()
-    scores = score("distinctness", get("distinctness"), images, ["a", "a", "a", "b"], groups=[5, 5, 5, 6])
+    scores = score_one("distinctness", get("distinctness"), images, ["a", "a", "a", "b"], groups=[5, 5, 5, 6])
     assert scores.tolist() == pytest.approx([25.0, 20.0, 35.0, 0.0])
     assert torch.equal(
-        scores, score("distinctness", get("distinctness"), images, ["a", "a", "a", "b"])
+        scores, score_one("distinctness", get("distinctness"), images, ["a", "a", "a", "b"])
     )  # equal prompts
 
 

@@ -121,10 +121,15 @@ def test_a_module_that_exits_when_it_is_imported_is_named(tmp_path: Path, monkey
         get("my_script:score")
 
 
-@pytest.mark.parametrize("path", ["no_such_module_at_all:f", ":f", ".relative:f"])
+@pytest.mark.parametrize("path", ["no_such_module_at_all:f", ".relative:f"])
 def test_a_missing_module_is_a_clear_error(path: str) -> None:
     with pytest.raises(EtudeError, match="cannot be imported"):
         get(path)
+
+
+def test_a_path_without_a_module_is_an_unknown_name() -> None:
+    with pytest.raises(EtudeError, match="unknown reward ':f'"):
+        get(":f")
 
 
 def test_looking_up_names_imports_no_torch() -> None:

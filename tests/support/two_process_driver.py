@@ -98,7 +98,7 @@ def config(root: Path, name: str) -> TrainConfig:
     """
     tree: dict[str, Any] = {
         "iterations": 5,
-        "rewards": {"two_process_driver:bright": 1.0},
+        "rewards": {"support.two_process_driver:bright": 1.0},
         "prompts": {"train": str(root / "prompts.txt"), "evaluation": str(root / "prompts.txt")},
         "sampling": {"eta": 1.0, "num_steps": 4, "guidance_scale": 3.0},
         "objective": {"clip_range": None, "clip_nats": 1.6},
@@ -106,7 +106,7 @@ def config(root: Path, name: str) -> TrainConfig:
         "evaluation": {"every": 5, "num_images": 4, "grid_images": 2},
         "checkpoint": {"every": 1},
     }
-    own = json.loads(json.dumps(RUNS[name]).replace('"bright"', '"two_process_driver:bright"'))
+    own = json.loads(json.dumps(RUNS[name]).replace('"bright"', '"support.two_process_driver:bright"'))
     for part in (MIXGRPO if name.startswith("mixgrpo") else DDPO, own):
         for key, value in part.items():
             tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
@@ -185,7 +185,7 @@ def main(root: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import two_process_driver  # the module that the reward's name means
+    from support import two_process_driver  # the module that the reward's name means
 
     warnings.simplefilter("ignore")
     two_process_driver.main(Path(sys.argv[1]), sys.argv[2:])

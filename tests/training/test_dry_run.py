@@ -189,15 +189,14 @@ def test_what_is_printed_is_a_recipe_of_the_same_run_with_its_cost(settings: dic
 def test_an_evaluation_that_the_kernel_refuses_is_refused_before_the_run(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    sampling = {**settings["sampling"], "kernel": "ddim", "eta": 1.001, "num_steps": 20}
-    evaluation = {**settings["evaluation"], "num_steps": 2}
-    with pytest.raises(EtudeError, match="largest legal eta for all DDIM steps of these 2-step samples"):
+    sampling = {**settings["sampling"], "kernel": "ddim", "eta": 1.08}
+    evaluation = {**settings["evaluation"], "num_steps": 3}
+    with pytest.raises(EtudeError, match="largest legal eta for all DDIM steps of these 3-step samples"):
         resolved(parse_config({**settings, "sampling": sampling, "evaluation": evaluation}), tmp_path / "run")
 
 
 def test_evaluated_prompts_that_are_trained_on_are_named_before_the_run(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    prompts = {**settings["prompts"], "evaluation": settings["prompts"]["train"]}
-    with pytest.warns(UserWarning, match="prompts in prompts.evaluation are trained on"):
-        resolved(parse_config({**settings, "prompts": prompts}), tmp_path / "run")
+    with pytest.warns(UserWarning, match=r"2 of the 2 prompts in prompts\.evaluation are trained on"):
+        resolved(parse_config(settings), tmp_path / "run")

@@ -246,5 +246,5 @@ def test_the_cost_of_flash_that_its_page_gives_is_that_of_the_plans() -> None:
     flash = counted(PlanSchedule(config.sampling, flow_grid(25), seed=0), visits)
     mixed = counted(PlanSchedule(load_config("flux-mixgrpo").sampling, flow_grid(25), seed=0), visits)
     assert (flash[:2], mixed[:2], round(flash[2], 1)) == ((1530, 576), (2874, 576), 15.7)
-    assert "(1530 + 576 c) / (2874 + 576 c)`, 0.71 at" in page
+    assert "$(1530 + 576 c) / (2874 + 576 c)$, which is 0.71 at their $c = 3$" in " ".join(page.split())
     assert round((1530 + 576 * 3) / (2874 + 576 * 3), 2) == 0.71
