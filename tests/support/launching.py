@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+TESTS = Path(__file__).parents[1]
 EXAMPLES = Path(__file__).parents[2] / "examples" / "accelerate"
 
 
@@ -37,6 +38,7 @@ def launch(
     """
     # Everything over the loopback: neither the machine's name nor its interfaces need to be known to anybody.
     given = {"PYTHONFAULTHANDLER": "1", "GLOO_SOCKET_IFNAME": LOOPBACK, "OMP_NUM_THREADS": "1"}
+    given["PYTHONPATH"] = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     with _turn(), tempfile.TemporaryFile("w+") as output, _launcher(count, config, options) as launcher:
         process = subprocess.Popen(
             [sys.executable, "-m", *launcher, *arguments],

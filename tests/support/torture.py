@@ -38,6 +38,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest has it
+
 import conftest  # noqa: F401 - one thread and no hub, before torch is imported
 from etude.cli import app as command_line
 from etude.runs.checkpoint import Checkpoints, load_latest
