@@ -14,7 +14,7 @@ The exit code is 1 if any quantity differs or a case fails, and 0 otherwise.
 
 Only the command line is called, since its names stay when modules move.
 Nothing of etude is imported here, but the Python that runs this file needs etude's dependencies.
-All cases take about six minutes on two idle cores.
+All cases take several minutes on two cores.
 Only records of one machine and one set of packages can be compared, because another processor
 rounds differently.
 
