@@ -133,13 +133,12 @@ def test_every_file_that_a_document_names_exists(document: Path) -> None:
 
 
 def test_every_file_of_the_architecture_exists() -> None:
-    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \|", (ROOT / "docs" / "architecture.md").read_text("utf-8"), re.MULTILINE)
-    cells = [re.findall(r"`([\w/]+(?:\.py)?)`", cell) for cell in rows]
-    paths = [
-        f"{first.rpartition('/')[0]}/{name}" if "/" not in name else name
-        for first, *rest in filter(None, cells)
-        for name in [first, *rest]
-    ]
+    """In the second column; a bare name stands in the folder of the first one of its cell."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\| [^|]+ \| (`[^|]+`) \|", page, flags=re.MULTILINE)
+    paths = []
+    for first, *others in (re.findall(r"`([^`]+)`", cell) for cell in cells):
+        paths += [first, *(name if "/" in name else f"{first.rpartition('/')[0]}/{name}" for name in others)]
     assert len(paths) > 15
     assert [path for path in paths if not (ROOT / "src" / "etude" / path).exists()] == []
 
