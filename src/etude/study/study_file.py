@@ -23,6 +23,7 @@ from etude.config import Section, TrainConfig, leaves, parse_config
 from etude.config.tree import explain, read_tree, set_key
 from etude.config.yaml_text import parse_yaml, read_yaml_text
 from etude.errors import EtudeError
+from etude.training.blueprint import make_algorithm
 
 SolverName = Literal["ddim", "euler", "heun", "dpmsolver++", "unipc"]
 _LONGEST = 120  # characters of a cell's name before it is cut and gets a hash
@@ -205,7 +206,12 @@ def _configuration(settings: StudyConfig, grid: GridConfig, values: Keys, place:
     tree = copy.deepcopy(base) if isinstance(base, dict) else read_tree(base)
     for key, value in {**settings.overrides, **grid.overrides, **values}.items():
         set_key(tree, key, copy.deepcopy(_readable(key, value)), place)
-    return parse_config(tree, place)
+    config = parse_config(tree, place)
+    try:
+        make_algorithm(config)
+    except EtudeError as error:
+        raise EtudeError(f"{place}: {error}") from error
+    return config
 
 
 def _readable(key: str, value: Any) -> Any:

@@ -17,6 +17,19 @@ from etude.runs.layout import check_directory
 from etude.training.schedule import PlanSchedule, check_sampling
 
 
+def make_algorithm(config: TrainConfig) -> tuple[Objective, Advantage]:
+    """Builds the objective and the advantage of a configuration, and checks that its sampling suits them.
+
+    No file is read and no model is loaded.
+
+    Raises:
+        EtudeError: one of them refuses its settings, or the sampling cannot be trained with.
+    """
+    objective, advantage = make_objective(config.objective), make_advantage(config)
+    check_sampling(config.sampling, objective.keep is Keep.TRANSITIONS)
+    return objective, advantage
+
+
 @dataclass(frozen=True)
 class Blueprint:
     """The parts of a run that need no model.
@@ -44,8 +57,7 @@ class Blueprint:
         """
         check_directory(out, resume)
         check_optimizer(config.optimizer)
-        objective, advantage = make_objective(config.objective), make_advantage(config)
-        check_sampling(config.sampling, objective.keep is Keep.TRANSITIONS)
+        objective, advantage = make_algorithm(config)
         rewards = WeightedRewards(
             config.rewards, held_out=config.evaluation.held_out_rewards, offload=config.memory.offload
         )
