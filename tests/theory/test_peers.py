@@ -59,7 +59,7 @@ def test_what_the_page_says_of_every_step_holds():
     assert [i for i, eta in enumerate(largest) if math.isinf(eta)] == [0, 21, 22]
     assert (round(min(short), 2), round(max(short[:-2]), 2), short[-2:]) == (0.64, 0.81, [math.inf, math.inf])
     text = " ".join(PAGE.read_text().split())
-    assert "0.7 is eta 0.54 to 0.74 at every step but the last, which is 1.81; 1.2 is never below 0.97" in text
+    assert "0.7 is eta 0.54 to 0.74 at every step but the last, which is 1.81. There 1.2 is never below 0.97" in text
     assert "0.7 is 0.64 to 0.81 until the last two steps" in text
 
 
