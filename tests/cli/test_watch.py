@@ -74,7 +74,7 @@ def test_a_run_is_shown_with_its_rewards_its_health_and_its_time(tmp_path):
         "+3.0",
     ):
         assert part in text, part
-    for part in ("approx. KL", "3e-06", "share of clipped ratios", "gradient norm", "groups of equal rewards", "▁▅█"):
+    for part in ("approximate KL", "3e-06", "clipped fraction", "gradient norm", "groups without a signal", "▁▅█"):
         assert part in text, part
     assert "last iteration 9 s: rollout 6 s, update 3 s" in text
 
