@@ -120,7 +120,7 @@ class Registry:
         return "; ".join(f"{name}: {entry.about}" if entry.about else name for name, entry in self.builtin.items())
 
     def _load_plugin(self, name: str, plugins: tuple[EntryPoint, ...]) -> Any:
-        """What the only entry point of that name refers to."""
+        """The callable of the only entry point of that name."""
         owners = sorted({plugin.dist.name if plugin.dist else "an unnamed package" for plugin in plugins})
         if len({plugin.value for plugin in plugins}) > 1:
             raise EtudeError(
