@@ -31,6 +31,7 @@ from etude.training import trainer as trainer_module
 from etude.training.interruption import Interrupted
 from etude.training.processes import make_accelerator
 from etude.training.trainer import Trainer
+from support.figures import leave_figures_out
 from support.tiny import save_flux, save_stable_diffusion
 
 BATCHES: list[tuple[list[str], Tensor]] = []
@@ -188,4 +189,5 @@ if __name__ == "__main__":
     from support import two_process_driver  # the module that the reward's name means
 
     warnings.simplefilter("ignore")
+    leave_figures_out()
     two_process_driver.main(Path(sys.argv[1]), sys.argv[2:])

@@ -25,7 +25,7 @@ from support.two_process_driver import RUNS, config, make_models, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SIGNALLED, LOCKED = "ddpo-signalled", "ddpo-locked"
-HERE = [name for name in RUNS if not name.startswith("zero") and name not in (SIGNALLED, LOCKED)]
+HERE = [name for name in RUNS if name not in (SIGNALLED, LOCKED)]
 WHOLE = [name for name in HERE if not name.startswith("fsdp")]
 DRIVER = str(Path(__file__).parents[1] / "support" / "two_process_driver.py")
 
