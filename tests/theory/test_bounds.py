@@ -21,10 +21,18 @@ from etude.theory import (
     gap_bounds,
     mixture_gap,
     reward_gap,
+    w2,
 )
-from etude.theory.bounds import bounded_reward_bound, contraction_bound, forgetting, start_distance
-from etude.theory.constants import chi2_exact, chi2_jensen, chi2_sharp, constants_of
-from etude.theory.distances import w2
+from etude.theory.bounds import (
+    bounded_reward_bound,
+    chi2_exact,
+    chi2_jensen,
+    chi2_sharp,
+    constants_of,
+    contraction_bound,
+    forgetting,
+    start_distance,
+)
 
 SETTINGS = settings(max_examples=150, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**9)

@@ -23,6 +23,7 @@ from etude.theory import (
     white_variance,
 )
 from etude.theory.sampler_steps import largest_eta
+from oracles.forward_equation import drift, squared_diffusion
 
 TARGET = Gaussian(1.3, 0.7)
 
@@ -32,7 +33,7 @@ def moments(path, eta, score, slope):
     kappa = 1.0 + eta**2
 
     def rates(t, state):
-        f, g2 = float(path.f(t)), float(path.g2(t))
+        f, g2 = drift(path, t), squared_diffusion(path, t)
         mean = f * state[0] - 0.5 * kappa * g2 * score(t, state[0])
         return [mean, 2.0 * (f - 0.5 * kappa * g2 * slope(t)) * state[1] - eta**2 * g2]
 

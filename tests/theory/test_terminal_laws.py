@@ -8,6 +8,7 @@ from scipy.integrate import quad, solve_ivp
 
 from etude.errors import EtudeError
 from etude.theory import VE, VP, Gaussian, GaussianMixture, RectifiedFlow, kl, terminal_law, w2
+from oracles.forward_equation import drift, squared_diffusion
 
 PATHS = {
     "ve-t": (VE(T=3.0, sigma="t"), 0.0),
@@ -26,13 +27,13 @@ def moments(path, mean, var, eta, t_stop):
     kappa = 1.0 + eta**2
 
     def rates(t, state):
-        a, s, f, g2 = (float(fn(t)) for fn in (path.a, path.s, path.f, path.g2))
+        a, s, f, g2 = float(path.a(t)), float(path.s(t)), drift(path, t), squared_diffusion(path, t)
         K = a**2 * var + s**2
         pull = f + 0.5 * kappa * g2 / K
         return [pull * state[0] - 0.5 * kappa * g2 * a * mean / K, 2.0 * pull * state[1] - eta**2 * g2]
 
     start = [0.0, float(path.prior_variance)]
-    out = solve_ivp(rates, (float(path.end), t_stop), start, rtol=1e-10, atol=1e-12, method="DOP853")
+    out = solve_ivp(rates, (float(path.T), t_stop), start, rtol=1e-10, atol=1e-12, method="DOP853")
     return out.y[:, -1]
 
 
@@ -97,11 +98,11 @@ def test_arrays_of_eta_and_T_give_the_single_laws():
 
 def test_path_scales_satisfy_the_forward_equation():
     for path, _ in PATHS.values():
-        t, h = 0.4 * float(path.end), 1e-5
+        t, h = 0.4 * float(path.T), 1e-5
         slope = (np.log(path.a(t + h)) - np.log(path.a(t - h))) / (2 * h)
         growth = ((path.s(t + h) / path.a(t + h)) ** 2 - (path.s(t - h) / path.a(t - h)) ** 2) / (2 * h)
-        assert float(path.f(t)) == pytest.approx(float(slope), abs=1e-6)
-        assert float(path.g2(t)) == pytest.approx(float(path.a(t) ** 2 * growth), rel=1e-6)
+        assert drift(path, t) == pytest.approx(float(slope), abs=1e-6)
+        assert squared_diffusion(path, t) == pytest.approx(float(path.a(t) ** 2 * growth), rel=1e-6)
 
 
 def test_the_stable_diffusion_table_ends_at_its_known_level():

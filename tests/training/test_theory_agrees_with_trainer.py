@@ -34,7 +34,7 @@ from etude.theory import (
     tilt,
     w2,
 )
-from etude.theory.finite_step import transfer
+from etude.theory.laws import transfer
 from etude.theory.sampler_steps import sampler_steps
 from etude.training.trainer import Trainer
 from support.gaussian_policy import GaussianPolicy, flow_path, read, sd_path

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from etude.theory.approximation import Approximation
+from etude.theory.arrays import Approximation
 from etude.theory.bounds import GapBounds, finite_step_bound, gap_bounds
 from etude.theory.continuous_paths import VE, VP, ContinuousPath, RectifiedFlow
-from etude.theory.distances import kl, w2
 from etude.theory.exact_gap import GapSplit, gap_split, improvement, reward_gap
-from etude.theory.finite_step import finite_step_law
+from etude.theory.laws import (
+    ScoreError,
+    finite_step_law,
+    score_bias_shift,
+    terminal_law,
+    terminal_law_with_error,
+    white_variance,
+)
 from etude.theory.levels import Levels, levels
 from etude.theory.mixture import mixture_gap, simulate_gap
-from etude.theory.path_kl import MeanPolicy, mean_policy_optimum, path_kl_optimum
+from etude.theory.optima import MeanPolicy, critical_beta, mean_policy_optimum, path_kl_optimum, tilt
 from etude.theory.rates import Rate, asymptotic_series, fit_rate, own_error_rates, rates
 from etude.theory.recommend import Recommendation, recommended_eta
 from etude.theory.reward_functions import LipschitzReward, QuadraticReward
-from etude.theory.score_error import ScoreError, score_bias_shift, terminal_law_with_error, white_variance
-from etude.theory.targets import Gaussian, GaussianMixture
-from etude.theory.terminal_law import terminal_law
-from etude.theory.tilt import critical_beta, tilt
+from etude.theory.targets import Gaussian, GaussianMixture, kl, w2
 
 __all__ = [
     "VE",

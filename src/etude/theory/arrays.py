@@ -1,4 +1,4 @@
-"""Conversion of what users write (numbers, lists) to float64 arrays; errors name the argument."""
+"""Numbers: conversion of what users write to float64 arrays, and a number that knows its error."""
 
 from __future__ import annotations
 
@@ -63,3 +63,29 @@ def whole(value: Any, name: str, least: int = 1) -> int:
 def plain(value: Array) -> Any:
     """Return an array of no dimension as a float, and any other array as it is."""
     return value if np.ndim(value) else float(value)
+
+
+NUMERICAL = "numerical error"
+INTERVAL = "95 % interval"
+
+
+class Approximation(float):
+    """A float with its `error` and the `kind` of that error.
+
+    The error is a bound of the numerical error, or the half-width of a 95 % interval. Arithmetic
+    with an approximation returns plain floats.
+    """
+
+    error: float
+    kind: str
+
+    def __new__(cls, value: float, error: float, kind: str) -> Approximation:
+        self = super().__new__(cls, value)
+        self.error, self.kind = float(error), kind
+        return self
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return (float(self), self.error, self.kind)
+
+    def __repr__(self) -> str:
+        return f"{float(self):.6g} ± {self.error:.2g} ({self.kind})"

@@ -27,18 +27,13 @@ class EulerMaruyama(Kernel):
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
         """Compute the class's formula; EtudeError from a = 0, where v is infinite."""
-        a_t, s_t, a_u, s_u = torch.broadcast_tensors(
-            *(torch.as_tensor(value, dtype=torch.float64) for value in (*source, *target))
-        )
+        levels = (torch.as_tensor(value, dtype=torch.float64) for value in (*source, *target))
+        a_t, s_t, a_u, s_u = torch.broadcast_tensors(*levels)
         if bool((a_t == 0).any()):
-            raise EtudeError(
-                "Euler-Maruyama cannot step from a = 0 (infinite noise level): start the grid at an a above 0."
-            )
-        ratio = s_u * a_t / (s_t * a_u)  # v_u / v_t
-        scale = a_u * s_t / a_t
-        return Coefficients(
-            a_u, scale * (1 - (1 + self.eta**2) * (1 - ratio)), self.eta * scale * (1 - ratio**2).sqrt()
-        )
+            raise EtudeError("Euler-Maruyama cannot step from a = 0 (infinite noise): start the grid at an a above 0.")
+        ratio, scale = s_u * a_t / (s_t * a_u), a_u * s_t / a_t  # v_u / v_t, and a_u v_t
+        eps = scale * (1 - (1 + self.eta**2) * (1 - ratio))
+        return Coefficients(a_u, eps, self.eta * scale * (1 - ratio**2).sqrt())
 
     def small_step_eta(self, level: Level) -> Tensor:
         """Return the kernel's own eta, at every level."""

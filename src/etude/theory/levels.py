@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from etude.errors import EtudeError, unknown
 from etude.theory.arrays import Array, Numbers, array, positive, require, whole
-from etude.theory.continuous_paths import VP, ContinuousPath, Start, as_path
+from etude.theory.continuous_paths import VP, ContinuousPath, Start, as_path, is_path
 
 TABLE_SPACINGS = ("trailing", "leading", "linspace")
 PATH_SPACINGS = ("trailing", "log-snr", "karras")
+SPACINGS = tuple(dict.fromkeys(TABLE_SPACINGS + PATH_SPACINGS))
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,6 @@ class Levels:
     a: Array
     s: Array
     prior_variance: Array
-
-    spacings: ClassVar[tuple[str, ...]] = tuple(dict.fromkeys(TABLE_SPACINGS + PATH_SPACINGS))
 
     @property
     def steps(self) -> int:
@@ -46,21 +45,18 @@ class Levels:
         a, s = self.a[0], self.s[0]
         with np.errstate(divide="ignore", invalid="ignore"):
             excess = np.asarray((self.prior_variance - s**2) / a**2)
-            return Start(V=np.asarray((s / a) ** 2), excess=np.where(a > 0, excess, np.inf), a=a)
+            return Start(V=np.asarray((s / a) ** 2), excess=np.where(a > 0, excess, np.inf))
 
 
 def levels(
     schedule: Any, steps: int | None = None, spacing: str = "trailing", prior_variance: Numbers | None = None
 ) -> Levels:
-    """Return the levels of a sampler.
-
-    Every grid made from a path ends at the data, s = 0. An explicit grid may end anywhere.
+    """Return the levels of a sampler; on a path they end at the data, s = 0.
 
     Args:
-        schedule: "sd" or "ddpm" (tables of 1000 levels), "flow", a `ContinuousPath`, or a grid. A
-            grid is `Levels`, a pair (a, s) of arrays [N + 1], or an object with attributes `a` and
-            `s` of that shape, such as a sampler's `Grid` or `StepTable`; its levels run from noise
-            to data.
+        schedule: "sd" or "ddpm" (tables of 1000 levels), "flow", a `ContinuousPath`, or a grid from
+            noise to data. A grid is `Levels`, a pair (a, s) of arrays [N + 1], or an object with
+            attributes `a` and `s` of that shape, such as a sampler's `Grid` or `StepTable`.
         steps: N. A grid brings its own.
         spacing: on tables "trailing" (ends at the last trained level), "leading" (diffusers'
             default, with offset 1) or "linspace"; on paths "trailing" (uniform in t from T to 0),
@@ -73,7 +69,7 @@ def levels(
             unknown or not defined for the path, the grid's s/a does not fall, or a `StepTable` ends
             in a compressed tail.
     """
-    if isinstance(schedule, (str, ContinuousPath)):
+    if is_path(schedule):
         if steps is None:
             raise EtudeError("steps is missing: say how many the sampler takes on this schedule, for example steps=50.")
         grid = _path_levels(as_path(schedule), whole(steps, "steps"), str(spacing))
@@ -83,7 +79,8 @@ def levels(
             raise EtudeError(f"steps is {steps}, but the grid has {grid.steps} steps: leave steps out.")
     if prior_variance is None:
         return grid
-    return Levels(grid.a, grid.s, np.broadcast_to(positive(prior_variance, "prior_variance"), grid.a.shape[1:]))
+    variance = np.broadcast_to(positive(prior_variance, "prior_variance"), grid.a.shape[1:])
+    return replace(grid, prior_variance=variance)
 
 
 def explicit(a: Numbers, s: Numbers) -> Levels:
@@ -108,63 +105,49 @@ def _grid_levels(grid: Any) -> Levels:
     s = require(pair[1], "the grid's s", lambda x: x >= 0, "zero or more")
     if a.ndim != 1 or a.shape != s.shape or a.size < 2:
         raise EtudeError(f"the grid's a {a.shape} and s {s.shape} do not fit: pass two lists of the same N + 1 levels.")
-    if np.any(s[1:] * a[:-1] >= s[:-1] * a[1:]):
-        step = int(np.argmax(s[1:] * a[:-1] >= s[:-1] * a[1:]))
-        raise EtudeError(f"the grid's s/a does not fall at step {step}: list the levels from noise to data.")
+    rises = s[1:] * a[:-1] >= s[:-1] * a[1:]
+    if np.any(rises):
+        raise EtudeError(f"the grid's s/a does not fall at step {np.argmax(rises)}: list levels from noise to data.")
     return Levels(a, s, np.asarray(s[0] ** 2 if a[0] == 1.0 else 1.0))
 
 
 @lru_cache(maxsize=256)
 def _path_levels(path: ContinuousPath, steps: int, spacing: str) -> Levels:
     """Compute the levels on a path; paths do not change, so the cache knows them by identity."""
-    if spacing not in Levels.spacings:
-        raise unknown("spacing", spacing, Levels.spacings)
+    if spacing not in SPACINGS:
+        raise unknown("spacing", spacing, SPACINGS)
     if isinstance(path, VP) and path.alphas_cumprod is not None and spacing in TABLE_SPACINGS:
-        return _table_levels(path.alphas_cumprod, steps, spacing)
+        import torch
+
+        from etude.sampling.paths import VPPath
+
+        table = torch.from_numpy(path.alphas_cumprod)
+        return _grid_levels(VPPath(table, 1.0, timestep_spacing=spacing, steps_offset=1).grid(steps))
     if spacing not in PATH_SPACINGS:
         raise EtudeError(
             f"spacing '{spacing}' is defined for the trained tables 'sd' and 'ddpm' only: for {path!r} use one of "
             f"{', '.join(PATH_SPACINGS)}."
         )
     if spacing == "trailing":
-        share = np.linspace(1.0, 0.0, steps + 1).reshape((-1,) + (1,) * path.end.ndim)
-        a, s = path.a(path.end * share), path.s(path.end * share)
+        t = path.T * np.linspace(1.0, 0.0, steps + 1).reshape((-1,) + (1,) * path.T.ndim)
+        a, s = path.a(t), path.s(t)
     else:
-        a, s = path.at_level(_geometric(path, steps) if spacing == "log-snr" else _karras(path, steps))
+        a, s = path.at_level(_ratios(path, steps, spacing))
     return Levels(a, s, np.broadcast_to(path.prior_variance, a.shape[1:]))
 
 
-def _table_levels(alphas_cumprod: Array, steps: int, spacing: str) -> Levels:
-    """Compute the levels of a trained table at the sampler's own timesteps, and a clean end."""
-    import torch
-
-    from etude.sampling.paths import VPPath
-
-    path = VPPath(torch.from_numpy(alphas_cumprod), 1.0, timestep_spacing=spacing, steps_offset=1)
-    return _grid_levels(path.grid(steps))
-
-
-def _top(path: ContinuousPath) -> Array:
-    v = path.v(path.end)
-    if not np.all(np.isfinite(v)):
+def _ratios(path: ContinuousPath, steps: int, spacing: str) -> Array:
+    """Compute falling s/a, even in log(s/a) or EDM's (arXiv 2206.00364, eq. 5), and a last 0."""
+    top, least, rho = path.v(path.T), 1e-3 if spacing == "log-snr" else 0.002, 7.0
+    if not np.all(np.isfinite(top)):
         raise EtudeError(
-            "this path starts at a = 0, where log(s/a) is infinite: use spacing 'trailing' or a delta above 0."
+            "this path starts at a = 0, with log(s/a) infinite: use spacing 'trailing' or a delta above 0."
         )
-    return v
-
-
-def _geometric(path: ContinuousPath, steps: int, span: float = 1e-3) -> Array:
-    """Compute s/a, uniform in log(s/a) from the top level down to `span`, then 0."""
-    top = _top(path)
-    if np.any(top <= span):
-        raise EtudeError(f"spacing 'log-snr' needs a path noisier than s/a = {span:g}: raise T.")
     share = np.linspace(0.0, 1.0, steps).reshape((-1,) + (1,) * top.ndim)
-    return np.concatenate([top * (span / top) ** share, np.zeros((1, *top.shape))])
-
-
-def _karras(path: ContinuousPath, steps: int, low: float = 0.002, rho: float = 7.0) -> Array:
-    """Compute EDM's levels in s/a (arXiv 2206.00364, eq. 5), from the top down to `low`, then 0."""
-    top = _top(path)
-    share = np.linspace(0.0, 1.0, steps).reshape((-1,) + (1,) * top.ndim)
-    ramp = (top ** (1 / rho) + share * (low ** (1 / rho) - top ** (1 / rho))) ** rho
-    return np.concatenate([ramp, np.zeros((1, *top.shape))])
+    if spacing == "karras":
+        v = (top ** (1 / rho) + share * (least ** (1 / rho) - top ** (1 / rho))) ** rho
+    elif np.any(top <= least):
+        raise EtudeError(f"spacing 'log-snr' needs a path noisier than s/a = {least:g}: raise T.")
+    else:
+        v = top * (least / top) ** share
+    return np.concatenate([v, np.zeros((1, *top.shape))])

@@ -28,22 +28,13 @@ STEP_NAMES = ("first", "middle", "last")
 
 @dataclass(frozen=True)
 class PeerRow:
-    """One method's noise as gDDIM etas.
-
-    Attributes:
-        method: name of the method.
-        kernel: name of its kernel in `etude.registry.KERNELS`.
-        level: the kernel's stochasticity, in the kernel's unit.
-        small_step: the gDDIM eta of short steps at sigma = 0.5.
-        etas: the gDDIM eta with the same std at each step of the table; infinite where no gDDIM has
-            that std.
-    """
+    """One method's noise as gDDIM etas; an eta is infinite where no gDDIM has that std."""
 
     method: str
-    kernel: str
-    level: float
-    small_step: float
-    etas: tuple[float, ...]
+    kernel: str  # its name in `etude.registry.KERNELS`
+    level: float  # the stochasticity, in the kernel's unit
+    small_step: float  # the eta of short steps at sigma = 0.5
+    etas: tuple[float, ...]  # at each step of the table
 
 
 @dataclass(frozen=True)
@@ -64,10 +55,9 @@ def peer_table(
 
     Args:
         num_steps: N, at least 3.
-        shift: sigma -> shift sigma / (1 + (shift - 1) sigma), the model's time shift (exp(mu) for a
-            dynamic one).
-        pipeline: pipeline with the levels to shift: "flux" has 1, 1 - 1/N .. 1/N; "sd3" has its
-            scheduler's, which end near 0.
+        shift: the model's time shift, sigma -> shift sigma / (1 + (shift - 1) sigma).
+        pipeline: "flux" has the levels 1, 1 - 1/N .. 1/N; "sd3" has its scheduler's, which end near
+            0.
         levels: more rows, as (kernel, level).
 
     Raises:
@@ -95,10 +85,10 @@ def _row(method: str, name: str, level: float, grid: Grid, at: Sequence[int]) ->
 def cells(table: PeerTable) -> tuple[list[str], list[list[str]]]:
     """Format the table as text: the titles of the columns, and the rows."""
     names = (f"{name} {start:.3f} to {end:.3f}" for name, (start, end) in zip(STEP_NAMES, table.steps, strict=True))
-    rows = [
-        [row.method, row.kernel, f"{row.level:g}", *(_text(eta) for eta in (row.small_step, *row.etas))]
-        for row in table.rows
-    ]
+    rows = []
+    for row in table.rows:
+        etas = ("∞" if math.isinf(eta) else f"{eta:.3f}" for eta in (row.small_step, *row.etas))
+        rows.append([row.method, row.kernel, f"{row.level:g}", *etas])
     return ["method", "kernel", "level", "short steps", *names], rows
 
 
@@ -107,7 +97,3 @@ def markdown(table: PeerTable) -> str:
     titles, rows = cells(table)
     rule = ["---" if i < 2 else "---:" for i in range(len(titles))]
     return "".join(f"| {' | '.join(line)} |\n" for line in (titles, rule, *rows))
-
-
-def _text(eta: float) -> str:
-    return "∞" if math.isinf(eta) else f"{eta:.3f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,22 @@ def draw(report: dict[str, Any], directory: Path, extension: str = "png") -> lis
     return written
 
 
-def _colours(count: int) -> list[Any]:
-    """Return `count` colours, all different."""
-    if count <= len(COLOURS):
-        return list(COLOURS[:count])
-    import matplotlib
+def _coloured(*lists: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """Go through lists of one length side by side, each entry after a colour of its own."""
+    rows = list(zip(*lists, strict=True))
+    colours: Iterable[Any] = COLOURS
+    if len(rows) > len(COLOURS):
+        import matplotlib
 
-    return [matplotlib.colormaps["turbo"](k / (count - 1)) for k in range(count)]
+        colours = (matplotlib.colormaps["turbo"](k / (len(rows) - 1)) for k in range(len(rows)))
+    for colour, row in zip(colours, rows, strict=False):
+        yield colour, *row
 
 
 def _horizon(axes: list[Any], report: dict[str, Any]) -> None:
     exact = ", exact score" if any(report["settings"][name] for name in ("bias", "gain", "white")) else ""
     for ax, (name, section) in zip(axes, report["horizon"].items(), strict=True):
-        for colour, row in zip(_colours(len(section["etas"])), section["etas"], strict=True):
+        for colour, row in _coloured(section["etas"]):
             ax.plot(section["T"], _size(row["gap"]), color=colour, label=f"eta {row['eta']:g}")
             if row.get("constant"):
                 ax.plot(section["T"], _size(row["series"]), color=colour, linestyle=":", linewidth=1)
@@ -72,8 +75,7 @@ def _horizon(axes: list[Any], report: dict[str, Any]) -> None:
 def _steps(axes: list[Any], report: dict[str, Any]) -> None:
     (ax,), section = axes, report["steps"]
     limits = section["limit"] or [None] * len(section["etas"])
-    colours = _colours(len(section["etas"]))
-    for colour, eta, gap, limit in zip(colours, section["etas"], section["gap"], limits, strict=True):
+    for colour, eta, gap, limit in _coloured(section["etas"], section["gap"], limits):
         ax.plot(section["steps"], _with_holes(gap), color=colour, marker=".", label=f"eta {eta:g}")
         if limit is not None:
             ax.axhline(limit, color=colour, linestyle=":", linewidth=1)
@@ -89,13 +91,8 @@ def _split(axes: list[Any], report: dict[str, Any]) -> None:
         del parts["score_error"]
     width = 0.8 / len(parts)
     for k, (part, colour) in enumerate(parts.items()):
-        ax.bar(
-            [i + (k - 0.5 * (len(parts) - 1)) * width for i in range(len(rows))],
-            [row[part] for row in rows],
-            width,
-            color=colour,
-            label=part.replace("_", " "),
-        )
+        places = [i + (k - 0.5 * (len(parts) - 1)) * width for i in range(len(rows))]
+        ax.bar(places, [row[part] for row in rows], width, color=colour, label=part.replace("_", " "))
     ax.scatter(range(len(rows)), [row["total"] for row in rows], color="#212529", marker="_", s=200, label="total")
     ax.set_xticks(range(len(rows)), [f"N {row['steps']}\neta {row['eta']:g}" for row in rows], fontsize=7)
     ax.axhline(0.0, color="#868e96", linewidth=0.8)
@@ -107,8 +104,7 @@ def _bounds(axes: list[Any], report: dict[str, Any]) -> None:
     for ax, name in zip(axes, ("ve", "vp"), strict=True):
         section = report["bounds"][name]
         ax.plot(section["T"], section["gap"], color="#212529", linewidth=2, label="|gap|")
-        colours = _colours(len(section["bounds"]))
-        for colour, (label, values) in zip(colours, section["bounds"].items(), strict=True):
+        for colour, label, values in _coloured(section["bounds"], section["bounds"].values()):
             ax.plot(section["T"], _with_holes(values), color=colour, lw=1, label=label)
         ax.set(yscale="log", xlabel="T", title=f"{_PATHS[name]}, eta {report['bounds']['eta']:g}")
         if name == "ve":
@@ -119,18 +115,12 @@ def _bounds(axes: list[Any], report: dict[str, Any]) -> None:
 
 def _eta(axes: list[Any], report: dict[str, Any]) -> None:
     (ax,) = axes
-    for colour, row in zip(_colours(len(report["eta"])), report["eta"], strict=True):
+    for colour, row in _coloured(report["eta"]):
         ax.plot(row["etas"], row["errors"], color=colour, label=f"N {row['steps']}: best eta {row['eta']:.2f}")
         ax.plot(row["eta"], row["error"], "o", color=colour)
         ax.plot(row["etas"], row["discretisation"], color=colour, linestyle=":", linewidth=1)
-    ax.plot(
-        report["eta"][0]["etas"],
-        report["eta"][0]["prior"],
-        color="#868e96",
-        linestyle="--",
-        linewidth=1,
-        label="start alone",
-    )
+    first = report["eta"][0]
+    ax.plot(first["etas"], first["prior"], color="#868e96", linestyle="--", linewidth=1, label="start alone")
     ax.plot([], [], color="#868e96", linestyle=":", linewidth=1, label="steps alone")
     ax.set(xlabel="eta", ylabel="W2 to the target", title="Which eta")
     ax.legend()

@@ -1,18 +1,4 @@
-"""Rates at which the gap closes as the path gets longer, exact and fitted.
-
-With Phi_eta = (C/(C + V))^(kappa/2), kappa = 1 + eta^2, and g = E grad r, the continuous-time gap
-of a Gaussian target is a sum of powers of V:
-
-    V^(-1/2)      -g^T C^(1/2) m                                              (the ODE's mean error: generic case)
-    V^(-kappa/2)  +g^T C^(kappa/2) m                                          (the SDE's own mean error)
-    V^(-1)        -m^T C^(1/2) Q C^(1/2) m - tr(Q C (e - C))                  (the rest where the first vanishes: centred)
-    V^(-kappa)    the same with C^(kappa/2)
-
-with e = 0 for VE (V = sigma_T^2, so powers of T) and e = 1 for VP (V = exp(B) - 1, so
-exponentials). A rectified flow from 1 - delta has `tau - V = 2 sqrt(V) + 1` and
-`V^(-1/2) = delta / (1 - delta)`. The terms `-2 tr(Q C) V^(-1/2)` and
-`+2 tr(Q C^kappa) V^(1/2 - kappa)` come on top there.
-"""
+"""Rates at which the gap closes as the path gets longer, exact and fitted."""
 
 from __future__ import annotations
 
@@ -24,8 +10,7 @@ from etude.errors import EtudeError
 from etude.theory.arrays import Array, Numbers, array, nonnegative, number
 from etude.theory.continuous_paths import VE, VP, ContinuousPath, RectifiedFlow
 from etude.theory.reward_functions import QuadraticReward
-from etude.theory.targets import Gaussian
-from etude.theory.terminal_law import gaussian
+from etude.theory.targets import Gaussian, gaussian
 
 
 @dataclass(frozen=True)
@@ -50,13 +35,9 @@ class Rate:
 
 
 def natural(path: ContinuousPath) -> tuple[str, Array]:
-    """Return the variable in which a path's rate is a power, by name and value.
+    """Return name and value of the variable in which a path's rate is a power.
 
-    It is T for VE (sigma_max for a geometric scale with its own), exp(B) for VP and 1/delta for a
-    rectified flow.
-
-    Raises:
-        EtudeError: the rectified flow starts from pure noise, or the path is of another class.
+    EtudeError if the rectified flow starts from pure noise, or the path is of another class.
     """
     if isinstance(path, VE):
         own_top = path.sigma == "geometric" and not np.array_equal(path.sigma_max, path.T)
@@ -65,9 +46,7 @@ def natural(path: ContinuousPath) -> tuple[str, Array]:
         return "exp(B)", np.asarray(np.exp(path.total))
     if isinstance(path, RectifiedFlow):
         if np.any(path.delta == 0):
-            raise EtudeError(
-                "a rectified flow from pure noise (delta = 0) has no prior mismatch and no rate: pass a delta above 0."
-            )
+            raise EtudeError("a rectified flow from pure noise has no prior mismatch and no rate: pass delta above 0.")
         return "1/delta", np.asarray(1.0 / path.delta)
     raise EtudeError(f"{type(path).__name__} has no known rate: pass a VE, VP or RectifiedFlow path.")
 
@@ -75,12 +54,18 @@ def natural(path: ContinuousPath) -> tuple[str, Array]:
 def rates(target: Gaussian, path: ContinuousPath, reward: QuadraticReward, eta: float) -> Rate:
     """Compute the leading rate of the continuous-time gap as the path gets longer, for eta > 0.
 
-    It is the slowest of the module's terms whose coefficient does not vanish (relative to its size,
-    1e-12): "generic" for the V^(-1/2) term, "centred" otherwise. A constant of 0 means that every
-    term up to V^(-kappa) vanishes.
+    With Phi_eta = (C/(C + V))^(kappa/2), kappa = 1 + eta^2, and g = E grad r, the gap is a sum of
 
-    Raises:
-        EtudeError: eta is 0, where there is no gap, or the path has no known rate (`natural`).
+        V^(-1/2)      -g^T C^(1/2) m                                    (the ODE's mean error)
+        V^(-kappa/2)  +g^T C^(kappa/2) m                                (the SDE's mean error)
+        V^(-1)        -m^T C^(1/2) Q C^(1/2) m - tr(Q C (e - C))        (centred: the first is 0)
+        V^(-kappa)    the same with C^(kappa/2) and the other sign
+
+    with e = 0 for VE (V = sigma_T^2) and e = 1 for VP (V = exp(B) - 1). A rectified flow, where
+    V^(-1/2) = delta / (1 - delta), adds -2 tr(Q C) V^(-1/2) and 2 tr(Q C^kappa) V^(1/2 - kappa).
+    The rate is that of the slowest term whose coefficient does not vanish (1e-12 of its size):
+    "generic" for V^(-1/2), "centred" otherwise. A constant of 0 means that every term vanishes.
+    EtudeError at eta 0, where there is no gap, and for a path of no known rate (`natural`).
     """
     target, kappa = gaussian(target, "rates"), 1.0 + float(nonnegative(number(eta, "eta"), "eta")) ** 2
     if kappa == 1.0:
@@ -95,7 +80,7 @@ def rates(target: Gaussian, path: ContinuousPath, reward: QuadraticReward, eta: 
 
 
 def asymptotic_series(target: Gaussian, path: ContinuousPath, reward: QuadraticReward, eta: float) -> Array:
-    """Add up all of the module's terms: closer than the leading one, above all at small eta."""
+    """Add up all terms of `rates`: closer than the leading one, above all at small eta."""
     target, kappa = gaussian(target, "asymptotic_series"), 1.0 + float(nonnegative(number(eta, "eta"), "eta")) ** 2
     terms = _terms(target, path, reward, kappa)
     return np.asarray(sum(coefficient * path.start().V ** -power for power, coefficient, _ in terms))
@@ -107,9 +92,10 @@ def own_error_rates(target: Gaussian, path: ContinuousPath, eta: float) -> tuple
     m, c = target.to_eigen(target.mu), target.spectrum
     mean = float(np.linalg.norm(c ** (kappa / 2) * m))
     if isinstance(path, RectifiedFlow):
-        return _rate(path, kappa / 2, mean, "mean"), _rate(path, kappa - 0.5, 2.0 * float(np.sum(c**kappa)), "variance")
-    variance = float(np.sum(c**kappa * (_excess(path) - c)))
-    return _rate(path, kappa / 2, mean, "mean"), _rate(path, kappa, variance, "variance")
+        power, variance = kappa - 0.5, 2.0 * float(np.sum(c**kappa))
+    else:
+        power, variance = kappa, float(np.sum(c**kappa * (_excess(path) - c)))
+    return _rate(path, kappa / 2, mean, "mean"), _rate(path, power, variance, "variance")
 
 
 def _excess(path: ContinuousPath) -> float:
@@ -146,10 +132,7 @@ def _terms(
 
 @dataclass(frozen=True)
 class Fit:
-    """The fit `|quantity| ≈ constant * variable^(-exponent)` by least squares in the logarithms.
-
-    `residual` is its largest error in the logarithm.
-    """
+    """The fit `|quantity| ≈ constant * variable^(-exponent)`, and its largest error in the log."""
 
     exponent: float
     constant: float
@@ -159,16 +142,12 @@ class Fit:
 def fit_rate(variable: Numbers, quantity: Numbers, tail: float = 0.5) -> Fit:
     """Fit a power law to the share `tail` of the points with the largest `variable`.
 
-    The constant has the sign of the last point.
-
-    Raises:
-        EtudeError: there are fewer than 4 points, the lists differ in length, or a quantity is 0.
+    It is a least-squares fit of the logarithms. The constant has the sign of the last point.
+    EtudeError for fewer than 4 points, lists of two lengths, or a quantity of 0.
     """
     x, y = array(variable, "the variable"), array(quantity, "the quantity")
     if x.ndim != 1 or x.shape != y.shape or x.size < 4:
-        raise EtudeError(
-            f"a rate needs at least 4 points in two lists of one length, got {x.shape} and {y.shape}: add points."
-        )
+        raise EtudeError(f"a rate needs 4 points or more in two lists of one length, got {x.shape} and {y.shape}.")
     order = np.argsort(x)[-max(3, round(tail * x.size)) :]
     x, y = x[order], y[order]
     if np.any(y == 0) or np.any(x <= 0):

@@ -9,17 +9,17 @@ import numpy as np
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array
-from etude.theory.bounds import GapBounds, gap_bounds, gap_bounds_at
+from etude.theory.bounds import gap_bounds, gap_bounds_at
 from etude.theory.continuous_paths import VE, VP, ContinuousPath, as_path
 from etude.theory.exact_gap import continuous_gap, gap_split, improvement, reward_difference, reward_gap, step_gap
+from etude.theory.laws import ScoreError, law_in_y_with_error
 from etude.theory.levels import Levels, levels
+from etude.theory.optima import TiltedGaussian, tilt
 from etude.theory.rates import asymptotic_series, fit_rate, natural, rates
 from etude.theory.recommend import recommended_eta
 from etude.theory.reward_functions import QuadraticReward
 from etude.theory.sampler_steps import EULER_MARUYAMA, largest_eta, sampler_steps, short_step_etas
-from etude.theory.score_error import ScoreError, law_in_y_with_error
 from etude.theory.targets import Gaussian, GaussianMixture
-from etude.theory.tilt import TiltedGaussian, tilt
 
 HORIZONS = 60
 STEP_COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500)
@@ -31,9 +31,8 @@ EXAMPLE = GaussianMixture([0.6, 0.4], [-1.0, 1.5], 0.3)
 class Settings:
     """The reference, the reward, the samplers and the score error of one report.
 
-    Lists of one entry mean the line.
-
-    `etas` are in the kernel's unit with N steps, and in gDDIM's in continuous time.
+    Lists of one entry mean the line. `etas` are in the kernel's unit with N steps, and in gDDIM's
+    in continuous time.
     """
 
     mean: list[float] = field(default_factory=lambda: [1.0])
@@ -79,7 +78,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Compute every section of the report as plain numbers and lists (JSON)."""
     reference, reward = settings.reference(), settings.reward()
     reward.parts(reference.d)
-    grids = {n: levels(settings.schedule, n, settings.spacing) for n in settings.steps}
+    grids = [levels(settings.schedule, n, settings.spacing) for n in settings.steps]
     tuned = tilt(reference, reward, settings.beta)
     return {
         "settings": asdict(settings),
@@ -89,10 +88,10 @@ def run(settings: Settings) -> dict[str, Any]:
             "vp": _horizon(tuned, VP(T=np.linspace(0.5, settings.vp_horizon, HORIZONS)), reward, settings.etas),
         },
         "steps": _steps(tuned, reward, settings),
-        "split": _split(tuned, grids, reward, settings),
+        "split": [_split(tuned, grid, reward, eta, settings) for grid in grids for eta in settings.etas],
         "bounds": _bounds(tuned, reward, settings),
         **_mixture(reward, settings),
-        "eta": [_eta(tuned, grids[n], settings) for n in settings.steps],
+        "eta": [_eta(tuned, grid, settings) for grid in grids],
     }
 
 
@@ -110,10 +109,7 @@ def _optimum(reference: Gaussian, tuned: TiltedGaussian, reward: QuadraticReward
 
 
 def _horizon(tuned: Gaussian, path: VE | VP, reward: QuadraticReward, etas: list[float]) -> dict[str, Any]:
-    """Compute the continuous-time gap against the horizon, its asymptote and its fitted rate.
-
-    The fit takes the last quarter of the horizons.
-    """
+    """Compute the gap against the horizon, its asymptote, and the rate of the last quarter."""
     gaps = reward_gap(tuned, path, reward, np.array(etas)[:, None])
     name, variable = natural(path)
     rows = []
@@ -149,8 +145,7 @@ def _steps(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dict
 def _limit(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> list[float] | None:
     """Compute the gaps for N -> infinity, where a white error vanishes.
 
-    It is None where the other errors have no closed form, or the kernel's short steps are of no
-    finite eta, or of different etas and not from pure noise.
+    None: the other errors have no closed form, or the short steps are of no finite or no one eta.
     """
     start, error = as_path(settings.schedule).start(), ScoreError(settings.bias, settings.gain)
     by_level = short_step_etas(settings.kernel, settings.etas, levels(settings.schedule, 8))
@@ -165,28 +160,20 @@ def _limit(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> list
     return np.asarray(reward_difference(reward, ode, sde)).tolist()
 
 
-def _split(
-    tuned: Gaussian, grids: dict[int, Levels], reward: QuadraticReward, settings: Settings
-) -> list[dict[str, Any]]:
-    rows = []
-    for n, grid in grids.items():
-        for eta in settings.etas:
-            parts = gap_split(tuned, grid, reward, eta, kernel=settings.kernel, score_error=settings.score_error())
-            rows.append({"steps": n, "eta": eta, **parts.as_dict(), "dominant": parts.dominant})
-    return rows
+def _split(tuned: Gaussian, grid: Levels, reward: QuadraticReward, eta: float, settings: Settings) -> dict[str, Any]:
+    parts = gap_split(tuned, grid, reward, eta, kernel=settings.kernel, score_error=settings.score_error())
+    return {"steps": grid.steps, "eta": eta, **parts.as_dict(), "dominant": parts.dominant}
 
 
 def _bounds(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dict[str, Any]:
     """Compute every bound against the horizon, at the eta nearest to 1, for VE and VP."""
     eta = min((e for e in settings.etas if e > 0), key=lambda e: abs(e - 1.0), default=1.0)
     curves = {}
-    for name, paths in (
-        ("ve", [VE(T=float(T)) for T in np.geomspace(2.0, settings.ve_horizon, 20)]),
-        ("vp", [VP(T=float(T)) for T in np.linspace(1.0, settings.vp_horizon, 20)]),
-    ):
-        at = [gap_bounds(tuned, path, reward, eta) for path in paths]
+    horizons = {"ve": np.geomspace(2.0, settings.ve_horizon, 20), "vp": np.linspace(1.0, settings.vp_horizon, 20)}
+    for name, path in (("ve", VE), ("vp", VP)):
+        at = [gap_bounds(tuned, path(T=float(T)), reward, eta) for T in horizons[name]]
         curves[name] = {
-            "T": [float(path.T) for path in paths],
+            "T": horizons[name].tolist(),
             "gap": [abs(each.gap) for each in at],
             "bounds": {key: [_finite(each.bounds[key]) for each in at] for key in at[0].bounds},
             "best": [_finite(each.best) for each in at],
@@ -198,44 +185,27 @@ def _bounds(tuned: Gaussian, reward: QuadraticReward, settings: Settings) -> dic
 def _mixture(reward: QuadraticReward, settings: Settings) -> dict[str, Any]:
     """Compute gap and bounds of the tilted two-mode example, or say why there are none."""
     if settings.reference().d > 1:
-        return {
-            "mixture": [],
-            "mixture_skipped": "The example of two modes is on the line: left out in more dimensions.",
-        }
+        skipped = "The example of two modes is on the line: left out in more dimensions."
+        return {"mixture": [], "mixture_skipped": skipped}
+    rows, etas = [], [eta for eta in settings.etas if eta > 0]
+    paths: dict[str, ContinuousPath] = {"VE(T=10)": VE(T=10.0), "VP(T=4)": VP(T=4.0)} if etas else {}
     try:
-        return {"mixture": _mixture_rows(reward, settings), "mixture_skipped": None}
+        tuned = tilt(EXAMPLE, reward, settings.beta)
+        for name, path in paths.items():
+            for eta, found in zip(etas, gap_bounds_at(tuned, path, reward, etas), strict=True):
+                best = {"best": _finite(found.best), "best_name": found.best_name, "ratio": _finite(found.ratio)}
+                rows.append({"path": name, "eta": eta, "gap": found.gap, "error": found.gap_error, **best})
     except EtudeError as error:
         return {"mixture": [], "mixture_skipped": f"The example of two modes is left out: {error}"}
-
-
-def _mixture_rows(reward: QuadraticReward, settings: Settings) -> list[dict[str, Any]]:
-    tuned = tilt(EXAMPLE, reward, settings.beta)
-    rows = []
-    etas = [eta for eta in settings.etas if eta > 0]
-    paths: dict[str, ContinuousPath] = {"VE(T=10)": VE(T=10.0), "VP(T=4)": VP(T=4.0)} if etas else {}
-    for name, path in paths.items():
-        for eta, bounds in zip(etas, gap_bounds_at(tuned, path, reward, etas), strict=True):
-            rows.append({"path": name, "eta": eta, **_bounds_row(bounds)})
-    return rows
-
-
-def _bounds_row(bounds: GapBounds) -> dict[str, Any]:
-    return {
-        "gap": bounds.gap,
-        "error": bounds.gap_error,
-        "best": _finite(bounds.best),
-        "best_name": bounds.best_name,
-        "ratio": _finite(bounds.ratio),
-    }
+    return {"mixture": rows, "mixture_skipped": None}
 
 
 def _eta(tuned: Gaussian, grid: Levels, settings: Settings) -> dict[str, Any]:
     top = 1.0 if settings.kernel == EULER_MARUYAMA else 3.0
     best = recommended_eta(tuned, grid, score_error=settings.score_error(), kernel=settings.kernel, eta_max=top)
-    curves = {
-        name: getattr(best, name).tolist() for name in ("etas", "errors", "prior", "discretisation", "score", "to_ode")
-    }
-    return {"steps": grid.steps, "eta": best.eta, "error": best.error, "at_limit": best.at_limit, **curves}
+    names = ("eta", "error", "at_limit", "etas", "errors", "prior", "discretisation", "score", "to_ode")
+    values = {name: getattr(best, name) for name in names}
+    return {"steps": grid.steps, **{k: x.tolist() if isinstance(x, np.ndarray) else x for k, x in values.items()}}
 
 
 def _finite(value: float) -> float | None:

@@ -9,9 +9,8 @@ import numpy as np
 from scipy.special import ndtri
 
 from etude.errors import EtudeError
-from etude.theory.approximation import Approximation
-from etude.theory.arrays import Array, Numbers, array, nonnegative, number
-from etude.theory.targets import Gaussian, GaussianMixture
+from etude.theory.arrays import Approximation, Array, Numbers, array, nonnegative, number
+from etude.theory.targets import Gaussian, GaussianMixture, Law
 
 
 class QuadraticReward:
@@ -19,10 +18,7 @@ class QuadraticReward:
 
     `Q` is a number (Q I), a diagonal [d] or a matrix [d, d], of which only the symmetric part
     counts. `center` c and `linear` b are numbers (the same in every coordinate) or [d].
-    `QuadraticReward(0, linear=b)` is the linear reward.
-
-    Raises:
-        EtudeError: the shapes do not fit.
+    `QuadraticReward(0, linear=b)` is the linear reward. EtudeError if the shapes do not fit.
     """
 
     def __init__(self, Q: Numbers, center: Numbers = 0.0, linear: Numbers = 0.0):
@@ -44,14 +40,11 @@ class QuadraticReward:
         Q = self.Q if self.Q.ndim == 2 else np.diag(np.broadcast_to(self.Q, (d,)))
         return Q, np.broadcast_to(self.center, (d,)), np.broadcast_to(self.linear, (d,))
 
-    def _points(self, x: Numbers) -> Array:
-        x = np.asarray(x, dtype=np.float64)
-        scalar = self.Q.ndim == self.center.ndim == self.linear.ndim == 0
-        return x[..., None] if scalar and x.ndim < 2 else x
-
     def __call__(self, x: Numbers) -> Array:
         """Compute the values [...] at points `x` [..., d]; numbers alone also take [n]."""
-        return self.value(self._points(x))
+        x = np.asarray(x, dtype=np.float64)
+        scalar = self.Q.ndim == self.center.ndim == self.linear.ndim == 0
+        return self.value(x[..., None] if scalar and x.ndim < 2 else x)
 
     def value(self, x: Array) -> Array:
         """Compute the values [...] at points [..., d]; the last axis is the coordinates'."""
@@ -64,7 +57,7 @@ class QuadraticReward:
         Q, c, b = self.parts(x.shape[-1])
         return np.asarray(b - 2.0 * (x - c) @ Q)
 
-    def expected(self, law: Gaussian | GaussianMixture) -> Any:
+    def expected(self, law: Law) -> Any:
         """Compute `E r = -tr(Q Cov) - (mean - c)^T Q (mean - c) + b^T mean` of a law or a batch."""
         if isinstance(law, GaussianMixture):
             return float(sum(w * self.expected(part) for w, part in zip(law.weights, law.components, strict=True)))
@@ -77,35 +70,28 @@ class QuadraticReward:
         return np.diagonal(Q).copy() if law.basis is None else np.sum(law.basis * (Q @ law.basis), axis=0)
 
     def change(self, mean_shift: Array, middle: Array, spectrum_shift: Array, law: Gaussian) -> Array:
-        """Compute the difference of E r between two laws in the eigenbasis of `law`.
+        """Compute the difference of E r between two laws in the eigenbasis of `law`, uncancelled.
 
         Their means are `middle +- mean_shift/2`, and their eigenvalues differ by `spectrum_shift`.
-        The result is exact, because r is quadratic, and free of the cancellation that the
-        subtraction of two expectations has.
         """
         return np.asarray(np.sum(mean_shift * self.gradient(middle), axis=-1) - spectrum_shift @ self._diagonal(law))
 
-    def variance(self, law: Gaussian | GaussianMixture) -> float:
-        """Compute Var r = `2 tr(Q C Q C) + g^T C g`, with g the gradient at the mean.
-
-        A mixture's variance follows from the law of total variance.
-        """
+    def variance(self, law: Law) -> float:
+        """Compute Var r = `2 tr(Q C Q C) + g^T C g`, with g the gradient at the mean."""
         if isinstance(law, GaussianMixture):
             means = np.array([self.expected(part) for part in law.components])
             within = np.array([self.variance(part) for part in law.components])
             return float(law.weights @ within + law.weights @ (means - law.weights @ means) ** 2)
         law.single("variance")
-        QC = self.parts(law.d)[0] @ law.matrix
-        g = self.gradient(law.mu)
+        QC, g = self.parts(law.d)[0] @ law.matrix, self.gradient(law.mu)
         return float(2.0 * np.trace(QC @ QC) + g @ law.matrix @ g)
 
-    def squared_gradient(self, law: Gaussian | GaussianMixture) -> float:
+    def squared_gradient(self, law: Law) -> float:
         """Compute E |grad r|^2 = |g|^2 + 4 tr(Q C Q)."""
         if isinstance(law, GaussianMixture):
             return float(sum(w * self.squared_gradient(p) for w, p in zip(law.weights, law.components, strict=True)))
         law.single("squared_gradient")
-        Q = self.parts(law.d)[0]
-        g = self.gradient(law.mu)
+        Q, g = self.parts(law.d)[0], self.gradient(law.mu)
         return float(g @ g + 4.0 * np.trace(Q @ law.matrix @ Q))
 
     def __repr__(self) -> str:
@@ -115,10 +101,8 @@ class QuadraticReward:
 class LipschitzReward:
     """A reward that is a function, with `|r(x) - r(y)| <= lipschitz |x - y|`.
 
-    `function` takes points [n] on the line, or [n, d], and returns [n].
-
-    Raises:
-        EtudeError: `function` is not callable, or the constant is not one number of at least 0.
+    `function` takes points [n] on the line, or [n, d], and returns [n]. EtudeError for any other
+    function or constant.
     """
 
     def __init__(self, function: Callable[[Array], Array], lipschitz: float):
@@ -137,27 +121,22 @@ class LipschitzReward:
                 f"the reward's function failed on an array of points {x.shape} ({error}): it must take all points at once."
             ) from error
         if value.shape not in (x.shape, x.shape[:-1]):
-            raise EtudeError(
-                f"the reward returned shape {value.shape} for points {x.shape}: return one value per point."
-            )
+            raise EtudeError(f"the reward's shape is {value.shape} for points {x.shape}: return one value per point.")
         return value
 
-    def expected(self, law: Gaussian | GaussianMixture) -> Any:
+    def expected(self, law: Law) -> Any:
         """Compute E r as an `Approximation`; an array of values for a batch of laws on the line."""
         if isinstance(law, GaussianMixture):
             parts = [self.expected(part) for part in law.components]
             value = float(law.weights @ np.array(parts, dtype=np.float64))
             return Approximation(value, float(law.weights @ np.array([p.error for p in parts])), parts[0].kind)
-        return self._on_line(law) if law.d == 1 else self._in_space(law)
+        if law.d > 1:
+            return self._in_space(law)
+        coarse, fine = (self._on_line(law, panels) for panels in (200, 400))
+        return fine if law.batch else Approximation(float(fine), float(abs(fine - coarse)) + 1e-14, "quadrature")
 
-    def _on_line(self, law: Gaussian) -> Any:
-        """Integrate by composite Gauss-Legendre; the error is the change from half the panels."""
-        coarse, fine = (self._panels(law, panels) for panels in (200, 400))
-        if law.batch:
-            return fine
-        return Approximation(float(fine), float(abs(fine - coarse)) + 1e-14, "quadrature")
-
-    def _panels(self, law: Gaussian, panels: int, reach: float = 10.0) -> Array:
+    def _on_line(self, law: Gaussian, panels: int, reach: float = 10.0) -> Array:
+        """Integrate by composite Gauss-Legendre."""
         nodes, weights = np.polynomial.legendre.leggauss(6)
         half = reach / panels
         z = (np.linspace(-reach + half, reach - half, panels)[:, None] + half * nodes).ravel()

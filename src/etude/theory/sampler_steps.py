@@ -1,10 +1,7 @@
-"""The steps of a sampler in NumPy float64: its levels, and its kernel's coefficients there.
-
-    x_u = x0 x0_hat + eps eps_hat + sqrt(variance) z,      from (a[i], s[i]) to (a[i + 1], s[i + 1])
+"""The samplers of the theory: their steps in NumPy float64, or their limit in continuous time.
 
 The coefficients are the sampler's own (`etude.sampling.kernels`), so the theory holds for every
-kernel and for every plan. A step out of pure noise (a = 0) is the ODE's, as in a plan with
-`first_step: ode`; the table of another plan keeps its own first step.
+kernel and for every plan.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import numpy as np
 
 from etude.errors import EtudeError
 from etude.theory.arrays import Array, Numbers, array, nonnegative
-from etude.theory.continuous_paths import ContinuousPath
+from etude.theory.continuous_paths import Start, as_path, is_path
 from etude.theory.levels import Levels, levels
 
 if TYPE_CHECKING:
@@ -34,16 +31,59 @@ FORGETFUL = 1e8
 
 @dataclass(frozen=True)
 class SamplerSteps:
-    """Levels and coefficients of N steps: arrays [N, ...] with the axes of eta and the levels."""
+    """Levels and coefficients of N steps: arrays [N, ...] with the axes of eta and the levels.
+
+        x_u = x0 x0_hat + eps eps_hat + sqrt(variance) z
+
+    A step out of pure noise (a = 0) is the ODE's, as in a plan with `first_step: ode`; the table of
+    another plan keeps its own first step.
+    """
 
     levels: Levels
     x0: Array
     eps: Array
     variance: Array
 
+    @property
+    def start(self) -> Start:
+        """Start of the continuous-time sampler that begins at the first level."""
+        return self.levels.start()
+
     def ode(self) -> SamplerSteps:
         """Return the probability-flow ODE's steps on the same levels: a_u, s_u and no noise."""
-        return _ode_steps(self.levels)
+        a_u, s_u = np.broadcast_arrays(self.levels.a[1:], self.levels.s[1:])
+        return SamplerSteps(self.levels, a_u, s_u, np.zeros_like(s_u))
+
+    def at(self, index: tuple[int, ...]) -> SamplerSteps:
+        """Return the steps at one entry of the axes of eta and the levels."""
+        every: tuple[Any, ...] = (slice(None), *index)
+        return SamplerSteps(self.levels, self.x0[every], self.eps[every], self.variance[every])
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A sampler in continuous time: its start, and its etas in gDDIM's unit."""
+
+    start: Start
+    eta: Array
+
+    def ode(self) -> Limit:
+        """Return the probability-flow ODE from the same start."""
+        return Limit(self.start, np.zeros_like(self.eta))
+
+    def at(self, index: tuple[int, ...]) -> Limit:
+        """Return the sampler at one of its etas."""
+        return Limit(self.start, self.eta[index])
+
+
+def sampler_of(
+    schedule: Any, eta: Numbers | None, steps: int | None, spacing: str, kernel: KernelChoice
+) -> SamplerSteps | Limit:
+    """Return the limit on a path without `steps`, and the N-step sampler otherwise."""
+    if steps is not None or not is_path(schedule):
+        return sampler_steps(schedule, eta, steps, spacing, kernel)
+    path, eta = as_path(schedule), eta_of(kernel, eta)
+    return Limit(path.start(), eta if kernel == "gddim" else continuous_eta(kernel, eta, levels(path, 8)))
 
 
 def sampler_steps(
@@ -54,44 +94,25 @@ def sampler_steps(
     kernel: KernelChoice = "gddim",
     prior_variance: Numbers | None = None,
 ) -> SamplerSteps:
-    """Compute the steps of a sampler.
+    """Compute the steps of a sampler; arguments and errors as in `finite_step_law`.
 
-    Args:
-        schedule: as in `levels`. A `StepTable` (from `SamplingPlan.tabulate`) brings its own
-            coefficients where eta is None; tabulate it in float64 for exact laws.
-        eta: the stochasticity in the kernel's unit; an array broadcasts with the levels' trailing
-            axes. Default: that of the kernel or of the table.
-        steps: as in `levels`.
-        spacing: as in `levels`.
-        kernel: a name of `etude.registry.KERNELS`, "euler-maruyama", an import path, or a `Kernel`.
-        prior_variance: as in `levels`.
-
-    Raises:
-        EtudeError: as `levels`; the kernel is unknown, has no such eta on these levels (the error
-            names the largest), or is not defined on them (`flow_sde` and `dance_sde` off rectified
-            flow); eta is missing.
+    A `StepTable` brings its own coefficients where eta is None. An array of etas broadcasts with
+    the levels' trailing axes.
     """
     grid = levels(schedule, steps, spacing, prior_variance)
     if eta is None and kernel == "gddim" and hasattr(schedule, "x0") and hasattr(schedule, "std"):
         x0, eps, std = (array(getattr(schedule, name), f"the table's {name}") for name in ("x0", "eps", "std"))
         return SamplerSteps(grid, x0, eps, std**2)
-    return _kernel_steps(grid, eta_of(kernel, eta), kernel)
-
-
-def _ode_steps(grid: Levels) -> SamplerSteps:
-    a_u, s_u = np.broadcast_arrays(grid.a[1:], grid.s[1:])
-    return SamplerSteps(grid, a_u, s_u, np.zeros_like(s_u))
-
-
-def _kernel_steps(grid: Levels, eta: Array, kernel: KernelChoice) -> SamplerSteps:
-    """Ask the kernel for its coefficients, once for each different eta."""
-    values, index = np.unique(eta, return_inverse=True)
+    eta = eta_of(kernel, eta)
+    values, index = np.unique(eta, return_inverse=True)  # the kernel is asked once for each different eta
     kernels = [kernel_at(kernel, float(value)) for value in values]
+    limit = largest_eta(grid, kernels[-1])
+    if kernels[-1].eta > limit * (1 + 1e-12):
+        raise kernels[-1].beyond(limit, "this grid")
     above, source, target = _steps_above_noise(grid)
-    _check_eta(kernels[-1], source, target)
-    ode = _ode_steps(grid)
+    a_u, s_u = np.broadcast_arrays(grid.a[1:], grid.s[1:])
     # [part, eta, N, axes of the levels], the ODE's where the kernel is not asked
-    table = np.stack([np.stack([ode.x0, ode.eps, ode.variance])] * values.size, axis=1)
+    table = np.stack([np.stack([a_u, s_u, np.zeros_like(s_u)])] * values.size, axis=1)
     for at, each in enumerate(kernels if above.any() else []):
         step = each.coefficients(source, target)
         for part, value in enumerate((step.x0, step.eps, step.std.square())):
@@ -133,13 +154,6 @@ def eta_of(kernel: KernelChoice, eta: Numbers | None) -> Array:
     return nonnegative(eta, "eta")
 
 
-def _check_eta(kernel: Kernel, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
-    """Refuse an eta above the largest that the kernel has on these steps."""
-    limit = kernel.largest_eta(source, target) if source[0].numel() else math.inf
-    if kernel.eta > limit * (1 + 1e-12):
-        raise kernel.beyond(limit, "this grid")
-
-
 def largest_eta(grid: Levels, kernel: KernelChoice) -> float:
     """Return the largest eta that the kernel has on every step; infinity if there is no limit."""
     _, source, target = _steps_above_noise(grid)
@@ -147,13 +161,7 @@ def largest_eta(grid: Levels, kernel: KernelChoice) -> float:
 
 
 def short_step_etas(kernel: KernelChoice, eta: Numbers, grid: Levels) -> Array:
-    """Return the gDDIM eta that the kernel amounts to for short steps at each level.
-
-    The shape is [*eta, L], with L the number of levels where a > 0 and s > 0.
-
-    Raises:
-        EtudeError: the kernel states none (`Kernel.small_step_eta`).
-    """
+    """Return the gDDIM eta of the kernel's short steps at each level with a, s > 0, [*eta, L]."""
     import torch
 
     at = (grid.a > 0) & (grid.s > 0)
@@ -166,12 +174,8 @@ def short_step_etas(kernel: KernelChoice, eta: Numbers, grid: Levels) -> Array:
 def continuous_eta(kernel: KernelChoice, eta: Numbers | None, grid: Levels) -> Array:
     """Return the gDDIM eta of the continuous-time sampler that short steps of the kernel approach.
 
-    From pure noise it is eta itself (0 for a table): there every eta has the same continuous-time
-    law. FORGETFUL stands for an infinite eta (CPS).
-
-    Raises:
-        EtudeError: eta is missing, or the kernel states no eta for short steps or another one at
-            each level (DanceSDE).
+    From pure noise it is eta itself (0 for a table): there every eta has the same law. EtudeError:
+    the kernel states no eta for short steps, or another one at each level (DanceSDE).
     """
     forgets = bool(np.all(grid.a[0] == 0))
     if forgets and eta is None and isinstance(kernel, str):
@@ -186,9 +190,3 @@ def continuous_eta(kernel: KernelChoice, eta: Numbers | None, grid: Levels) -> A
             "from pure noise (delta = 0), where every limit has the same law, or use another kernel."
         )
     return by_level[..., 0]
-
-
-def path_eta(kernel: KernelChoice, eta: Numbers | None, path: ContinuousPath) -> Array:
-    """Return `continuous_eta` on a path."""
-    eta = eta_of(kernel, eta)
-    return eta if kernel == "gddim" else continuous_eta(kernel, eta, levels(path, 8))

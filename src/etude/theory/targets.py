@@ -1,33 +1,24 @@
-"""Target laws: a Gaussian (scalar, diagonal or full covariance) and a mixture of Gaussians.
-
-A Gaussian holds its mean, the eigenvalues of its covariance and their basis. Every sampler of a
-Gaussian target acts on each eigen-direction separately, so one eigendecomposition serves all etas,
-horizons and step counts. The law of a sampler is again a `Gaussian` with the same basis; it has
-leading batch axes where eta or T is an array.
-"""
+"""Target laws, a Gaussian and a mixture of Gaussians, and distances between Gaussians."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import logsumexp
 
 from etude.errors import EtudeError
-from etude.theory.arrays import Array, Numbers, array
+from etude.theory.arrays import Array, Numbers, array, plain
 
 
 class Gaussian:
     """The law N(mean, cov).
 
     `mean` is a number or [d]; `cov` is a variance, variances [d], or a symmetric matrix [d, d]. Two
-    numbers make a law on the line: its `mean` and `cov` are numbers and its samples have shape [n].
-    Samplers return batches of laws, with `mean` [..., d] and `cov` [..., d] or [..., d, d].
-
-    Raises:
-        EtudeError: the shapes do not fit, or `cov` is not symmetric or has a negative eigenvalue.
+    numbers make a law on the line: `mean` and `cov` are numbers and samples have shape [n]. Batches
+    of laws have `mean` [..., d] and `cov` [..., d] or [..., d, d]. EtudeError if the shapes do not
+    fit, or `cov` is not symmetric or has a negative eigenvalue.
     """
 
     mu: Array  # [..., d], in the original coordinates
@@ -45,15 +36,13 @@ class Gaussian:
         self.on_line = mean.ndim == 0 and cov.ndim == 0
         d = max(mean.size, cov.shape[-1] if cov.ndim else 1)
         if mean.size not in (1, d) or (cov.ndim and cov.shape != (d,) * cov.ndim):
-            raise EtudeError(
-                f"the mean has {mean.size} entries but the covariance has shape {cov.shape}: make them agree."
-            )
+            raise EtudeError(f"the mean has {mean.size} entries but the covariance is {cov.shape}: make them agree.")
         self.mu = np.broadcast_to(mean, (d,)).copy()
         if cov.ndim < 2:
             self.basis, spectrum = None, np.broadcast_to(cov, (d,)).copy()
+        elif np.abs(cov - cov.T).max() > 1e-9 * np.abs(cov).max():
+            raise EtudeError("the covariance matrix is not symmetric: pass (C + C.T) / 2 if that is what you mean.")
         else:
-            if np.abs(cov - cov.T).max() > 1e-9 * np.abs(cov).max():
-                raise EtudeError("the covariance matrix is not symmetric: pass (C + C.T) / 2 if that is what you mean.")
             spectrum, self.basis = np.linalg.eigh(0.5 * (cov + cov.T))
         if spectrum.min() < -1e-10 * max(float(spectrum.max()), 1e-300):
             raise EtudeError(f"the covariance has the eigenvalue {spectrum.min():g}: a covariance has none below zero.")
@@ -61,11 +50,7 @@ class Gaussian:
 
     @classmethod
     def from_spectrum(cls, mu: Array, spectrum: Array, like: Gaussian) -> Gaussian:
-        """Make the law with mean `mu` [..., d] and eigenvalues `spectrum` [..., d].
-
-        The mean is in the original coordinates. The basis, and whether the law is on the line, are
-        those of `like`.
-        """
+        """Make the law of mean `mu` and eigenvalues `spectrum`, [..., d], in `like`'s basis."""
         law = Gaussian.__new__(Gaussian)
         mu, spectrum = np.broadcast_arrays(mu, spectrum)
         law.mu, law.spectrum, law.basis, law.on_line = mu, spectrum, like.basis, like.on_line
@@ -98,19 +83,16 @@ class Gaussian:
         """Covariance as matrices [..., d, d], in every form."""
         return self.power(1.0)
 
+    @property
+    def axes(self) -> Array:
+        """Eigenvectors of the covariance as columns, [d, d]."""
+        return np.eye(self.d) if self.basis is None else self.basis
+
     def power(self, exponent: float) -> Array:
         """Compute cov^exponent, [..., d, d]; directions without variance stay without."""
         with np.errstate(divide="ignore"):
             values = np.where(self.spectrum > 0, self.spectrum**exponent, 0.0)
-        U = np.eye(self.d) if self.basis is None else self.basis
-        return np.asarray((U * values[..., None, :]) @ U.T)
-
-    @property
-    def variance(self) -> Array:
-        """Variances of the coordinates, [..., d], or [...] on the line."""
-        if self.basis is None:
-            return self.cov
-        return np.asarray(self.spectrum @ (self.basis**2).T)
+        return np.asarray((self.axes * values[..., None, :]) @ self.axes.T)
 
     def to_eigen(self, x: Array) -> Array:
         """Convert `x` [..., d] to coordinates in the eigenbasis."""
@@ -153,24 +135,20 @@ class Gaussian:
         return f"Gaussian(d={self.d}, batch={self.batch})"
 
 
-def _is_covariance(matrix: Array) -> bool:
-    return bool(np.allclose(matrix, matrix.T) and np.linalg.eigvalsh(matrix).min() > 0)
-
-
 class GaussianMixture:
     """The law `sum_k w_k N(m_k, C_k)`.
 
     `weights` is [K]; `means` is [K] (on the line) or [K, d]; `covs` is one variance for all, [K],
-    [K, d] or [K, d, d].
-
-    Raises:
-        EtudeError: the shapes do not fit, the weights do not sum to 1, a component has no variance
-            in some direction, or K = d and `covs` [K, d] could also be one shared covariance
-            matrix.
+    [K, d] or [K, d, d]. EtudeError if the shapes do not fit, the weights do not sum to 1, a
+    component has no variance in some direction, or `covs` [K, d] with K = d could be one shared
+    covariance matrix.
     """
 
-    weights: Array
+    weights: Array  # [K]
     components: list[Gaussian]
+    means: Array  # of the components, [K, d]
+    mu: Array  # mean of the mixture, [d]
+    on_line: bool
 
     def __init__(self, weights: Numbers, means: Numbers, covs: Numbers):
         w, m, c = array(weights, "the weights"), array(means, "the means"), array(covs, "the covariances")
@@ -181,7 +159,8 @@ class GaussianMixture:
             )
         if np.any(w < 0) or not np.isclose(w.sum(), 1.0, rtol=0, atol=1e-6):
             raise EtudeError(f"the weights sum to {w.sum():g}: a mixture needs weights of zero or more that sum to 1.")
-        if m.ndim == 2 and c.shape == (w.size, w.size) == m.shape and w.size > 1 and _is_covariance(c):
+        ambiguous = m.ndim == 2 and c.shape == (w.size, w.size) == m.shape and w.size > 1
+        if ambiguous and np.allclose(c, c.T) and np.linalg.eigvalsh(c).min() > 0:
             raise EtudeError(
                 f"covariances of shape {c.shape} for {w.size} components in {w.size} dimensions may be one shared matrix or "
                 "one row of variances each: pass [K, d, d], one matrix per component."
@@ -190,37 +169,15 @@ class GaussianMixture:
         keep = w > 0
         parts = [Gaussian(mk, ck) for mk, ck in zip(m[keep], c[keep], strict=True)]
         if any(part.spectrum.min() <= 0 for part in parts):
-            raise EtudeError(
-                "a component has a variance of 0: give every component of a mixture a positive covariance."
-            )
-        self.weights, self.components = w[keep] / w.sum(), parts
+            raise EtudeError("a component has a variance of 0: give every component a positive covariance.")
+        self.compose(w[keep] / w.sum(), parts)
 
-    @classmethod
-    def of(cls, weights: Numbers, components: Sequence[Gaussian]) -> GaussianMixture:
-        """Make the mixture of these Gaussians."""
-        law = GaussianMixture.__new__(GaussianMixture)
-        law.weights, law.components = array(weights, "the weights"), list(components)
-        return law
-
-    @property
-    def d(self) -> int:
-        """Number of dimensions."""
-        return self.components[0].d
-
-    @property
-    def on_line(self) -> bool:
-        """Whether means and variances are numbers."""
-        return self.components[0].on_line
-
-    @property
-    def means(self) -> Array:
-        """Means of the components, [K, d]."""
-        return np.stack([part.mu for part in self.components])
-
-    @property
-    def mu(self) -> Array:
-        """Mean of the mixture, [d]."""
-        return np.asarray(self.weights @ self.means)
+    def compose(self, weights: Array, components: list[Gaussian]) -> None:
+        """Take these components as they are."""
+        self.weights, self.components = weights, components
+        self.means = np.stack([part.mu for part in components])
+        self.mu = np.asarray(weights @ self.means)
+        self.d, self.on_line = components[0].d, components[0].on_line
 
     @property
     def matrix(self) -> Array:
@@ -263,7 +220,7 @@ class GaussianMixture:
         return np.asarray(logsumexp(self.log_parts(x[..., None] if self.on_line else x), axis=-1))
 
     def posterior_mean(self, y: Array, q: float) -> Array:
-        """Compute the denoiser `E[x0 | x0 + sqrt(q) eps = y]` of this target at points `y` [n, d]."""
+        """Compute the denoiser `E[x0 | x0 + sqrt(q) eps = y]` at points `y` [n, d]."""
         logs = self.log_parts(y, q)
         weight = np.exp(logs - logsumexp(logs, axis=-1, keepdims=True))
         out = np.zeros_like(y)
@@ -274,3 +231,70 @@ class GaussianMixture:
 
     def __repr__(self) -> str:
         return f"GaussianMixture(components={self.weights.size}, d={self.d})"
+
+
+Law: TypeAlias = Gaussian | GaussianMixture
+
+
+def w2(p: Gaussian, q: Gaussian) -> Any:
+    """Compute the Wasserstein-2 distance; a number, or an array for batches of laws.
+
+    `W2^2 = |m_p - m_q|^2 + min_R |C_p^(1/2) - C_q^(1/2) R|_F^2` over orthogonal R, at the polar
+    factor of C_q^(1/2) C_p^(1/2). Nothing cancels. EtudeError if the dimensions differ.
+    """
+    _check(p, q)
+    squared: Array = np.sum((p.mu - q.mu) ** 2, axis=-1)
+    if p.basis is q.basis:
+        squared = squared + np.sum((np.sqrt(p.spectrum) - np.sqrt(q.spectrum)) ** 2, axis=-1)
+    else:
+        root_p, root_q = p.power(0.5), q.power(0.5)
+        left, _, right = np.linalg.svd(root_q @ root_p)
+        squared = squared + np.sum((root_p - root_q @ (left @ right)) ** 2, axis=(-2, -1))
+    return plain(np.sqrt(squared))
+
+
+def kl(p: Gaussian, q: Gaussian) -> Any:
+    """Compute the Kullback-Leibler divergence; a number, or an array for batches of laws:
+
+        KL(p || q) = 1/2 [tr(C_q^-1 C_p) - d - log det(C_q^-1 C_p) + |m_p - m_q|^2_(C_q^-1)]
+
+    It is infinite where one law has no variance in a direction and the other has, or the means
+    differ in a direction without variance. EtudeError if the dimensions differ.
+    """
+    _check(p, q)
+    if p.basis is q.basis:
+        ratio = _ratio(p.spectrum, q.spectrum)
+        distance = _ratio(p.to_eigen(p.mu - q.mu) ** 2, q.spectrum, empty=0.0)
+    elif np.any(q.spectrum <= 0):
+        return plain(np.full(np.broadcast_shapes(p.batch, q.batch), np.inf))
+    else:
+        whiten = q.power(-0.5)
+        ratio = np.asarray(np.linalg.eigvalsh(whiten @ p.matrix @ whiten), dtype=np.float64)
+        distance = np.einsum("...ij,...j->...i", whiten, p.mu - q.mu) ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        each = np.where(np.isfinite(ratio) & (ratio > 0), (ratio - 1.0) - np.log1p(ratio - 1.0), np.inf)
+    return plain(0.5 * np.sum(each + distance, axis=-1))
+
+
+def _ratio(numerator: Array, denominator: Array, empty: float = 1.0) -> Array:
+    """Divide, with 0/0 = `empty` (a direction in which neither law has variance)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.where((numerator == 0) & (denominator == 0), empty, np.divide(numerator, denominator)))
+
+
+def _check(p: Gaussian, q: Gaussian) -> None:
+    for law in (p, q):
+        if not isinstance(law, Gaussian):
+            gaussian(law, "a distance between laws")
+    if p.d != q.d:
+        raise EtudeError(f"the laws have {p.d} and {q.d} dimensions, so they have no distance: give both the same.")
+
+
+def gaussian(target: Law, what: str) -> Gaussian:
+    """Return the target if it is one Gaussian; an EtudeError for any other names `what`."""
+    if isinstance(target, Gaussian):
+        target.single(what)
+        return target
+    if isinstance(target, GaussianMixture):
+        raise EtudeError(f"{what} is closed form for a Gaussian only, got a mixture: use reward_gap for mixtures.")
+    raise EtudeError(f"{what} got a {type(target).__name__}, which is not a law: pass Gaussian(mean, cov).")
