@@ -140,6 +140,14 @@ def test_simulation_in_continuous_time_agrees_with_the_line():
     assert abs(run.gap - exact) < 1.6 * run.gap.error
 
 
+def test_the_simulated_ode_of_one_component_is_the_gaussians():
+    mean, cov, reward = [1.0, 0.5], [[1.0, 0.3], [0.3, 0.5]], QuadraticReward(1.0, center=[2.0, 0.0])
+    path, gaussian = VE(T=5.0), Gaussian(mean, cov)
+    run = simulate_gap(GaussianMixture([1.0], [mean], [cov]), path, reward, 0.0, samples=6000, seed=2)
+    assert run.gap == 0.0
+    assert abs(run.ode - reward.expected(terminal_law(gaussian, path, 0.0))) < 1.6 * run.ode.error
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     exact = float(mixture_gap(THREE, "sd", REWARD, 1.0, 4))
     grid = levels("sd", 4)

@@ -164,7 +164,7 @@ def simulate_continuous(
         w2 = (last / middle) ** (1.0 + eta**2) if last > 0 else 0.0
         b1, b2, b = _std(middle, first, eta), _std(last, middle, eta), _std(last, first, eta)
         noise = (w2 * b1 * z1 + b2 * z2) / b if b > 0 else noise
-        for e in (0.0, eta):
+        for e in dict.fromkeys((0.0, eta)):  # once where eta is 0, too
             fine1, fine2, coarse_z = (z1, z2, noise) if e > 0 else (0.0, 0.0, 0.0)
             ends[e, 1] = _step(target, ends[e, 1], first, middle, e, fine1)
             ends[e, 1] = _step(target, ends[e, 1], middle, last, e, fine2)
