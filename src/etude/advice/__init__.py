@@ -1,3 +1,1 @@
 """Which eta to train with and which sampler to deploy, from pilot runs."""
-
-from __future__ import annotations

@@ -1,14 +1,10 @@
-"""The rules of advice: sizes of pilots, choice of eta and of sampler, and the reasons in words.
-
-They are functions of numbers alone and need neither a run nor a model.
-"""
+"""The rules of advice, from numbers alone: sizes, choices of eta and sampler, and reasons."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +12,7 @@ from etude.errors import EtudeError
 from etude.measuring.statistics import Estimate, estimate_mean
 from etude.sampling.solvers import SOLVERS
 
+Row = dict[str, Any]
 MIN_ITERATIONS = 4
 """Iterations of a useful pilot: rather than run shorter pilots, another eta is dropped."""
 LOSS = 0.25
@@ -26,8 +23,7 @@ SCORE_ERROR = 0.05
 """Relative errors that the theory assumes in the model's score: bias and gain, of unknown sign."""
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """The sizes of the pilots: iterations of each, and the etas to try."""
 
     iterations: int
@@ -35,18 +31,11 @@ class Sizes:
 
 
 def size_pilots(etas: Sequence[float], seconds: float, iteration: float, fixed: float, longest: int) -> Sizes:
-    """Sizes of pilots that fit a time: as many etas as possible, then as many iterations as possible.
+    """Sizes of pilots that fit a time: as many etas as possible, then as many iterations.
 
     n etas take n + max(2, ceil(n / 2)) pilots of `fixed` + K `iteration` seconds, with K iterations
-    each. K is at least MIN_ITERATIONS, or at least 1 for two etas. Etas far from 1 are dropped
-    first.
-
-    Args:
-        etas: etas to choose from.
-        seconds: seconds for all pilots.
-        iteration: seconds of one iteration.
-        fixed: seconds of a pilot beside its iterations.
-        longest: largest number of iterations of a pilot.
+    each. K is at least MIN_ITERATIONS, or at least 1 for two etas, and at most `longest`. Etas far
+    from 1 are dropped first.
 
     Raises:
         EtudeError: not even two etas with one iteration fit.
@@ -74,14 +63,10 @@ def pilots(count: int) -> int:
 
 
 def choose_smallest(scores: dict[float, np.ndarray], clusters: list[int]) -> tuple[float, dict[float, Estimate]]:
-    """The smallest key whose scores are not significantly below the best, and each key's distance to it.
+    """The smallest key not significantly below the best, and each key's distance to the best.
 
     A key is significantly below if the 95 % interval of the paired difference, best minus key, lies
-    above 0.
-
-    Args:
-        scores: scores by key, image by image from the same noise.
-        clusters: prompt of each image.
+    above 0. The scores are of images from the same noise; `clusters` are their prompts.
     """
     best = max(scores, key=lambda key: float(scores[key].mean()))
     behind = {key: estimate_mean(scores[best] - values, clusters) for key, values in scores.items()}
@@ -89,10 +74,7 @@ def choose_smallest(scores: dict[float, np.ndarray], clusters: list[int]) -> tup
 
 
 def improved(scores: np.ndarray, base: np.ndarray, clusters: list[int]) -> bool:
-    """Whether scores are surely above the base model's from the same noise.
-
-    They are if the 95 % interval of the paired difference lies above 0.
-    """
+    """Whether the 95 % interval of the paired difference to the base model lies above 0."""
     return estimate_mean(scores - base, clusters).low > 0
 
 
@@ -101,13 +83,9 @@ def choose_eta(
 ) -> tuple[float, dict[float, Estimate]]:
     """The eta to suggest, and each eta's distance to the best.
 
-    It is the result of `choose_smallest` if some pilot surely improved on the base model. Otherwise
-    no pilot tells etas apart, and it is the eta nearest to 1.
-
-    Args:
-        scores: scores by eta, image by image from the same noise.
-        base: scores of the base model from that noise.
-        clusters: prompt of each image.
+    It is the result of `choose_smallest` if some pilot surely improved on the base model: less
+    noise means a smaller gap to the ODE, and nothing speaks for more. Otherwise no pilot tells etas
+    apart, and it is the eta nearest to 1.
     """
     smallest, behind = choose_smallest(scores, clusters)
     if any(improved(values, base, clusters) for values in scores.values()):
@@ -124,7 +102,7 @@ def deployment_cells(steps: int) -> list[tuple[str, int]]:
 
 def rank_samplers(
     scores: dict[tuple[str, int], np.ndarray], clusters: list[int], reference: tuple[str, int], improvement: float
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """A row for each sampler, cheapest first; one of them is suggested.
 
     The suggestion is the cheapest sampler that surely loses no more than LOSS of the improvement:
@@ -133,10 +111,9 @@ def rank_samplers(
     differences.
 
     Args:
-        scores: scores by (solver, steps), image by image from the same noise.
-        clusters: prompt of each image.
+        scores: scores by (solver, steps), of images from the same noise.
         reference: sampler under which the pilots were compared; it may always be suggested.
-        improvement: improvement measured under the reference; below 0 counts as 0.
+        improvement: measured under the reference; below 0 counts as 0.
     """
     cost = {cell: SOLVERS[cell[0]].evaluations(cell[1]) for cell in scores}
     order = sorted(scores, key=lambda cell: (cost[cell], cell != reference))
@@ -156,56 +133,41 @@ def rank_samplers(
 
 
 def reasons(
-    row: dict[str, Any],
-    behind: dict[float, Estimate],
-    learnt: bool,
-    theory: dict[str, Any] | None,
-    cell: dict[str, Any],
-    reward: str,
+    row: Row, behind: dict[float, Estimate], learnt: bool, theory: Row | None, cell: Row, reward: str
 ) -> list[str]:
     """Sentences on the reasons for the suggestion, and on its limits.
 
-    Args:
-        row: results of the pilots at the suggested eta.
-        behind: distance of each finalist to the best.
-        learnt: whether some pilot surely improved on the base model.
-        theory: etas that the theory recommends; None without a recommendation.
-        cell: row of the suggested sampler.
-        reward: name of the reward.
+    `row` and `cell` are of the suggested eta and sampler, `behind` is the distance of each finalist
+    to the best, and `learnt` says whether some pilot surely improved on the base model.
     """
-    eta, sentences = row["eta"], []
+    eta, improvement = row["eta"], Estimate.from_dict(row["improvement"])
     best = min(behind, key=lambda key: abs(behind[key].mean))
-    improvement = Estimate.from_dict(row["improvement"])
     if not learnt:
-        sentences.append(
+        why = (
             f"No pilot surely improved on the base model (at eta = {eta:g}: {improvement}): the pilots were too short to tell etas apart. Of the "
             "etas tried twice, the one nearest to 1 is suggested; give a larger --budget."
         )
     elif eta == best:
-        sentences.append(
-            f"eta = {eta:g} had the highest mean {reward} under the ODE, and no smaller finalist was as good within its interval."
-        )
+        why = f"eta = {eta:g} had the highest mean {reward} under the ODE, and no smaller finalist was as good within its interval."
     else:
-        sentences.append(
+        why = (
             f"There is no significant difference between eta = {eta:g} and eta = {best:g}, which had the highest mean {reward} (lead: "
             f"{behind[eta]}): the smaller eta is suggested."
         )
+    sentences = [why]
     if learnt and improvement.low <= 0:
-        sentences.append(
-            f"The pilots at eta = {eta:g} did not surely improve on the base model ({improvement}), but others did: give a larger --budget."
-        )
+        unsure = f"The pilots at eta = {eta:g} did not surely improve on the base model ({improvement})"
+        sentences.append(f"{unsure}, but others did: give a larger --budget.")
     if theory is not None:
         sentences.append(
             f"For a Gaussian with the moments of this model's latents the theory recommends eta = {theory['exact']:.2f} if the model were exact, "
             f"and {theory['with_error']:.2f} with errors of {SCORE_ERROR:.0%} in its score. It goes by the distance of the sampler to that Gaussian "
             "and knows nothing of the reward."
         )
-    sentences.append(
+    return [
+        *sentences,
         f"{cell['solver']} with {cell['steps']} steps ({cell['evaluations']} evaluations of the network) is the cheapest of the samplers that "
-        f"surely give up no more than {LOSS:.0%} of the improvement. A reward does not see everything: look at the pictures."
-    )
-    sentences.append(
+        f"surely give up no more than {LOSS:.0%} of the improvement. A reward does not see everything: look at the pictures.",
         "Each interval covers 95 % of the chance in prompts and noise, taken by itself. Two seeds say little about the chance in training, and "
-        "long runs may order etas in another way than pilots."
-    )
-    return sentences
+        "long runs may order etas in another way than pilots.",
+    ]

@@ -1,4 +1,4 @@
-"""Line and bar figures as inline SVG. Colours are CSS variables, for light and dark pages alike.
+"""Figures as inline SVG. Colours are CSS variables, for light and dark pages alike.
 
 Text in the figures is fixed wording and numbers. Reward names and prompts stay in the escaped HTML
 around the figures.
@@ -21,70 +21,36 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Matplotlib needs a colour, CSS a variable: each variable has a placeholder colour, replaced in the SVG.
-_VARIABLES = (
-    "ink",
-    "muted",
-    "rule",
-    "ode",
-    "sde",
-    "train",
-    "gain",
-    "gap",
-    "phase-a",
-    "phase-b",
-    "phase-c",
-    "phase-d",
-    "phase-e",
-    *(f"level-{letter}" for letter in "abcdefgh"),
-)
-COLOURS = {name: f"#0a0b{index:02x}" for index, name in enumerate(_VARIABLES, start=1)}
-PHASES = [name for name in _VARIABLES if name.startswith("phase-")]
-LEVELS = [name for name in _VARIABLES if name.startswith("level-")]
+PHASES = [f"phase-{letter}" for letter in "abcde"]
+LEVELS = [f"level-{letter}" for letter in "abcdefgh"]
 """Colours of values in order, from low to high."""
+_VARIABLES = ("ink", "muted", "rule", "ode", "sde", "train", "gain", "gap", *PHASES, *LEVELS)
+COLOURS = {name: f"#0a0b{index:02x}" for index, name in enumerate(_VARIABLES, start=1)}
+Span = tuple[float, float]
 SIZE = (4.6, 2.55)  # inches of 72 points; the width is that of a column of the page
 LOW = (4.6, 1.8)
+_DASHED: Any = {"color": COLOURS["muted"], "linewidth": 1, "linestyle": (0, (4, 3))}
 _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "etude",
-    "text.parse_math": False,
-    "axes.unicode_minus": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": COLOURS["rule"],
-    "axes.labelcolor": COLOURS["muted"],
-    "axes.labelsize": 8.5,
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.axisbelow": True,
-    "grid.color": COLOURS["rule"],
+    "axes.unicode_minus": True,
     "grid.linewidth": 0.6,
-    "xtick.color": COLOURS["rule"],
-    "ytick.color": COLOURS["rule"],
-    "xtick.labelcolor": COLOURS["muted"],
-    "ytick.labelcolor": COLOURS["muted"],
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
+    "lines.linewidth": 1.8,
     "ytick.major.size": 0,
     "text.color": COLOURS["ink"],
-    "legend.fontsize": 8.5,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon", "text.parse_math"), False),
+    **dict.fromkeys(("axes.edgecolor", "grid.color", "xtick.color", "ytick.color"), COLOURS["rule"]),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), COLOURS["muted"]),
+    **dict.fromkeys(("axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"), 8.5),
 }
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve.
-
-    Attributes:
-        x: abscissas.
-        y: ordinates.
-        colour: name in `COLOURS`.
-        label: entry in the legend; empty for none.
-        low: lower edge of a band. Default: no band.
-        high: upper edge of the band.
-        marks: mark every point.
-    """
+    """A curve in a colour of `COLOURS`, with a band from `low` to `high` and marked points."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -94,31 +60,54 @@ class Line:
     high: Sequence[float] | None = None
     marks: bool = True
 
+    @classmethod
+    def of(cls, points: Sequence[tuple[float, Mapping[str, Any]]], colour: str, label: str = "") -> Line:
+        """The curve through (x, estimate) pairs, with the intervals as its band."""
+        mean, low, high = ([estimate[key] for _, estimate in points] for key in ("mean", "low", "high"))
+        return cls([x for x, _ in points], mean, colour, label, low, high)
 
-def line_figure(lines: Sequence[Line], alt: str, *, zero: bool = False, from_zero: bool = False) -> str:
-    """A figure of curves over iterations.
+
+def line_figure(
+    lines: Sequence[Line],
+    alt: str,
+    *,
+    zero: bool = False,
+    from_zero: bool = False,
+    dashed: float | None = None,
+    limits: Span | None = None,
+    size: Span = SIZE,
+    **axis: Any,
+) -> str:
+    """A figure of curves, over iterations unless `axis` says otherwise (`figure`).
 
     Args:
-        lines: curves.
-        alt: alternative text.
-        zero: draw a horizontal line at 0.
+        zero: draw a horizontal line at 0, below the curves.
         from_zero: start the vertical axis at 0.
+        dashed: height of a horizontal line above the curves. Default: no line.
+        limits: values that the vertical axis spans, with a margin. Default: those of the curves.
     """
 
     def draw(axes: Axes) -> None:
         if zero:
-            axes.axhline(0, color=COLOURS["muted"], linewidth=1, linestyle=(0, (4, 3)))
+            axes.axhline(0, **_DASHED)
         for line in lines:
-            draw_line(axes, line)
+            _draw_line(axes, line)
         if from_zero:
             top = max((value for line in lines for value in line.y if math.isfinite(value)), default=0)
             axes.set_ylim(*((0, 1.08 * top) if top > 0 else (-0.02, 1)))
+        if limits is not None and limits[1] > limits[0]:
+            margin = 0.05 * (limits[1] - limits[0])
+            axes.set_ylim(limits[0] - margin, limits[1] + margin)
         if any(line.label for line in lines):
-            axes.legend(
-                loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=len(lines), borderaxespad=0, handlelength=1.4
-            )
+            columns, spacing = len(lines), {"handlelength": 1.4}
+            if size != SIZE:  # a small figure
+                columns = min(columns, 3 if max(len(line.label) for line in lines) <= 10 else 1)
+                spacing = {"handlelength": 1.2, "columnspacing": 1.2}
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.98), ncols=columns, borderaxespad=0, **spacing)
+        if dashed is not None:
+            axes.axhline(dashed, **_DASHED)
 
-    return figure(draw, alt)
+    return figure(draw, alt, size, **axis)
 
 
 def window_figure(x: Sequence[int], starts: Sequence[int], sizes: Sequence[int], num_steps: int, alt: str) -> str:
@@ -150,7 +139,7 @@ def visits_figure(visits: Sequence[int], alt: str) -> str:
 
 
 def bar_figure(x: Sequence[float], parts: Mapping[str, Sequence[float]], alt: str) -> str:
-    """A figure of bars over iterations, stacked from `parts` in order; part k has colour `PHASES[k]`."""
+    """A figure of bars over iterations: `parts`, stacked in order in the colours `PHASES`."""
 
     def draw(axes: Axes) -> None:
         bottom = [0.0] * len(x)
@@ -161,8 +150,7 @@ def bar_figure(x: Sequence[float], parts: Mapping[str, Sequence[float]], alt: st
     return figure(draw, alt)
 
 
-def draw_line(axes: Axes, line: Line) -> None:
-    """Draws one curve with its band."""
+def _draw_line(axes: Axes, line: Line) -> None:
     colour = COLOURS[line.colour]
     marker: dict[str, Any] = {"marker": "o", "markersize": 3.2} if line.marks or len(line.x) == 1 else {}
     if line.low is not None and line.high is not None:
@@ -174,22 +162,11 @@ def draw_line(axes: Axes, line: Line) -> None:
 
 
 def figure(
-    draw: Any,
-    alt: str,
-    size: tuple[float, float] = SIZE,
-    xlabel: str = "iteration",
-    whole: bool = False,
-    integers: bool = True,
+    draw: Any, alt: str, size: Span = SIZE, xlabel: str = "iteration", whole: bool = False, integers: bool = True
 ) -> str:
-    """An inline figure.
+    """An inline figure of all that `draw` draws on its axes, of a `size` in inches.
 
-    Args:
-        draw: function that draws on the axes.
-        alt: alternative text.
-        size: width and height in inches.
-        xlabel: label of the horizontal axis.
-        whole: label the vertical axis with integers.
-        integers: label the horizontal axis with integers.
+    `integers` labels the horizontal axis with integers, `whole` the vertical one.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -213,8 +190,7 @@ def _inline(figure: Figure, alt: str) -> str:
     figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font-family: [^;\"]+;?", "", svg)
     prefix = f"f{zlib.crc32(svg.encode()):08x}-"
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)

@@ -24,14 +24,11 @@ def image_grid(images: Tensor, columns: int, scale: int = 1, labels: list[str] |
     Args:
         images: images, uint8 `[n, 3, h, w]`.
         columns: largest number of images in a row.
-        scale: factor of enlargement; every pixel becomes scale x scale equal pixels, without
-            smoothing.
-        labels: captions of the n images, drawn under them in up to three lines; an ellipsis ends a
-            longer one.
+        scale: enlargement; every pixel becomes scale x scale equal pixels, without smoothing.
+        labels: a caption under each image, of up to three lines; an ellipsis ends a longer one.
 
     Raises:
-        EtudeError: there is no image, fewer than 1 column, a scale below 1, or a number of labels
-            other than that of the images.
+        EtudeError: fewer than 1 image, column or scale, or another number of labels than of images.
     """
     count = len(images)
     if count < 1 or columns < 1 or scale < 1:
@@ -41,13 +38,12 @@ def image_grid(images: Tensor, columns: int, scale: int = 1, labels: list[str] |
     if labels is not None and len(labels) != count:
         raise EtudeError(f"a grid of {count} images needs as many labels, not {len(labels)}.")
     height, width = images.shape[2] * scale, images.shape[3] * scale
-    cell = max(width, MIN_LABELLED_WIDTH) if labels is not None else width
+    cell = width if labels is None else max(width, MIN_LABELLED_WIDTH)
     font = ImageFont.load_default(size=FONT_SIZE)
-    captions = [_wrap(label, cell, font) for label in labels] if labels is not None else [[] for _ in range(count)]
+    captions = [_wrap(label, cell, font) for label in labels or [""] * count]
     row = height + GAP + LINE_HEIGHT * max(len(lines) for lines in captions)
     columns = min(columns, count)
-    size = (GAP + columns * (cell + GAP), GAP + -(-count // columns) * row)
-    grid = Image.new("RGB", size, "white")
+    grid = Image.new("RGB", (GAP + columns * (cell + GAP), GAP + -(-count // columns) * row), "white")
     draw = ImageDraw.Draw(grid)
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     for index, lines in enumerate(captions):

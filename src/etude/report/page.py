@@ -8,62 +8,51 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from etude.config.algorithm import algorithm
+from etude.files import atomic_write_text
 from etude.learning.metrics import metrics_of
 from etude.measuring.statistics import format_interval
+from etude.report.figures import PHASES, Line, bar_figure, line_figure, visits_figure, window_figure
 from etude.rewards import WEIGHTED_SUM
 from etude.runs.reader import Interval, Run, read_run
 from etude.sampling.etas import eta_text, setting_text
 
 if TYPE_CHECKING:
-    from etude.report.figures import Line
+    from jinja2 import Environment
 
-GRID_TITLES = {
-    "before_ode": ("Before, ODE", "ODE sampler, base model"),
-    "after_ode": ("After, ODE", "ODE sampler, tuned model"),
-    "before_sde": ("Before, SDE", "SDE sampler, base model"),
-    "after_sde": ("After, SDE", "SDE sampler, tuned model"),
-}
+Panel = tuple[str, str, str]
+"""A figure of a page: title, explanation, SVG."""
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes `report.html` into a run's directory, atomically, and returns its path.
+    """Write `report.html` into a run's directory, atomically, and return its path.
 
-    The page refers to nothing outside itself. It needs `config.yaml`. If metrics, evaluations,
-    grids or the summary are missing, it says so in their place, so that a run can be viewed while
-    it goes on.
-
-    Args:
-        run_dir: directory of a run, with `config.yaml`, `metrics.jsonl`, `summary.json` and
-            `samples/` as `etude train` writes them.
+    The page refers to nothing outside itself. Only `config.yaml` must exist: the page says in a
+    sentence which other files of `etude train` are missing, so a run can be viewed while it goes on.
 
     Raises:
         EtudeError: the directory is no run, or one of its files is invalid.
     """
-    from etude.files import atomic_write_text
-
-    run_dir = Path(run_dir)
-    html = render(read_run(run_dir))
-    target = run_dir / "report.html"
+    html = render(read_run(Path(run_dir)))
+    target = Path(run_dir) / "report.html"
     atomic_write_text(target, html)
     return target
 
 
+def templates(*folders: str) -> Environment:
+    """The templates in folders of the package, for pages in which all text is escaped."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    loader = ChoiceLoader([PackageLoader(f"etude.{folder}", ".") for folder in folders])
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
 def render(run: Run) -> str:
     """The page as HTML."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("etude.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["interval"] = interval
-    environment.filters["duration"] = duration
+    environment = templates("report")
+    environment.filters |= {"interval": interval, "duration": duration}
     return environment.get_template("template.html").render(
         run=run,
-        title=_title(run),
+        title=f"{run.setting('model') or 'A model'} tuned on {', '.join(run.trained) or 'a reward'}",
         facts=_facts(run),
         headlines=_headlines(run),
         basis=_basis(run),
@@ -91,14 +80,7 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def _title(run: Run) -> str:
-    rewards = ", ".join(run.trained) or "a reward"
-    return f"{run.setting('model') or 'A model'} tuned on {rewards}"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -110,15 +92,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         facts.append(("best weights", f"iteration {best['iteration']}, by {best['reward']}: {_best_figures(best)}"))
     if "sampling" in run.config:
         facts.append(("algorithm", algorithm(run.config)))
-    settings = {
-        "kernel": ("kernel", "sampling"),
-        "training eta": ("eta", "sampling"),
-        "steps": ("num_steps", "sampling"),
-        "guidance": ("guidance_scale", "sampling"),
-    }
-    for label, (key, section) in settings.items():
-        if (value := run.setting(key, section)) is not None:
-            schedule = key == "eta" and run.setting("eta_schedule", section)
+    settings = {"kernel": "kernel", "training eta": "eta", "steps": "num_steps", "guidance": "guidance_scale"}
+    for label, key in settings.items():
+        if (value := run.setting(key, "sampling")) is not None:
+            schedule = key == "eta" and run.setting("eta_schedule", "sampling")
             facts.append((label, setting_text(value, schedule) if schedule else _number(value)))
     facts += [(key, str(run.setting(key))) for key in ("recipe", "seed") if run.setting(key) is not None]
     facts.append(("time", duration(sum(_phase_totals(run).values()))))
@@ -130,8 +107,12 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _best_figures(best: dict[str, Any]) -> str:
     """The ODE mean of the reward that chose the best weights, and its estimate from fresh noise."""
     evaluations = {"": best.get("evaluation"), ", from fresh noise ": best.get("confirmation")}
-    means = {words: ((e or {}).get("ode") or {}).get(best["reward"]) for words, e in evaluations.items()}
+    means = {words: _estimate(e or {}, "ode", best["reward"]) for words, e in evaluations.items()}
     return "".join(f"{words}{interval(mean, signed=False)}" for words, mean in means.items() if mean)
+
+
+def _estimate(evaluation: dict[str, Any], quantity: str, reward: str) -> Interval | None:
+    return (evaluation.get(quantity) or {}).get(reward)
 
 
 def _etas(run: Run) -> list[str]:
@@ -142,42 +123,30 @@ def _etas(run: Run) -> list[str]:
 
 def _headlines(run: Run) -> list[dict[str, Any]]:
     """Improvement and gap of each trained reward, as estimates and in words."""
-    if not run.evaluations:
-        return []
-    final = run.evaluations[-1][1]
-    eta = _number(final.get("eta", run.setting("eta", "sampling")))
-    sde = f"the SDE at η = {eta} " + ("in every step" if _sampling_window(run) else "that was trained")
+    final = run.evaluations[-1][1] if run.evaluations else {}
+    sde = f"the SDE at η = {_etas(run)[-1]} " + ("in every step" if _sampling_window(run) else "that was trained")
+    made = "the reward of the images that the ODE sampler makes: the whole interval lies"
+    sentences = {
+        "improvement": (f"Tuning raised {made} above 0.", f"Tuning lowered {made} below 0.", "No improvement is shown"),
+        "gap": (
+            f"The ODE sampler, which you ship, scores higher than {sde}.",
+            f"The ODE sampler scores lower than {sde}: part of the gain stays behind.",
+            f"The ODE sampler and {sde} cannot be told apart",
+        ),
+    }
     return [
-        {
-            "reward": reward,
-            "improvement": (final.get("improvement") or {}).get(reward),
-            "improvement_words": _improvement_words((final.get("improvement") or {}).get(reward)),
-            "gap": (final.get("gap") or {}).get(reward),
-            "gap_words": _gap_words((final.get("gap") or {}).get(reward), sde),
-        }
+        {"reward": reward, **{name: _in_words(_estimate(final, name, reward), *s) for name, s in sentences.items()}}
         for reward in run.trained
         if reward in (final.get("ode") or {})
     ]
 
 
-def _improvement_words(estimate: Interval | None) -> str:
+def _in_words(estimate: Interval | None, above: str, below: str, around: str) -> tuple[Interval | None, str]:
+    """The estimate, and the sentence for an interval above, below or around 0."""
     if estimate is None:
-        return "Not measured."
-    if estimate["low"] > 0:
-        return "Tuning raised the reward of the images that the ODE sampler makes: the whole interval lies above 0."
-    if estimate["high"] < 0:
-        return "Tuning lowered the reward of the images that the ODE sampler makes: the whole interval lies below 0."
-    return "No improvement is shown: the interval contains 0."
-
-
-def _gap_words(estimate: Interval | None, sde: str) -> str:
-    if estimate is None:
-        return "Not measured."
-    if estimate["low"] > 0:
-        return f"The ODE sampler, which you ship, scores higher than {sde}."
-    if estimate["high"] < 0:
-        return f"The ODE sampler scores lower than {sde}: part of the gain stays behind."
-    return f"The ODE sampler and {sde} cannot be told apart: the interval contains 0."
+        return None, "Not measured."
+    words = above if estimate["low"] > 0 else below if estimate["high"] < 0 else f"{around}: the interval contains 0."
+    return estimate, words
 
 
 def _sampling_window(run: Run) -> dict[str, Any]:
@@ -211,38 +180,30 @@ def _table(run: Run) -> list[dict[str, Any]]:
     """Every reward of the last evaluation: before, after, improvement, gap."""
     if not run.evaluations:
         return []
-    (first_at, first), (_, final) = run.evaluations[0], run.evaluations[-1]
-    before = first if first_at == 0 else {}
-    held_out = set(
-        run.summary.get("held_out_rewards") or (run.config.get("evaluation") or {}).get("held_out_rewards") or []
-    )
-    roles = (
-        dict.fromkeys(held_out, "held out") | dict.fromkeys(run.trained, "trained") | {WEIGHTED_SUM: "of the trained"}
-    )
-    columns = [("before", before, "ode"), ("ode", final, "ode"), ("sde", final, "sde")]
-    columns += [("improvement", final, "improvement"), ("gap", final, "gap")]
+    (iteration, first), (_, final) = run.evaluations[0], run.evaluations[-1]
+    held_out = run.summary.get("held_out_rewards") or (run.config.get("evaluation") or {}).get("held_out_rewards")
+    roles = dict.fromkeys(held_out or [], "held out") | dict.fromkeys(run.trained, "trained")
+    roles[WEIGHTED_SUM] = "of the trained"
     return [
         {
             "reward": reward,
             "role": roles.get(reward, "measured"),
-            **{column: (source.get(quantity) or {}).get(reward) for column, source, quantity in columns},
+            "before": _estimate(first if iteration == 0 else {}, "ode", reward),
+            **{quantity: _estimate(final, quantity, reward) for quantity in ("ode", "sde", "improvement", "gap")},
         }
         for reward in run.rewards
         if reward in (final.get("ode") or {})
     ]
 
 
-def _curves(run: Run, reward: str) -> list[tuple[str, str, str]]:
-    """(title, explanation, svg) of one reward's figures."""
-    from etude.report.figures import Line, line_figure
-
+def _curves(run: Run, reward: str) -> list[Panel]:
     figures = []
-    x, mean = run.series("reward", reward, "mean")
+    (x, mean), (_, std) = (run.series("reward", reward, name) for name in ("mean", "std"))
     if x:
-        _, std = run.series("reward", reward, "std")
-        low, high = ([m + sign * s for m, s in zip(mean, std, strict=False)] for sign in (-1, 1))
-        banded = len(std) == len(mean)
-        line = Line(x, mean, "train", low=low if banded else None, high=high if banded else None, marks=False)
+        low = high = None
+        if banded := len(std) == len(mean):
+            low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+        line = Line(x, mean, "train", low=low, high=high, marks=False)
         alt = f"Training reward {reward}: {_first_to_last(mean)} over {len(x)} iterations."
         sampler = "Samples with noise in the window's steps" if _sampling_window(run) else "SDE samples"
         note = f"{sampler}, training prompts: mean" + (" and one standard deviation." if banded else ".")
@@ -250,35 +211,24 @@ def _curves(run: Run, reward: str) -> list[tuple[str, str, str]]:
     ode, sde = run.intervals("ode", reward), run.intervals("sde", reward)
     if ode:
         eta = _number(run.evaluations[-1][1].get("eta"))
-        lines = [_interval_line(ode, "ode", "ODE")] + ([_interval_line(sde, "sde", f"SDE, η = {eta}")] if sde else [])
+        lines = [Line.of(ode, "ode", "ODE")] + ([Line.of(sde, "sde", f"SDE, η = {eta}")] if sde else [])
         alt = f"Reward {reward} on {_prompts(run)}: ODE {_first_to_last(lines[0].y)}"
         alt += f", SDE {_first_to_last(lines[1].y)}." if sde else "."
-        figures.append(
-            (f"On {_prompts(run)}", "Both samplers from the same noise, with 95 % intervals.", line_figure(lines, alt))
-        )
+        note = "Both samplers from the same noise, with 95 % intervals."
+        figures.append((f"On {_prompts(run)}", note, line_figure(lines, alt)))
     for quantity, colour, title, note in (
         ("gap", "gap", "Reward gap", "ODE minus SDE, same weights. Above 0: the ODE scores higher."),
         ("improvement", "gain", "Improvement", "ODE of the tuned minus ODE of the base model."),
     ):
         if points := run.intervals(quantity, reward):
-            line = _interval_line(points, colour)
+            line = Line.of(points, colour)
             alt = f"{title} of {reward}: {_first_to_last(line.y)}; last {interval(points[-1][1])}."
             figures.append((title, note, line_figure([line], alt, zero=True)))
     return figures
 
 
-def _interval_line(points: list[tuple[int, Interval]], colour: str, label: str = "") -> Line:
-    from etude.report.figures import Line
-
-    x = [iteration for iteration, _ in points]
-    mean, low, high = ([estimate[key] for _, estimate in points] for key in ("mean", "low", "high"))
-    return Line(x, mean, colour, label, low, high)
-
-
-def _window(run: Run) -> list[tuple[str, str, str]]:
-    """(title, explanation, svg) of the window's figures; empty for a run without a window."""
-    from etude.report.figures import visits_figure, window_figure
-
+def _window(run: Run) -> list[Panel]:
+    """The figures of the window; empty for a run without a window."""
     x, starts = run.series("window", "start")
     same, sizes = run.series("window", "size")
     if not x or x != same:
@@ -293,37 +243,29 @@ def _window(run: Run) -> list[tuple[str, str, str]]:
     rest = "the rest followed the ODE"
     if _sampling_window(run).get("compression") is not None:
         rest = "those before followed the ODE, and those after were replaced by fewer steps of a second-order solver"
+    where = f"These steps of {num_steps} were sampled with noise and trained; {rest}. Step 0 starts from noise."
     counts = ", ".join(f"step {step} {count}" for step, count in enumerate(visits) if count)
+    bars = visits_figure(visits, f"Iterations in which each step was in the window: {counts}.")
     return [
-        (
-            "Where the window was",
-            f"These steps of {num_steps} were sampled with noise and trained; {rest}. Step 0 starts from noise.",
-            window_figure(x, first, size, num_steps, alt),
-        ),
-        (
-            "How often each step was trained",
-            f"Iterations whose window held the step, of {len(x)}.",
-            visits_figure(visits, f"Iterations in which each step was in the window: {counts}."),
-        ),
+        ("Where the window was", where, window_figure(x, first, size, num_steps, alt)),
+        ("How often each step was trained", f"Iterations whose window held the step, of {len(x)}.", bars),
     ]
 
 
 def _grids(run: Run) -> list[tuple[str, str, str]]:
     """(title, alternative text, data URI) of the grids that exist."""
     shown = f"{len(run.prompts)} images: " + "; ".join(map(str, run.prompts)) if run.prompts else "grid of images"
-    return [
-        (
-            GRID_TITLES[name][0],
-            f"{GRID_TITLES[name][1]}, {shown}",
-            f"data:image/png;base64,{base64.b64encode(png).decode()}",
-        )
-        for name, png in run.grids.items()
-    ]
+    grids = []
+    for name, png in run.grids.items():
+        when, sampler = name.split("_")
+        model = "base" if when == "before" else "tuned"
+        alt = f"{sampler.upper()} sampler, {model} model, {shown}"
+        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        grids.append((f"{when.capitalize()}, {sampler.upper()}", alt, source))
+    return grids
 
 
-def _diagnostics(run: Run) -> list[tuple[str, str, str]]:
-    from etude.report.figures import Line, line_figure
-
+def _diagnostics(run: Run) -> list[Panel]:
     figures = []
     objective = str((run.config.get("objective") or {}).get("kind", "ppo"))
     for metric in metrics_of(objective):
@@ -344,36 +286,27 @@ def _phase_totals(run: Run) -> dict[str, float]:
 
 
 def _time(run: Run) -> dict[str, Any] | None:
-    from etude.report.figures import PHASES, bar_figure
-
     totals = _phase_totals(run)
     if not totals:
         return None
     whole = sum(totals.values())
-    x = [row["iteration"] for row in run.rows]
     parts = {phase: [(row.get("seconds") or {}).get(phase, 0.0) for row in run.rows] for phase in totals}
-    alt = (
-        "Seconds of each iteration by phase: " + ", ".join(f"{p} {duration(s)} in all" for p, s in totals.items()) + "."
-    )
+    listed = ", ".join(f"{phase} {duration(seconds)} in all" for phase, seconds in totals.items())
     rows = [
         (phase, PHASES[index % len(PHASES)], seconds, f"{100 * seconds / whole:.0f} %" if whole else "–")
         for index, (phase, seconds) in enumerate(totals.items())
     ]
-    return {"svg": bar_figure(x, parts, alt), "rows": rows, "total": whole}
+    svg = bar_figure([row["iteration"] for row in run.rows], parts, f"Seconds of each iteration by phase: {listed}.")
+    return {"svg": svg, "rows": rows, "total": whole}
 
 
-def _memory(run: Run) -> tuple[str, str] | None:
-    """The figure of the peak memory so far, and the peak in words; None without data."""
-    from etude.report.figures import Line, line_figure
-
+def _memory(run: Run) -> Panel | None:
     x, y = run.series("memory_mb")
     if not x:
         return None
-    peak = _megabytes(_peak_memory(run))
-    svg = line_figure(
-        [Line(x, y, "train", marks=False)], f"Peak memory so far: {_first_to_last(y)} MB.", from_zero=True
-    )
-    return svg, peak
+    alt = f"Peak memory so far: {_first_to_last(y)} MB."
+    svg = line_figure([Line(x, y, "train", marks=False)], alt, from_zero=True)
+    return "Memory", f"Peak so far, MB; {_megabytes(_peak_memory(run))} in all.", svg
 
 
 def _peak_memory(run: Run) -> float:

@@ -1,15 +1,4 @@
-"""The archive of a study: one compressed file in place of the folders of its cells.
-
-`DIR/cells.tar.xz` holds the files from which the results of a study are made, under the names that
-they have below DIR:
-
-    cells/<slug>/    config.yaml, metrics.jsonl, summary.json, scores.json, samples/study.png
-    base/            <name>.json and <name>-<images>.png, the base model's scores and images
-
-Equal files give equal bytes: members are sorted by name and carry neither a time nor an owner.
-An archive is read in memory and never extracted. Only regular files with the names above are
-accepted, at most `MOST` of them and `LARGEST` bytes in all.
-"""
+"""The archive of a study: one file in place of the folders of its cells, never extracted."""
 
 from __future__ import annotations
 
@@ -29,23 +18,15 @@ ARCHIVE = "cells.tar.xz"
 """Name of the archive in the directory of a study."""
 CELL_FILES = ("config.yaml", "metrics.jsonl", "summary.json", "scores.json", "samples/study.png")
 """Files of a cell from which results are made. The first marks its folder as a run."""
-MOST = 100_000
-"""Files of an archive."""
-LARGEST = 1 << 30
-"""Bytes of an archive, packed and unpacked."""
+MOST, LARGEST = 100_000, 1 << 30
+"""Files of an archive, and its bytes, packed and unpacked."""
 _MEMORY = 1 << 28  # bytes that decompression may use
 _PART = r"[A-Za-z0-9_+][A-Za-z0-9._+-]*"
 _NAME = re.compile(rf"base/{_PART}|cells/{_PART}/(?:{'|'.join(map(re.escape, CELL_FILES))})")
 
 
 def archived_files(path: Path) -> Mapping[str, bytes]:
-    """The files of an archive, content by name; empty where there is no archive.
-
-    They stay in memory until the archive on the disk is another one.
-
-    Raises:
-        EtudeError: as `read_archive`.
-    """
+    """`read_archive`, once for each state of the file; empty where there is none."""
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -64,7 +45,7 @@ def accepts(name: str) -> bool:
 
 
 def archive_bytes(files: Mapping[str, bytes]) -> bytes:
-    """The archive of some files, by name: a pure function of them."""
+    """The archive of some files, by name: equal files give equal bytes."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name in sorted(files):
@@ -92,10 +73,14 @@ def write_archive(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def read_archive(path: Path) -> dict[str, bytes]:
-    """The content of every file of an archive, by name.
+    """The content of every file of an archive, by its name below the directory of the study.
+
+        cells/<slug>/    one of `CELL_FILES`
+        base/            <name>.json and <name>-<images>.png, the base model's scores and images
 
     Raises:
-        EtudeError: the archive is damaged, or holds something else than the files of a study.
+        EtudeError: the archive is damaged, holds something other than regular files with these
+            names, or more than `MOST` files or `LARGEST` bytes.
     """
     try:
         data = _decompress(path)

@@ -1,21 +1,20 @@
-"""Results of the cells of a study, grouped into conditions.
-
-A condition is a set of cells that differ in the seed alone.
-"""
+"""Results of the cells of a study, grouped into conditions."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from etude.config import TrainConfig, leaves
 from etude.errors import EtudeError, brief
 from etude.rewards.reward import WEIGHTED_SUM
 from etude.runs.reader import parse_metrics
 from etude.study.directory import StudyDirectory
+from etude.study.inference import Floats
 from etude.study.labels import setting_label
 from etude.study.study_file import Cell, Study
 
@@ -37,12 +36,10 @@ class CellResult:
     Attributes:
         evaluations: (iteration, evaluation) of the evaluations during training.
         samplers: rows of `scores.json`, one a sampler.
-        best: ODE scores of the best weights, by reward. None: the run kept no best weights.
-        clusters: index of the prompt of each image.
-        prompts: texts of the prompts.
+        best: ODE scores of the best weights, by reward. None: the run kept none.
+        clusters: index of the prompt of each image, in `prompts`.
         levels: signal "a" and noise "s" at every level, by number of steps.
-        base_image: file with the images of the base model. None: no images were kept.
-        seconds: time of training and measurement.
+        base_image: file with the images of the base model. None: none were kept.
     """
 
     cell: Cell
@@ -57,20 +54,16 @@ class CellResult:
 
     def find(self, kind: str, steps: int, name: str | None = None, eta: Any = None) -> dict[str, Any] | None:
         """The row of a sampler, or None; a name or an eta of None matches every one."""
-        for row in self.samplers:
-            same = row["kind"] == kind and row["steps"] == steps
-            if same and name in (None, row["sampler"]) and eta in (None, row["eta"]):
-                return row
-        return None
+        wanted = {"kind": kind, "steps": steps, "sampler": name, "eta": eta}
+        return next((row for row in self.samplers if all(v in (None, row[k]) for k, v in wanted.items())), None)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """Cells that differ in the seed alone.
+    """Cells that differ in the seed alone, by ascending seed.
 
     Attributes:
         values: (dotted key, value) of every setting in which conditions of the study differ.
-        results: results by ascending seed.
         implied: keys of `values` that follow from other keys; labels leave them out.
     """
 
@@ -84,9 +77,19 @@ class Condition:
         return self.results[0].cell.config
 
     @property
+    def clusters(self) -> list[int]:
+        """The index of the prompt of each image, equal in all seeds."""
+        return self.results[0].clusters
+
+    @property
     def steps(self) -> int:
         """The denoising steps of evaluation."""
         return self.config.evaluation.num_steps or self.config.sampling.num_steps
+
+    @property
+    def step_counts(self) -> list[int]:
+        """The denoising steps of the measurement."""
+        return list(dict.fromkeys(row["steps"] for row in self.results[0].samplers))
 
     @property
     def seeds(self) -> list[int]:
@@ -102,8 +105,7 @@ class Condition:
     @property
     def rewards(self) -> list[str]:
         """The names of all measured rewards, the trained one first."""
-        measured = list(self.results[0].samplers[0]["scores"])
-        return list(dict.fromkeys([*self.trained, *measured]))
+        return list(dict.fromkeys([*self.trained, *self.results[0].samplers[0]["scores"]]))
 
     @property
     def eta(self) -> float | None:
@@ -111,40 +113,24 @@ class Condition:
         sampling = self.config.sampling
         return sampling.eta if isinstance(sampling.eta, float) and sampling.eta_schedule is None else None
 
-    @property
-    def label(self) -> str:
-        """The settings in words: `alignment, η = 1.2`."""
-        return self.text()
-
     def text(self, without: tuple[str, ...] = ()) -> str:
-        """The settings in words, without those of some keys."""
+        """The settings in words, as `alignment, η = 1.2`, without those of some keys."""
         silent = self.implied.union(without)
         parts = [setting_label(key, value, self.config) for key, value in self.values if key not in silent]
         return ", ".join(part for part in parts if part) or self.config.model
 
-    @cached_property
-    def clusters(self) -> list[int]:
-        """The index of the prompt of each image, equal in all seeds.
-
-        Raises:
-            EtudeError: seeds were measured on different prompts.
-        """
-        first = self.results[0]
-        for other in self.results[1:]:
-            if (other.clusters, other.prompts) != (first.clusters, first.prompts):
-                raise EtudeError(
-                    f"cells '{first.cell.slug}' and '{other.cell.slug}' were measured on different prompts: "
-                    "delete their scores.json (unpack them first if they are packed), and run the study again."
-                )
-        return first.clusters
+    def scores(
+        self, reward: str, kind: str, steps: int, name: str | None = None, eta: Any = None, base: bool = False
+    ) -> Floats | None:
+        """Scores `[seeds, images]` under a sampler (`find`); None where a seed was not measured."""
+        rows = [row for result in self.results if (row := result.find(kind, steps, name, eta)) is not None]
+        if len(rows) < len(self.results):
+            return None
+        return np.array([row["base" if base else "scores"][reward] for row in rows])
 
 
 def collect(study: Study, directory: StudyDirectory) -> tuple[list[CellResult], dict[str, str]]:
-    """Read the results of all cells that are done.
-
-    Returns:
-        The results in the order of the study, and by cell why other cells are unusable.
-    """
+    """The results of cells that are done, in order, and why others are unusable, by cell."""
     results, unusable = [], {}
     for cell in study.cells:
         progress = directory.progress(cell, look_for_others=False)
@@ -168,23 +154,31 @@ def _result(cell: Cell, directory: StudyDirectory, seconds: float) -> CellResult
 
 
 def conditions(results: list[CellResult]) -> list[Condition]:
-    """Group results by every setting but the seed, in the order of the study.
+    """Group results by every setting but the seed, in order; no condition has a seed twice.
 
-    No condition has a seed twice.
+    Raises:
+        EtudeError: seeds of a condition were measured on different prompts.
     """
     groups = _grouped(results, _NOT_A_CONDITION)
     if any(len(set(condition.seeds)) < len(condition.seeds) for condition in groups):
         groups = _grouped(results, ())
+    for first, *others in (condition.results for condition in groups):
+        for other in others:
+            if (other.clusters, other.prompts) != (first.clusters, first.prompts):
+                raise EtudeError(
+                    f"cells '{first.cell.slug}' and '{other.cell.slug}' were measured on different prompts: "
+                    "delete their scores.json (unpack them first if they are packed), and run the study again."
+                )
     return groups
 
 
 def _grouped(results: list[CellResult], apart: tuple[str, ...]) -> list[Condition]:
-    """Group results by every setting but the seed and those whose key begins as one of `apart`.
-
-    A key that the study varies counts in any case.
-    """
+    """Leave out of the settings the seed and what begins with `apart`, unless a study names it."""
     names = {key for result in results for key in result.cell.values}
-    trees = [dict(_settings(result.cell.config, apart, names)) for result in results]
+    trees = [
+        {k: v for k, v in settings if k != "seed" and (k in names or not k.startswith(apart))}
+        for settings in (leaves(result.cell.config.model_dump(mode="json")) for result in results)
+    ]
     varying = [key for key in (trees[0] if trees else {}) if len({_frozen(tree[key]) for tree in trees}) > 1]
     groups: dict[str, tuple[Values, list[CellResult]]] = {}
     for result, tree in zip(results, trees, strict=True):
@@ -213,12 +207,6 @@ def families(members: list[Condition], without: tuple[str, ...]) -> list[tuple[s
         rest = [(key, value) for key, value in condition.values if key not in without]
         groups.setdefault(_frozen(rest), []).append(condition)
     return [(family[0].text(without), family) for family in groups.values()]
-
-
-def _settings(config: TrainConfig, apart: tuple[str, ...], names: set[str]) -> Iterator[tuple[str, Any]]:
-    for key, value in leaves(config.model_dump(mode="json")):
-        if key != "seed" and (key in names or not key.startswith(apart)):
-            yield key, value
 
 
 def _frozen(value: Any) -> str:

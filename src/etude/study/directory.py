@@ -1,13 +1,5 @@
 """The directory of a study: where its files are, and how far each cell has come.
 
-DIR/study.yaml                  the study's file, as given
-DIR/cells/<slug>/               an ordinary run directory
-DIR/cells/<slug>/scores.json    the measurement after training
-DIR/base/                       the base model's scores and images, which cells share
-DIR/cells.tar.xz                files of cells that were packed: see `etude.study.archive`
-DIR/failures/<slug>.txt         the traceback of a cell that failed, until it succeeds
-DIR/.claims/<slug>              locked while a process works on the cell
-
 A cell whose folder has a `config.yaml` is read from the folder alone. Every other file is read from
 its folder or, where the folder lacks it, from the archive. To a reader, packing changes nothing.
 """
@@ -33,19 +25,11 @@ State = Literal["waiting", "part", "trained", "done", "failed", "running"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a cell has come.
+    """How far a cell has come: the last finished iteration or 0, and the seconds spent on it.
 
-    Attributes:
-        state: one of
-            waiting: nothing was begun;
-            part: training was stopped;
-            trained: the measurement is missing, or differs from the one that the study asks for;
-            done: trained and measured;
-            failed: see `failure`;
-            running: another process works on the cell.
-        iteration: the last one that is finished; 0 if there is none.
-        seconds: time spent on the cell so far.
-        failure: one sentence, empty unless the cell has failed.
+    `state` is waiting (nothing was begun), part (training was stopped), trained (the measurement is
+    missing, or differs from the one that the study asks for), done (trained and measured), failed
+    (`failure` says why in a sentence), or running (another process works on the cell).
     """
 
     state: State
@@ -56,39 +40,25 @@ class Progress:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a study, from a folder or from the archive.
-
-    Attributes:
-        place: where it is, in the words of an error.
-        data: content.
-    """
+    """A file of a study, from a folder or from the archive; `place` names it in errors."""
 
     place: str
     data: bytes
 
     def text(self) -> str:
-        """The content as text.
-
-        Raises:
-            EtudeError: it is not UTF-8.
-        """
+        """The content as text. It must be UTF-8 (`EtudeError`)."""
         try:
             return self.data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise EtudeError(f"{self.place} is not UTF-8 text ({error}): restore or delete it.") from None
 
     def mapping(self) -> dict[str, Any]:
-        """The content as a mapping, from JSON.
-
-        Raises:
-            EtudeError: it is something else.
-        """
+        """The content as a mapping, from JSON. It must be one (`EtudeError`)."""
         try:
             value = json.loads(self.data)
         except (ValueError, RecursionError) as error:
-            raise EtudeError(
-                f"{self.place} cannot be read ({brief(error)}): delete it, and run the study again."
-            ) from None
+            problem = f"cannot be read ({brief(error)})"
+            raise EtudeError(f"{self.place} {problem}: delete it, and run the study again.") from None
         if not isinstance(value, dict):
             raise EtudeError(f"{self.place} holds a {type(value).__name__}: delete it, and run the study again.")
         return value
@@ -96,7 +66,15 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class StudyDirectory:
-    """The places in the directory of a study."""
+    """The places in the directory of a study.
+
+    study.yaml             the study's file, as given
+    cells/<slug>/          a run directory, with the measurement after training in scores.json
+    base/                  the base model's scores and images, which cells share
+    cells.tar.xz           files of cells that were packed: see `etude.study.archive`
+    failures/<slug>.txt    the traceback of a cell that failed, until it succeeds
+    .claims/<slug>         locked while a process works on the cell
+    """
 
     root: Path
 
@@ -130,11 +108,7 @@ class StudyDirectory:
         return stored
 
     def base_file(self, name: str) -> StoredFile | None:
-        """A file of the base model's; None if there is none.
-
-        Raises:
-            EtudeError: the file or the archive cannot be read.
-        """
+        """A file of the base model's, with the errors of `file`; None if there is none."""
         place = f"base/{name}"
         return (self._loose(place) or self._packed(place)) if accepts(place) else None
 
@@ -164,25 +138,22 @@ class StudyDirectory:
         """
         archived_files(self.archive)
         try:
-            return self._progress(cell, look_for_others)
+            iteration, seconds = _time_spent(self.file(cell, "metrics.jsonl"))
+            if look_for_others and self._claimed(cell):
+                return Progress("running", iteration, seconds)
+            if self.failure(cell).is_file():
+                text = self.failure(cell).read_text(encoding="utf-8").strip()
+                return Progress("failed", iteration, seconds, text.partition("\n")[0])
+            if self.file(cell, "summary.json") is None:
+                return Progress("part" if self.cell(cell).is_dir() else "waiting", iteration, seconds)
+            stored = self.file(cell, "scores.json")
+            measured = {} if stored is None else stored.mapping()
+            if measured.get("measurement") != cell.measurement.model_dump(mode="json"):
+                return Progress("trained", iteration, seconds)
+            self.check(cell)
+            return Progress("done", iteration, seconds + measured.get("seconds", 0.0))
         except EtudeError as error:
             return Progress("failed", 0, 0.0, brief(error))
-
-    def _progress(self, cell: Cell, look_for_others: bool) -> Progress:
-        iteration, seconds = _time_spent(self.file(cell, "metrics.jsonl"))
-        if look_for_others and self._claimed(cell):
-            return Progress("running", iteration, seconds)
-        if self.failure(cell).is_file():
-            text = self.failure(cell).read_text(encoding="utf-8").strip()
-            return Progress("failed", iteration, seconds, text.splitlines()[0] if text else "")
-        if self.file(cell, "summary.json") is None:
-            return Progress("part" if self.cell(cell).is_dir() else "waiting", iteration, seconds)
-        stored = self.file(cell, "scores.json")
-        measured = {} if stored is None else stored.mapping()
-        if measured.get("measurement") != cell.measurement.model_dump(mode="json"):
-            return Progress("trained", iteration, seconds)
-        self.check(cell)
-        return Progress("done", iteration, seconds + measured.get("seconds", 0.0))
 
     def check(self, cell: Cell) -> None:
         """Refuse the run of another configuration, as after a change of the study's file.
@@ -193,8 +164,7 @@ class StudyDirectory:
         stored = self.file(cell, CELL_FILES[0])
         if stored is None:
             return
-        config = parse_config(parse_yaml(stored.text(), stored.place), stored.place)
-        change = difference(config, cell.config)
+        change = difference(parse_config(parse_yaml(stored.text(), stored.place), stored.place), cell.config)
         if change is not None:
             key, old, new = change
             unpack = "" if self._is_run(cell) else f"unpack '{self.archive}' with tar, delete it, and "
@@ -205,10 +175,7 @@ class StudyDirectory:
 
     @contextmanager
     def claim(self, cell: Cell, patient: bool = True) -> Iterator[bool]:
-        """Claim a cell for this process; yields whether the claim succeeded.
-
-        The claim ends with the process, however the process ends.
-        """
+        """Claim a cell, at most until the process ends; yields whether that succeeded."""
         path = self.root / ".claims" / cell.slug
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
@@ -222,19 +189,14 @@ class StudyDirectory:
 
 
 def work(config: TrainConfig) -> float:
-    """The cost of a run in network calls on one image. Only ratios of costs are used.
-
-    A forward pass counts 1, a forward and backward pass 3.
-    """
+    """The cost of a run in forward passes of one image; one with its backward pass counts 3."""
     sampling, rollout, objective = config.sampling, config.rollout, config.objective
     trained = sampling.num_steps if sampling.window is None else sampling.window.size
     replayed = 3 * trained * objective.timestep_fraction * objective.num_inner_epochs
     evaluation_steps = config.evaluation.num_steps or sampling.num_steps
     evaluations = 1 + -(-config.iterations // config.evaluation.every)
-    return (
-        config.iterations * rollout.images_per_iteration * (sampling.num_steps + replayed)
-        + evaluations * 2 * config.evaluation.num_images * evaluation_steps
-    )
+    training = config.iterations * rollout.images_per_iteration * (sampling.num_steps + replayed)
+    return training + evaluations * 2 * config.evaluation.num_images * evaluation_steps
 
 
 def _time_spent(metrics: StoredFile | None) -> tuple[int, float]:

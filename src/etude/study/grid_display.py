@@ -1,17 +1,11 @@
-"""Display of a running study: the grid, the current cell and the time left.
-
-Without a terminal it prints one line a cell.
-"""
+"""Display of a running study: the grid, the cell, the time left; elsewhere a line a cell."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from etude.study.directory import StudyDirectory, work
@@ -21,30 +15,21 @@ from etude.training.progress import SilentDisplay
 
 
 class Pace:
-    """An estimate of the time left, from the time that the finished part of the study took.
-
-    Args:
-        cells: cells to run.
-        directory: directory with the times of earlier work.
-    """
+    """An estimate of the time left for `cells`, from the time of their finished part."""
 
     def __init__(self, cells: list[Cell], directory: StudyDirectory) -> None:
         self.cost = {cell.slug: work(cell.config) for cell in cells}
-        self.planned = {cell.slug: cell.config.iterations for cell in cells}
         self.share = dict.fromkeys(self.cost, 0.0)
         self.seconds = dict.fromkeys(self.cost, 0.0)
         for cell in cells:
             progress = directory.progress(cell, look_for_others=False)
-            share = 1.0 if progress.state == "done" else self._part(cell, progress.iteration)
-            self.note(cell, share, progress.seconds)
+            self.note(cell, progress.iteration, progress.seconds, progress.state == "done")
 
-    def note(self, cell: Cell, share: float, seconds: float) -> None:
-        """Record the share of a cell that is done, and the time that it took in all."""
-        self.share[cell.slug], self.seconds[cell.slug] = share, seconds
-
-    def iteration(self, cell: Cell, iteration: int, seconds: float) -> None:
-        """Record an iteration of a cell, and the time that it took."""
-        self.note(cell, self._part(cell, iteration), self.seconds[cell.slug] + seconds)
+    def note(self, cell: Cell, iteration: int, seconds: float, done: bool = False) -> None:
+        """Record the last iteration of a cell, and the time that it took in all."""
+        # The measurement makes the last 3 %.
+        self.share[cell.slug] = 1.0 if done else 0.97 * iteration / cell.config.iterations
+        self.seconds[cell.slug] = seconds
 
     def left(self) -> float | None:
         """The seconds left; None while nothing is done."""
@@ -53,107 +38,71 @@ class Pace:
             return None
         return sum(self.seconds.values()) / done * (sum(self.cost.values()) - done)
 
-    def _part(self, cell: Cell, iteration: int) -> float:
-        """The share of a cell after some iterations. The measurement makes the last 3 %."""
-        return 0.97 * iteration / self.planned[cell.slug]
-
 
 class GridDisplay:
-    """The progress of a study.
+    """The progress of a study, shown within `bars`."""
 
-    Args:
-        cells: cells to run.
-        pace: estimate of the time left.
-        done: number of cells that are done already.
-        quiet: show nothing.
-        console: place of the display. Default: standard output.
-    """
-
-    def __init__(
-        self, cells: list[Cell], pace: Pace, done: int, quiet: bool = False, console: Console | None = None
-    ) -> None:
-        self.pace, self.total, self.done, self.failed, self.quiet = pace, len(cells), done, 0, quiet
-        self.console = console or make_console()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+    def __init__(self, pace: Pace, quiet: bool) -> None:
+        self.pace, self.quiet, self.total, self.failed = pace, quiet, len(pace.share), 0
+        self.done = list(pace.share.values()).count(1.0)
+        self.console = make_console()
+        note = TextColumn("{task.fields[note]}")
+        self.bars = Progress(
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), note),
+            console=self.console,
+            refresh_per_second=4,
+            disable=quiet or not self.console.is_terminal,
         )
-        self._progress = Progress(*columns, console=self.console)
-        self._grid = self._progress.add_task("cells", total=self.total, completed=done, note="")
-        self._cell = self._progress.add_task("", total=None, visible=False, note="")
-        self._live = Live(console=self.console, get_renderable=lambda: Group(self._progress), refresh_per_second=4)
+        self._grid = self.bars.add_task("cells", total=self.total, completed=self.done, note="")
+        self._cell = self.bars.add_task("", total=None, visible=False, note="")
         self._started = 0.0
-
-    def __enter__(self) -> GridDisplay:
-        if self.console.is_terminal and not self.quiet:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.console.is_terminal and not self.quiet:
-            self._live.stop()
 
     def start(self, cell: Cell, iteration: int) -> CellDisplay:
         """Begin a cell, and return the display of its iterations."""
         self._started = time.monotonic()
-        self._progress.reset(
-            self._cell, description=cell.slug, total=cell.config.iterations, completed=iteration, visible=True
-        )
+        total = cell.config.iterations
+        self.bars.reset(self._cell, description=cell.slug, total=total, completed=iteration, visible=True)
         return CellDisplay(self, cell)
 
     def advance(self, cell: Cell, row: Mapping[str, Any]) -> None:
-        """Show an iteration of the cell."""
-        self.pace.iteration(cell, row["iteration"], row["seconds"]["total"])
-        self._progress.update(self._cell, completed=row["iteration"], note=_gain(row))
+        """Show an iteration of the cell, with the training rewards."""
+        self.pace.note(cell, row["iteration"], self.pace.seconds[cell.slug] + row["seconds"]["total"])
+        gain = ", ".join(f"{name} {value['mean']:.4g}" for name, value in (row.get("reward") or {}).items())
+        self.bars.update(self._cell, completed=row["iteration"], note=gain)
         self._note()
 
     def phase(self, name: str) -> None:
         """Show the phase of the cell: training, or the sampler that is being measured."""
-        self._progress.update(self._cell, note=name)
+        self.bars.update(self._cell, note=name)
 
-    def finish(self, cell: Cell, seconds: float, words: str) -> None:
-        """Show that the cell is done; `words` is its result."""
+    def finish(self, cell: Cell, seconds: float, elsewhere: bool = False) -> None:
+        """Show that the cell is done, by this process or `elsewhere` since this one began."""
         self.done += 1
-        self.pace.note(cell, 1.0, seconds)
-        self._say(cell, f"{words}, {clock(time.monotonic() - self._started)}")
+        self.pace.note(cell, cell.config.iterations, seconds, done=True)
+        mine = f"done, {clock(time.monotonic() - self._started)}"
+        self.say(cell, "done by another process" if elsewhere else mine)
 
     def fail(self, cell: Cell, reason: str) -> None:
         """Show that the cell failed."""
         self.failed += 1
-        self._say(cell, f"failed: {reason}")
+        self.say(cell, f"failed: {reason}")
 
-    def skip(self, cell: Cell) -> None:
-        """Show that another process works on the cell."""
-        self._say(cell, "another process works on it")
-
-    def finish_elsewhere(self, cell: Cell, seconds: float) -> None:
-        """Show that another process has done the cell since this one began."""
-        self.done += 1
-        self.pace.note(cell, 1.0, seconds)
-        self._say(cell, "done by another process")
-
-    def _say(self, cell: Cell, words: str) -> None:
-        self._progress.update(self._cell, visible=False, note="")
+    def say(self, cell: Cell, words: str) -> None:
+        """Show a line about the cell, which is over for this process."""
+        self.bars.update(self._cell, visible=False, note="")
         self._note()
         if not self.quiet:
-            text = f"{self.done + self.failed}/{self.total} {cell.slug}: {words}"
-            left = self.pace.left()
-            self.console.print(
-                text if left is None or self.console.is_terminal else f"{text} | {clock(left)} left",
-                soft_wrap=True,
-                highlight=False,
-                markup=False,
-                width=PLAIN_WIDTH if not self.console.is_terminal else None,
-            )
+            text, left = f"{self.done + self.failed}/{self.total} {cell.slug}: {words}", self.pace.left()
+            plain = not self.console.is_terminal
+            if plain and left is not None:
+                text = f"{text} | {clock(left)} left"
+            width = PLAIN_WIDTH if plain else None
+            self.console.print(text, soft_wrap=True, highlight=False, markup=False, width=width)
 
     def _note(self) -> None:
         left = self.pace.left()
         parts = [f"{self.failed} failed"] * bool(self.failed) + ([f"{clock(left)} left"] if left is not None else [])
-        self._progress.update(self._grid, completed=self.done, note=", ".join(parts))
+        self.bars.update(self._grid, completed=self.done, note=", ".join(parts))
 
 
 class CellDisplay(SilentDisplay):
@@ -165,8 +114,3 @@ class CellDisplay(SilentDisplay):
     def iteration(self, row: Mapping[str, Any]) -> None:
         """Show an iteration."""
         self.grid.advance(self.cell, row)
-
-
-def _gain(row: Mapping[str, Any]) -> str:
-    """The training rewards of an iteration in words."""
-    return ", ".join(f"{name} {value['mean']:.4g}" for name, value in (row.get("reward") or {}).items())

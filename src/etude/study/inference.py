@@ -1,27 +1,9 @@
-"""Inference on means over seeds, prompts and images: intervals, p-values, Holm's correction.
-
-Every seed is measured on the same prompts: seeds s and prompts p are crossed, and images lie within
-both. Let m_sp be the mean of the images of a prompt in a seed. Then
-
-    m_sp = mu + a_s + b_p + e_sp,        mean = sum_sp m_sp / (S P)
-    se^2 = (MS_seed + MS_prompt - MS_rest) / (S P)      from the mean squares of the two-way table
-
-with E se^2 = Var mean, and Satterthwaite's degrees of freedom. The interval is a hierarchical
-bootstrap, stretched to that width:
-
-    m*   = mean over redrawn seeds, prompts and images
-    ends = mean + (quantile* - mean*) (se / sd*) (t_df / z)
-
-Seed effects are drawn from N(0, sigma_seed^2), since few seeds cannot be resampled (three allow ten
-samples). Prompts are drawn with replacement, the same in every seed, and so are the images of each
-prompt. The bootstrap gives the shape of the interval; se and Student's t restore the width that
-resampling few seeds and prompts loses.
-"""
+"""Inference on means over seeds, prompts and images: intervals, p-values, Holm's correction."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 from etude.errors import EtudeError
 from etude.measuring.statistics import Estimate
 
-RESAMPLES = 1_000
 _BLOCK = 4_000_000  # images drawn at a time: bounds the memory
 Floats = NDArray[np.float64]
 
@@ -43,7 +24,6 @@ class Effect(Estimate):
     Attributes:
         p: two-sided p-value of a mean of 0; None where nothing varies.
         degrees: Satterthwaite's degrees of freedom.
-        seeds: number of seeds.
     """
 
     p: float | None
@@ -55,25 +35,30 @@ class Effect(Estimate):
         names = ("mean", "standard_error", "low", "high", "p", "degrees", "seeds", "clusters", "n")
         return {name: getattr(self, name) for name in names}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Effect:
-        """Rebuild an effect from the values of `to_dict`."""
-        return cls(**values, clustered=values["clusters"] > 1)
 
-
-def effect(
-    values: Sequence[ArrayLike], clusters: Sequence[Any], *, seed: int = 0, resamples: int = RESAMPLES
-) -> Effect:
+def effect(values: Sequence[ArrayLike], clusters: Sequence[Any], *, resamples: int = 1_000) -> Effect:
     """Estimate a mean over seeds that show the same prompts, with its 95 % interval and p-value.
 
-    With one seed the interval is over prompts alone. Equal values give exactly their value, and an
-    interval of no width.
+    Seeds s and prompts p are crossed, and images lie within both. Let m_sp be the mean of the
+    images of a prompt in a seed. Then
+
+        m_sp = mu + a_s + b_p + e_sp,        mean = sum_sp m_sp / (S P)
+        se^2 = (MS_seed + MS_prompt - MS_rest) / (S P)    from the mean squares of the two-way table
+
+    with E se^2 = Var mean, and Satterthwaite's degrees of freedom. The interval is a hierarchical
+    bootstrap, stretched to that width, since resampling few seeds and prompts loses some of it:
+
+        m*   = mean over redrawn seeds, prompts and images
+        ends = mean + (quantile* - mean*) (se / sd*) (t_df / z)
+
+    Seed effects are drawn from N(0, sigma_seed^2), since few seeds cannot be resampled (three allow
+    ten samples). Prompts are drawn with replacement, the same in every seed, and so are the images
+    of each prompt. With one seed the interval is over prompts alone. Equal values give exactly
+    their value, and an interval of no width.
 
     Args:
         values: `[n]` for each seed: scores, or differences of scores of the same prompt and noise.
         clusters: `[n]`, the prompt of each image, equal for all seeds.
-        seed: seed of the resampling.
-        resamples: number of bootstrap draws.
 
     Raises:
         EtudeError: seeds differ in the number of images, there are only one prompt and one seed, or
@@ -83,7 +68,8 @@ def effect(
     seeds, prompts, _ = table.shape
     origin = table[0, 0, 0]
     table = table - origin
-    means = _cell_means(table, counts)
+    inside = np.arange(table.shape[2]) < counts[:, None]
+    means = np.where(inside, table, 0.0).sum(axis=2) / counts
     center = float(means.mean())
     error, degrees, seed_error = _standard_error(means)
     mean = float(origin + center)
@@ -92,7 +78,7 @@ def effect(
         from scipy import stats
 
         t = float(stats.t.ppf(0.975, degrees))
-        drawn = _bootstrap(table, counts, seed_error, resamples, np.random.default_rng(seed))
+        drawn = _bootstrap(table, counts, seed_error, resamples)
         stretch = error / float(drawn.std()) * t / float(stats.norm.ppf(0.975))
         ends = center + (np.quantile(drawn, [0.025, 0.975]) - drawn.mean()) * stretch
         low, high = float(origin + ends[0]), float(origin + ends[1])
@@ -120,10 +106,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def _table(values: Sequence[ArrayLike], clusters: Sequence[Any]) -> tuple[Floats, NDArray[np.intp]]:
-    """The values `[S, P, I]` and the number of images of each prompt `[P]`.
-
-    Entries beyond that number are 0 and not used.
-    """
+    """The values `[S, P, I]`, padded with 0, and the number of images of each prompt `[P]`."""
     arrays = [np.asarray(each, dtype=np.float64) for each in values]
     group = np.unique(np.asarray(clusters), return_inverse=True)[1]
     if not arrays or any(each.shape != group.shape for each in arrays):
@@ -143,16 +126,8 @@ def _table(values: Sequence[ArrayLike], clusters: Sequence[Any]) -> tuple[Floats
     return table, counts
 
 
-def _cell_means(table: Floats, counts: NDArray[np.intp]) -> Floats:
-    inside = np.arange(table.shape[2]) < counts[:, None]
-    return np.asarray(np.where(inside, table, 0.0).sum(axis=2) / counts)
-
-
 def _standard_error(means: Floats) -> tuple[float, float, float]:
-    """The standard error of the mean of `[S, P]`, its degrees of freedom, and the seeds' part.
-
-    The error is never below the one from prompts alone or from seeds alone.
-    """
+    """The standard error of the mean of `[S, P]`, its degrees of freedom, and the seeds' part."""
     seeds, prompts = means.shape
     if seeds == 1 or prompts == 1:
         error = float(means.std(ddof=1) / math.sqrt(means.size))
@@ -166,16 +141,14 @@ def _standard_error(means: Floats) -> tuple[float, float, float]:
     total = squares[0] + squares[1] - squares[2]
     if total >= squares[:2].max() and total > 0:
         return math.sqrt(total / means.size), float(total**2 / (squares**2 / freedom).sum()), seed_error
-    larger = int(squares[:2].argmax())
+    larger = int(squares[:2].argmax())  # never below the error from prompts alone or from seeds alone
     return math.sqrt(squares[larger] / means.size), float(freedom[larger]), seed_error
 
 
-def _bootstrap(
-    table: Floats, counts: NDArray[np.intp], seed_error: float, resamples: int, rng: np.random.Generator
-) -> Floats:
+def _bootstrap(table: Floats, counts: NDArray[np.intp], seed_error: float, resamples: int) -> Floats:
     """Draw means `[resamples]`: prompts and images with replacement, seed effects as normal."""
     seeds, prompts, images = table.shape
-    block = max(1, _BLOCK // table.size)
+    block, rng = max(1, _BLOCK // table.size), np.random.default_rng(0)
     draws = []
     for start in range(0, resamples, block):
         size = min(block, resamples - start)

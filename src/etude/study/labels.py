@@ -7,6 +7,7 @@ from typing import Any
 from etude.config import TrainConfig
 from etude.config.sections import PromptsConfig
 from etude.sampling.etas import eta_text
+from etude.study.study_file import number_text
 
 _SOLVERS = {"dpmsolver++": "DPM-Solver++ 2M", "unipc": "UniPC", "heun": "Heun", "ddim": "DDIM", "euler": "Euler"}
 
@@ -22,7 +23,10 @@ def setting_label(key: str, value: Any, config: TrainConfig) -> str:
     if key == "sampling.kernel":
         return "" if value == "gddim" else str(value)
     if key == "sampling.window":
-        return "every step" if value is None else _window_label(value)
+        if value is None:
+            return "every step"
+        tail = "" if value["compression"] is None else f", Flash {value['compression']:g}"
+        return f"{value['strategy']} window of {value['size']}{tail}"
     if key == "objective.timestep_fraction":
         return "" if value == 1 else f"{100 * value:.0f} % of them trained"
     if key == "checkpoint.best":
@@ -32,12 +36,7 @@ def setting_label(key: str, value: Any, config: TrainConfig) -> str:
     if key == "sampling.num_steps":
         return f"{value} steps"
     name = "rate" if key == "optimizer.learning_rate" else key.rpartition(".")[2]
-    return f"{name} {value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else f"{name} {value}"
-
-
-def _window_label(window: dict[str, Any]) -> str:
-    tail = "" if window["compression"] is None else f", Flash {window['compression']:g}"
-    return f"{window['strategy']} window of {window['size']}{tail}"
+    return f"{name} {number_text(value)}"
 
 
 def training_label(kernel: str, eta: str) -> str:

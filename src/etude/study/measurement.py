@@ -1,10 +1,4 @@
-"""Measure a trained cell: scores image by image under every sampler, and the base model's beside
-them.
-
-All cells of a seed show the same prompts from the same noise, so their scores can be paired image
-by image. The base model's scores are kept in `DIR/base/`: cells that would measure the same share
-them.
-"""
+"""Measure a trained cell and its base model: scores image by image under every sampler."""
 
 from __future__ import annotations
 
@@ -12,11 +6,11 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from etude.config import TrainConfig
@@ -39,17 +33,14 @@ Scores = dict[str, list[float]]
 
 def sampler_settings(sampler: Sampler) -> dict[str, Any]:
     """Plain values that name a sampler; all of a cell share guidance and first step."""
-    named: dict[str, Any] = {"kind": "ode", "sampler": "ode", "eta": 0.0}
     if isinstance(sampler, SDE):
-        named = {"kind": "sde", "sampler": sampler.kernel, "eta": sampler.eta}
-    elif isinstance(sampler, Solver):
-        named = {"kind": "solver", "sampler": sampler.name, "eta": 0.0}
-    return {**named, "steps": sampler.steps}
+        return {"kind": "sde", "sampler": sampler.kernel, "eta": sampler.eta, "steps": sampler.steps}
+    kind, name = ("solver", sampler.name) if isinstance(sampler, Solver) else ("ode", "ode")
+    return {"kind": kind, "sampler": name, "eta": 0.0, "steps": sampler.steps}
 
 
 def samplers(config: TrainConfig, measurement: MeasurementConfig) -> list[Sampler]:
-    """The ODE, the SDE of training and the samplers of the matrix, at the cell's own step count and
-    the others.
+    """The ODE, the SDE of training and the samplers of the matrix, at all step counts.
 
     The first is the ODE at the cell's own step count. The SDE of training is that of the last
     iteration. A list of etas, one for each step, has none at another step count.
@@ -68,11 +59,8 @@ def samplers(config: TrainConfig, measurement: MeasurementConfig) -> list[Sample
     return list(dict.fromkeys(sorted(chosen, key=lambda sampler: sampler.steps != own)))
 
 
-def measure(cell: Cell, directory: StudyDirectory, on_sampler: Callable[[str], None] = lambda name: None) -> None:
-    """Write `scores.json`, and a strip of images as `samples/study.png`.
-
-    Args:
-        on_sampler: called with a line about the sampler that draws next.
+def measure(cell: Cell, directory: StudyDirectory, on_sampler: Callable[[str], None]) -> None:
+    """Write `scores.json` and `samples/study.png`; `on_sampler` is told which sampler is next.
 
     Raises:
         EtudeError: the run's weights, a sampler or a reward cannot be used.
@@ -81,13 +69,8 @@ def measure(cell: Cell, directory: StudyDirectory, on_sampler: Callable[[str], N
     config, asked, run = cell.config, cell.measurement, directory.cell(cell)
     rewards = WeightedRewards(config.rewards, held_out=config.evaluation.held_out_rewards)
     rewards.load()
-    measurement = Measurement(
-        load_prompts(asked.prompts or config.prompts.evaluation),
-        rewards.evaluate,
-        asked.num_images,
-        config.seed,
-        batch_size=config.rollout.batch_size,
-    )
+    prompts, batch_size = load_prompts(asked.prompts or config.prompts.evaluation), config.rollout.batch_size
+    measurement = Measurement(prompts, rewards.evaluate, asked.num_images, config.seed, batch_size=batch_size)
     chosen = samplers(config, asked)
     base, policy = Base(cell, directory, measurement), load_source(ModelSource.tuned(config, run))
     rows = []
@@ -101,14 +84,19 @@ def measure(cell: Cell, directory: StudyDirectory, on_sampler: Callable[[str], N
             (run / "samples").mkdir(exist_ok=True)
             atomic_write_bytes(run / "samples" / "study.png", strip(images[:shown]))
         rows.append({**settings, "scores": _scores(measurement, images), "base": base.scores(sampler, shown)})
+    best = None
+    if (run / f"{'lora' if config.lora.rank else 'model'}{BEST}").is_dir():  # kept by `checkpoint.best`
+        kept = load_source(ModelSource.tuned(config, run, BEST))
+        best = _scores(measurement, measurement.images(kept, chosen[0]))
+    levels = {str(steps): policy.grid(steps) for steps in dict.fromkeys(sampler.steps for sampler in chosen)}
     result = {
         "measurement": asked.model_dump(mode="json"),
         "seed": config.seed,
         "prompts": measurement.prompts.texts,
         "clusters": measurement.clusters,
         "samplers": rows,
-        "best": _best(config, run, chosen[0], measurement),
-        "levels": {str(count): _levels(policy, count) for count in dict.fromkeys(s.steps for s in chosen)},
+        "best": best,
+        "levels": {steps: {"a": grid.a.tolist(), "s": grid.s.tolist()} for steps, grid in levels.items()},
         "base_image": base.image,
         "seconds": time.perf_counter() - started,
     }
@@ -116,19 +104,13 @@ def measure(cell: Cell, directory: StudyDirectory, on_sampler: Callable[[str], N
 
 
 class Base:
-    """The base model's scores, measured once for all cells that would measure the same.
-
-    Attributes:
-        image: file under `DIR/base/` with the strip of images of the first sampler. None where none
-            is kept.
-    """
+    """The base model's scores, measured once for all cells that would measure the same."""
 
     def __init__(self, cell: Cell, directory: StudyDirectory, measurement: Measurement) -> None:
         config, self.directory, self.measurement = cell.config, directory, measurement
-        self.image = None if cell.measurement.shown == 0 else ""
+        self.image: str | None = None  # file in DIR/base with images of the first sampler, if any are kept
         self.source = source = ModelSource.of(config)
         self._policy: TrainablePolicy | None = None
-        summed = dict(sorted(config.rewards.items())) if len(config.rewards) > 1 else None
         self._key = {
             "model": [source.name, source.pipeline_config, source.resolution, source.dtype, source.variant],
             "shift": source.shift,
@@ -138,13 +120,11 @@ class Base:
             "num_images": cell.measurement.num_images,
             "seed": config.seed,
             "rewards": sorted({*config.rewards, *config.evaluation.held_out_rewards}),
-            "weights": summed,
+            "weights": dict(sorted(config.rewards.items())) if len(config.rewards) > 1 else None,
         }
 
     def scores(self, sampler: Sampler, shown: int) -> Scores:
-        """Read the base model's scores under a sampler, or measure them and keep a strip of the
-        first `shown` images.
-        """
+        """Read the base model's scores, or measure them and keep the first `shown` images."""
         key = {**self._key, "sampler": sampler_settings(sampler)}
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         file, picture = f"{name}.json", f"{name}-{shown}.png"
@@ -162,40 +142,18 @@ class Base:
             assert stored is not None
         if shown:
             self.image = picture
-        scores: Scores = stored.mapping()["scores"]
-        return scores
+        return stored.mapping()["scores"]
 
 
 def strip(images: Tensor) -> bytes:
     """The images side by side as a PNG."""
-    from PIL import Image
-
     pixels = torch.cat(list(images.cpu()), dim=2).permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def _best(config: TrainConfig, run: Path, sampler: Sampler, measurement: Measurement) -> Scores | None:
-    """Scores of the weights that were best in training; None where the run kept none
-    (`checkpoint.best`).
-    """
-    if not (run / f"{'lora' if config.lora.rank else 'model'}{BEST}").is_dir():
-        return None
-    return _scores(measurement, measurement.images(load_source(ModelSource.tuned(config, run, BEST)), sampler))
-
-
-def _levels(policy: TrainablePolicy, steps: int) -> dict[str, list[float]]:
-    """Signal and noise coefficients at the levels that the samplers visit."""
-    grid = policy.grid(steps)
-    return {"a": grid.a.tolist(), "s": grid.s.tolist()}
-
-
 def _scores(measurement: Measurement, images: Tensor) -> Scores:
     """Every reward of every image, to the seven digits that float32 has."""
-    return {name: list(_rounded(values.tolist())) for name, values in measurement.scores(images).items()}
-
-
-def _rounded(values: list[float]) -> Iterator[float]:
-    for value in values:
-        yield float(f"{value:.7g}")
+    scores = measurement.scores(images)
+    return {name: [float(f"{value:.7g}") for value in values.tolist()] for name, values in scores.items()}

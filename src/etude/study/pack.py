@@ -1,7 +1,4 @@
-"""Packing of a study: the files of cells that are done move from their folders into the archive.
-
-At every moment a file is in its folder, in the archive, or in both.
-"""
+"""Packing of a study: the files of cells that are done move from their folders into the archive."""
 
 from __future__ import annotations
 
@@ -15,14 +12,11 @@ from etude.study.study_file import Cell
 
 
 def pack(cells: list[Cell], directory: StudyDirectory) -> int:
-    """Move the files from which results are made into the archive of the study.
+    """Move files from which results are made to the archive; return the number of its cells.
 
     These are files of the base model and of those `cells` that are done. Weights, checkpoints and
     all other files stay in the folders of their cells; folders that become empty are removed.
     A file is removed only after the archive was written and read back.
-
-    Returns:
-        Number of cells in the archive.
 
     Raises:
         EtudeError: no cell is done, the archive is damaged, a file cannot be read or written, or
@@ -38,31 +32,26 @@ def pack(cells: list[Cell], directory: StudyDirectory) -> int:
         files = dict(packed)
         for cell in done:
             for name in CELL_FILES:
-                stored = directory.file(cell, name)
+                place, stored = f"cells/{cell.slug}/{name}", directory.file(cell, name)
+                files.pop(place, None)
                 if stored is not None:
-                    files[f"cells/{cell.slug}/{name}"] = stored.data
-                else:
-                    files.pop(f"cells/{cell.slug}/{name}", None)
-        files |= {f"base/{path.name}": path.read_bytes() for path in _base(directory)}
+                    files[place] = stored.data
+        folder = directory.root / "base"
+        base = [f"base/{path.name}" for path in folder.iterdir()] if folder.is_dir() else []
+        base = [name for name in base if accepts(name)]
+        files |= {name: (directory.root / name).read_bytes() for name in base}
         if files != packed:
             write_archive(directory.archive, files)
         for cell in done:
             _remove(directory.root, files, [f"cells/{cell.slug}/{name}" for name in CELL_FILES])
-        _remove(directory.root, files, [f"base/{path.name}" for path in _base(directory)])
+        _remove(directory.root, files, base)
     return len({name.split("/")[1] for name in files if name.startswith("cells/")})
 
 
-def _base(directory: StudyDirectory) -> list[Path]:
-    folder = directory.root / "base"
-    return [path for path in folder.iterdir() if accepts(f"base/{path.name}")] if folder.is_dir() else []
-
-
 def _remove(root: Path, packed: dict[str, bytes], names: list[str]) -> None:
-    """Remove packed files in order, up to the first that has changed since, and emptied folders.
-
-    The `config.yaml` of a cell comes first: a folder without it is read together with the archive,
-    so a kill between two files does no harm.
-    """
+    """Remove packed files in order, up to the first that has changed since, and emptied folders."""
+    # The config.yaml of a cell comes first: a folder without it is read together with the archive, so that
+    # a kill between two files does no harm.
     for name in names:
         if (root / name).is_file():
             if (root / name).read_bytes() != packed[name]:

@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import traceback
 from fnmatch import fnmatch
-from pathlib import Path
 
 from etude.errors import EtudeError, brief
 from etude.files import atomic_write_text
@@ -18,9 +17,7 @@ from etude.study.study_file import Cell, Study
 
 
 def select(study: Study, pattern: str | None) -> list[Cell]:
-    """Select the cells whose name contains `pattern`, or matches it if it has wildcards.
-
-    None selects all cells.
+    """Select the cells whose name contains a pattern, or matches it with its wildcards.
 
     Raises:
         EtudeError: no cell matches.
@@ -37,40 +34,38 @@ def select(study: Study, pattern: str | None) -> list[Cell]:
 def run_study(
     study: Study, cells: list[Cell], directory: StudyDirectory, launcher: str | None = None, quiet: bool = False
 ) -> dict[str, str]:
-    """Train and measure every cell that is not done. Several processes may share the work.
+    """Train and measure `cells` that are not done; return the reason of each failure, by cell.
+
+    Several processes may share the work.
 
     Args:
-        cells: cells of the study to run.
         launcher: command to which `-m etude train ...` is appended, once for each cell.
             Default: train in this process, one cell after another.
-
-    Returns:
-        The reason of each failure, by cell.
 
     Raises:
         EtudeError: the directory cannot be written, or its archive is damaged.
     """
     directory.root.mkdir(parents=True, exist_ok=True)
-    states = {cell.slug: directory.progress(cell, look_for_others=False).state for cell in cells}
-    atomic_write_text(directory.root / "study.yaml", study.text)
+    pace = Pace(cells, directory)
     failures: dict[str, str] = {}
-    with GridDisplay(cells, Pace(cells, directory), list(states.values()).count("done"), quiet) as display:
+    atomic_write_text(directory.root / "study.yaml", study.text)
+    display = GridDisplay(pace, quiet)
+    with display.bars:
         for cell in cells:
             with directory.claim(cell) as mine:
                 progress = directory.progress(cell, look_for_others=False)
                 if not mine:
-                    display.skip(cell)
+                    display.say(cell, "another process works on it")
                 elif progress.state != "done":
-                    failure = _run_cell(cell, directory, display, launcher)
-                    if failure is not None:
+                    if (failure := _run_cell(cell, directory, display, launcher)) is not None:
                         failures[cell.slug] = failure
-                elif states[cell.slug] != "done":
-                    display.finish_elsewhere(cell, progress.seconds)
+                elif pace.share[cell.slug] < 1:
+                    display.finish(cell, progress.seconds, elsewhere=True)
     return failures
 
 
 def _run_cell(cell: Cell, directory: StudyDirectory, display: GridDisplay, launcher: str | None) -> str | None:
-    """Run the rest of one cell. Returns the reason of its failure, or None."""
+    """Run the rest of one cell, and return the reason of its failure, or None."""
     try:
         directory.check(cell)
         shown = display.start(cell, directory.progress(cell, look_for_others=False).iteration)
@@ -92,17 +87,13 @@ def _run_cell(cell: Cell, directory: StudyDirectory, display: GridDisplay, launc
         display.fail(cell, reason)
         return reason
     directory.failure(cell).unlink(missing_ok=True)
-    display.finish(cell, directory.progress(cell, look_for_others=False).seconds, "done")
+    display.finish(cell, directory.progress(cell, look_for_others=False).seconds)
     return None
 
 
 def _launch(cell: Cell, directory: StudyDirectory, launcher: str) -> None:
-    """Train one cell in processes of its own.
-
-    Raises:
-        EtudeError: the command cannot be started, or it fails; the error quotes its last line.
-    """
-    config: Path = directory.root / "configs" / f"{cell.slug}.yaml"
+    """Train one cell in processes of its own; an error quotes the last line of the command."""
+    config = directory.root / "configs" / f"{cell.slug}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(config, cell.config.to_yaml())
     arguments = ["-m", "etude", "train", str(config), "--out", str(directory.cell(cell)), "--resume", "--quiet"]

@@ -1,9 +1,4 @@
-"""The file of a study, read, checked, and laid out as cells.
-
-A study is a base configuration, overrides, and grids. A grid maps dotted keys to lists of values
-and stands for their Cartesian product; `cells` lists single combinations. Every combination is run
-with every seed. Two combinations of one configuration are one cell.
-"""
+"""The file of a study, read, checked, and laid out as cells."""
 
 from __future__ import annotations
 
@@ -114,10 +109,7 @@ class Cell:
 
     Attributes:
         slug: name of the cell and of its directory. It does not change when the study's file grows.
-        config: configuration of the run.
         values: values that the study gives the cell, by dotted key, seed included.
-        grid: name of the cell's grid.
-        measurement: settings of the measurement after training.
     """
 
     slug: str
@@ -129,13 +121,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """A study, as its file describes it.
-
-    Attributes:
-        settings: settings of the file.
-        cells: cells without repetitions, in the order of the file.
-        text: text of the file.
-    """
+    """A study, as the text of its file describes it, with its cells in the file's order."""
 
     settings: StudyConfig
     cells: tuple[Cell, ...]
@@ -161,6 +147,8 @@ def load_study(path: Path) -> Study:
 
 def parse_study(tree: Mapping[str, Any], place: str = "study", text: str = "") -> Study:
     """Lay out a study from the values of its file; `place` names the file in errors.
+
+    Two combinations of values that give one configuration are one cell.
 
     Raises:
         EtudeError: a key or the configuration of a cell cannot be used.
@@ -192,8 +180,7 @@ def _cells(settings: StudyConfig, place: str) -> Iterator[Cell]:
         for values in settings.cells
     ]
     for number, grid in enumerate([*settings.grids, *single], start=1):
-        keys = dict(grid.keys)
-        keys.setdefault("seed", settings.seeds)
+        keys = {**grid.keys, "seed": grid.keys.get("seed", settings.seeds)}
         for combination in itertools.product(*keys.values()):
             values = {key: _readable(key, value) for key, value in zip(keys, combination, strict=True)}
             slug = cell_name(values)
@@ -216,10 +203,8 @@ def _configuration(settings: StudyConfig, grid: GridConfig, values: Keys, place:
 
 def _readable(key: str, value: Any) -> Any:
     """Replace names under `rewards` by weights of 1; leave other values as they are."""
-    if key == "rewards" and isinstance(value, str):
-        return {value: 1.0}
-    if key == "rewards" and isinstance(value, list):
-        return dict.fromkeys(value, 1.0)
+    if key == "rewards" and isinstance(value, str | list):
+        return dict.fromkeys([value] if isinstance(value, str) else value, 1.0)
     return value
 
 
@@ -241,15 +226,15 @@ def cell_name(values: Keys) -> str:
 
 def _part(key: str, value: Any) -> str:
     if key == "rewards" and isinstance(value, dict):
-        return "+".join(name if weight == 1 else f"{_number(weight)}{name}" for name, weight in value.items())
+        return "+".join(name if weight == 1 else f"{number_text(weight)}{name}" for name, weight in value.items())
     leaf = key.rpartition(".")[2]
     if isinstance(value, dict):
         return f"{leaf}-{hashlib.sha256(repr(sorted(value.items())).encode()).hexdigest()[:8]}"
     if isinstance(value, str) and leaf == "kernel":
         return value
-    return f"{leaf}-{_number(value)}"
+    return f"{leaf}-{number_text(value)}"
 
 
-def _number(value: Any) -> str:
+def number_text(value: Any) -> str:
     """A number as short as it can be written; any other value as Python prints it."""
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
