@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from etude.errors import EtudeError
 
 WEIGHTS = Path(__file__).parent.parent / "zoo" / "checkpoints" / "alignment"
-RESOLUTION = 128
+RESOLUTION, BATCH_SIZE = 128, 64
 IMAGE_FEATURES, TEXT_FEATURES, EMBEDDING = 1280, 384, 128
 
 
@@ -69,23 +69,23 @@ class ImageFeatures(nn.Module):
 class Alignment:
     """The reward: images uint8 `[n, 3, h, w]`, on whose device it runs, and prompts to float32 `[n]`."""
 
-    def __init__(self, directory: Path = WEIGHTS, batch_size: int = 64) -> None:
-        if not (directory / "alignment.safetensors").is_file():
-            raise EtudeError(f"the alignment reward finds no weights in '{directory}': reinstall etude.")
+    def __init__(self) -> None:
+        if not (WEIGHTS / "alignment.safetensors").is_file():
+            raise EtudeError(f"the alignment reward finds no weights in '{WEIGHTS}': reinstall etude.")
         self.heads = Heads().eval().requires_grad_(False)
-        tensors = load_file(directory / "alignment.safetensors")
+        tensors = load_file(WEIGHTS / "alignment.safetensors")
         state = {name: tensor.float() for name, tensor in tensors.items() if name.startswith("heads.")}
         self.heads.load_state_dict({name.removeprefix("heads."): tensor for name, tensor in state.items()})
-        names = json.loads((directory / "names.json").read_text(encoding="utf-8"))
+        names = json.loads((WEIGHTS / "names.json").read_text(encoding="utf-8"))
         self.embeddings = dict(zip(names, tensors["names"].float(), strict=True))
-        self.features, self.batch_size = ImageFeatures(), batch_size
+        self.features = ImageFeatures()
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
         self._embed_new([p for p in dict.fromkeys(prompts) if p not in self.embeddings])
         text = torch.stack([self.embeddings[p] for p in prompts])
         features, heads = self.features.to(images.device), self.heads.to(images.device)
-        image = torch.cat([heads.embed_image(features(batch)) for batch in images.split(self.batch_size)])
+        image = torch.cat([heads.embed_image(features(batch)) for batch in images.split(BATCH_SIZE)])
         return 100 * (image.cpu() * text).sum(-1)
 
     def _embed_new(self, prompts: list[str]) -> None:

@@ -88,8 +88,7 @@ def names() -> list[str]:
 def get(name: str) -> Reward:
     """The reward of a name, an import path `package.module:attribute`, or a url; built once, shared.
 
-    Names are those of `etude.registry.REWARDS`: functions, or classes, which are instantiated. A
-    url, `http://host:port/path`, gives an `etude.rewards.remote.client.RemoteReward`. After the
+    A url, `http://host:port/path`, gives an `etude.rewards.remote.client.RemoteReward`. After the
     name of a model reward the colon starts its options instead of an attribute: `name:model`,
     `name:model,key=value`, `name:key=value` (`etude.rewards.models.model_reward.ModelReward` lists
     them). Such a name wins over a module of the same name.

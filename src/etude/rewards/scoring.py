@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images to be scored, with their prompts, metadata and groups.
+    """Images to be scored, uint8 `[n, 3, h, w]`, with their n prompts.
 
     Attributes:
-        images: uint8 `[n, 3, h, w]`.
-        prompts: n texts.
         metadata: by name, a list of n entries; a reward gets those for which it has a keyword.
         groups: the group of each image, for rewards that compare images of a group. Default: images
             of equal prompts.
@@ -96,9 +94,7 @@ def score_one(
     return _check_scores(name, scores, prompts, offset)
 
 
-def score(
-    rewards: str | Iterable[str], images: Tensor, prompts: list[str], metadata: Metadata = None
-) -> dict[str, Tensor]:
+def score(rewards: str | Iterable[str], images: Tensor, prompts: list[str], metadata: Metadata = None) -> Scores:
     """Score images by one or several rewards: by name, float32 `[n]` on the CPU.
 
     Args:
@@ -143,7 +139,7 @@ class Scoring:
             if future is not None:
                 future.cancel()
 
-    def result(self, timeout: float | None = None) -> dict[str, Tensor]:
+    def result(self, timeout: float | None = None) -> Scores:
         """Waits for the scores: by reward name, float32 `[n]` on the CPU, checked as by `score_one`.
 
         The first reward that fails ends the wait, cancels the others, and is named by the error. A
@@ -235,7 +231,7 @@ class WeightedRewards:
         batch = Batch(images, prompts, metadata or {}, groups)
         return self.summed(self._begin((*self.weights, *self.held_out), batch, here=True).result())
 
-    def summed(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+    def summed(self, scores: Scores) -> Scores:
         """The scores, and the `weighted_sum` of several trained rewards."""
         return scores if len(self.weights) == 1 else {**scores, WEIGHTED_SUM: self.combine(scores)}
 

@@ -17,8 +17,8 @@ from etude.rewards.models.weights import WEIGHT_FILES, fetch, load_pretrained, r
 class ScoreHead(nn.Module):
     """The five linear layers d-1024-128-64-16-1 that the aesthetic predictor and ImageReward share.
 
-    Layers are numbered as published, with no non-linearity between them. The published dropout acts
-    in training only, and is left out.
+    They are numbered as published, and have no non-linearity between them. The published dropout
+    acts in training only, and is left out.
     """
 
     def __init__(self, width: int) -> None:
@@ -34,10 +34,7 @@ class ScoreHead(nn.Module):
 
     @classmethod
     def of(cls, width: int, tensors: Mapping[str, Tensor], origin: Path) -> ScoreHead:
-        """The head in a state dict, under `layers.0.weight` and so on, with or without a prefix.
-
-        An `EtudeError` names `origin` if a tensor is missing or has another shape.
-        """
+        """The head in the state dict of `origin`: `layers.0.weight` and so on, maybe with a prefix."""
         head, source = cls(width), strip_prefix(tensors, "layers.7.weight")
         state = head.state_dict()
         for name, tensor in state.items():
