@@ -3,8 +3,7 @@
     improvement = E r(ODE samples of the tuned model) - E r(ODE samples of the base model)
     reward gap  = E r(ODE samples of the tuned model) - E r(SDE_eta samples of the tuned model)
 
-after "Understanding Sampler Stochasticity in Training Diffusion Models for RLHF" (arXiv
-2510.10767).
+after "Understanding Sampler Stochasticity in Training Diffusion Models for RLHF" (arXiv 2510.10767).
 
     import etude
 
@@ -14,8 +13,7 @@ after "Understanding Sampler Stochasticity in Training Diffusion Models for RLHF
     print(gap)
     run = etude.train("emoji-ddpo", "runs/first", {"sampling.eta": 1.2})
 
-Each name below is loaded when it is first used, so `import etude` stays fast. `help(etude.sample)`
-explains one with an example.
+Each name is loaded when it is first used. `help(etude.sample)` explains one with an example.
 """
 
 from __future__ import annotations
@@ -68,12 +66,9 @@ _HOMES = {
     "etude.sampling.solvers": "Solver",
     "etude.training.run": "train",
     "etude.training.trainer": "Trainer",
-    "diffusers": "SchedulerMixin",
+    "diffusers": "SchedulerMixin",  # not public: diffusers looks for it beside the class of a saved scheduler
 }
-"""The public names of each module; after an equals sign the name there, where that differs.
-
-`SchedulerMixin` is not public: diffusers looks for it beside the class of a saved scheduler.
-"""
+"""The public names of each module; after an equals sign the name there, where that differs."""
 _PLACES = {
     public: (module, name or public)
     for module, names in _HOMES.items()

@@ -1,8 +1,7 @@
 """Micro-batches: as many samples in a network call as fit into memory, found by halving.
 
-No result depends on their size: noise is keyed by sample, and gradients are sums over samples. The
-size is a matter of memory and speed alone (and of the last bits, since kernels of another shape
-round differently).
+No result depends on their size, last bits apart (kernels of another shape round differently):
+noise is keyed by sample, and gradients are sums over samples.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -33,20 +33,11 @@ def silent(done: int) -> None:
 
 
 class MicroBatch:
-    """The size of one phase's micro-batches.
+    """The size of one phase's micro-batches, named `setting` in messages.
 
-    A size that runs out of memory is halved, with a warning, and stays so.
-
-    Args:
-        size: largest number of samples in a network call.
-        setting: name of the setting, for messages.
-        adaptive: whether to halve at all. It must be False where the network's calls are
-            collective, because every process must then make the same number of calls. Default:
-            True.
-
-    Raises:
-        EtudeError: from `run` and `fits`: one sample alone does not fit, or the size does not fit
-            and is not adaptive.
+    A size that runs out of memory is halved, with a warning, and stays so; one that cannot be
+    halved is an `EtudeError`. `adaptive` is False, and no size is halved, where the network's calls
+    are collective, because every process must then make the same number of calls.
     """
 
     def __init__(self, size: int, setting: str, adaptive: bool = True) -> None:
@@ -61,13 +52,8 @@ class MicroBatch:
         """Calls `work` with consecutive slices of `count` rows, at most `size` at a time.
 
         Rows that run out of memory are repeated in smaller slices, so `work` must be able to start
-        over.
-
-        Args:
-            count: number of rows.
-            work: called with the rows and a callback for its progress.
-            on_step: receives the progress; a negative number takes back the progress of an attempt
-                that failed.
+        over. It gets the rows and a callback for its progress, which `on_step` receives; a negative
+        number takes back the progress of a failed attempt.
         """
         start = 0
         while start < count:
@@ -78,7 +64,7 @@ class MicroBatch:
                 reported += done
                 on_step(done)
 
-            if self.fits(lambda rows=rows, report=report: work(rows, report), rows.stop - rows.start):  # type: ignore[misc]
+            if self.fits(partial(work, rows, report), rows.stop - rows.start):
                 start = rows.stop
             else:
                 on_step(-reported)
@@ -86,9 +72,8 @@ class MicroBatch:
     def fits(self, work: Callable[[], None], largest: int) -> bool:
         """Calls `work`, which has at most `largest` samples in a network call.
 
-        Returns:
-            False if `work` ran out of memory; `size` is then half of `largest`, and the caller must
-            undo what `work` changed.
+        Returns False if `work` ran out of memory; `size` is then half of `largest`, and the caller
+        must undo what `work` changed.
         """
         try:
             work()
@@ -96,9 +81,18 @@ class MicroBatch:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._halve(largest, error)
+            if not self.adaptive:
+                raise self._too_large(largest) from error
+            if largest == 1:
+                raise EtudeError(
+                    f"a single sample does not fit into memory ({self.setting} is down to 1): lower the resolution, use "
+                    "bfloat16, or switch on memory.gradient_checkpointing and memory.offload."
+                ) from error
         # Not inside the handler: there the traceback still holds the tensors of the failed attempt.
         clear_device_cache(garbage_collection=True)
+        self.size = largest // 2
+        problem, consequence = f"{self.setting} = {largest} does not fit into memory", "the speed and not the result"
+        warnings.warn(f"{problem}: going on with {self.size}, which changes {consequence}", stacklevel=2)
         return False
 
     @contextmanager
@@ -115,19 +109,4 @@ class MicroBatch:
         return EtudeError(
             f"{self.setting} = {failed} does not fit into memory, and is not lowered where several processes depend on "
             f"one another: set {self.setting} to less."
-        )
-
-    def _halve(self, failed: int, error: Exception) -> None:
-        if not self.adaptive:
-            raise self._too_large(failed) from error
-        if failed == 1:
-            raise EtudeError(
-                f"a single sample does not fit into memory ({self.setting} is down to 1): lower the resolution, use "
-                "bfloat16, or switch on memory.gradient_checkpointing and memory.offload."
-            ) from error
-        self.size = failed // 2
-        warnings.warn(
-            f"{self.setting} = {failed} does not fit into memory: going on with {self.size}, which changes the speed "
-            "and not the result",
-            stacklevel=3,
         )

@@ -7,13 +7,9 @@ from collections.abc import Iterable
 
 
 class EtudeError(ValueError):
-    """An error that the user can mend.
+    """An error that the user can mend: one sentence, which commands print without a traceback.
 
-    Its text is one complete sentence; the command line prints it without a traceback.
-
-    Attributes:
-        shared: whether every process of the run raises the same error, so that only the first need
-            print it.
+    `shared` says whether every process of the run raises it, so that only the first need print it.
 
     Example:
         >>> import etude
@@ -28,13 +24,7 @@ class EtudeError(ValueError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> EtudeError:
-    """The error for a name that is not in a list.
-
-    The text has the name, the nearest known name and the whole list.
-
-    Args:
-        kind: the kind of thing that is named, for example "kernel".
-    """
+    """The error for an unknown name of a `kind` such as "kernel": the nearest one, and all of them."""
     choices = sorted(known)
     near = difflib.get_close_matches(name, choices, n=1)
     if not choices:
@@ -44,10 +34,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> EtudeError:
 
 
 def brief_value(value: object, limit: int = 80) -> str:
-    """A value as Python writes it, cut at `limit` characters to fit in a sentence.
-
-    A number that is too long to be written is described by its type.
-    """
+    """A value as Python writes it, cut at `limit` characters to fit in a sentence."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # beyond 4300 digits Python writes no whole number

@@ -1,8 +1,7 @@
 """Files that a kill leaves whole, and the lock of a directory.
 
 A file is written under a temporary name, flushed to the disk and renamed: it exists as a whole or
-not at all. A lock ends with the process that holds it, however the process ends, and leaves no
-stale file behind.
+not at all. A lock ends with the process that holds it, however that ends.
 """
 
 from __future__ import annotations
@@ -23,17 +22,12 @@ PATIENCE = 10
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Keeps every other process from writing the run in `out`, an existing directory.
-
-    Raises:
-        EtudeError: another process is writing the run.
-    """
+    """Keeps every other process from writing the run in `out`, or raises if one is writing it."""
     descriptor = os.open(out, os.O_RDONLY)
     try:
         if not try_lock(descriptor, patient=True):
-            raise EtudeError(
-                f"another process is writing the run in '{out}': wait for it, end it, or give another --out."
-            )
+            remedy = "wait for it, end it, or give another --out"
+            raise EtudeError(f"another process is writing the run in '{out}': {remedy}.")
         yield
     finally:
         os.close(descriptor)
@@ -57,36 +51,27 @@ def is_locked(out: Path) -> bool | None:
 
 
 def try_lock(descriptor: int, patient: bool = False) -> bool:
-    """Takes the lock of an open file or directory, until the descriptor is closed.
+    """Takes the lock of an open file or directory until it is closed; False if another process has it.
 
-    Args:
-        patient: whether to try for half a second, since a process that only looks (`is_locked`)
-            holds the lock for an instant. Default: False.
-
-    Returns:
-        False if another process has the lock; True also on a file system without locks.
+    It tries for half a second if `patient`. On a file system without locks it returns True.
     """
-    for _ in range(PATIENCE if patient else 0):
-        if try_lock(descriptor):
+    for attempt in range(PATIENCE + 1 if patient else 1):
+        if attempt:
+            time.sleep(0.5 / PATIENCE)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        time.sleep(0.5 / PATIENCE)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
+        except BlockingIOError:
+            continue
+        except OSError:
+            return True
+    return False
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Writes a whole file or leaves the old one.
+    """Writes a whole file or leaves the old one; an `EtudeError` says why it cannot be written.
 
-    A temporary file beside it is written, flushed to the disk, then renamed. Each process has its
-    own temporary file: several may write one file at once, and the last to rename wins.
-
-    Raises:
-        EtudeError: the file cannot be written.
+    Each process has its own temporary file: several may write one file at once, and the last wins.
     """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.writing")
     with _explain_failure(path, len(data)):
@@ -105,12 +90,9 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Appends one line and returns when it is on the disk.
+    """Appends one line, which is then on the disk, or raises as `atomic_write_bytes`.
 
-    A kill can leave the line torn: see `etude.runs.layout.truncate_metrics`.
-
-    Raises:
-        EtudeError: the text holds a line break, or the file cannot be written.
+    A kill can leave the line torn (`etude.runs.layout.truncate_metrics`).
     """
     if "\n" in text:
         raise EtudeError(f"a line for '{path}' must not hold a line break: {text[:60]!r}.")
@@ -146,7 +128,5 @@ def _explain_failure(path: Path, size: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EtudeError(
-            f"'{path}' could not be written ({reason(error)}, {size / 1e6:.3f} MB needed): "
-            "free some space or check the permissions there."
-        ) from error
+        problem = f"'{path}' could not be written ({reason(error)}, {size / 1e6:.3f} MB needed)"
+        raise EtudeError(f"{problem}: free some space or check the permissions there.") from error

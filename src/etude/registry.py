@@ -1,8 +1,8 @@
 """Doors: kernels, windows, rewards, objectives, advantages and pipeline families by name.
 
-A registry holds import paths and loads nothing before a name is used, so that the configuration can check names without
-torch. A name is looked for, in this order, among what was registered in this process, what is built in, and what installed
-packages offer under the entry-point group of the registry. Any `package.module:attribute` is a name, too.
+A registry holds import paths and loads nothing before a name is used, so names are checked without
+torch. It looks a name up, in this order, among what was registered in this process, what is built
+in, and what installed packages offer. Any `package.module:attribute` is a name, too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,13 +24,7 @@ _PATH = re.compile(r"[\w.]+:[\w.]+")
 
 @dataclass(frozen=True)
 class Entry:
-    """A built-in name.
-
-    Attributes:
-        path: import path, `package.module:attribute`.
-        about: one clause for help texts.
-        title: published name of what a run with this choice does. Default: none.
-    """
+    """A built-in name: its import path, a clause for help texts, and the published name of its use."""
 
     path: str
     about: str = ""
@@ -43,7 +37,6 @@ class Registry:
     Args:
         kind: noun for errors, for example "kernel".
         group: entry-point group of installed packages, for example "etude.kernels".
-        builtin: entries by name.
         wanted: description of what an import path must refer to, for errors.
     """
 
@@ -55,15 +48,11 @@ class Registry:
     def register(self, name: str) -> Callable[[ThingT], ThingT]:
         """Decorator that adds a class or function under `name`, for this process.
 
-        Registering a name again replaces the former thing, so that a notebook cell can be run twice.
-
-        Raises:
-            EtudeError: the name is empty or holds a colon, which marks an import path.
+        The name has no colon. It may be registered again, so that a notebook cell can be run twice.
         """
         if not name.strip() or ":" in name:
-            raise EtudeError(
-                f"a {self.kind} cannot be registered as '{name}': give a name without a colon (that marks an import path)."
-            )
+            remedy = "give a name without a colon (that marks an import path)"
+            raise EtudeError(f"a {self.kind} cannot be registered as '{name}': {remedy}.")
 
         def add(thing: ThingT) -> ThingT:
             self.registered[name] = thing
@@ -76,39 +65,26 @@ class Registry:
         return sorted({*self.registered, *self.builtin, *(plugin.name for plugin in entry_points(group=self.group))})
 
     def check(self, name: str) -> str:
-        """Returns the name. Nothing is loaded, so that an import path is checked for its form alone.
-
-        Raises:
-            EtudeError: the name is unknown; the nearest one and the whole list are given.
-        """
+        """Returns the name, or raises `errors.unknown`; an import path is checked for its form alone."""
         if name not in self.names() and not _PATH.fullmatch(name):
             raise unknown(self.kind, name, self.names())
         return name
 
     def get(self, name: str) -> Any:
-        """The thing itself, imported now if it has not been before.
+        """The thing itself, imported at first use.
 
         Raises:
-            EtudeError: the name is unknown, the module cannot be imported, the attribute is missing or not callable, or two
-                packages offer the name.
+            EtudeError: the name is unknown, the module cannot be imported, the attribute is missing
+                or not callable, or two packages offer the name.
         """
         if name not in self.registered:
             self._imported[name] = self._import(name)
         return self.registered.get(name, self._imported.get(name))
 
-    def _import(self, name: str) -> Any:
-        if name in self.builtin:
-            return import_callable(self.builtin[name].path, self.kind, self.wanted)
-        plugins = tuple(entry_points(group=self.group, name=name))
-        if plugins:
-            return self._load_plugin(name, plugins)
-        self.check(name)
-        return import_callable(name, self.kind, self.wanted)
-
     def title(self, name: str) -> str:
-        """Published name of the choice: the built-in entry's, or the attribute `title` of what is not built in.
+        """Published name of the choice: a built-in entry's, or the attribute `title` of another thing.
 
-        The name itself stands for what has no title, or has not been imported yet.
+        Without a title, or before the import, it is the name itself.
         """
         if name in self.builtin and name not in self.registered:
             return self.builtin[name].title
@@ -119,67 +95,57 @@ class Registry:
         """The built-in names with a clause each, for help texts."""
         return "; ".join(f"{name}: {entry.about}" if entry.about else name for name, entry in self.builtin.items())
 
-    def _load_plugin(self, name: str, plugins: tuple[EntryPoint, ...]) -> Any:
-        """The callable of the only entry point of that name."""
+    def _import(self, name: str) -> Any:
+        if name in self.builtin:
+            return import_callable(self.builtin[name].path, self.kind, self.wanted)
+        plugins = tuple(entry_points(group=self.group, name=name))
+        if not plugins:
+            return import_callable(self.check(name), self.kind, self.wanted)
         owners = sorted({plugin.dist.name if plugin.dist else "an unnamed package" for plugin in plugins})
-        if len({plugin.value for plugin in plugins}) > 1:
-            raise EtudeError(
-                f"{self.kind} '{name}' is offered by several packages ({', '.join(owners)}): uninstall all but one, "
-                f"or give an import path ({' or '.join(sorted(plugin.value for plugin in plugins))})."
-            )
+        if len(paths := sorted({plugin.value for plugin in plugins})) > 1:
+            remedy = f"uninstall all but one, or give an import path ({' or '.join(paths)})"
+            raise EtudeError(f"{self.kind} '{name}' is offered by several packages ({', '.join(owners)}): {remedy}.")
         place = f"{self.kind} '{name}' of the package '{owners[0]}' ({plugins[0].value})"
+        remedy = "update or uninstall that package."
         try:
             thing = plugins[0].load()
         except Exception as error:  # the package's code runs at import: whatever it raises has to say whose it is
             raise EtudeError(
-                f"{place} cannot be imported ({type(error).__name__}: {brief(error)}): update or uninstall that package."
+                f"{place} cannot be imported ({type(error).__name__}: {brief(error)}): {remedy}"
             ) from error
         if not callable(thing):
-            raise EtudeError(
-                f"{place} is {type(thing).__name__}, which is not callable: update or uninstall that package."
-            )
+            raise EtudeError(f"{place} is {type(thing).__name__}, which is not callable: {remedy}")
         return thing
 
 
-def import_callable(path: str, kind: str, wanted: str) -> Callable[..., Any]:
+def import_callable(path: str, kind: str, wanted: str) -> Any:
     """The callable at an import path. Modules in the working directory are importable from now on.
 
     Args:
         path: `package.module:attribute`, the attribute with dots if it is inside another.
-        kind: noun for errors: "reward", "prompts".
-        wanted: description of what to give instead, for errors.
+        kind: noun for errors, as `wanted`: "reward", "prompts".
 
     Raises:
         EtudeError: the module cannot be imported, or the attribute is missing or not callable.
     """
     module_name, _, attribute = path.partition(":")
     try:
-        _make_working_directory_importable()
-        module = import_module(module_name)
+        # A console script does not see the modules beside the recipe. Their directory comes last, so that it shadows
+        # nothing, and stays, because a module may import its helpers when it is called.
+        here = str(Path.cwd())
+        if here not in sys.path:
+            sys.path.append(here)
+        thing: Any = import_module(module_name)
     except (Exception, SystemExit) as error:  # the user's code runs at import: it may raise anything
-        raise EtudeError(
-            f"{kind} '{path}': module '{module_name}' cannot be imported ({type(error).__name__}: {brief(error)}); "
-            "install it, or run from the directory that holds it."
-        ) from error
-    thing: Any = module
+        problem = f"module '{module_name}' cannot be imported ({type(error).__name__}: {brief(error)})"
+        remedy = "install it, or run from the directory that holds it"
+        raise EtudeError(f"{kind} '{path}': {problem}; {remedy}.") from error
     for part in attribute.split("."):
         thing = getattr(thing, part, None)
     if not callable(thing):
         problem = "has no attribute" if thing is None else "holds something that is not callable as"
         raise EtudeError(f"{kind} '{path}': module '{module_name}' {problem} '{attribute}'; give {wanted}.")
-    imported: Callable[..., Any] = thing
-    return imported
-
-
-def _make_working_directory_importable() -> None:
-    """Appends the working directory to the import path, for good.
-
-    A console script does not see the modules beside the recipe; `python -m` does. The directory comes last, so that it
-    shadows nothing. It stays, because the user's module may import its helpers when it is called.
-    """
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    return thing
 
 
 KERNELS = Registry(
@@ -254,13 +220,13 @@ ADVANTAGES = Registry(
     "etude.advantages",
     {
         "per_prompt": Entry(
-            "etude.learning.advantages:PerPrompt", "against the past rewards of the same prompt", title="DDPO"
+            "etude.learning.advantages:PerPrompt", "against the past rewards of the same prompt", "DDPO"
         ),
-        "group": Entry("etude.learning.advantages:Group", "against the other images of its group", title="GRPO"),
+        "group": Entry("etude.learning.advantages:Group", "against the other images of its group", "GRPO"),
         "group_mean_global_std": Entry(
             "etude.learning.advantages:GroupMeanGlobalStd",
             "the mean of its group, the standard deviation of all images",
-            title="GRPO",
+            "GRPO",
         ),
     },
     "module:Class, a subclass of etude.learning.advantages.Advantage",
@@ -268,10 +234,7 @@ ADVANTAGES = Registry(
 
 
 def register_kernel(name: str) -> Callable[[ThingT], ThingT]:
-    """Decorator that adds a kernel class under `name`, for this process.
-
-    Raises:
-        EtudeError: as `Registry.register`.
+    """Decorator that adds a kernel class under `name`, for this process, as `Registry.register`.
 
     Example:
         >>> from dataclasses import dataclass
@@ -288,10 +251,7 @@ def register_kernel(name: str) -> Callable[[ThingT], ThingT]:
 
 
 def register_window(name: str) -> Callable[[ThingT], ThingT]:
-    """Decorator that adds a window strategy, a class, under `name`, for this process.
-
-    Raises:
-        EtudeError: as `Registry.register`.
+    """Decorator that adds a window strategy, a class, for this process, as `Registry.register`.
 
     Example:
         >>> from dataclasses import dataclass
@@ -302,18 +262,14 @@ def register_window(name: str) -> Callable[[ThingT], ThingT]:
         ... class LastWindow(WindowSchedule):
         ...     def start_at(self, iteration):
         ...         return self.stop - self.size
-        >>> config = etude.load_config("emoji-mixgrpo", {"sampling.window.strategy": "last"})
-        >>> config.sampling.window.strategy
+        >>> etude.load_config("emoji-mixgrpo", {"sampling.window.strategy": "last"}).sampling.window.strategy
         'last'
     """
     return WINDOWS.register(name)
 
 
 def register_objective(name: str) -> Callable[[ThingT], ThingT]:
-    """Decorator that adds an objective class under `name`, for this process.
-
-    Raises:
-        EtudeError: as `Registry.register`.
+    """Decorator that adds an objective class under `name`, for this process, as `Registry.register`.
 
     Example:
         >>> import etude
@@ -329,10 +285,7 @@ def register_objective(name: str) -> Callable[[ThingT], ThingT]:
 
 
 def register_advantage(name: str) -> Callable[[ThingT], ThingT]:
-    """Decorator that adds an advantage class under `name`, for this process.
-
-    Raises:
-        EtudeError: as `Registry.register`.
+    """Decorator that adds an advantage class under `name`, for this process, as `Registry.register`.
 
     Example:
         >>> import etude
@@ -348,12 +301,9 @@ def register_advantage(name: str) -> Callable[[ThingT], ThingT]:
 
 
 def register_policy(name: str) -> Callable[[ThingT], ThingT]:
-    """Decorator that adds the adapter of a pipeline family, a class, under `name`, for this process.
+    """Decorator that adds the adapter of a pipeline family, a class, as `Registry.register`.
 
     `name` is the class name in the pipeline's `model_index.json`, or what `family` in a recipe says.
-
-    Raises:
-        EtudeError: as `Registry.register`.
 
     Example:
         >>> import etude

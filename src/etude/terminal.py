@@ -18,9 +18,7 @@ def make_console(stderr: bool = False) -> Console:
 
 
 def plain_text(*blocks: RenderableType) -> str:
-    """The blocks as text without colours, one under the other, as a console of PLAIN_WIDTH columns
-    prints them.
-    """
+    """The blocks as text without colours, as a console of PLAIN_WIDTH columns prints them."""
     console = Console(file=io.StringIO(), width=PLAIN_WIDTH, color_system=None)
     for block in blocks:
         console.print(block, soft_wrap=not isinstance(block, Table), highlight=False, markup=False)

@@ -231,7 +231,7 @@ def test_a_dataset_that_cannot_be_used_is_one_sentence(hub: list[Any], source: s
 
 
 def test_without_the_extra_a_dataset_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("etude.prompts.prompts.find_spec", lambda name: None)
+    monkeypatch.setattr("etude.prompts.find_spec", lambda name: None)
     with pytest.raises(EtudeError, match=r"pip install 'etude\[datasets\]'"):
         load_prompts("hub:owner/set")
 

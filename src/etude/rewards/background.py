@@ -16,23 +16,14 @@ from concurrent.futures import Future
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
-
 _LOCAL = "local-rewards"
-
 _starting = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 _thread: threading.Thread | None = None
 
 
 def in_event_loop(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-    """Runs the coroutine on the event loop that all remote rewards share.
-
-    Cancelling the future cancels the coroutine.
-    """
-    return asyncio.run_coroutine_threadsafe(coroutine, _running_loop())
-
-
-def _running_loop() -> asyncio.AbstractEventLoop:
+    """Runs the coroutine, which a cancelled future cancels, on the loop of all remote rewards."""
     global _loop, _thread
     with _starting:
         # A forked process inherits the variables, but no thread.
@@ -40,13 +31,13 @@ def _running_loop() -> asyncio.AbstractEventLoop:
             _loop = asyncio.new_event_loop()
             _thread = threading.Thread(target=_loop.run_forever, name="remote-rewards", daemon=True)
             _thread.start()
-        return _loop
+        return asyncio.run_coroutine_threadsafe(coroutine, _loop)
 
 
 class InTurn:
     """Runs calls one after another, in the order of submission, on threads beside the caller's.
 
-    Only one call runs at a time, because networks on one device would compete for its memory.
+    Networks on one device would otherwise compete for its memory.
     """
 
     def __init__(self) -> None:
@@ -54,10 +45,12 @@ class InTurn:
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
         """A future of `work()`; `Future.result` raises what `work` raises."""
+        import torch
+
         future: Future[T] = Future()
-        self._last = threading.Thread(
-            target=_work, args=(future, work, self._last, _cuda_device()), name=_LOCAL, daemon=True
-        )
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        arguments = (future, work, self._last, device)
+        self._last = threading.Thread(target=_work, args=arguments, name=_LOCAL, daemon=True)
         self._last.start()
         return future
 
@@ -81,14 +74,6 @@ def _work(future: Future[T], work: Callable[[], T], before: threading.Thread | N
             import torch
 
             torch.cuda.set_device(cuda_device)
-        result = work()
+        future.set_result(work())
     except BaseException as error:
         future.set_exception(error)
-    else:
-        future.set_result(result)
-
-
-def _cuda_device() -> int | None:
-    import torch
-
-    return torch.cuda.current_device() if torch.cuda.is_initialized() else None

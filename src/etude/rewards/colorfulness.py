@@ -1,6 +1,4 @@
-"""Colourfulness of an image (Hasler and Suesstrunk, "Measuring colourfulness in natural images",
-SPIE 5007, 2003).
-"""
+"""Colourfulness: Hasler and Suesstrunk, "Measuring colourfulness in natural images", SPIE 5007, 2003."""
 
 from __future__ import annotations
 

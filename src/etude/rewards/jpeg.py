@@ -13,22 +13,15 @@ QUALITY = 95
 
 
 def jpeg_incompressibility(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
-    """The size of each image as a JPEG of quality 95, in kB (1 kB = 1000 bytes).
-
-    uint8 `[n, 3, h, w]` to float32 `[n]`.
-    """
-    return torch.tensor([_kilobytes(image) for image in images], dtype=torch.float32)
+    """Size of each image as a JPEG of quality 95, in kB of 1000 bytes: uint8 `[n, 3, h, w]` to `[n]`."""
+    sizes = []
+    for image in images:
+        buffer = BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, format="JPEG", quality=QUALITY)
+        sizes.append(len(buffer.getvalue()) / 1000)
+    return torch.tensor(sizes, dtype=torch.float32)
 
 
 def jpeg_compressibility(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
-    """Minus the size of each image as a JPEG of quality 95, in kB (1 kB = 1000 bytes).
-
-    uint8 `[n, 3, h, w]` to float32 `[n]`.
-    """
+    """Minus the size of each image, of `jpeg_incompressibility`."""
     return -jpeg_incompressibility(images, prompts, **metadata)
-
-
-def _kilobytes(image: Tensor) -> float:
-    buffer = BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(buffer, format="JPEG", quality=QUALITY)
-    return len(buffer.getvalue()) / 1000

@@ -1,4 +1,4 @@
-"""Rewards by name. The code of a reward is imported when its name is first used."""
+"""Rewards by name."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ class Reward(Protocol):
 
     - `load()` is called once before a run, to read weights or to reach a server.
     - `submit(images, prompts, **metadata)` returns a `concurrent.futures.Future` of the scores at
-      once. It is called instead of the reward itself, and is meant for rewards that wait for
-      another process or machine.
+      once. It is called instead of the reward itself, for rewards that wait for another machine.
     - `offload()` is called after each use under `memory.offload`, to free the device.
 
     A reward that compares the images of a group with one another has an attribute
@@ -29,22 +28,18 @@ class Reward(Protocol):
     """
 
     def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
-        """Scores `[n]`, float32 and finite.
+        """Scores `[n]`, float32 and finite, of uint8 RGB images `[n, 3, h, w]` and their prompts.
 
-        Args:
-            images: uint8 `[n, 3, h, w]`, values 0..255, RGB.
-            prompts: n texts; the i-th belongs to the i-th image.
-            metadata: the other fields of the prompt set (`etude.prompts`): by name, a list with an
-                entry for each image. A reward without `**metadata` gets only the fields for which
-                it has a keyword.
+        The metadata are the other fields of the prompt set (`etude.prompts`), lists of n entries. A
+        reward without `**metadata` gets only the fields for which it has a keyword.
         """
 
 
 RewardT = TypeVar("RewardT", bound=Callable[..., Any])
-WEIGHTED_SUM = "weighted_sum"
-"""The name under which the weighted sum of several raw rewards is reported."""
 _loaded: dict[str, Reward] = {}
 _factories: dict[str, Callable[[], Reward]] = {}
+WEIGHTED_SUM = "weighted_sum"
+"""The name under which the weighted sum of several raw rewards is reported."""
 WEIGHTS_GB = {"aesthetic": 1.2, "clip_score": 0.6, "hpsv2": 3.9, "imagereward": 1.9, "pickscore": 3.9}
 """Size in GB of the published weights of the preference models, in float32, as they are used."""
 CLOSED_FORMS = ("colorfulness", "jpeg_compressibility", "jpeg_incompressibility")
@@ -52,13 +47,10 @@ CLOSED_FORMS = ("colorfulness", "jpeg_compressibility", "jpeg_incompressibility"
 
 
 def register(name: str) -> Callable[[RewardT], RewardT]:
-    """Decorator that adds a reward under `name`: a function or a class.
+    """Decorator that adds a reward under `name`: a function, or a class, instantiated at first use.
 
-    A class is instantiated once, at its first use.
-    Registering a name again replaces the former reward, so that a notebook cell can be run twice.
-
-    Raises:
-        EtudeError: the name is empty, is reserved, or has a colon (which marks an import path).
+    A name may be registered again, so that a notebook cell can be run twice. An `EtudeError`
+    refuses a name that is empty, is reserved, or has a colon (which marks an import path).
 
     Example:
         >>> import etude, torch
@@ -68,7 +60,10 @@ def register(name: str) -> Callable[[RewardT], RewardT]:
         >>> etude.score(["brightness"], torch.full((1, 3, 8, 8), 255, dtype=torch.uint8), ["snow"])
         {'brightness': tensor([1.])}
     """
-    _check_name(name)
+    if not name.strip() or ":" in name or name == WEIGHTED_SUM:
+        other = f"other than '{WEIGHTED_SUM}' (that names the sum of several rewards)"
+        remedy = f"give a name without a colon (that marks an import path) {other}"
+        raise EtudeError(f"a reward cannot be registered as '{name}': {remedy}.")
     add = REWARDS.register(name)
 
     def replace(reward: RewardT) -> RewardT:
@@ -80,11 +75,7 @@ def register(name: str) -> Callable[[RewardT], RewardT]:
 
 
 def register_factory(name: str, factory: Callable[[], Reward]) -> None:
-    """Adds a reward that `factory()` builds at its first use, for rewards that load a network.
-
-    Raises:
-        EtudeError: as in `register`.
-    """
+    """As `register`, for a reward that `factory()` builds at its first use."""
     register(name)(factory)
     _factories[name] = factory
 
@@ -95,57 +86,35 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Reward:
-    """The reward of a name, an import path `package.module:attribute`, or a url.
+    """The reward of a name, an import path `package.module:attribute`, or a url; built once, shared.
 
-    Names are those of `etude.registry.REWARDS`: functions, or classes, which are instantiated. A
-    url, `http://host:port/path`, gives an `etude.rewards.remote.client.RemoteReward`. After the
+    A url, `http://host:port/path`, gives an `etude.rewards.remote.client.RemoteReward`. After the
     name of a model reward the colon starts its options instead of an attribute: `name:model`,
     `name:model,key=value`, `name:key=value` (`etude.rewards.models.model_reward.ModelReward` lists
     them). Such a name wins over a module of the same name.
 
-    Modules in the working directory can be imported, too. A reward is built once and then shared.
-
     Raises:
-        EtudeError: the name is unknown; the module or the attribute of the path is missing or not
-            callable; a package's reward cannot be imported, or two packages have it; or the url is
-            invalid.
+        EtudeError: as `Registry.get`, the url is invalid, or the reward cannot be built.
     """
     if name not in _loaded:
-        _loaded[name] = _build(name)
+        try:
+            _loaded[name] = _build(name)
+        except EtudeError:
+            raise
+        except Exception as error:  # a user's constructor raises anything; the error names the reward
+            raise EtudeError(f"reward '{name}' could not be built: {type(error).__name__}: {brief(error)}") from error
     return _loaded[name]
 
 
-def _check_name(name: str) -> None:
-    if not name.strip() or ":" in name or name == WEIGHTED_SUM:
-        raise EtudeError(
-            f"a reward cannot be registered as '{name}': give a name without a colon (that marks an import path) "
-            f"other than '{WEIGHTED_SUM}' (that names the sum of several rewards)."
-        )
-
-
-def _build(name: str) -> Reward:
-    try:
-        return _instance(name)
-    except EtudeError:
-        raise
-    except Exception as error:  # a user's constructor raises anything; the error names the reward
-        raise EtudeError(f"reward '{name}' could not be built: {type(error).__name__}: {brief(error)}") from error
-
-
-def _instance(name: str) -> Reward:
+def _build(name: str) -> Any:
     if name in _factories:
         return _factories[name]()
     base, _, options = name.partition(":")
     if base.lower() in {"http", "https"} and options.startswith("//"):
-        client = import_callable("etude.rewards.remote.client:RemoteReward.from_name", "reward", REWARDS.wanted)
-        remote: Reward = client(name)
-        return remote
-    # Only a built-in or registered name may take options: any other text before a colon is a
-    # module.
-    thing = REWARDS.get(base) if base in REWARDS.builtin or base in REWARDS.registered else None
-    if thing is not None and hasattr(thing, "from_options"):
-        model: Reward = thing.from_options(options)
-        return model
+        return import_callable("etude.rewards.remote.client:RemoteReward.from_name", "reward", REWARDS.wanted)(name)
+    # Only a built-in or registered name may take options: any other text before a colon is a module.
+    thing: Any = REWARDS.get(base) if base in REWARDS.builtin or base in REWARDS.registered else None
+    if hasattr(thing, "from_options"):
+        return thing.from_options(options)
     thing = REWARDS.get(name)
-    reward: Reward = thing() if isinstance(thing, type) else thing
-    return reward
+    return thing() if isinstance(thing, type) else thing

@@ -18,18 +18,20 @@ from etude.rewards.reward import WEIGHTED_SUM, Reward, get
 if TYPE_CHECKING:
     from torch import Tensor
 
+    Scores = dict[str, Tensor]
+    Metadata = Mapping[str, Any] | None
+    Groups = Sequence[int] | None
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Images to be scored, with their prompts, metadata and groups.
+    """Images to be scored, uint8 `[n, 3, h, w]`, with their n prompts.
 
     Attributes:
-        images: uint8 `[n, 3, h, w]`.
-        prompts: n texts.
-        metadata: by name, a list of n entries.
+        metadata: by name, a list of n entries; a reward gets those for which it has a keyword.
         groups: the group of each image, for rewards that compare images of a group. Default: images
             of equal prompts.
-        offset: index of the first image in the whole batch, for errors.
+        offset: index of the first image in a larger batch, in which errors count.
 
     Raises:
         EtudeError: images and prompts do not match, or there is not one group per image.
@@ -42,21 +44,26 @@ class Batch:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        _check_images(self.images, self.prompts)
-        if self.groups is not None and len(self.groups) != len(self.prompts):
-            raise EtudeError(f"there are {len(self.prompts)} images but {len(self.groups)} groups: give one an image.")
+        import torch
 
-    def arguments(self, function: Callable[..., Any], whole_groups: bool) -> tuple[Tensor, list[str], dict[str, Any]]:
-        """Images, prompts and keywords for one call of a reward.
+        images, count = self.images, len(self.prompts)
+        wanted = "rewards take uint8 images [n, 3, h, w]"
+        if not isinstance(images, torch.Tensor):
+            raise EtudeError(f"{wanted} as a tensor, not {type(images).__name__}.")
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+            raise EtudeError(f"{wanted}, not {images.dtype} of shape {list(images.shape)}.")
+        if count != len(images):
+            raise EtudeError(f"there are {len(images)} images but {count} prompts; rewards take one prompt per image.")
+        if self.groups is not None and len(self.groups) != count:
+            raise EtudeError(f"there are {count} images but {len(self.groups)} groups: give one an image.")
+
+    def arguments(self, reward: Reward, function: Callable[..., Any]) -> tuple[Tensor, list[str], dict[str, Any]]:
+        """Images, prompts and keywords for a call of `function`, a method of the reward or itself.
 
         They are copies, because a reward may work in place.
-
-        Args:
-            function: the function to call; the keywords are the metadata that it accepts.
-            whole_groups: whether `groups` is a keyword, too.
         """
         keywords = copy.deepcopy(dict(_select_keywords(function, self.metadata)))
-        if whole_groups:
+        if getattr(reward, "whole_groups", False):
             first: dict[str, int] = {}
             same = [first.setdefault(prompt, i) for i, prompt in enumerate(self.prompts)]
             keywords["groups"] = list(same if self.groups is None else self.groups)
@@ -68,28 +75,18 @@ def score_one(
     reward: Reward,
     images: Tensor,
     prompts: list[str],
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Metadata = None,
     *,
-    groups: Sequence[int] | None = None,
+    groups: Groups = None,
     offset: int = 0,
 ) -> Tensor:
-    """One reward's scores, float32 `[n]` on the CPU, checked.
-
-    Args:
-        name: the name of the reward in errors.
-        images: uint8 `[n, 3, h, w]`.
-        prompts: n texts.
-        metadata: by name, a list of n entries; the reward gets those for which it has a keyword.
-        groups: the group of each image, for a reward that compares them. Default: images of equal
-            prompts.
-        offset: index of the first image in the whole batch, so that errors count in the batch and
-            not in a slice of it.
+    """One reward's scores of a `Batch`, float32 `[n]` on the CPU, checked.
 
     Raises:
         EtudeError: images and prompts do not match; the reward raises (its message is repeated, its
             error chained); it returns anything but n numbers (a floating tensor `[n]`, or a list,
             tuple or array of n numbers); or a score is NaN or infinite in float32 (the sample and
-            its prompt are named).
+            its prompt are named). The error names the reward by `name`.
     """
     batch = Batch(images, prompts, metadata or {}, groups, offset)
     with _naming(name, prompts, offset):
@@ -97,10 +94,8 @@ def score_one(
     return _check_scores(name, scores, prompts, offset)
 
 
-def score(
-    rewards: str | Iterable[str], images: Tensor, prompts: list[str], metadata: Mapping[str, Any] | None = None
-) -> dict[str, Tensor]:
-    """Score images by one or several rewards.
+def score(rewards: str | Iterable[str], images: Tensor, prompts: list[str], metadata: Metadata = None) -> Scores:
+    """Score images by one or several rewards: by name, float32 `[n]` on the CPU.
 
     Args:
         rewards: names, import paths or urls, or one of them.
@@ -108,11 +103,8 @@ def score(
         prompts: n texts.
         metadata: by name, a list of n entries.
 
-    Returns:
-        By reward, float32 `[n]` on the CPU, checked as by `score_one`.
-
     Raises:
-        EtudeError: a name is unknown, or as in `score_one`.
+        EtudeError: a name is unknown, a reward fails, or a score is not a finite number.
 
     Example:
         >>> import etude, torch
@@ -131,11 +123,7 @@ def revisions(rewards: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 class Scoring:
-    """Scores that are being computed, as `WeightedRewards.start` returns them.
-
-    Attributes:
-        futures: by reward name, a future of its scores.
-    """
+    """Scores that are being computed, of `WeightedRewards.start`: by reward name, a future."""
 
     def __init__(self, futures: dict[str, Any], prompts: list[str], offset: int = 0) -> None:
         self.futures: dict[str, Future[Any]] = futures
@@ -146,26 +134,17 @@ class Scoring:
         return all(future.done() for future in self.futures.values())
 
     def cancel(self) -> None:
-        """Cancels running requests, and calls that have not started.
-
-        A local reward that has started runs to its end; its scores are dropped.
-        """
+        """Cancels requests, and calls that have not started; a local reward runs to its end, unheard."""
         for future in self.futures.values():
             if future is not None:
                 future.cancel()
 
-    def result(self, timeout: float | None = None) -> dict[str, Tensor]:
-        """Waits for the scores: by reward name, float32 `[n]` on the CPU.
+    def result(self, timeout: float | None = None) -> Scores:
+        """Waits for the scores: by reward name, float32 `[n]` on the CPU, checked as by `score_one`.
 
-        They are checked as by `score_one`. The first reward that fails ends the wait and cancels
-        the others. A remote reward has its own time-outs.
-
-        Args:
-            timeout: seconds after which a missing score is an error. Default: no limit.
-
-        Raises:
-            EtudeError: a reward failed, returned something other than n finite numbers, or did not
-                end in time; the error names it.
+        The first reward that fails ends the wait, cancels the others, and is named by the error. A
+        score that is missing after `timeout` seconds is a failure; a remote reward has its own
+        time-outs.
         """
         try:
             finished = wait(self.futures.values(), timeout, FIRST_EXCEPTION).done
@@ -185,15 +164,13 @@ class Scoring:
 class WeightedRewards:
     """Several rewards with their weights; scores stay separate until `combine` sums them.
 
-    Each reward is normalised within its group before the weighted sum of the advantages is taken.
-    In a sum of raw rewards the reward with the widest scale would decide. `combine` computes the
-    weighted sum of either.
+    Each reward is normalised within its group before the weighted sum of the advantages is taken:
+    in a sum of raw rewards the reward with the widest scale would decide.
 
     Args:
         weights: reward name (or import path) to weight, at least one.
         held_out: names that are measured in evaluation and never trained on.
-        offload: whether to call the method `offload` of each reward that has one after each use;
-            its network then waits on the CPU. Default: False.
+        offload: whether to call the method `offload` of each reward that has one after each use.
 
     Raises:
         EtudeError: a name is unknown, or there is no weight.
@@ -209,19 +186,12 @@ class WeightedRewards:
             get(name)  # an unknown name is an error here, and not after the first rollout
 
     def load(self) -> None:
-        """Calls the method `load` of each reward that has one, to read weights or reach a server.
-
-        A failure then costs no rollout.
-
-        Raises:
-            EtudeError: a reward failed to load; the error names it.
-        """
+        """Calls the method `load` of each reward that has one, so that a failure costs no rollout."""
         for name in (*self.weights, *self.held_out):
             load = getattr(get(name), "load", None)
-            if load is None:
-                continue
             try:
-                load()
+                if load is not None:
+                    load()
             except Exception as error:  # a user's code raises anything; the error names the reward
                 raise EtudeError(f"reward '{name}' cannot be used: {brief(error)}") from error
 
@@ -230,14 +200,8 @@ class WeightedRewards:
         """Whether some reward compares the images of a group, and needs all of them in one call."""
         return any(getattr(get(name), "whole_groups", False) for name in (*self.weights, *self.held_out))
 
-    def __call__(
-        self,
-        images: Tensor,
-        prompts: list[str],
-        metadata: Mapping[str, Any] | None = None,
-        groups: Sequence[int] | None = None,
-    ) -> dict[str, Tensor]:
-        """Scores of the trained rewards, each float32 `[n]`.
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata = None, groups: Groups = None) -> Scores:
+        """Scores of the trained rewards, each float32 `[n]`; the arguments are `Batch`'s.
 
         Requests of remote rewards are sent first, and the other rewards are computed meanwhile.
         """
@@ -247,69 +211,55 @@ class WeightedRewards:
         self,
         images: Tensor,
         prompts: list[str],
-        metadata: Mapping[str, Any] | None = None,
+        metadata: Metadata = None,
         *,
-        groups: Sequence[int] | None = None,
+        groups: Groups = None,
         held_out: bool = False,
         offset: int = 0,
     ) -> Scoring:
-        """Starts scoring and returns at once.
+        """Starts scoring a `Batch` of whole groups and returns at once; `held_out` rewards too if asked.
 
-        Rewards with a method `submit` score by themselves, and the others in the background. The
-        background takes its calls one after the other in their order, also over several starts, so
-        no two local rewards run side by side. The images and the metadata must not change until the
-        scores are there.
-
-        Args:
-            images: uint8 `[n, 3, h, w]`.
-            prompts: n texts.
-            metadata: by name, a list of n entries.
-            groups: the group of each image; a group must be whole. Default: images of equal
-                prompts.
-            held_out: whether to measure the held-out rewards too. Default: False.
-            offset: index of the first image in the whole batch, for errors.
-
-        Raises:
-            EtudeError: images and prompts do not match; `Scoring.result` raises any other error.
+        Rewards with a method `submit` score by themselves, and the others in the background, one
+        after the other in their order, also over several starts: no two local rewards run side by
+        side. The images and the metadata must not change until the scores are there.
         """
         names = (*self.weights, *(self.held_out if held_out else ()))
         return self._begin(names, Batch(images, prompts, metadata or {}, groups, offset), here=False)
 
-    def evaluate(
-        self,
-        images: Tensor,
-        prompts: list[str],
-        metadata: Mapping[str, Any] | None = None,
-        groups: Sequence[int] | None = None,
-    ) -> dict[str, Tensor]:
-        """Scores of trained and held-out rewards, float32 `[n]`.
-
-        The scores of several trained rewards come with their `weighted_sum`.
-        """
+    def evaluate(self, images: Tensor, prompts: list[str], metadata: Metadata = None, groups: Groups = None) -> Scores:
+        """Scores as of a call, with the held-out rewards and the `weighted_sum` of several rewards."""
         batch = Batch(images, prompts, metadata or {}, groups)
         return self.summed(self._begin((*self.weights, *self.held_out), batch, here=True).result())
 
+    def summed(self, scores: Scores) -> Scores:
+        """The scores, and the `weighted_sum` of several trained rewards."""
+        return scores if len(self.weights) == 1 else {**scores, WEIGHTED_SUM: self.combine(scores)}
+
+    def combine(self, values: Mapping[str, Tensor]) -> Tensor:
+        """sum_k weight_k values_k over the trained rewards: scores or advantages of any shape."""
+        first, *others = [weight * values[name] for name, weight in self.weights.items()]
+        return sum(others, start=first)
+
     def _begin(self, names: Iterable[str], batch: Batch, here: bool) -> Scoring:
         """Starts the rewards with `submit`, then runs the others: here, or in the background."""
-        scoring = Scoring(dict.fromkeys(names), batch.prompts, batch.offset)
+        scoring, local = Scoring(dict.fromkeys(names), batch.prompts, batch.offset), []
         try:
-            for name in [name for name in scoring.futures if not self._submit(name, scoring, batch)]:
+            for name in scoring.futures:
+                reward = get(name)
+                submit = getattr(reward, "submit", None)
+                if submit is None:
+                    local.append(name)
+                    continue
+                with _naming(name, batch.prompts, batch.offset):
+                    images, prompts, keywords = batch.arguments(reward, submit)
+                    scoring.futures[name] = submit(images, prompts, **keywords)
+            for name in local:
                 work = partial(self._compute, name, batch)
                 scoring.futures[name] = _run_now(work) if here else self._turns.submit(work)
         except BaseException:
             scoring.cancel()
             raise
         return scoring
-
-    def _submit(self, name: str, scoring: Scoring, batch: Batch) -> bool:
-        """Starts a reward that has a method `submit`; returns whether it has one."""
-        reward = get(name)
-        submit = getattr(reward, "submit", None)
-        if submit is not None:
-            with _naming(name, batch.prompts, batch.offset):
-                images, prompts, keywords = batch.arguments(submit, getattr(reward, "whole_groups", False))
-                scoring.futures[name] = submit(images, prompts, **keywords)
-        return submit is not None
 
     def _compute(self, name: str, batch: Batch) -> Tensor:
         reward = get(name)
@@ -320,36 +270,21 @@ class WeightedRewards:
                 if self.offload and hasattr(reward, "offload"):
                     reward.offload()
 
-    def summed(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The scores, and the `weighted_sum` of several trained rewards."""
-        return scores if len(self.weights) == 1 else {**scores, WEIGHTED_SUM: self.combine(scores)}
-
-    def combine(self, values: Mapping[str, Tensor]) -> Tensor:
-        """sum_k weight_k values_k over the trained rewards: scores or advantages of any shape."""
-        terms = [weight * values[name] for name, weight in self.weights.items()]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total
-
 
 def _call(reward: Reward, batch: Batch) -> Any:
     import torch
 
     function = reward.forward if isinstance(reward, torch.nn.Module) else reward
-    images, prompts, keywords = batch.arguments(function, getattr(reward, "whole_groups", False))
+    images, prompts, keywords = batch.arguments(reward, function)
     with torch.no_grad():
         return reward(images, prompts, **keywords)
 
 
 def _select_keywords(function: Callable[..., Any], metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The metadata for which a function has keywords, or all if it has `**metadata`.
-
-    All metadata are returned for a function without a signature, too.
-    """
+    """The metadata for which a function has keywords, or all if it has `**metadata`."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a built-in function
+    except (TypeError, ValueError):  # a built-in function has no signature
         return metadata
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return metadata
@@ -372,9 +307,8 @@ def _naming(name: str, prompts: list[str], offset: int) -> Iterator[None]:
     except _RewardError:
         raise
     except (Exception, SystemExit) as error:  # exit() would end the run as if it had succeeded
-        raise _RewardError(
-            f"reward '{name}' failed on {_batch(offset, prompts)}: {type(error).__name__}: {brief(error)}"
-        ) from error
+        problem = f"{type(error).__name__}: {brief(error)}"
+        raise _RewardError(f"reward '{name}' failed on {_batch(offset, prompts)}: {problem}") from error
 
 
 class _RewardError(EtudeError):
@@ -385,30 +319,23 @@ def _check_scores(name: str, values: Any, prompts: list[str], offset: int) -> Te
     """The values that a reward returned, as float32 `[n]` on the CPU, checked."""
     import torch
 
+    subject, shape = f"reward '{name}' returned", [len(prompts)]
     scores = values if isinstance(values, torch.Tensor) else _numbers(values)
     if scores is None or scores.is_nested:
-        raise EtudeError(
-            f"reward '{name}' returned {'a nested tensor' if hasattr(values, 'is_nested') else type(values).__name__}; "
-            f"it must return a float32 tensor of shape [{len(prompts)}], or as many numbers."
-        )
-    if scores.shape != (len(prompts),) or not scores.is_floating_point():
-        raise EtudeError(
-            f"reward '{name}' returned a tensor of shape {list(scores.shape)} and {scores.dtype} "
-            f"for {_batch(offset, prompts)}; it must return one float32 score per image, shape [{len(prompts)}]."
-        )
+        kind = "a nested tensor" if hasattr(values, "is_nested") else type(values).__name__
+        raise EtudeError(f"{subject} {kind}; it must return a float32 tensor of shape {shape}, or as many numbers.")
+    if list(scores.shape) != shape or not scores.is_floating_point():
+        kind = f"a tensor of shape {list(scores.shape)} and {scores.dtype} for {_batch(offset, prompts)}"
+        raise EtudeError(f"{subject} {kind}; it must return one float32 score per image, shape {shape}.")
     try:
         scores = scores.detach().to("cpu", torch.float32, copy=True).to_dense()
     except (RuntimeError, NotImplementedError) as error:  # a meta tensor, a nested one
-        raise EtudeError(
-            f"reward '{name}' returned a tensor without plain numbers ({brief(error, 100)}); return a dense one."
-        ) from error
-    bad = (~scores.isfinite()).nonzero().flatten().tolist()
-    if bad:
+        kind = f"a tensor without plain numbers ({brief(error, 100)})"
+        raise EtudeError(f"{subject} {kind}; return a dense one.") from error
+    if bad := (~scores.isfinite()).nonzero().flatten().tolist():
         more = f" ({len(bad)} of {len(prompts)} scores are not finite)" if len(bad) > 1 else ""
-        raise EtudeError(
-            f"reward '{name}' returned {scores[bad[0]].item()} for sample {offset + bad[0]}, "
-            f"prompt {prompts[bad[0]]!r}{more}; every score must be a finite number."
-        )
+        place = f"sample {offset + bad[0]}, prompt {prompts[bad[0]]!r}{more}"
+        raise EtudeError(f"{subject} {scores[bad[0]].item()} for {place}; every score must be a finite number.")
     return scores
 
 
@@ -426,20 +353,6 @@ def _numbers(scores: Any) -> Tensor | None:
     return torch.from_numpy(array.astype(np.float64)) if array.dtype.kind in "fiub" else None
 
 
-def _check_images(images: Tensor, prompts: list[str]) -> None:
-    import torch
-
-    if not isinstance(images, torch.Tensor):
-        raise EtudeError(f"rewards take uint8 images [n, 3, h, w] as a tensor, not {type(images).__name__}.")
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
-        raise EtudeError(f"rewards take uint8 images [n, 3, h, w], not {images.dtype} of shape {list(images.shape)}.")
-    if len(prompts) != len(images):
-        raise EtudeError(
-            f"there are {len(images)} images but {len(prompts)} prompts; rewards take one prompt per image."
-        )
-
-
 def _batch(offset: int, prompts: list[str]) -> str:
-    if not prompts:
-        return "an empty batch"
-    return f"samples {offset} to {offset + len(prompts) - 1} (the first prompt is {prompts[0]!r})"
+    last = offset + len(prompts) - 1
+    return f"samples {offset} to {last} (the first prompt is {prompts[0]!r})" if prompts else "an empty batch"

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from etude.errors import unknown
 
-
-def _root() -> Path:
-    return Path(str(resources.files("etude.zoo"))) / "checkpoints"
+_ROOT = Path(__file__).parent / "checkpoints"
 
 
 def names() -> list[str]:
     """Names of the embedded models."""
-    return sorted(p.name for p in _root().iterdir() if (p / "model_index.json").is_file()) if _root().is_dir() else []
+    return sorted(index.parent.name for index in _ROOT.glob("*/model_index.json"))
 
 
 def path(name: str) -> Path:
@@ -27,7 +24,7 @@ def path(name: str) -> Path:
     """
     if name not in names():
         raise unknown("embedded model", name, names())
-    return _root() / name
+    return _ROOT / name
 
 
 def models() -> list[dict[str, Any]]:

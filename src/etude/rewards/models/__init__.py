@@ -1,3 +1,1 @@
 """Rewards that run a network: CLIP, PickScore, HPSv2, ImageReward, the aesthetic predictor."""
-
-from __future__ import annotations

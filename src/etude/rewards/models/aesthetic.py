@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.errors import EtudeError
-from etude.rewards.models.clip import image_embedding, image_processor, preprocess
+from etude.rewards.models.clip import companion, image_embedding, preprocess
 from etude.rewards.models.model_reward import ModelReward
 from etude.rewards.models.weights import WEIGHT_FILES, fetch, load_pretrained, read_tensors, strip_prefix, weights_of
 
@@ -17,8 +17,8 @@ from etude.rewards.models.weights import WEIGHT_FILES, fetch, load_pretrained, r
 class ScoreHead(nn.Module):
     """The five linear layers d-1024-128-64-16-1 that the aesthetic predictor and ImageReward share.
 
-    There is no non-linearity between the layers. The published dropout acts in training only, and
-    is left out. Layers are numbered as published.
+    They are numbered as published, and have no non-linearity between them. The published dropout
+    acts in training only, and is left out.
     """
 
     def __init__(self, width: int) -> None:
@@ -34,20 +34,14 @@ class ScoreHead(nn.Module):
 
     @classmethod
     def of(cls, width: int, tensors: Mapping[str, Tensor], origin: Path) -> ScoreHead:
-        """The head in a state dict, under `layers.0.weight` and so on, with or without a prefix.
-
-        Raises:
-            EtudeError: a tensor is missing or has another shape; the error names `origin`.
-        """
+        """The head in the state dict of `origin`: `layers.0.weight` and so on, maybe with a prefix."""
         head, source = cls(width), strip_prefix(tensors, "layers.7.weight")
         state = head.state_dict()
         for name, tensor in state.items():
             if name not in source or source[name].shape != tensor.shape:
                 there = list(source[name].shape) if name in source else "nothing"
-                raise EtudeError(
-                    f"'{origin}' does not hold the score head {width}-1024-128-64-16-1: "
-                    f"'{name}' must be {list(tensor.shape)}, and there is {there}."
-                )
+                problem = f"'{origin}' does not hold the score head {width}-1024-128-64-16-1"
+                raise EtudeError(f"{problem}: '{name}' must be {list(tensor.shape)}, and there is {there}.")
         head.load_state_dict({name: source[name].float() for name in state})
         return head.eval().requires_grad_(False)
 
@@ -60,14 +54,9 @@ class Aesthetic(ModelReward):
     The published model is sac+logos+ava1-l14-linearMSE. f is the projected image embedding of
     `openai/clip-vit-large-patch14` (`base`), with its image processor. The code of CLIP is MIT; the
     card of the weights states no licence. The head is by C. Schuhmann
-    (github.com/christophschuhmann/improved-aesthetic-predictor, Apache-2.0). It regresses ratings
-    of 1 to 10 and is not bounded; generated pictures score about 4.5 to 7. Prompts are ignored. The
-    head is computed in float32.
-
-    The published head is a pickle, which etude does not read. The default `model` is a hub
-    repository with the same tensors in safetensors (`RE-N-Y/laion-aesthetic`, used by the package
-    imscore); only the head is read from it. This repository is not the author's and is not pinned
-    to a commit. No licence of its own is known: see its card.
+    (github.com/christophschuhmann/improved-aesthetic-predictor, Apache-2.0), and is computed in
+    float32. It regresses ratings of 1 to 10 and is not bounded; generated pictures score about 4.5
+    to 7. Prompts are ignored. The default `model` is a copy of a pickle: see `ModelReward`.
     """
 
     MODEL = "RE-N-Y/laion-aesthetic"
@@ -79,7 +68,7 @@ class Aesthetic(ModelReward):
         weights = weights_of(fetch(self.model, ["*.safetensors"]))
         network = load_pretrained(CLIPModel, fetch(self.base, WEIGHT_FILES))
         self.head = ScoreHead.of(network.config.projection_dim, read_tensors(weights), weights)
-        self.processor = image_processor(self.base)
+        self.processor = companion("image processor", self.base)
         return nn.ModuleDict({"vision_model": network.vision_model, "visual_projection": network.visual_projection})
 
     def _score(self, images: Tensor, prompts: list[str], device: torch.device) -> Tensor:

@@ -14,7 +14,6 @@ from etude.rewards.models.preprocessing import pictures
 from etude.rewards.models.weights import TEXT_FILES, WEIGHT_FILES, fetch, load_pretrained
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K@1c2b8495b28150b8a4922ee1c8edee224c284c0c"
-CLIP_FILES = ("preprocessor_config.json", "tokenizer_config.json")
 
 
 class Cosine(ModelReward):
@@ -24,38 +23,30 @@ class Cosine(ModelReward):
     normalised in float32.
     """
 
-    BASE_FILES = CLIP_FILES
+    BASE_FILES = ("preprocessor_config.json", "tokenizer_config.json")
 
     def _load(self) -> nn.Module:
         from transformers import CLIPModel
 
-        network = load_pretrained(CLIPModel, fetch(self.model, WEIGHT_FILES))
-        self.tokenizer = tokenizer(self.base)
-        self.processor = image_processor(self.base)
+        network: nn.Module = load_pretrained(CLIPModel, fetch(self.model, WEIGHT_FILES))
+        self.tokenizer, self.processor = (companion(what, self.base) for what in ("tokenizer", "image processor"))
         return network
 
     def _score(self, images: Tensor, prompts: list[str], device: torch.device) -> Tensor:
-        image = self._image(images, device)
+        image = image_embedding(self.network, self._pixels(images).to(device, self.dtype))
         unique = list(dict.fromkeys(prompts))
         text = self._text(unique, device)[[unique.index(prompt) for prompt in prompts]]
         return self._scale((image * text).sum(-1))
-
-    def _image(self, images: Tensor, device: torch.device) -> Tensor:
-        return image_embedding(self.network, self._pixels(images).to(device, self.dtype))
 
     def _pixels(self, images: Tensor) -> Tensor:
         return preprocess(self.processor, images)
 
     def _text(self, prompts: list[str], device: torch.device) -> Tensor:
-        network = self.network
-        longest = network.config.text_config.max_position_embeddings
         # Padded to the full length, so that a row does not depend on the other prompts; the tokens
         # of a prompt do not see the padding behind them.
-        tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt"
-        ).to(device)
-        pooled = network.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
-        return nn.functional.normalize(network.text_projection(pooled).float(), dim=-1)
+        tokens = tokenize(self.tokenizer, prompts, self.network.config.text_config.max_position_embeddings, device)
+        pooled = self.network.text_model(**tokens).pooler_output
+        return nn.functional.normalize(self.network.text_projection(pooled).float(), dim=-1)
 
     @abstractmethod
     def _scale(self, cosine: Tensor) -> Tensor:
@@ -63,13 +54,14 @@ class Cosine(ModelReward):
 
 
 class CLIPScore(Cosine):
-    """CLIPScore (Hessel et al. 2021, arXiv 2104.08718): 2.5 max(cos(f(image), g("A photo depicts "
-    + prompt)), 0).
+    """CLIPScore, Hessel et al. 2021, arXiv 2104.08718.
+
+        score = 2.5 max(cos(f(image), g("A photo depicts " + prompt)), 0)
 
     Model: `openai/clip-vit-base-patch32`, the paper's ViT-B/32, with its own image processor. The
-    pinned commit of that repository holds a conversion to safetensors; its main branch has pickles
-    only. Licence: the code of CLIP is MIT; the repository's card states none for the weights. Range
-    [0, 2.5]; captions of photographs score about 0.6 to 0.9.
+    pinned commit holds a conversion to safetensors; the main branch has pickles only. Licence: the
+    code of CLIP is MIT; the repository's card states none for the weights. Range [0, 2.5]; captions
+    of photographs score about 0.6 to 0.9.
 
     Work on text-to-image models often reports 100 max(cos, 0) of another CLIP without the prefix.
     This is `clip_score:openai/clip-vit-large-patch14,prefix=` times 40.
@@ -133,33 +125,20 @@ def preprocess(processor: Any, images: Tensor) -> Tensor:
     return pixels
 
 
-def tokenizer(source: str) -> Any:
-    """The tokenizer of a checkpoint.
-
-    Raises:
-        EtudeError: the checkpoint holds none.
-    """
-    from transformers import AutoTokenizer
-
-    return _companion(AutoTokenizer, source, "tokenizer")
+def tokenize(tokenizer: Any, prompts: list[str], length: int, device: torch.device) -> dict[str, Tensor]:
+    """The ids and the attention mask of prompts that are cut or padded to a length."""
+    tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    return {name: tokens[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
-def image_processor(source: str) -> Any:
-    """The CLIP image processor of a checkpoint, in its PIL form, with or without torchvision.
+def companion(what: str, source: str) -> Any:
+    """The "tokenizer" or the "image processor" (in its PIL form) of a checkpoint, or an `EtudeError`."""
+    import transformers
 
-    Raises:
-        EtudeError: the checkpoint holds none.
-    """
-    from transformers import CLIPImageProcessorPil
-
-    return _companion(CLIPImageProcessorPil, source, "image processor")
-
-
-def _companion(kind: Any, source: str, what: str) -> Any:
     path = fetch(source, TEXT_FILES)
     try:
+        kind = transformers.AutoTokenizer if what == "tokenizer" else transformers.CLIPImageProcessorPil
         return kind.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise EtudeError(
-            f"'{path}' holds no {what} ({brief(error, 80)}); name a checkpoint that does by the reward's option `base`."
-        ) from error
+        remedy = "name a checkpoint that does by the reward's option `base`"
+        raise EtudeError(f"'{path}' holds no {what} ({brief(error, 80)}); {remedy}.") from error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.errors import EtudeError
-from etude.rewards.models.clip import VIT_H, Cosine, tokenizer
+from etude.rewards.models.clip import VIT_H, Cosine, companion
 from etude.rewards.models.preprocessing import pad_to_square
 from etude.rewards.models.weights import TEXT_FILES, assemble, fetch, read_tensors, strip_prefix, weights_of
 
@@ -23,12 +23,9 @@ class HPSv2(Cosine):
     picture that is not square is resized to fit and padded with black, not cropped. Range [-1, 1],
     in practice about 0.2 to 0.35; papers often print the score times 100.
 
-    The published checkpoint (`xswu/HPSv2`, HPS_v2.1_compressed.pt) is a pickle, which etude does
-    not read. The default `model` is a hub repository with the same tensors in safetensors
-    (`RE-N-Y/hpsv21`, used by the package imscore). This repository is not the authors' and is not
-    pinned to a commit. No licence of its own is known: see its card. Two layouts are read:
-    OpenCLIP's names, with any prefix, and those of `transformers.CLIPModel`. OpenCLIP itself is not
-    needed.
+    The default `model` is a copy of the pickle HPS_v2.1_compressed.pt of `xswu/HPSv2`: see
+    `ModelReward`. Two layouts are read: OpenCLIP's names, with any prefix, and those of
+    `transformers.CLIPModel`. OpenCLIP itself is not needed.
     """
 
     MODEL = "RE-N-Y/hpsv21"
@@ -44,8 +41,9 @@ class HPSv2(Cosine):
         names = strip_prefix(tensors, "vision_model.embeddings.class_embedding") or from_open_clip(tensors)
         if not names:
             raise EtudeError(f"'{weights}' holds no CLIP in the layout of OpenCLIP or of transformers.")
-        self.tokenizer = tokenizer(self.base)
-        return assemble(CLIPModel, config, names, weights)
+        self.tokenizer = companion("tokenizer", self.base)
+        network: nn.Module = assemble(CLIPModel, weights, config=config, state_dict=names)
+        return network
 
     def _pixels(self, images: Tensor) -> Tensor:
         return pad_to_square(images, self.network.config.vision_config.image_size)
@@ -55,10 +53,9 @@ class HPSv2(Cosine):
 
 
 def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of OpenCLIP's CLIP under the names of `transformers.CLIPModel`.
+    """A state dict of OpenCLIP's CLIP under the names of `transformers.CLIPModel`, or an empty one.
 
     OpenCLIP keeps query, key and value in one matrix, and its two projections act from the right.
-    The result is empty if the tensors are not those of a CLIP in OpenCLIP's layout.
     """
     source = strip_prefix(tensors, "visual.class_embedding")
     return {name: t for key, tensor in source.items() for name, t in _rename(key, tensor)}
@@ -79,12 +76,9 @@ _NORMS = {
     "visual.ln_post": "vision_model.post_layernorm",
 }
 _IN_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
+    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
-}
+}  # fmt: skip
 _BLOCK = re.compile(r"(?P<tower>visual\.)?transformer\.resblocks\.(?P<i>\d+)\.(?P<part>.+?)[._](?P<kind>weight|bias)")
 
 

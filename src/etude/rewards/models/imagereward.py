@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from etude.errors import EtudeError
 from etude.rewards.models.aesthetic import ScoreHead
-from etude.rewards.models.clip import tokenizer
+from etude.rewards.models.clip import companion, tokenize
 from etude.rewards.models.model_reward import ModelReward
 from etude.rewards.models.preprocessing import crop_to_square
 from etude.rewards.models.weights import assemble, fetch, read_tensors, strip_prefix, weights_of
@@ -34,12 +34,9 @@ class ImageReward(ModelReward):
     and unbounded: in practice about -2.3 to 2. Licence of the authors' code and weights: Apache-2.0
     (BLIP: BSD-3-Clause). The head is computed in float32.
 
-    The published checkpoint (`THUDM/ImageReward`, ImageReward.pt) is a pickle, which etude does not
-    read. The default `model` is a hub repository with the same tensors in safetensors, under the
-    published names (`RE-N-Y/ImageReward`, used by the package imscore). This repository is not the
-    authors' and is not pinned to a commit. No licence of its own is known: see its card. The
-    network runs in the BLIP classes of transformers. The tokenizer comes from `base`:
-    `google-bert/bert-base-uncased` (Apache-2.0).
+    The default `model` is a copy of the pickle ImageReward.pt of `THUDM/ImageReward`, under the
+    published names: see `ModelReward`. The network runs in the BLIP classes of transformers. The
+    tokenizer comes from `base`: `google-bert/bert-base-uncased` (Apache-2.0).
     """
 
     MODEL = "RE-N-Y/ImageReward"
@@ -48,29 +45,22 @@ class ImageReward(ModelReward):
 
     def _load(self) -> nn.Module:
         weights = weights_of(fetch(self.model, ["*.safetensors"]))
-        self.tokenizer = tokenizer(self.base)
+        self.tokenizer = companion("tokenizer", self.base)
         self.tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's, in its order
         tensors = read_tensors(weights)
         vision, text = vision_encoder(tensors, weights), text_encoder(tensors, weights)
-        if len(self.tokenizer) > text.config.vocab_size:
-            raise EtudeError(
-                f"'{self.base}' has {len(self.tokenizer)} tokens and '{weights}' {text.config.vocab_size}: "
-                "name the tokenizer that it was trained with by the option `base`."
-            )
+        if len(self.tokenizer) > (size := text.config.vocab_size):
+            problem = f"'{self.base}' has {len(self.tokenizer)} tokens and '{weights}' {size}"
+            raise EtudeError(f"{problem}: name the tokenizer that it was trained with by the option `base`.")
         self.head = ScoreHead.of(text.config.hidden_size, strip_prefix(tensors, "mlp.layers.7.weight"), weights)
         return nn.ModuleDict({"vision": vision, "text": text})
 
     def _score(self, images: Tensor, prompts: list[str], device: torch.device) -> Tensor:
         vision, text = self.network["vision"], self.network["text"]
         pixels = crop_to_square(images, vision.config.image_size).to(device, self.dtype)
-        tokens = self.tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-        ).to(device)
-        states = text(
-            input_ids=tokens.input_ids,
-            attention_mask=tokens.attention_mask,
-            encoder_hidden_states=vision(pixel_values=pixels).last_hidden_state,
-        ).last_hidden_state
+        tokens = tokenize(self.tokenizer, prompts, TOKENS, device)
+        seen = vision(pixel_values=pixels).last_hidden_state
+        states = text(**tokens, encoder_hidden_states=seen).last_hidden_state
         return (self.head.to(device)(states[:, 0].float()) - MEAN) / STD
 
 
@@ -87,11 +77,7 @@ _VISION_NAMES = {
 
 
 def vision_encoder(tensors: Mapping[str, Tensor], origin: Path) -> Any:
-    """`transformers.BlipVisionModel` from the published names; its sizes are read off the tensors.
-
-    Raises:
-        EtudeError: the encoder is missing or incomplete.
-    """
+    """`transformers.BlipVisionModel` from the published names; its sizes are read off the tensors."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
     source = _part(tensors, "visual_encoder.", "patch_embed.proj.weight", origin)
@@ -106,15 +92,16 @@ def vision_encoder(tensors: Mapping[str, Tensor], origin: Path) -> Any:
         patch_size=patch,
         layer_norm_eps=1e-6,
     )
-    return assemble(BlipVisionModel, config, {_vision_name(name): t for name, t in source.items()}, origin)
+    state = {}
+    for name, tensor in source.items():
+        for pattern, replacement in _VISION_NAMES.items():
+            name = re.sub(pattern, replacement, name)
+        state[name] = tensor
+    return assemble(BlipVisionModel, origin, config=config, state_dict=state)
 
 
 def text_encoder(tensors: Mapping[str, Tensor], origin: Path) -> Any:
-    """`transformers.BlipTextModel` from the published names; its sizes are read off the tensors.
-
-    Raises:
-        EtudeError: the encoder is missing or incomplete.
-    """
+    """`transformers.BlipTextModel` from the published names; its sizes are read off the tensors."""
     from transformers import BlipTextConfig, BlipTextModel
 
     source = _part(tensors, "text_encoder.", "encoder.layer.0.crossattention.self.key.weight", origin)
@@ -134,28 +121,19 @@ def text_encoder(tensors: Mapping[str, Tensor], origin: Path) -> Any:
         eos_token_id=None,
         sep_token_id=None,
     )
-    # BLIP's attention adds the mask to its scores, so the mask must be the additive one of the
-    # eager implementation.
-    return assemble(BlipTextModel, config, source, origin, add_pooling_layer=False, attn_implementation="eager")
+    # BLIP's attention adds the mask to its scores: it must be the additive one of "eager".
+    how = {"config": config, "state_dict": source, "add_pooling_layer": False, "attn_implementation": "eager"}
+    return assemble(BlipTextModel, origin, **how)
 
 
 def _part(tensors: Mapping[str, Tensor], part: str, landmark: str, origin: Path) -> dict[str, Tensor]:
     whole = strip_prefix(tensors, part + landmark)
     if not whole:
         raise EtudeError(f"'{origin}' does not hold ImageReward: there is no '{part}{landmark}' in it.")
-    extra = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")  # unused
     inside = {name.removeprefix(part): t for name, t in whole.items() if name.startswith(part)}
-    return {name: t for name, t in inside.items() if name not in extra}
-
-
-def _vision_name(name: str) -> str:
-    for pattern, replacement in _VISION_NAMES.items():
-        name, changed = re.subn(pattern, replacement, name)
-        if changed:
-            break
-    return name
+    unused = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}
+    return {name: t for name, t in inside.items() if name not in unused}
 
 
 def _depth(names: Mapping[str, Tensor], stem: str) -> int:
-    matches = [re.match(rf"{stem}\.(\d+)\.", name) for name in names]
-    return 1 + max(int(match[1]) for match in matches if match)
+    return 1 + max(int(match[1]) for name in names if (match := re.match(rf"{stem}\.(\d+)\.", name)))

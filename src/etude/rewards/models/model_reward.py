@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from accelerate.state import PartialState, is_initialized
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
@@ -22,10 +23,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ModelReward(ABC):
     """A frozen network as a reward: images uint8 `[n, 3, h, w]` and prompts to float32 `[n]`.
 
-    An instance costs nothing until `load`, or the first call, fetches and reads the weights. Images
-    are preprocessed one by one with PIL on the CPU, as in the published code of each model, and
-    scored in batches. A batch that does not fit into the device's memory is halved, with a warning,
-    and later batches keep that size.
+    The weights are read by `load`, or at the first call. Images are preprocessed one by one with
+    PIL on the CPU, as in the published code of each model, and scored in batches (`MicroBatch`).
+
+    The checkpoints of three authors are pickles, which etude does not read. There the default
+    `model` is a hub repository `RE-N-Y/...` with the same tensors in safetensors, used by the
+    package imscore. It is not the author's, is not pinned to a commit, and no licence is known: see
+    its card.
 
     Args:
         model: the weights: a hub id (`owner/name`, `owner/name@revision`), a directory or a
@@ -34,12 +38,11 @@ class ModelReward(ABC):
         base: the checkpoint for the parts that `model` lacks (tokenizer, image processor, and
             others that each reward names). Default: `model` itself if it is a local directory with
             those files, else the published one.
-        batch_size: images per forward pass. Default: 16.
+        batch_size: images per forward pass.
         dtype: dtype of the network: float32, bfloat16 or float16. Scores are computed from its
-            outputs in float32. Default: float32.
-        device: device of the network. Default: the images' device if that is no CPU, else the
-            device that Accelerate gave to this process, else CUDA if there is one; this is the
-            policy's device.
+            outputs in float32.
+        device: device of the network. Default: the policy's, which is the images' device if that is
+            no CPU, else the device that Accelerate gave to this process, else CUDA if there is one.
 
     Raises:
         EtudeError: a path does not exist, a file is a pickle, the batch size is below 1, or the
@@ -54,7 +57,8 @@ class ModelReward(ABC):
         self, model: str = "", *, base: str = "", batch_size: int = 16, dtype: str = "float32", device: str = ""
     ) -> None:
         self.model = model or self.MODEL
-        self.base = base or (self.model if self._holds_base() else self.BASE)
+        own = [Path(os.path.expanduser(self.model)) / name for name in self.BASE_FILES]
+        self.base = base or (self.model if own and all(file.is_file() for file in own) else self.BASE)
         for source in (self.model, self.base):
             check_source(source)
         if batch_size < 1:
@@ -71,14 +75,7 @@ class ModelReward(ABC):
 
     @classmethod
     def from_options(cls, text: str = "") -> Self:
-        """Builds the reward from the text after the colon of its name.
-
-        Args:
-            text: `model`, `key=value`, or several of them with commas.
-
-        Raises:
-            EtudeError: an option is unknown, or its value is invalid.
-        """
+        """Builds the reward from the text after the colon of its name: `model,key=value,...`."""
         parameters = inspect.signature(cls).parameters
         options: dict[str, Any] = {}
         for i, part in enumerate(text.split(",") if text else []):
@@ -99,14 +96,7 @@ class ModelReward(ABC):
         return self.batches.size
 
     def load(self) -> None:
-        """Fetches and reads the weights, once.
-
-        Called before a run, it reports a missing checkpoint before the first rollout.
-
-        Raises:
-            EtudeError: a checkpoint is neither on disk nor on a hub within reach, or holds other
-                weights.
-        """
+        """Fetches and reads the weights, once; an `EtudeError` says what is missing."""
         if self.network is None:
             self.network = self._load().to(dtype=self.dtype)
 
@@ -134,17 +124,11 @@ class ModelReward(ABC):
         """The commit of each hub repository that was read, by its name in the options."""
         return {source: commit for source in (self.model, self.base) if (commit := revision_read(source))}
 
-    def _holds_base(self) -> bool:
-        path = Path(os.path.expanduser(self.model))
-        return bool(self.BASE_FILES) and all((path / name).is_file() for name in self.BASE_FILES)
-
     def _place(self, images: Tensor) -> torch.device:
         if self.device is not None:
             return self.device
         if images.device.type != "cpu":
             return images.device
-        from accelerate.state import PartialState, is_initialized
-
         if is_initialized():
             return torch.device(PartialState().device)
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,14 +1,10 @@
-"""Preprocessing of the published scorers: resized by PIL (bicubic, antialiased), normalised as
-CLIP's.
+"""Preprocessing of the published scorers: bicubic by PIL (antialiased), normalised as CLIP's.
 
 Sizes and offsets are computed as in torchvision, which the published code calls. The rounding is
 part of the score: a tensor resize, or another library's centre crop, shifts some images by a pixel.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -25,41 +21,32 @@ def pictures(images: Tensor) -> list[Image.Image]:
 
 
 def crop_to_square(images: Tensor, size: int) -> Tensor:
-    """Resizes the shorter side to `size` (the longer to its floor) and crops the centre.
-
-    Returns:
-        float32 `[n, 3, size, size]`.
-    """
-    return _normalise(images, partial(_crop, size=size))
+    """Resizes the shorter side to `size` (the longer to its floor), crops the centre, normalises."""
+    squares = []
+    for picture in pictures(images):
+        width, height = picture.size
+        short = min(width, height)
+        width, height = size * width // short, size * height // short
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+        squares.append(resized.crop((left, top, left + size, top + size)))
+    return _normalise(squares)
 
 
 def pad_to_square(images: Tensor, size: int) -> Tensor:
-    """Resizes the longer side to `size` (the shorter is rounded) and adds black bars.
+    """Resizes the longer side to `size` (the shorter is rounded), adds black bars, normalises."""
+    squares = []
+    for picture in pictures(images):
+        scale = size / max(picture.size)
+        width, height = (round(side * scale) for side in picture.size)
+        square = Image.new("RGB", (size, size))
+        resized = picture.resize((width, height), Image.Resampling.BICUBIC)
+        square.paste(resized, ((size - width) // 2, (size - height) // 2))
+        squares.append(square)
+    return _normalise(squares)
 
-    Returns:
-        float32 `[n, 3, size, size]`.
-    """
-    return _normalise(images, partial(_pad, size=size))
 
-
-def _normalise(images: Tensor, fit: Callable[[Image.Image], Image.Image]) -> Tensor:
-    pixels = torch.from_numpy(np.stack([np.asarray(fit(picture)) for picture in pictures(images)]))
+def _normalise(squares: list[Image.Image]) -> Tensor:
+    pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))
     unit = pixels.permute(0, 3, 1, 2).float() / 255
     return (unit - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-
-
-def _crop(picture: Image.Image, size: int) -> Image.Image:
-    width, height = picture.size
-    short = min(width, height)
-    width, height = size * width // short, size * height // short
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return resized.crop((left, top, left + size, top + size))
-
-
-def _pad(picture: Image.Image, size: int) -> Image.Image:
-    scale = size / max(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    square = Image.new("RGB", (size, size))
-    square.paste(picture.resize((width, height), Image.Resampling.BICUBIC), ((size - width) // 2, (size - height) // 2))
-    return square

@@ -1,8 +1,7 @@
 """Weights of model rewards, from a hub id or a local path; safetensors only.
 
-Nothing here reads a pickle. A `.pt`, `.pth` or `.bin` file can run code when it is read, so it is
-refused with the command that converts it. No code from a checkpoint is run either
-(`trust_remote_code` is never set).
+A pickle (`.pt`, `.pth`, `.bin`) can run code when it is read, so it is refused with the command that
+converts it. No code from a checkpoint is run either (`trust_remote_code` is never set).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from etude.errors import EtudeError, brief
 
@@ -21,43 +20,25 @@ if TYPE_CHECKING:
 TEXT_FILES = ["*.json", "*.txt"]
 """Patterns of the files beside the weights: configurations, tokenizers and image processors."""
 WEIGHT_FILES = [*TEXT_FILES, "model*.safetensors"]
-
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-
-NetworkT = TypeVar("NetworkT")
-
 _revisions: dict[str, str] = {}
 
 
 def check_source(source: str) -> None:
-    """Checks that a source may be a file, a directory or a hub id (`owner/name[@revision]`).
-
-    Raises:
-        EtudeError: the path does not exist or is a pickle.
-    """
-    path = _path(source)
+    """Refuses a pickle, and what is neither on disk nor a hub id (`owner/name[@revision]`)."""
+    path = Path(os.path.expanduser(source))
     if path.suffix in _PICKLES:
-        raise EtudeError(_refusal(str(path)))
+        raise _refusal(path)
     if not os.path.exists(path) and (source.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(source)):
         raise EtudeError(f"'{source}' is not on disk: give a file, a directory, or a hub id (owner/name@revision).")
 
 
-def is_local(source: str) -> bool:
-    """Whether a source is a file or a directory on this machine."""
-    return os.path.exists(_path(source))
-
-
 def fetch(source: str, patterns: list[str]) -> Path:
-    """The local file or directory of a source.
-
-    For a hub id this is the cache, after the files that match `patterns` are there.
-
-    Raises:
-        EtudeError: the source is not on disk, and the hub does not give it.
-    """
-    if is_local(source):
-        return _path(source)
+    """The local file or directory of a source; for a hub id the cache, with the files of `patterns`."""
+    local = Path(os.path.expanduser(source))
+    if os.path.exists(local):
+        return local
     check_source(source)
     from huggingface_hub import snapshot_download
 
@@ -66,10 +47,8 @@ def fetch(source: str, patterns: list[str]) -> Path:
         path = Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # hub, transports and cache share no base of errors
         command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
-        raise EtudeError(
-            f"'{source}' is not on disk and the hub does not give it ({type(error).__name__}): "
-            f"`{command}` while connected, or give a local path."
-        ) from error
+        problem = f"'{source}' is not on disk and the hub does not give it ({type(error).__name__})"
+        raise EtudeError(f"{problem}: `{command}` while connected, or give a local path.") from error
     if re.fullmatch(r"[0-9a-f]{40}", path.name):  # the cache names directories by commit
         _revisions[source] = path.name
     return path
@@ -81,12 +60,7 @@ def revision_read(source: str) -> str | None:
 
 
 def weights_of(path: Path) -> Path:
-    """The one safetensors file that `path` is or holds.
-
-    Raises:
-        EtudeError: there is none (if there are pickles, the error says how to convert them), or
-            more than one.
-    """
+    """The one safetensors file that `path` is or holds, or an `EtudeError` about what it holds."""
     if path.is_file():
         return path
     if (path / "model.safetensors").is_file():
@@ -96,20 +70,14 @@ def weights_of(path: Path) -> Path:
         return files[0]
     if files:
         raise EtudeError(f"'{path}' holds {len(files)} safetensors files: name one of them.")
-    pickles = sorted(p for p in path.iterdir() if p.suffix in _PICKLES)
-    if pickles:
-        raise EtudeError(_refusal(str(pickles[0])))
-    raise EtudeError(
-        f"'{path}' holds no safetensors: those of a hub repository often wait in a pull request, owner/name@refs/pr/1."
-    )
+    if pickles := sorted(p for p in path.iterdir() if p.suffix in _PICKLES):
+        raise _refusal(pickles[0])
+    remedy = "those of a hub repository often wait in a pull request, owner/name@refs/pr/1"
+    raise EtudeError(f"'{path}' holds no safetensors: {remedy}.")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
-
-    Raises:
-        EtudeError: the file is not a readable safetensors file.
-    """
+    """The tensors of a safetensors file, on the CPU; an `EtudeError` if it cannot be read."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -120,44 +88,30 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def strip_prefix(tensors: Mapping[str, Tensor], landmark: str) -> dict[str, Tensor]:
-    """The tensors of a state dict, without the prefix in front of the name `landmark`.
+    """The tensors of a state dict with a wrapper's prefix (`model.`, `mlp.`), without the prefix.
 
-    A published state dict often has a wrapper's prefix (`model.`, `mlp.`). `landmark` is a name
-    that the layout must hold; the text in front of it is the prefix. Tensors without the prefix are
-    left out. The result is empty if no name ends with `landmark`.
+    It is what stands in front of the name `landmark`; without that name the result is empty.
     """
-    prefix = next((n.removesuffix(landmark) for n in tensors if n == landmark or n.endswith(f".{landmark}")), None)
+    prefix = next((n.removesuffix(landmark) for n in tensors if f".{n}".endswith(f".{landmark}")), None)
     if prefix is None:
         return {}
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def load_pretrained(kind: type[NetworkT], path: Path) -> NetworkT:
-    """A transformers network from a directory in its own layout.
-
-    It is in fp32, frozen and in evaluation mode.
-
-    Raises:
-        EtudeError: the directory holds no safetensors, or those of another network.
-    """
+def load_pretrained(kind: Any, path: Path) -> Any:
+    """As `assemble`, from a directory in the layout of transformers."""
     if not any(path.glob("model*.safetensors")):
         weights_of(path)  # its error says what is there instead
         raise EtudeError(f"'{path}' holds no model.safetensors in the layout of transformers.")
-    return _from_pretrained(kind, str(path), str(path), use_safetensors=True, local_files_only=True)
+    return assemble(kind, path, str(path), use_safetensors=True, local_files_only=True)
 
 
-def assemble(kind: type[NetworkT], config: Any, tensors: Mapping[str, Tensor], origin: Path, **how: Any) -> NetworkT:
-    """A transformers network from its configuration and a state dict.
+def assemble(kind: Any, origin: Path, directory: str | None = None, **how: Any) -> Any:
+    """A transformers network in fp32, frozen and in evaluation mode, by its `from_pretrained`.
 
-    It is in fp32, frozen and in evaluation mode.
-
-    Raises:
-        EtudeError: a tensor is missing or has another shape; the error names `origin`.
+    Without a directory it comes from `config` and `state_dict`. An `EtudeError` names `origin` if a
+    tensor is missing or has another shape.
     """
-    return _from_pretrained(kind, None, str(origin), config=config, state_dict=dict(tensors), **how)
-
-
-def _from_pretrained(kind: Any, directory: str | None, origin: str, **how: Any) -> Any:
     import torch
 
     try:
@@ -165,20 +119,14 @@ def _from_pretrained(kind: Any, directory: str | None, origin: str, **how: Any) 
     except (OSError, ValueError, RuntimeError) as error:
         raise EtudeError(f"'{origin}' does not hold the weights of {kind.__name__}: {brief(error, 120)}") from error
     # transformers draws missing tensors at random and goes on, which would be another reward.
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise EtudeError(
-            f"'{origin}' is not a whole {kind.__name__}: it lacks {len(missing)} tensors ('{missing[0]}')."
-        )
+    if missing := sorted(info["missing_keys"]):
+        lack = f"it lacks {len(missing)} tensors ('{missing[0]}')"
+        raise EtudeError(f"'{origin}' is not a whole {kind.__name__}: {lack}.")
     return network.eval().requires_grad_(False)
 
 
-def _path(source: str) -> Path:
-    return Path(os.path.expanduser(source))
-
-
-def _refusal(path: str) -> str:
-    return (
+def _refusal(path: Path) -> EtudeError:
+    return EtudeError(
         f"'{path}' is a pickle, which etude never reads: outside etude, pass the state dict of torch.load(path, "
         "weights_only=True) to safetensors.torch.save_file once (docs/how-to/add-a-reward), and give that file."
     )

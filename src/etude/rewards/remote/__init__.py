@@ -1,3 +1,1 @@
 """Rewards on another machine: the wire format, the client and the server."""
-
-from __future__ import annotations

@@ -9,6 +9,7 @@ import os
 import re
 import ssl
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import httpx2
@@ -22,36 +23,35 @@ from etude.rewards.remote.wire import ScoreAnswer, encode_image, explain, token_
 
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Status codes after which a request is repeated."""
-
+Client = httpx2.AsyncClient
+Answer = tuple[int, bytes]
+Metadata = dict[str, Any]
 _LARGEST_ANSWER = 1 << 20  # bytes; the scores of a batch are a few hundred
+_LEAST = {"timeout": 1e-3, "batch_size": 1, "concurrency": 1, "retries": 0, "backoff": 0, "whole_groups": 0}
 
 
 class RemoteReward:
     """A reward behind `POST url`, which gets the images in batches, several at a time.
 
-    Request: `{"images": [base64 of a PNG file, ...], "prompts": [...], "metadata": {name: [...]}}`,
-    n of each. Answer: status 200 and `{"scores": [n finite numbers]}`. `etude serve-reward` is a
-    server.
+    Request and answer are `etude.rewards.remote.wire.ScoreRequest` and `ScoreAnswer`; `etude
+    serve-reward` is a server. The token of the url's host (`token_for`) is sent as `Authorization:
+    Bearer`, and is never written anywhere.
 
     An attempt is repeated if it finds no server, gets no answer in time, or gets a status in
     `RETRIED`. The waits are backoff, 2 backoff, 4 backoff, ... seconds, without jitter. Any other
     failure is an error at once, and cancels the other requests. Redirects are not followed: the
     images and the token go to `url` alone.
 
-    The token of the url's host (`etude.rewards.remote.wire.token_for`) is sent as `Authorization:
-    Bearer`. It is never written anywhere.
-
     Args:
         url: `http://host:port/path` or `https://host/path`.
-        timeout: seconds for one attempt, from the look-up of the host to the last byte of the
-            answer, however slowly the answer arrives. Default: 60.
-        batch_size: images per request. Default: 8.
-        concurrency: number of requests at a time, over all calls. Default: 4.
-        retries: attempts after the first. Default: 4.
-        backoff: seconds before the first retry. Default: 1.
+        timeout: seconds for one attempt, from the look-up of the host to the answer's last byte.
+        batch_size: images per request.
+        concurrency: number of requests at a time, over all calls.
+        retries: attempts after the first.
+        backoff: seconds before the first retry.
         whole_groups: 1 if the server's reward compares the images of a group. A request then holds
             whole groups, as many as `batch_size` has room for and at least one, and says which
-            image belongs to which group. Default: 0.
+            image belongs to which group.
 
     Raises:
         EtudeError: the url or an option is invalid; in a call, the server fails.
@@ -68,35 +68,21 @@ class RemoteReward:
         backoff: float = 1.0,
         whole_groups: int = 0,
     ) -> None:
-        for name, value, least in (
-            ("timeout", timeout, 1e-3),
-            ("batch_size", batch_size, 1),
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-            ("backoff", backoff, 0),
-            ("whole_groups", whole_groups, 0),
-        ):
+        self.url, self.timeout, self.batch_size, self.concurrency = url, timeout, batch_size, concurrency
+        self.retries, self.backoff, self.whole_groups = retries, backoff, whole_groups
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
             if not least <= value < float("inf"):
-                raise EtudeError(
-                    f"{name} = {value:g} of a remote reward must be a finite number of at least {least:g}."
-                )
+                remedy = f"must be a finite number of at least {least:g}"
+                raise EtudeError(f"{name} = {value:g} of a remote reward {remedy}.")
         self._address = _parse_url(url)
-        self.url, self.timeout, self.batch_size = url, timeout, batch_size
-        self.concurrency, self.retries, self.backoff = concurrency, retries, backoff
-        self.whole_groups = bool(whole_groups)
         self._token = token_for(self._address.raw_host.decode("ascii"), self._address.port)
         self._verify = self._address.scheme == "https" and ssl.create_default_context()
         self._turns: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
 
     @classmethod
     def from_name(cls, name: str) -> RemoteReward:
-        """Builds the reward from its name, a url with options in the place of a fragment.
-
-        An example is `http://host/score#timeout=300,batch_size=4`.
-
-        Raises:
-            EtudeError: an option is unknown or is no number.
-        """
+        """Builds the reward from a url with options, `http://host/score#timeout=300,batch_size=4`."""
         url, _, text = name.partition("#")
         parameters = dict(list(inspect.signature(cls).parameters.items())[1:])
         options: dict[str, Any] = {}
@@ -105,10 +91,8 @@ class RemoteReward:
             if key not in parameters:
                 raise unknown("option of a remote reward", key, parameters)
             if not equals:
-                raise EtudeError(
-                    f"option {key} of a remote reward has no value: write {url}#{key}=VALUE (and the weight, if there "
-                    f"is one, after another equals sign: {url}#{key}=VALUE=1)."
-                )
+                weighted = f"(and the weight, if there is one, after another equals sign: {url}#{key}=VALUE=1)"
+                raise EtudeError(f"option {key} of a remote reward has no value: write {url}#{key}=VALUE {weighted}.")
             kind = type(parameters[key].default)
             try:
                 options[key] = kind(value)
@@ -118,12 +102,13 @@ class RemoteReward:
         return cls(url, **options)
 
     def load(self) -> None:
-        """Checks before a run that a server answers a GET at the url, with any status.
+        """Checks that a server answers a GET at the url, with any status."""
 
-        Raises:
-            EtudeError: no server answers.
-        """
-        _wait(in_event_loop(self._greet()))
+        async def greet() -> None:
+            async with self._client() as client:
+                await self._attempts(client, "GET", None, every_status=True)
+
+        _wait(in_event_loop(greet()))
 
     def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
         return _wait(self.submit(images, prompts, **metadata))
@@ -131,19 +116,14 @@ class RemoteReward:
     def submit(self, images: Tensor, prompts: list[str], **metadata: Any) -> Future[Tensor]:
         """Sends the requests and returns a future of the scores, float32 `[n]`, at once.
 
-        Cancelling the future ends the requests. The images must not change until the scores are
-        there.
+        Cancelling the future ends the requests. The images must not change meanwhile.
         """
         return in_event_loop(self._all(images.cpu(), prompts, metadata))
 
-    async def _greet(self) -> None:
-        async with self._client() as client:
-            await self._attempts(client, "GET", None, every_status=True)
-
-    async def _all(self, images: Tensor, prompts: list[str], metadata: dict[str, Any]) -> Tensor:
+    async def _all(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+        batches = self._batches(len(prompts), metadata.get("groups") if self.whole_groups else None)
         async with self._client() as client:
             tasks = []
-            batches = self._batches(len(prompts), metadata.get("groups") if self.whole_groups else None)
             for rows in batches:
                 columns = {name: [values[row] for row in rows] for name, values in metadata.items()}
                 own = [prompts[row] for row in rows]
@@ -172,21 +152,16 @@ class RemoteReward:
                 batches.append(rows)
         return batches
 
-    async def _batch(
-        self, client: httpx2.AsyncClient, images: Tensor, prompts: list[str], metadata: dict[str, Any]
-    ) -> list[float]:
-        async with self._turn():
+    async def _batch(self, client: Client, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
+        loop = asyncio.get_running_loop()
+        if self._turns is None or self._turns[0] is not loop:
+            self._turns = loop, asyncio.Semaphore(self.concurrency)
+        async with self._turns[1]:
             body = await asyncio.to_thread(self._body, images, prompts, metadata)
             status, answer = await self._attempts(client, "POST", body)
         return self._scores(status, answer, len(prompts))
 
-    def _turn(self) -> asyncio.Semaphore:
-        loop = asyncio.get_running_loop()
-        if self._turns is None or self._turns[0] is not loop:
-            self._turns = loop, asyncio.Semaphore(self.concurrency)
-        return self._turns[1]
-
-    def _body(self, images: Tensor, prompts: list[str], metadata: dict[str, Any]) -> bytes:
+    def _body(self, images: Tensor, prompts: list[str], metadata: Metadata) -> bytes:
         columns = dict(metadata)
         groups = {"groups": columns.pop("groups")} if self.whole_groups else {}
         encoded = [encode_image(image) for image in images]
@@ -194,100 +169,75 @@ class RemoteReward:
         try:
             return json.dumps(message, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise EtudeError(
-                f"the prompts' metadata cannot be sent to {self.url} as JSON: {brief(error, 80)}."
-            ) from None
+            problem = brief(error, 80)
+            raise EtudeError(f"the prompts' metadata cannot be sent to {self.url} as JSON: {problem}.") from None
 
-    def _client(self) -> httpx2.AsyncClient:
-        """A client for one call of the reward.
-
-        A client for several calls would keep connections that the server may close between two
-        iterations.
-        """
+    def _client(self) -> Client:
+        """A client for one call; a longer one would keep connections that the server closes."""
         headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": "application/json"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        # The attempt as a whole has a deadline. No proxy and no credentials come from the
-        # environment.
-        return httpx2.AsyncClient(headers=headers, verify=self._verify, timeout=None, trust_env=False)
+        # The attempt as a whole has a deadline. No proxy and no credentials come from the environment.
+        return Client(headers=headers, verify=self._verify, timeout=None, trust_env=False)
 
-    async def _attempts(
-        self, client: httpx2.AsyncClient, method: str, body: bytes | None, every_status: bool = False
-    ) -> tuple[int, bytes]:
-        """Status and body of the first answer that is not repeated.
-
-        Answers with a status in `RETRIED` are repeated, unless `every_status`.
-        """
+    async def _attempts(self, client: Client, method: str, body: bytes | None, every_status: bool = False) -> Answer:
+        """The first answer with a status that is not in `RETRIED`, or with any (`every_status`)."""
         problem = ""
         for attempt in range(self.retries + 1):
             if attempt:
                 await asyncio.sleep(self.backoff * 2 ** (attempt - 1))
             try:
                 status, answer = await asyncio.wait_for(self._request(client, method, body), self.timeout)
+                if every_status or status not in RETRIED:
+                    return status, answer
+                problem = f"status {status}{self._quote(answer)}"
             except TimeoutError:
                 problem = f"no answer (it took longer than {self.timeout:g} s)"
-                continue
             except (httpx2.HTTPError, OSError) as error:
                 problem = f"no answer ({_reason(error)})"
-                continue
-            if every_status or status not in RETRIED:
-                return status, answer
-            problem = f"status {status}{self._quote(answer)}"
         count = f"{self.retries + 1} attempts" if self.retries else "1 attempt"
         raise EtudeError(f"{self.url}: {problem} after {count}: check that the server runs and is reachable.")
 
-    async def _request(self, client: httpx2.AsyncClient, method: str, body: bytes | None) -> tuple[int, bytes]:
+    async def _request(self, client: Client, method: str, body: bytes | None) -> Answer:
+        answer = bytearray()
         async with client.stream(method, self._address, content=body, follow_redirects=False) as response:
-            answer = bytearray()
+            place = f"{self.url}: status {response.status_code}"
             async for chunk in response.aiter_raw():
                 answer += chunk
                 if len(answer) > _LARGEST_ANSWER:
-                    raise EtudeError(
-                        f"{self.url}: status {response.status_code} with more than {_LARGEST_ANSWER} bytes; "
-                        'expected 200 and {"scores": [one number per image]}.'
-                    )
-            return response.status_code, bytes(answer)
+                    expected = 'expected 200 and {"scores": [one number per image]}'
+                    raise EtudeError(f"{place} with more than {_LARGEST_ANSWER} bytes; {expected}.")
+        return response.status_code, bytes(answer)
 
     def _scores(self, status: int, answer: bytes, count: int) -> list[float]:
-        expected = f'expected 200 and {{"scores": [{count} finite numbers]}}'
+        place, expected = f"{self.url}: status {status}", f'expected 200 and {{"scores": [{count} finite numbers]}}'
         if 300 <= status < 400:
-            raise EtudeError(
-                f"{self.url}: status {status}, a redirect, which is not followed: give the url it leads to."
-            )
+            raise EtudeError(f"{place}, a redirect, which is not followed: give the url it leads to.")
         if status in {401, 403}:
-            raise EtudeError(f"{self.url}: status {status}{self._quote(answer)}: {self._token_remedy()}.")
+            variables = token_variables(self._address.raw_host.decode("ascii"), None)
+            remedy = "tokens are sent to hosts of letters, digits, hyphens and dots only: give it such a name"
+            if variables:
+                state = "was refused" if self._token else "is not set"
+                remedy = f"set the server's token in the environment variable {variables[-1]} (it {state})"
+            raise EtudeError(f"{place}{self._quote(answer)}: {remedy}.")
         if status != 200:
-            raise EtudeError(f"{self.url}: status {status}{self._quote(answer)}; {expected}.")
+            raise EtudeError(f"{place}{self._quote(answer)}; {expected}.")
         try:
             scores = ScoreAnswer.model_validate_json(answer).scores
         except ValidationError as error:
-            raise EtudeError(
-                f"{self.url}: status 200 with {self._hide_token(explain(error))[:120]}; {expected}."
-            ) from None
+            raise EtudeError(f"{place} with {self._hide_token(explain(error))[:120]}; {expected}.") from None
         if len(scores) != count:
-            raise EtudeError(f"{self.url}: status 200 with {len(scores)} scores; {expected}.")
+            raise EtudeError(f"{place} with {len(scores)} scores; {expected}.")
         if not torch.tensor(scores, dtype=torch.float32).isfinite().all():
-            raise EtudeError(f"{self.url}: status 200 with a score beyond float32; {expected}.")
+            raise EtudeError(f"{place} with a score beyond float32; {expected}.")
         return scores
 
-    def _token_remedy(self) -> str:
-        variables = token_variables(self._address.raw_host.decode("ascii"), None)
-        if not variables:
-            return "tokens are sent to hosts of letters, digits, hyphens and dots only: give it such a name"
-        state = "was refused" if self._token else "is not set"
-        return f"set the server's token in the environment variable {variables[-1]} (it {state})"
-
     def _quote(self, answer: bytes) -> str:
-        """The server's own words on an error, if it has any.
-
-        They are its field `error` or `detail`, else the start of its text.
-        """
+        """The server's words on an error: its field `error` or `detail`, else the start of its text."""
         text = answer[:4096].decode("utf-8", errors="replace")
-        try:
+        with suppress(ValueError, RecursionError):  # not JSON: the text itself is shown
             fields = json.loads(text)
             text = str(fields.get("error") or fields.get("detail") or text) if isinstance(fields, dict) else text
-        except (ValueError, RecursionError):
-            pass  # not JSON: the text itself is shown
         text = "".join(c if c.isprintable() else " " for c in self._hide_token(text))
         text = re.sub(r" +", " ", text).strip().rstrip(".")
         return f" ({text[:160]})" if text else ""
@@ -311,10 +261,9 @@ def _parse_url(url: str) -> httpx2.URL:
         raise EtudeError(f"remote reward '{url}' is no url: give http://host:port/path.") from None
     host = parts.raw_host.decode("ascii")
     if parts.userinfo:  # the url is written to config.yaml
-        raise EtudeError(
-            f"the url of the remote reward at '{host}' holds a user name or password: leave it out, "
-            f"and set a token in an environment variable ({', '.join(token_variables(host, None)[-1:])})."
-        )
+        remedy = f"set a token in an environment variable ({', '.join(token_variables(host, None)[-1:])})"
+        problem = f"the url of the remote reward at '{host}' holds a user name or password"
+        raise EtudeError(f"{problem}: leave it out, and {remedy}.")
     if parts.scheme not in {"http", "https"} or not host:
         raise EtudeError(f"remote reward '{url}' names no host: give http://host:port/path.")
     if parts.port is not None and not 0 < parts.port < 1 << 16:

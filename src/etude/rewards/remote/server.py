@@ -1,9 +1,8 @@
 """`etude serve-reward`: any reward behind `POST /score`, for trainers on other machines.
 
-The client is `etude.rewards.remote.client`. The server is small on purpose: one reward, one batch
-at a time, JSON. By default it listens on loopback; on any other address it asks for a token. Images
-are unpacked only after their size is known. At most `MAX_BODIES` requests are held in memory; the
-others wait unread.
+The server is small on purpose: one reward, one batch at a time, JSON. By default it listens on
+loopback; on any other address it asks for a token. Images are unpacked only after their size is
+known. At most `MAX_BODIES` requests are held in memory; the others wait unread.
 """
 
 from __future__ import annotations
@@ -13,11 +12,14 @@ import os
 import socket
 from collections.abc import Collection
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from etude.errors import EtudeError
-from etude.rewards.remote.wire import is_loopback
+from etude.rewards.remote.wire import TOKEN_VARIABLE, ScoreRequest, check_token, decode_images, explain, is_loopback
 from etude.rewards.reward import get
+from etude.rewards.scoring import score_one
 
 if TYPE_CHECKING:
     import uvicorn
@@ -28,21 +30,14 @@ if TYPE_CHECKING:
 MAX_REQUEST_BYTES = 64 << 20
 MAX_PIXELS = 1 << 26
 """Pixels of all images of a request, at most: 64 images of 1024 x 1024, 192 MiB unpacked."""
-
 MAX_BODIES = 4
-"""Requests whose bodies are read, or wait for their turn, at a time.
-
-Of any other request only the beginning is in memory.
-"""
-
+"""Requests whose bodies are read, or wait for their turn, at a time."""
 _READ_SECONDS = 60  # for the body of a request
 _MAX_CONNECTIONS = 64
 _LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class _RefusedError(Exception):
-    """A request that gets no scores: the status and one sentence that says why."""
-
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status = status
@@ -59,19 +54,20 @@ def build_app(
     """The ASGI application: `POST /score` and `GET /health`.
 
     Args:
-        name: name of the reward, as in `etude.rewards.get`. The reward is built, and its weights
-            are read, before this function returns.
-        token: the token that `Authorization: Bearer` must hold. Default: "", no token is needed.
+        name: name of the reward, as in `etude.rewards.get`. Its weights are read at once.
+        token: the token that `Authorization: Bearer` must hold, if any.
         max_request_bytes: length of a request, at most; a longer one is refused while it arrives.
         max_pixels: pixels of all images of one request, at most.
-        hosts: names without a port that the header `Host` may hold; empty: any name. Default: those
-            of loopback. A web page in a browser on this machine could otherwise reach the server
-            under the page's own name, which its owner has pointed at 127.0.0.1 (DNS rebinding).
+        hosts: names without a port that the header `Host` may hold; empty: any name. A page in a
+            browser on this machine could otherwise reach the server under the page's own name,
+            which its owner has pointed at 127.0.0.1 (DNS rebinding). Default: those of loopback.
 
     Raises:
         EtudeError: the reward cannot be built, or the extra `serve` is not installed.
     """
-    _check_installed()
+    for module in ("starlette", "uvicorn"):
+        if find_spec(module) is None:
+            raise EtudeError(f"a reward server needs {module}: pip install 'etude[serve]'.")
     from starlette.applications import Starlette
     from starlette.responses import JSONResponse
     from starlette.routing import Route
@@ -79,34 +75,27 @@ def build_app(
     scorer = _Scorer(name, token, max_request_bytes, max_pixels)
 
     async def score(request: Request) -> JSONResponse:
-        try:
-            _check_host(request, hosts)
-            return JSONResponse({"scores": await scorer.answer(request)})
-        except _RefusedError as refused:
-            headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
-            return JSONResponse({"error": str(refused)}, refused.status, headers)
+        _check_host(request, hosts)
+        return JSONResponse({"scores": await scorer.answer(request)})
 
     async def health(request: Request) -> JSONResponse:
-        try:
-            _check_host(request, hosts)
-        except _RefusedError as refused:
-            return JSONResponse({"error": str(refused)}, refused.status)
+        _check_host(request, hosts)
         return JSONResponse({"status": "ok"})
 
-    return Starlette(routes=[Route("/score", score, methods=["POST"]), Route("/health", health)])
+    async def refuse(request: Request, refused: Any) -> JSONResponse:
+        headers = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else None
+        return JSONResponse({"error": str(refused)}, refused.status, headers)
+
+    routes = [Route("/score", score, methods=["POST"]), Route("/health", health)]
+    return Starlette(routes=routes, exception_handlers={_RefusedError: refuse})
 
 
 def listen(host: str, port: int, token: str = "", insecure: bool = False) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
-
-    Raises:
-        EtudeError: the host is beyond this machine and there is no token (unless `insecure`), or
-            the address cannot be used.
-    """
+    """A listening socket; port 0 takes a free one. Beyond this machine it needs a token or `insecure`."""
     if not (token or insecure or is_loopback(host)):
         raise EtudeError(
             f"--host {host} lets other machines in, and there is no token: set one in the environment variable "
-            "ETUDE_REWARD_TOKEN (or name another by --token-env), or give --insecure."
+            f"{TOKEN_VARIABLE} (or name another by --token-env), or give --insecure."
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -118,37 +107,16 @@ def listen(host: str, port: int, token: str = "", insecure: bool = False) -> soc
 
 
 def make_server(app: Starlette) -> uvicorn.Server:
-    """A server, to be started by `run(sockets=[listen(...)])`.
-
-    `run` returns after Ctrl-C, or once `should_exit` of the server is set.
-    """
+    """A server, whose `run(sockets=[listen(...)])` ends by Ctrl-C or once its `should_exit` is set."""
     import uvicorn
 
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            ws="none",
-            limit_concurrency=_MAX_CONNECTIONS,
-            timeout_graceful_shutdown=10,
-        )
-    )
+    off: dict[str, Any] = {"access_log": False, "server_header": False, "proxy_headers": False, "ws": "none"}
+    bounds: dict[str, Any] = {"limit_concurrency": _MAX_CONNECTIONS, "timeout_graceful_shutdown": 10}
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", **off, **bounds))
 
 
 def server_token(variable: str | None) -> str:
-    """The token in an environment variable.
-
-    Args:
-        variable: name of the variable. None: ETUDE_REWARD_TOKEN, which need not be set.
-
-    Raises:
-        EtudeError: the named variable is not set, or no header can carry its value.
-    """
-    from etude.rewards.remote.wire import TOKEN_VARIABLE, check_token
-
+    """The token in an environment variable; None stands for ETUDE_REWARD_TOKEN, which may be unset."""
     token = os.environ.get(variable or TOKEN_VARIABLE, "")
     if variable and not token:
         raise EtudeError(f"--token-env {variable}: that environment variable is not set.")
@@ -164,14 +132,7 @@ def address(sock: socket.socket) -> str:
 def prepare(
     name: str, host: str, port: int, token: str = "", *, insecure: bool = False, max_request_bytes: int
 ) -> tuple[uvicorn.Server, socket.socket]:
-    """The server of a reward and its listening socket.
-
-    The address is taken before the reward's weights are read.
-
-    Raises:
-        EtudeError: as in `listen` and `build_app`.
-    """
-    _check_installed()
+    """The server of a reward (`build_app`) and its socket, which listens before the weights are read."""
     sock = listen(host, port, token, insecure)
     try:
         hosts = {host.lower(), *_LOOPBACK_HOSTS} if is_loopback(host) else ()
@@ -211,22 +172,20 @@ class _Scorer:
             raise _RefusedError(415, "send Content-Type: application/json")
 
     async def _body(self, request: Request) -> bytes:
-        """The body, counted as it arrives."""
         import anyio
         from starlette.requests import ClientDisconnect
 
-        too_long = _RefusedError(
-            413, f"the request is longer than {self.max_request_bytes} bytes: send fewer images in one"
-        )
+        longest = self.max_request_bytes
+        too_long = _RefusedError(413, f"the request is longer than {longest} bytes: send fewer images in one")
         declared = request.headers.get("content-length", "0")
-        if declared.isdecimal() and int(declared) > self.max_request_bytes:
+        if declared.isdecimal() and int(declared) > longest:
             raise too_long
         body = bytearray()
         try:
             with anyio.fail_after(_READ_SECONDS):
                 async for chunk in request.stream():
                     body += chunk
-                    if len(body) > self.max_request_bytes:
+                    if len(body) > longest:
                         raise too_long
         except TimeoutError:
             raise _RefusedError(408, f"the request did not arrive within {_READ_SECONDS} s") from None
@@ -235,30 +194,20 @@ class _Scorer:
         return bytes(body)
 
     def _score(self, body: bytes) -> list[float]:
-        from pydantic import ValidationError
-
-        from etude.rewards.remote.wire import ScoreRequest, decode_images, explain
-        from etude.rewards.scoring import score_one
-
         try:
             message = ScoreRequest.model_validate_json(body)
             images = decode_images(message.images, self.max_pixels)
-        except ValidationError as error:
-            raise _RefusedError(400, explain(error)) from None
-        except EtudeError as error:
-            raise _RefusedError(400, str(error)) from None
+        except (ValidationError, EtudeError) as error:
+            raise _RefusedError(400, explain(error) if isinstance(error, ValidationError) else str(error)) from None
         try:
-            if message.groups is None and getattr(self.reward, "whole_groups", False):
-                raise EtudeError(
-                    f"the reward '{self.name}' compares the images of a group and was told no groups: name it with "
-                    "#whole_groups=1 after the url."
-                )
-            scores: list[float] = score_one(
-                self.name, self.reward, images, message.prompts, message.metadata, groups=message.groups
-            ).tolist()
+            prompts, metadata, groups = message.prompts, message.metadata, message.groups
+            if groups is None and getattr(self.reward, "whole_groups", False):
+                problem = f"the reward '{self.name}' compares the images of a group and was told no groups"
+                raise EtudeError(f"{problem}: name it with #whole_groups=1 after the url.")
+            scores = score_one(self.name, self.reward, images, prompts, metadata, groups=groups)
         except EtudeError as error:
             raise _RefusedError(422, str(error)) from error
-        return scores
+        return list(scores.tolist())
 
 
 def _check_host(request: Request, hosts: Collection[str]) -> None:
@@ -266,13 +215,5 @@ def _check_host(request: Request, hosts: Collection[str]) -> None:
     host = request.headers.get("host", "").lower()
     name = host.removeprefix("[").partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if hosts and name not in hosts:
-        raise _RefusedError(
-            421,
-            "this server answers to the name of this machine only: use 127.0.0.1 or localhost, or serve with --host",
-        )
-
-
-def _check_installed() -> None:
-    for module in ("starlette", "uvicorn"):
-        if find_spec(module) is None:
-            raise EtudeError(f"a reward server needs {module}: pip install 'etude[serve]'.")
+        remedy = "use 127.0.0.1 or localhost, or serve with --host"
+        raise _RefusedError(421, f"this server answers to the name of this machine only: {remedy}")

@@ -63,31 +63,31 @@ def encode_image(image: Tensor) -> str:
 
 
 def decode_images(texts: list[str], max_pixels: int) -> Tensor:
-    """Base64 PNG files to uint8 `[n, 3, h, w]`.
+    """At least one base64 PNG file to uint8 `[n, 3, h, w]`; an `EtudeError` says what is wrong.
 
-    Args:
-        texts: n files, at least one.
-        max_pixels: largest number of pixels of all images together, counted from the files' headers
-            before an image is unpacked.
-
-    Raises:
-        EtudeError: an image is not base64 of an RGB PNG, the images differ in size, or have too
-            many pixels.
+    The `max_pixels` of all images together are counted from the files' headers, before an image is
+    unpacked.
     """
-    opened = [_open(i, text) for i, text in enumerate(texts)]
+    opened, arrays = [], []
+    for i, text in enumerate(texts):
+        try:
+            opened.append(Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"]))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise EtudeError(f"image {i} is not base64 of a PNG file ({brief(error, 80)}).") from None
     for i, image in enumerate(opened):
         if image.mode != "RGB":
             raise EtudeError(f"image {i} is a PNG of mode {image.mode}: send RGB with 8 bits a channel.")
-        if image.size != opened[0].size:
-            raise EtudeError(
-                f"image {i} is of size {image.size}, image 0 of {opened[0].size}: send one size a request."
-            )
+        if image.size != (size := opened[0].size):
+            raise EtudeError(f"image {i} is of size {image.size}, image 0 of {size}: send one size a request.")
     width, height = opened[0].size
     if width * height * len(opened) > max_pixels:
-        raise EtudeError(
-            f"{len(opened)} images of {width} x {height} are more than {max_pixels} pixels: send fewer in a request."
-        )
-    arrays = [_unpack(i, image) for i, image in enumerate(opened)]
+        total = f"{len(opened)} images of {width} x {height}"
+        raise EtudeError(f"{total} are more than {max_pixels} pixels: send fewer in a request.")
+    for i, image in enumerate(opened):
+        try:
+            arrays.append(np.array(image))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise EtudeError(f"image {i} is a damaged PNG file ({brief(error, 80)}).") from None
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -109,28 +109,20 @@ def is_loopback(host: str) -> bool:
 def token_variables(host: str, port: int | None) -> list[str]:
     """The environment variables that may hold the token for the server at `host`, first to last.
 
-    The name is `ETUDE_REWARD_TOKEN_` and the host in capitals, with `_` for each dot and `__` for
-    each hyphen: for gpu-7.example.org it is `ETUDE_REWARD_TOKEN_GPU__7_EXAMPLE_ORG`. Port 8001 of
-    that host may have its own variable, with `_8001` at the end. The url in a recipe can therefore
-    never send a token to a host for which it was not meant. For servers on this machine
-    `ETUDE_REWARD_TOKEN` comes last. Hosts with other characters (IPv6 addresses, underscores) have
-    no variable of their own.
+    For port 8001 of gpu-7.example.org they are `ETUDE_REWARD_TOKEN_GPU__7_EXAMPLE_ORG_8001` and the
+    same without the port. The url in a recipe can therefore never send a token to a host for which
+    it was not meant. For servers on this machine `ETUDE_REWARD_TOKEN` comes last. Hosts with other
+    characters (IPv6 addresses, underscores) have no variable of their own.
     """
     names = [TOKEN_VARIABLE] if is_loopback(host) else []
     if re.fullmatch(r"[A-Za-z0-9.-]+", host):
         own = f"{TOKEN_VARIABLE}_{host.upper().replace('-', '__').replace('.', '_')}"
-        names = [own, *names]
-        if port is not None:
-            names = [f"{own}_{port}", *names]
+        names = [*([] if port is None else [f"{own}_{port}"]), own, *names]
     return names
 
 
 def token_for(host: str, port: int | None) -> str:
-    """The token for a server, from the first of its `token_variables` that is set; "" if none is.
-
-    Raises:
-        EtudeError: no HTTP header can carry the token.
-    """
+    """The token for a server, from the first of its `token_variables` that is set; "" if none is."""
     for variable in token_variables(host, port):
         if token := os.environ.get(variable, ""):
             return check_token(token, variable)
@@ -138,28 +130,8 @@ def token_for(host: str, port: int | None) -> str:
 
 
 def check_token(token: str, variable: str) -> str:
-    """The token, if an HTTP header can carry it.
-
-    Raises:
-        EtudeError: no HTTP header can; the error names the variable and never shows the token.
-    """
+    """The token, if an HTTP header can carry it; else an `EtudeError`, which does not show it."""
     if not token.isascii() or not token.isprintable() or " " in token:
-        raise EtudeError(
-            f"the token in the environment variable {variable} holds a blank, a line break or a letter beyond ASCII, "
-            "which an HTTP header cannot carry: set another one."
-        )
+        problem = "holds a blank, a line break or a letter beyond ASCII, which an HTTP header cannot carry"
+        raise EtudeError(f"the token in the environment variable {variable} {problem}: set another one.")
     return token
-
-
-def _open(index: int, text: str) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=["PNG"])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise EtudeError(f"image {index} is not base64 of a PNG file ({brief(error, 80)}).") from None
-
-
-def _unpack(index: int, image: Image.Image) -> np.ndarray:
-    try:
-        return np.array(image)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise EtudeError(f"image {index} is a damaged PNG file ({brief(error, 80)}).") from None
