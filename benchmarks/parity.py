@@ -48,9 +48,9 @@ def compare(trainer: Trainer, path: Path, prompts: list[str]) -> dict[str, float
         result = ppo_loss(
             log_prob, old, advantages, trainer.objective.clip_range(trainer.policy), config.objective.adv_clip_max
         )
-        (result.loss / peer["timesteps"].shape[1]).backward()
-        losses.append(result.loss.item())
-        clipped.append(result.clipped.float().mean().item())
+        (result.value / peer["timesteps"].shape[1]).backward()
+        losses.append(result.value.item())
+        clipped.append(result.records["clipped"].float().mean().item())
     gradient = torch.cat([_gradient(parameter) for _, parameter in sorted(trainer.parameters.items())])
     trainer.learner.optimizer.zero_grad()
     return {

@@ -11,7 +11,8 @@ from torch.distributions import Normal, kl_divergence
 
 from etude.errors import EtudeError
 from etude.learning.metrics import COMMON, Records, compute_all
-from etude.learning.objectives.policy_gradient import PolicyLoss, gaussian_kl
+from etude.learning.objectives import Loss
+from etude.learning.objectives.policy_gradient import gaussian_kl
 from etude.learning.objectives.ppo import PPO, ppo_loss
 from etude.learning.objectives.reinforce import reinforce_loss
 
@@ -22,16 +23,18 @@ def test_ppo_is_its_definition_pair_by_pair() -> None:
     advantages = torch.tensor([a for _, a in pairs], dtype=torch.float64)
     result = ppo_loss(ratio.log(), torch.zeros_like(ratio), advantages, clip_range=0.1, adv_clip_max=5.0)
     terms = [max(-min(a, 5) * r, -min(a, 5) * min(max(r, 0.9), 1.1)) for r, a in pairs]
-    assert float(result.loss) == pytest.approx(sum(terms) / len(terms), rel=1e-14)
-    torch.testing.assert_close(result.ratio, ratio)
-    assert result.clipped.tolist() == [abs(r - 1) > 0.1 for r, _ in pairs]
-    assert float(result.approx_kl) == pytest.approx(sum(0.5 * math.log(r) ** 2 for r, _ in pairs) / len(pairs))
+    assert float(result.value) == pytest.approx(sum(terms) / len(terms), rel=1e-14)
+    torch.testing.assert_close(result.records["ratio"], ratio)
+    assert result.records["clipped"].tolist() == [abs(r - 1) > 0.1 for r, _ in pairs]
+    assert float(result.records["approx_kl"]) == pytest.approx(
+        sum(0.5 * math.log(r) ** 2 for r, _ in pairs) / len(pairs)
+    )
 
 
 def test_the_gradient_is_cut_only_where_the_ratio_has_moved_too_far_the_right_way() -> None:
     log_prob = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0])
-    ppo_loss(log_prob, torch.zeros(4, dtype=torch.float64), advantages, 0.1, 5.0).loss.backward()
+    ppo_loss(log_prob, torch.zeros(4, dtype=torch.float64), advantages, 0.1, 5.0).value.backward()
     e, f = math.exp(0.5), math.exp(-0.5)
     assert log_prob.grad is not None
     assert log_prob.grad.tolist() == pytest.approx([0.0, -f / 4, e / 4, 0.0])
@@ -47,35 +50,35 @@ def test_on_policy_the_ppo_gradient_is_the_score_function_estimator() -> None:
     ):
         log_prob = start.clone().requires_grad_()
         result = loss(log_prob)
-        result.loss.backward()
+        result.value.backward()
         gradients.append(log_prob.grad)
-        assert result.ratio.tolist() == [1.0] * 9
-        assert not result.clipped.any()
-        assert float(result.approx_kl) == 0
+        assert result.records["ratio"].tolist() == [1.0] * 9
+        assert not result.records["clipped"].any()
+        assert float(result.records["approx_kl"]) == 0
     assert torch.equal(*gradients)
 
 
 def test_advantages_are_clipped_on_both_sides() -> None:
     log_prob = torch.tensor([1.0, 1.0])
-    assert float(reinforce_loss(log_prob[:1], torch.tensor([100.0]), 5.0).loss) == -5
-    assert float(reinforce_loss(log_prob[:1], torch.tensor([-100.0]), 5.0).loss) == 5
-    assert float(ppo_loss(log_prob, log_prob, torch.tensor([100.0, -2.0]), 0.1, 5.0).loss) == -1.5
+    assert float(reinforce_loss(log_prob[:1], torch.tensor([100.0]), 5.0).value) == -5
+    assert float(reinforce_loss(log_prob[:1], torch.tensor([-100.0]), 5.0).value) == 5
+    assert float(ppo_loss(log_prob, log_prob, torch.tensor([100.0, -2.0]), 0.1, 5.0).value) == -1.5
 
 
 def test_diagnostics_and_old_values_carry_no_gradient() -> None:
     log_prob, old, advantages = (torch.zeros(3, requires_grad=True) for _ in range(3))
     result = ppo_loss(log_prob, old, advantages, 0.1, 5.0)
-    result.loss.backward()
+    result.value.backward()
     assert log_prob.grad is not None
     assert old.grad is None
     assert advantages.grad is None
-    assert not result.ratio.requires_grad
-    assert not result.approx_kl.requires_grad
-    assert result.clipped.dtype == torch.bool
+    assert not result.records["ratio"].requires_grad
+    assert not result.records["approx_kl"].requires_grad
+    assert result.records["clipped"].dtype == torch.bool
 
 
 def test_a_float64_advantage_does_not_change_the_dtype_of_the_loss() -> None:
-    loss = ppo_loss(torch.zeros(2), torch.zeros(2), torch.ones(2, dtype=torch.float64), 0.1, 5.0).loss
+    loss = ppo_loss(torch.zeros(2), torch.zeros(2), torch.ones(2, dtype=torch.float64), 0.1, 5.0).value
     assert loss.dtype == torch.float32
 
 
@@ -109,8 +112,8 @@ def row(records: Records) -> dict[str, float]:
     return compute_all((*PPO.metrics, *COMMON), records)
 
 
-def recorded(results: list[PolicyLoss]) -> Records:
-    return {name: [getattr(result, name) for result in results] for name in ("ratio", "clipped", "approx_kl")}
+def recorded(results: list[Loss]) -> Records:
+    return {name: [result.records[name] for result in results] for name in ("ratio", "clipped", "approx_kl")}
 
 
 def test_the_row_of_an_iteration_is_the_mean_over_its_pairs_and_steps() -> None:

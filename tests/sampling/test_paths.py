@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etude.errors import EtudeError
-from etude.sampling.paths import FlowPath, VPPath, path_from_config, to_x0_eps
+from etude.sampling.paths import FlowPath, VPPath, is_flow_config, to_x0_eps
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
@@ -210,8 +210,8 @@ def test_the_flow_levels_are_those_of_diffusers_under_every_shift(name, given, n
     sigmas = torch.linspace(1, 1 / num_steps, num_steps).tolist() if given else None
     mu = 0.8 if scheduler.config.use_dynamic_shifting else None
     scheduler.set_timesteps(num_steps, sigmas=sigmas, mu=mu)
-    path = path_from_config(scheduler.config)
-    assert isinstance(path, FlowPath)
+    assert is_flow_config(scheduler.config)
+    path = FlowPath.from_config(scheduler.config)
     grid = path.grid(num_steps, sigmas, mu)
     assert grid.timesteps.dtype == torch.float32
     assert grid.a.dtype == grid.s.dtype == torch.float64
@@ -250,11 +250,12 @@ def test_mu_is_ignored_without_a_dynamic_shift_as_pipelines_give_it_regardless()
 def test_the_scheduler_class_decides_the_path():
     flow = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchGDDIMScheduler")
     for name in flow:
-        path = path_from_config({"_class_name": name, "shift": 3.0})
-        assert isinstance(path, FlowPath)
-        assert (path.config["shift"], path.prediction_type, path.num_train_timesteps) == (3.0, "flow", 1000)
+        config = {"_class_name": name, "shift": 3.0}
+        assert is_flow_config(config)
+        path = FlowPath.from_config(config)
+        assert (path.config["shift"], path.prediction_type, path.config["num_train_timesteps"]) == (3.0, "flow", 1000)
     for config in ({}, {"_class_name": "EulerDiscreteScheduler"}, {"_class_name": "GDDIMScheduler"}):
-        assert isinstance(path_from_config(config), VPPath)
+        assert not is_flow_config(config)
 
 
 @pytest.mark.parametrize(

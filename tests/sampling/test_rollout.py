@@ -50,7 +50,7 @@ def test_the_ratio_of_the_first_update_is_exactly_one_at_equal_batch_shape(polic
     log_prob = transition.log_prob(target, reduction)
     assert torch.equal(log_prob, trajectory.log_prob[rows, columns])
     loss = ppo_loss(log_prob, trajectory.log_prob[rows, columns], torch.ones(6), 1e-4, 5.0)
-    assert (loss.ratio == 1).all()
+    assert (loss.records["ratio"] == 1).all()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])

@@ -14,7 +14,6 @@ from etude.config import LoraConfig
 from etude.policies.trainable import TrainablePolicy, swapped
 from etude.sampling.model import Conditioning
 from etude.sampling.paths import FlowPath, VPPath
-from etude.sampling.paths import Path as NoisePath
 from etude.sampling.plans import StepTable
 
 RESOLUTION, LARGEST = 2**-20, 2**11  # of the numbers that an image carries
@@ -39,7 +38,7 @@ class GaussianDenoiser(nn.Module):
     """
 
     def __init__(
-        self, path: NoisePath, mean: Tensor, variance: Tensor, table: StepTable | None, with_feedback: bool
+        self, path: VPPath | FlowPath, mean: Tensor, variance: Tensor, table: StepTable | None, with_feedback: bool
     ) -> None:
         super().__init__()
         self.path, self.mean, self.variance = path, mean.double(), variance.double()
@@ -70,11 +69,11 @@ class GaussianDenoiser(nn.Module):
         return output.float()
 
 
-def _level(path: NoisePath, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+def _level(path: VPPath | FlowPath, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """(a, s) in fp64 at what the network is given."""
     if isinstance(path, VPPath):
         return path.level(timesteps)
-    s = timesteps.double() / path.num_train_timesteps
+    s = timesteps.double() / path.config["num_train_timesteps"]
     return 1 - s, s
 
 
@@ -90,7 +89,7 @@ class GaussianPolicy(TrainablePolicy):
         self,
         mean: float | Sequence[float],
         variance: float | Sequence[float],
-        path: NoisePath,
+        path: VPPath | FlowPath,
         size: tuple[int, int] = (1, 1),
         table: StepTable | None = None,
         with_feedback: bool = True,
@@ -133,7 +132,7 @@ class GaussianPolicy(TrainablePolicy):
         (directory / "corrections.txt").write_text(str({n: p.tolist() for n, p in self.trainable().items()}))
 
 
-def _scheduler_config(path: NoisePath) -> dict[str, Any]:
+def _scheduler_config(path: VPPath | FlowPath) -> dict[str, Any]:
     """The config of a scheduler of that path."""
     if isinstance(path, FlowPath):
         return {**path.config, "_class_name": "FlowMatchEulerDiscreteScheduler"}

@@ -205,7 +205,7 @@ class Adviser:
         theory, texts = None, of.shown().texts
         policy.encode_ahead(texts)  # which is not part of the time
         started = time.monotonic()
-        latents = self.ode.latents(policy, texts, of.seed, stream=of.stream, batch_size=of.batch_size)
+        latents = self.ode.draw(policy, texts, of.seed, stream=of.stream, batch_size=of.batch_size, decode=False)
         scores = of.scores(policy.decode(latents))
         seconds = time.monotonic() - started
         if self.config.sampling.kernel == "gddim":

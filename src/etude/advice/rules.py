@@ -10,7 +10,7 @@ import numpy as np
 
 from etude.errors import EtudeError
 from etude.measuring.statistics import Estimate, estimate_mean
-from etude.sampling.solvers import SOLVERS
+from etude.sampling.solvers import Solver
 
 Row = dict[str, Any]
 MIN_ITERATIONS = 4
@@ -115,7 +115,7 @@ def rank_samplers(
         reference: sampler under which the pilots were compared; it may always be suggested.
         improvement: measured under the reference; below 0 counts as 0.
     """
-    cost = {cell: SOLVERS[cell[0]].evaluations(cell[1]) for cell in scores}
+    cost = {cell: Solver(*cell).evaluations for cell in scores}
     order = sorted(scores, key=lambda cell: (cost[cell], cell != reference))
     behind = {cell: estimate_mean(scores[reference] - scores[cell], clusters) for cell in order}
     suggested = next(cell for cell in order if cell == reference or behind[cell].high <= LOSS * max(improvement, 0.0))

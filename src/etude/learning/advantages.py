@@ -1,11 +1,9 @@
 """Advantages: rewards in standard deviations above a mean of comparison, `A = (r - mean) / std`.
 
-All statistics are population moments in float64, computed in two passes: the mean first, then the
-squares of the differences. Rewards are float32 numbers, and the last bits of a network's rewards
-depend on the batch that they were computed in. Rewards therefore count as equal if their std is at
-most EQUAL = 1e-6 (8 units of float32's last place) times the largest magnitude among them. Equal
-rewards give advantage exactly 0: dividing by their std would turn rounding into advantages of order
-1.
+All statistics are population moments in float64. The last bits of a network's rewards depend on the
+batch that they were computed in. Rewards therefore count as equal, with advantage exactly 0, if
+their std is at most EQUAL = 1e-6 (8 units of float32's last place) times the largest magnitude
+among them.
 """
 
 from __future__ import annotations
@@ -27,16 +25,10 @@ order 1 that counts as cancelled."""
 
 
 class Advantage(ABC):
-    """The comparison that turns the rewards of an iteration into advantages.
+    """The comparison that turns the rewards of an iteration into advantages, `A = sum_k w_k A_k`.
 
-    Each reward is normalised on its own, then the weighted sum is taken: `A = sum_k w_k A_k`.
-
-    Args:
-        weights: weight of each trained reward by name.
-
-    Attributes:
-        title: published name of an algorithm with this comparison. An objective or a window with a
-            published name comes first.
+    Each reward is normalised on its own. The title is the published name of an algorithm with this
+    comparison; an objective or a window with such a name comes first.
     """
 
     title: ClassVar[str] = ""
@@ -46,11 +38,7 @@ class Advantage(ABC):
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Advantage:
-        """The advantage of a configuration. Default: calls `cls(weights, **advantage.options)`.
-
-        Raises:
-            EtudeError: an option that the constructor does not take.
-        """
+        """The advantage of a configuration. Default: calls `cls(weights, **advantage.options)`."""
         try:
             return cls(config.rewards, **config.advantage.options)
         except TypeError as error:
@@ -59,10 +47,8 @@ class Advantage(ABC):
     def __call__(self, scores: Mapping[str, Tensor], prompts: list[str], groups: Tensor) -> Tensor:
         """Advantages, float64 `[n]`, over the samples of all processes.
 
-        Args:
-            scores: scores `[n]` by reward.
-            prompts: prompt of each sample, `n` texts.
-            groups: group of each sample, integers `[n]`; samples of one group have the same prompt.
+        They come from the scores `[n]` by reward, and each sample's prompt and group `[n]`; samples
+        of one group have the same prompt.
         """
         return combine({name: self.normalise(name, scores[name], prompts, groups) for name in scores}, self.weights)
 
@@ -79,24 +65,15 @@ class Advantage(ABC):
 
 
 def make_advantage(config: TrainConfig) -> Advantage:
-    """The advantage of a configuration.
-
-    Raises:
-        EtudeError: the name is unknown, or the constructor refuses a value.
-    """
+    """The advantage of a configuration."""
     kind = ADVANTAGES.get(config.advantage.kind)
     if not (isinstance(kind, type) and issubclass(kind, Advantage)):
         raise EtudeError(f"advantage.kind = {config.advantage.kind} is {kind!r}: give {ADVANTAGES.wanted}.")
-    advantage: Advantage = kind.from_config(config)
-    return advantage
+    return kind.from_config(config)
 
 
 class Group(Advantage):
-    """Rewards compared within their group: `group_advantages`.
-
-    Raises:
-        EtudeError: from `from_config`, for groups of one image.
-    """
+    """Rewards compared within their group of at least two images: `group_advantages`."""
 
     global_std: ClassVar[bool] = False
 
@@ -120,13 +97,7 @@ class GroupMeanGlobalStd(Group):
 
 
 class PerPrompt(Advantage):
-    """Rewards compared with the past rewards of their prompt: `PromptStatistics`, one for each reward.
-
-    Args:
-        weights: weight of each trained reward by name.
-        buffer_size: rewards remembered for each prompt.
-        min_count: a prompt with fewer remembered rewards is compared with the whole batch.
-    """
+    """Rewards compared with the past rewards of their prompt: `PromptStatistics`, one for each reward."""
 
     def __init__(self, weights: Mapping[str, float], buffer_size: int = 16, min_count: int = 16) -> None:
         super().__init__(weights)
@@ -150,36 +121,22 @@ class PerPrompt(Advantage):
 def group_advantages(rewards: Tensor, groups: Tensor, global_std: bool = False) -> Tensor:
     """`A_i = (r_i - mean_g) / std_g` over the samples of the same group (GRPO, arXiv 2402.03300).
 
-    Args:
-        rewards: rewards `[n]`, of any real dtype.
-        groups: group of each sample, integers `[n]`.
-        global_std: divide by the std of all `n` rewards instead of the group's; the mean is still
-            the group's (Flow-GRPO, arXiv 2505.05470).
-
-    Returns:
-        float64 `[n]` on the device of `rewards`. Exactly 0 in a group of equal rewards (see the
-        module); with `global_std`, also if all rewards are equal.
-
-    Raises:
-        EtudeError: shapes differ, or a reward is NaN or infinite.
+    Rewards of any real dtype and integer groups, both `[n]`, give float64 `[n]` on the device of
+    the rewards: exactly 0 in a group of equal rewards (see the module). With `global_std` the std
+    is that of all `n` rewards, and the mean still the group's (Flow-GRPO, arXiv 2505.05470). Raises
+    EtudeError if shapes differ, or a reward is NaN or infinite.
     """
     values, index, count = _grouped(rewards, groups)
-    mean, std = _moments(values, index, count)
-    centred = torch.where(std[index] == 0, 0.0, values - mean[index])
-    if not global_std:
-        return centred / _safe(std)[index]
-    overall = _batch_moments(values)[1]
-    return torch.where(overall == 0, 0.0, centred / _safe(overall))
+    mean, std = (moment[index] for moment in _moments(values, index, count))
+    centred = torch.where(std == 0, 0.0, values - mean)
+    return _quotient(centred, _batch_moments(values)[1] if global_std else std)
 
 
 def zero_std_ratio(rewards: Tensor, groups: Tensor, advantages: Tensor | None = None) -> float:
     """The share of groups, in [0, 1], that teach nothing: all rewards equal, or all advantages 0.
 
-    Args:
-        rewards: rewards `[n]`; of several rewards their weighted sum.
-        groups: group of each sample, integers `[n]`.
-        advantages: advantages `[n]`, combined over the rewards. They may cancel although the
-            rewards of a group differ. Default: the rewards alone decide.
+    Rewards `[n]` are the weighted sum of several. Advantages `[n]`, combined over them, may cancel
+    although the rewards of a group differ. Default: the rewards alone decide.
     """
     values, index, count = _grouped(rewards, groups)
     idle = _moments(values, index, count)[1] == 0
@@ -190,11 +147,7 @@ def zero_std_ratio(rewards: Tensor, groups: Tensor, advantages: Tensor | None = 
 
 
 def combine(advantages: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """`A = sum_k w_k A_k`, float64 `[n]`, of advantages `[n]` that were normalised reward by reward.
-
-    Raises:
-        EtudeError: advantages and weights do not name the same rewards, or name none.
-    """
+    """`A = sum_k w_k A_k`, float64 `[n]`, of advantages `[n]` with exactly one weight for each reward."""
     if not weights or advantages.keys() != weights.keys():
         raise EtudeError(
             f"advantages of {sorted(advantages)} cannot be combined with weights for {sorted(weights)}: "
@@ -204,11 +157,9 @@ def combine(advantages: Mapping[str, Tensor], weights: Mapping[str, float]) -> T
 
 
 class PromptStatistics:
-    """DDPO's per-prompt tracking (arXiv 2305.13301): each prompt remembers its last rewards.
+    """DDPO's per-prompt tracking (arXiv 2305.13301): each prompt remembers its last `buffer_size` rewards.
 
-    Args:
-        buffer_size: rewards remembered for each prompt.
-        min_count: a prompt with fewer remembered rewards is compared with the whole batch.
+    A prompt with fewer than `min_count` of them is compared with the whole batch.
     """
 
     def __init__(self, buffer_size: int, min_count: int) -> None:
@@ -221,19 +172,10 @@ class PromptStatistics:
     def advantages(self, prompts: list[str], rewards: Tensor) -> Tensor:
         """Remembers the batch, then compares each reward with its prompt's buffer, or with the batch.
 
-        `A_i = (r_i - mean) / std` with the moments of that buffer or batch. Equal rewards in a
-        buffer (see the module) give exactly 0. The order of the batch matters only for a prompt
-        with more than `buffer_size` rewards in it: the last ones stay.
-
-        Args:
-            prompts: prompt of each sample, `n` texts, repeats allowed.
-            rewards: rewards `[n]` in the same order, over all processes.
-
-        Returns:
-            float64 `[n]` on the device of `rewards`.
-
-        Raises:
-            EtudeError: lengths differ, or a reward is NaN or infinite.
+        `A_i = (r_i - mean) / std`, float64 `[n]` on the device of the rewards, with the moments of
+        that buffer or batch. The rewards are those of all processes. Their order matters only for a
+        prompt with more than `buffer_size` of them: the last ones stay. Raises EtudeError if
+        lengths differ, or a reward is NaN or infinite.
         """
         values = _finite(rewards)
         if len(prompts) != values.numel():
@@ -241,16 +183,12 @@ class PromptStatistics:
         for prompt, value in zip(prompts, values.tolist(), strict=True):
             buffer = [*self._buffers.get(prompt, []), value]
             self._buffers[prompt] = buffer[-self.buffer_size :]
-        batch = _batch_moments(values)
-        moments = {prompt: self._of(prompt, batch) for prompt in dict.fromkeys(prompts)}
-        mean = torch.stack([moments[prompt][0] for prompt in prompts])
-        std = torch.stack([moments[prompt][1] for prompt in prompts])
-        centred = torch.where(std == 0, 0.0, values.cpu() - mean)
-        return (centred / _safe(std)).to(rewards.device)
-
-    def _of(self, prompt: str, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        buffer = self._buffers[prompt]
-        return batch if len(buffer) < self.min_count else _batch_moments(torch.tensor(buffer, dtype=torch.float64))
+        moments = dict.fromkeys(prompts, _batch_moments(values))
+        for prompt in moments:
+            if len(self._buffers[prompt]) >= self.min_count:
+                moments[prompt] = _batch_moments(torch.tensor(self._buffers[prompt], dtype=torch.float64))
+        mean, std = (torch.stack([moments[prompt][k] for prompt in prompts]) for k in (0, 1))
+        return _quotient(values.cpu() - mean, std).to(rewards.device)
 
     def state(self) -> dict[str, Any]:
         """The buffers as plain values, which JSON keeps exactly."""
@@ -269,8 +207,7 @@ def _finite(rewards: Tensor) -> Tensor:
     if bad.numel():
         first = int(bad[0])
         raise EtudeError(
-            f"reward of sample {first} is {float(values[first])}, which cannot be compared: "
-            "a reward must be finite for every image."
+            f"reward of sample {first} is {float(values[first])}, which cannot be compared: a reward must be finite for every image."
         )
     return values
 
@@ -287,13 +224,9 @@ def _scatter(values: Tensor, index: Tensor, count: int) -> Tensor:
     return values.new_zeros(count).index_add(0, index, values)
 
 
-def _sizes(values: Tensor, index: Tensor, count: int) -> Tensor:
-    return _scatter(torch.ones_like(values), index, count)
-
-
 def _moments(values: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Mean and population std of each group `[groups]`; the std of equal values is exactly 0."""
-    sizes = _sizes(values, index, count)
+    sizes = _scatter(torch.ones_like(values), index, count)
     mean = _scatter(values, index, count) / sizes
     std = (_scatter((values - mean[index]).square(), index, count) / sizes).sqrt()
     largest = values.new_zeros(count).scatter_reduce(0, index, values.abs(), "amax")
@@ -307,6 +240,6 @@ def _batch_moments(values: Tensor) -> tuple[Tensor, Tensor]:
     return mean[0], std[0]
 
 
-def _safe(std: Tensor) -> Tensor:
-    """A divisor that is never 0, for numerators that are 0 where `std` is."""
-    return torch.where(std > 0, std, 1.0)
+def _quotient(centred: Tensor, std: Tensor) -> Tensor:
+    """The numbers in units of the std, and exactly 0 where the std is 0."""
+    return torch.where(std == 0, 0.0, centred / torch.where(std == 0, 1.0, std))

@@ -1,7 +1,4 @@
-"""The random choices of an iteration: prompts, keys of the initial noise, and the order of training.
-
-All of them are functions of the seed and the iteration, so every process computes the same.
-"""
+"""The random choices of an iteration, functions of the seed and the iteration alone."""
 
 from __future__ import annotations
 
@@ -21,12 +18,8 @@ from etude.sampling.noise import keyed_generator
 class Draw:
     """The draw of an iteration, and the part of it that belongs to this process.
 
-    Attributes:
-        prompts: prompt of each sample of all processes.
-        groups: group of each sample, int64 `[images_per_iteration]`; groups are consecutive.
-        indices: numbers of this process's own samples; also the keys of the noise of their steps.
-        noise_keys: keys of the initial noise of its own samples.
-        starts: number of starting states that each process computes (`most_starts`).
+    Prompts and groups (int64 `[images_per_iteration]`, consecutive) are those of all processes;
+    indices are the numbers of this process's own samples, which also key the noise of their steps.
     """
 
     prompts: PromptSet
@@ -71,30 +64,18 @@ def noise_keys(samples: list[int], rollout: RolloutConfig) -> list[int]:
 
 
 def most_starts(count: int, rollout: RolloutConfig, processes: int) -> int:
-    """The largest number of distinct starting states that any process has in an iteration.
-
-    The border between two processes may cut a group, so some processes can have more starting
-    states than others. Every process computes the largest number, so that all call the network
-    equally often, as collective calls require.
-    """
+    """The largest number of distinct starting states that any process has in an iteration."""
+    # The border between two processes may cut a group. Every process computes the largest number, so
+    # that all call the network equally often, as collective calls require.
     own = (noise_keys(share(count, processes, index), rollout) for index in range(processes))
     return max(len(set(keys)) for keys in own)
 
 
 def split_samples(count: int, updates: int, generator: np.random.Generator) -> list[Tensor]:
-    """The samples of each optimiser step of a pass, in random order.
+    """The samples of each optimiser step of a pass, in random order: an int64 tensor a step.
 
-    Each step takes one of every `updates` consecutive samples. Therefore any number of processes
-    that share the samples have equally many in every step, and together take the same steps as one
-    process.
-
-    Args:
-        count: number of samples.
-        updates: number of optimiser steps.
-        generator: source of the order.
-
-    Returns:
-        One int64 tensor a step, of numbers in 0..count - 1.
+    Each step takes one of every `updates` consecutive samples. Therefore processes that share the
+    samples have equally many in every step, and together take the same steps as one.
     """
     updates = min(updates, count)
     step = np.zeros(count, dtype=np.int64)
@@ -118,11 +99,7 @@ def draw_pairs(
 ) -> tuple[Tensor, Tensor]:
     """(sample, trained step) pairs of one optimiser step, ordered by step: int64 `[m]` each.
 
-    Args:
-        samples: numbers of the samples, int64 `[n]`.
-        num_steps: number of trained steps of each sample.
-        fraction: share of the trained steps that is drawn for each sample, at least one step.
-        generator: source of the draw.
+    Each of the samples `[n]` gets its own draw of a fraction of the steps, at least one step.
     """
     count = max(1, round(fraction * num_steps))
     order = torch.from_numpy(generator.random((len(samples), num_steps))).argsort(dim=1)

@@ -9,8 +9,7 @@ from torch import Tensor
 def share(count: int, processes: int, index: int) -> list[int]:
     """The samples in 0..count - 1 of process `index`: consecutive, equally many in every process.
 
-    If `count` is not a multiple of `processes`, the last sample is repeated; `gather` drops the
-    copies.
+    To that end the last sample may be repeated; `gather` drops the copies.
     """
     size = -(-count // processes)
     return [min(i, count - 1) for i in range(index * size, (index + 1) * size)]
@@ -18,5 +17,4 @@ def share(count: int, processes: int, index: int) -> list[int]:
 
 def gather(accelerator: Accelerator, values: Tensor, count: int) -> Tensor:
     """The rows of all processes in the order of the samples (`share`), on the CPU: `[count, ...]`."""
-    gathered: Tensor = accelerator.gather(values.to(accelerator.device))
-    return gathered.cpu()[:count]
+    return accelerator.gather(values.to(accelerator.device)).cpu()[:count]

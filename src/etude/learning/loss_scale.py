@@ -2,14 +2,11 @@
 
 float16 has no number between 0 and 6e-8, and none above 65504. The gradient of a mean
 log-probability over D latent dimensions and m pairs is of order 1 / (D m) an element, so most of it
-would become 0. The scale is the power of two nearest to D m (m for the sum over dimensions). With
-it the gradients that enter the network are of order 1. The float32 gradients of the trained weights
-are divided by the scale before they are clipped. A power of two changes no digit, so in a float32
-network the results would be the same bits.
+would become 0. The scale is the power of two nearest to D m (m for the sum over dimensions), which
+changes no digit. The float32 gradients of the trained weights are divided by it before clipping.
 
 If gradients overflow all the same, those of the whole optimiser step are computed again at 1/16 of
-the scale, which stays lower until the iteration ends. The next iteration starts at the full scale,
-so that a resumed run takes the same course. bfloat16 has the range of float32 and is not scaled.
+the scale, which stays lower until the iteration ends: a resumed run takes the same course.
 """
 
 from __future__ import annotations
@@ -25,26 +22,20 @@ BACK_OFF = 16.0
 
 
 class LossScale:
-    """The scale of one run's losses.
+    """The scale of one run's losses; 1 unless it is needed, by a network that computes in float16.
 
-    Args:
-        needed: whether losses are scaled: true if the network computes in float16.
-        dimensions: number of latent dimensions that the log-probability is a mean over; 1 for their
-            sum.
-        agree: combines the answers of all processes to the question whether gradients are finite.
-
-    Attributes:
-        value: factor of the loss before it is differentiated; 1 if losses are not scaled.
+    `dimensions` is the number that the log-probability is a mean over, 1 for their sum. `agree`
+    combines the answers of all processes to the question whether gradients are finite.
     """
 
     def __init__(
         self, needed: bool, dimensions: int, agree: Callable[[Tensor], Tensor] = lambda finite: finite
     ) -> None:
         self.needed, self.dimensions, self.agree = needed, dimensions, agree
-        self.value = self._lowered = 1.0
+        self.value = self._lowered = 1.0  # `value` multiplies the loss
 
     def begin_iteration(self) -> None:
-        """Returns to the full scale: forgets earlier overflows."""
+        """Returns to the full scale."""
         self._lowered = 1.0
 
     def begin_step(self, pairs: int) -> None:
@@ -54,25 +45,16 @@ class LossScale:
             self.value = max(1.0, min(full, LARGEST) * self._lowered)
 
     def take_back(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Divides the gradients by the scale.
-
-        Returns:
-            False if gradients overflowed and the step should be repeated at the next, smaller
-            scale.
-        """
+        """Divides the gradients by the scale; False if they overflowed, and the step must be repeated."""
         if not self.needed:
             return True
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         for gradient in gradients:
             gradient.mul_(1 / self.value)
-        if self.value == 1 or bool(self.agree(finite(gradients))):
+        if self.value == 1:
+            return True
+        finite = [gradient.isfinite().all() for gradient in gradients]
+        if bool(self.agree(torch.stack(finite).all() if finite else torch.ones((), dtype=torch.bool))):
             return True
         self._lowered /= BACK_OFF
         return False
-
-
-def finite(gradients: list[Tensor]) -> Tensor:
-    """Whether every number of the gradients is finite, as one boolean on their device."""
-    if not gradients:
-        return torch.ones((), dtype=torch.bool)
-    return torch.stack([gradient.isfinite().all() for gradient in gradients]).all()

@@ -1,9 +1,4 @@
-"""Metrics: the numbers of an iteration, each declared once with words, computation and limit.
-
-The learner computes the metrics, merges them over processes, and stops a run that exceeds a limit.
-The commands, the report and the documentation show their words. An objective declares its own
-(`Objective.metrics`).
-"""
+"""Metrics: the numbers of an iteration, each declared once with words, computation and limit."""
 
 from __future__ import annotations
 
@@ -31,10 +26,8 @@ class Metric:
         title: name for people.
         note: one sentence on the meaning.
         act: when to act, and how; empty if never.
-        compute: function from the records to the number, a scalar tensor. None: it is computed
-            elsewhere.
-        needs: names of the records that `compute` reads. Without them the iteration has no such
-            number.
+        compute: function from the records to the number, a scalar tensor; None: computed elsewhere.
+        needs: names of the records that `compute` reads; without them there is no such number.
         merge: rule that makes one number of those of several processes.
         limit: largest magnitude in a run that has not diverged. Default: any finite number.
         from_zero: draw the axis from 0.
@@ -116,9 +109,7 @@ def compute_all(metrics: Iterable[Metric], records: Records) -> dict[str, float]
         for metric in metrics
         if metric.compute is not None and all(records.get(name) for name in metric.needs)
     }
-    if not values:
-        return {}
-    numbers = torch.stack([value.double() for value in values.values()]).tolist()
+    numbers = torch.stack([value.double() for value in values.values()]).tolist() if values else []
     return dict(zip(values, numbers, strict=True))
 
 

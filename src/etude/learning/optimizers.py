@@ -25,25 +25,17 @@ def check_optimizer(config: OptimizerConfig) -> None:
 def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101), or AdamW with its two moments in 8 bits (arXiv 2110.02861).
 
-    Moments in 8 bits take a quarter of the memory. Those of a parameter with fewer than 4096
-    numbers stay in float32.
-
-    Raises:
-        EtudeError: bitsandbytes, which the 8-bit version needs, is missing.
+    The moments of a parameter with fewer than 4096 numbers stay in float32.
     """
     check_optimizer(config)
-    options: dict[str, Any] = {
-        "lr": config.learning_rate,
-        "betas": config.betas,
-        "weight_decay": config.weight_decay,
-        "eps": config.epsilon,
-    }
-    if config.kind == "adamw":
-        return torch.optim.AdamW(parameters, **options)
-    import bitsandbytes
+    kind: Any = torch.optim.AdamW
+    if config.kind == "adamw8bit":
+        import bitsandbytes
 
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, **options)
-    return optimizer
+        kind = bitsandbytes.optim.AdamW8bit
+    return kind(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, eps=config.epsilon
+    )
 
 
 _LIKE_THE_PARAMETER = {"exp_avg", "exp_avg_sq", "state1", "state2"}
@@ -55,14 +47,7 @@ _ANOTHER = "the checkpoint belongs to another model or LoRA rank, start anew in 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
     """AdamW's state as `{"<name>.exp_avg": ..., "<name>.exp_avg_sq": ..., "<name>.step": ...}` on the CPU.
 
-    A tensor that is on the CPU already is not copied, so the optimiser's next step changes it.
-
-    Args:
-        optimizer: AdamW, or any optimiser whose state holds only tensors and numbers.
-        names: distinct names of the parameters, in the order of the parameter groups.
-
-    Raises:
-        EtudeError: the names do not match the parameters in number, or are not distinct.
+    The names are distinct and in the order of the parameter groups. What is on the CPU is no copy.
     """
     return {
         f"{name}.{key}": whole(torch.as_tensor(value).detach()).cpu()
@@ -77,11 +62,9 @@ def load_optimizer_tensors(
     """Restores the result of `optimizer_tensors` exactly. Hyper-parameters stay those of `optimizer`.
 
     A parameter without an entry loses its state, as after a save before the first step.
-
-    Raises:
-        EtudeError: an entry belongs to no parameter, or has another shape than its parameter.
     """
     parameters = _named(optimizer, names)
+    on_device = any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
     states: dict[str, dict[str, Any]] = {name: {} for name in parameters}
     for entry, value in tensors.items():
         name, _, key = entry.rpartition(".")
@@ -90,14 +73,13 @@ def load_optimizer_tensors(
         parameter = parameters[name]
         if key in _LIKE_THE_PARAMETER and value.shape != parameter.shape:
             raise EtudeError(
-                f"optimiser state of '{name}' has shape {list(value.shape)}, its parameter {list(parameter.shape)}: "
-                f"{_ANOTHER}."
+                f"optimiser state of '{name}' has shape {list(value.shape)}, its parameter {list(parameter.shape)}: {_ANOTHER}."
             )
         if not value.ndim and not value.is_floating_point():  # a Python number, as bitsandbytes counts its steps
             states[name][key] = value.item()
             continue
         # AdamW keeps `step` on the CPU unless told otherwise; the moments live with the parameter.
-        device = parameter.device if value.ndim or _on_device(optimizer) else torch.device("cpu")
+        device = parameter.device if value.ndim or on_device else torch.device("cpu")
         value = value.to(device, copy=True)
         states[name][key] = part(value, parameter) if key in _LIKE_THE_PARAMETER else value
     for name, parameter in parameters.items():
@@ -107,13 +89,9 @@ def load_optimizer_tensors(
 def _named(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     listed = list(names)
-    if len(set(listed)) != len(parameters) or len(listed) != len(parameters):
+    if not len(set(listed)) == len(listed) == len(parameters):
         raise EtudeError(
             f"the optimiser has {len(parameters)} parameters, not {len(set(listed))} as the distinct names given: "
             "give each parameter one name of its own."
         )
     return dict(zip(listed, parameters, strict=True))
-
-
-def _on_device(optimizer: torch.optim.Optimizer) -> bool:
-    return any(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)

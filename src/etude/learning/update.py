@@ -1,13 +1,10 @@
-"""The optimiser steps of one iteration, each with gradients that are accumulated over micro-batches.
-
-The objective computes the loss. The learner decides in which order, in how many pieces and with
-which processes.
-"""
+"""The optimiser steps of one iteration, each with gradients that are accumulated over micro-batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +18,7 @@ from etude.errors import EtudeError
 from etude.learning.draws import draw_pairs, own_pairs, split_samples
 from etude.learning.exchange import gather
 from etude.learning.loss_scale import LossScale
-from etude.learning.metrics import COMMON, LARGEST_WEIGHT, Metric, Records, beyond_limit, compute_all, merge
+from etude.learning.metrics import COMMON, LARGEST_WEIGHT, Records, beyond_limit, compute_all, merge
 from etude.learning.objectives import Objective, Samples
 from etude.policies import TrainablePolicy
 from etude.policies.sharding import held_here, whole
@@ -31,61 +28,44 @@ Pairs = tuple[Tensor, Tensor]
 """Rows and columns of some (sample, column) pairs, int64 `[m]` each."""
 
 
+@dataclass(eq=False)
 class Learner:
     """Turns the samples of an iteration into optimiser steps.
 
-    Args:
-        config: configuration of the run.
-        policy: model whose network is trained.
-        objective: loss of a micro-batch.
-        accelerator: averages the gradients of all processes.
-        parameters: trained parameters by name.
-        optimizer: optimiser, wrapped by the accelerator.
-        micro_batches: size of a micro-batch, halved when memory runs out.
-        indices: numbers of this process's own samples among those of an iteration.
-        rehearsals: number of first optimiser steps that are tried alone before gradients are
-            exchanged. In a step of one micro-batch the exchange happens inside that micro-batch, so
-            a process that runs out of memory there cannot repeat it. A trial without exchange finds
-            the size that fits.
-        on_step: called with the number of pairs done. A negative number takes back the pairs of a
-            failed attempt.
+    `optimizer` is wrapped by the accelerator. `indices` are the numbers of this process's samples.
+    `on_step` is called with the number of pairs done; a negative number takes back those of a
+    failed attempt. In a step of one micro-batch the exchange of gradients happens inside that
+    micro-batch, so a process that runs out of memory there cannot repeat it: the first `rehearsals`
+    such steps are tried alone before, to find the size that fits.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        policy: TrainablePolicy,
-        objective: Objective,
-        accelerator: Accelerator,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: Any,
-        micro_batches: MicroBatch,
-        indices: list[int],
-        rehearsals: int,
-        on_step: Progress,
-    ) -> None:
-        self.config, self.policy, self.objective, self.accelerator = config, policy, objective, accelerator
-        self.parameters, self.optimizer = parameters, optimizer
-        self.loss_scale = LossScale(config.dtype == "float16", objective.averaged_dimensions(policy), self._everywhere)
-        self.micro_batches, self.indices, self.rehearsals, self.on_step = micro_batches, indices, rehearsals, on_step
+    config: TrainConfig
+    policy: TrainablePolicy
+    objective: Objective
+    accelerator: Accelerator
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: Any
+    micro_batches: MicroBatch
+    indices: list[int]
+    rehearsals: int
+    on_step: Progress
+
+    def __post_init__(self) -> None:
+        dimensions = self.objective.averaged_dimensions(self.policy)
+        self.loss_scale = LossScale(self.config.dtype == "float16", dimensions, self._everywhere)
+        self.metrics = (*self.objective.metrics, *COMMON)
 
     def update(self, samples: Samples, iteration: int, after_step: Callable[[], None]) -> dict[str, float]:
-        """Takes all optimiser steps of an iteration, each with the gradients of its own pairs.
+        """Takes all optimiser steps of an iteration; returns the metrics over all processes.
 
-        Args:
-            samples: samples of this process, with advantages.
-            iteration: number of the iteration.
-            after_step: called after each optimiser step.
-
-        Returns:
-            The metrics of the objective and the common ones, over all processes.
-
-        Raises:
-            EtudeError: training has diverged.
+        The samples are this process's, with advantages. Raises EtudeError if training has diverged.
         """
         self.loss_scale.begin_iteration()
         steps = self.pairs(self.objective.columns(samples.table), iteration)
-        records = self.objective.prepare(self.policy, samples, self._distinct(steps), self.micro_batches, self.on_step)
+        distinct = steps
+        if self.config.objective.timestep_fraction == 1:  # all passes train the same pairs
+            distinct = steps[: len(steps) // self.config.objective.num_inner_epochs]
+        records = self.objective.prepare(self.policy, samples, distinct, self.micro_batches, self.on_step)
         for number, (rows, columns) in enumerate(steps):
             step_records = self._accumulate(samples, rows, columns)
             _extend(records, step_records)
@@ -100,12 +80,9 @@ class Learner:
         return self._sound(compute_all(self.metrics, records), iteration)
 
     def _sound(self, numbers: dict[str, float], iteration: int) -> dict[str, float]:
-        """The numbers to log, over all processes.
-
-        Raises:
-            EtudeError: a number exceeds its limit: training has diverged.
-        """
-        numbers[LARGEST_WEIGHT.name] = self._largest_weight()
+        """The numbers to log, over all processes; an EtudeError if one exceeds its limit."""
+        local = (held_here(p).detach() for p in self.parameters.values())
+        numbers[LARGEST_WEIGHT.name] = float(torch.stack([p.abs().max().float() for p in local if p.numel()]).max())
         processes = self.accelerator.num_processes
         if processes > 1:
             columns = gather(self.accelerator, torch.tensor([list(numbers.values())]), processes).unbind(1)
@@ -125,16 +102,6 @@ class Learner:
         processes = self.accelerator.num_processes
         return answer if processes == 1 else gather(self.accelerator, answer.reshape(1).float(), processes).bool().all()
 
-    def _largest_weight(self) -> float:
-        """The largest magnitude of this process's trained weights; NaN or infinite if a weight is."""
-        local = (held_here(p).detach() for p in self.parameters.values())
-        return float(torch.stack([p.abs().max().float() for p in local if p.numel()]).max())
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """The objective's metrics and the common ones."""
-        return (*self.objective.metrics, *COMMON)
-
     def pairs(self, num_columns: int, iteration: int) -> list[Pairs]:
         """This process's pairs of each optimiser step of an iteration, on the device."""
         objective, images = self.config.objective, self.config.rollout.images_per_iteration
@@ -146,17 +113,8 @@ class Learner:
                 pairs.append((rows.to(self.policy.device), columns.to(self.policy.device)))
         return pairs
 
-    def _distinct(self, steps: list[Pairs]) -> list[Pairs]:
-        """The optimiser steps without repetitions: the first pass, if all passes train the same pairs."""
-        objective = self.config.objective
-        return steps[: len(steps) // objective.num_inner_epochs] if objective.timestep_fraction == 1 else steps
-
     def _accumulate(self, samples: Samples, rows: Tensor, columns: Tensor) -> Records:
-        """Accumulates the gradients of the mean loss over the pairs; returns the records.
-
-        All gradients are computed again in smaller micro-batches if memory runs out, and under a
-        smaller loss scale if float16 overflows.
-        """
+        """Accumulates the gradients of the mean loss over the pairs; returns the records."""
         while True:
             self.loss_scale.begin_step(len(rows))
             records: Records = {}
@@ -165,15 +123,12 @@ class Learner:
             fits = self.micro_batches.fits(backward, min(self.micro_batches.size, len(rows)))
             if fits and self.loss_scale.take_back(self.parameters.values()):
                 return records
+            # Memory ran out, or float16 overflowed: compute all again in less, or at a smaller scale.
             self._forget_gradients()
             self.on_step(-sum(done))
 
     def _backward(self, samples: Samples, rows: Tensor, columns: Tensor, records: Records, done: list[int]) -> None:
-        """Adds the gradients micro-batch by micro-batch.
-
-        Processes exchange gradients once an optimiser step, in its last micro-batch: see
-        `rehearsals`.
-        """
+        """Adds the gradients by micro-batch; processes exchange them in the last one (see `rehearsals`)."""
         size, total = self.micro_batches.size, torch.zeros((), device=self.policy.device)
         starts = range(0, len(rows), size)
         if self.rehearsals and len(starts) == 1:
@@ -192,14 +147,11 @@ class Learner:
         records["loss"] = [total]
 
     def _exchange(self, now: bool) -> AbstractContextManager[Any]:
-        """Context in which the processes average their gradients (`now`), or each keeps its own.
-
-        During an exchange the micro-batch cannot be halved, so running out of memory is an error.
-        """
+        """Context in which the processes average their gradients (`now`), or each keeps its own."""
         self.accelerator.sync_gradients = now
         if not now:
-            separate: AbstractContextManager[Any] = self.accelerator.no_sync(self.policy.network)
-            return separate
+            return self.accelerator.no_sync(self.policy.network)
+        # During an exchange the micro-batch cannot be halved.
         return self.micro_batches.settled() if self.accelerator.num_processes > 1 else nullcontext()
 
     def _forget_gradients(self) -> None:

@@ -1,3 +1,1 @@
 """The sampler: paths, kernels, plans, keyed noise, the rollout and its replay."""
-
-from __future__ import annotations

@@ -4,13 +4,10 @@ An eta is one number for all steps, a list over the steps, or a schedule from on
 
     eta(x) = eta + w(x) (end - eta)
 
-    linear:    w(x) = x
-    cosine:    w(x) = (1 - cos(pi x)) / 2
-    constant:  w(x) = 0
-
-Over iterations, x = (k - 1) / (K - 1) in iteration k of K, and all steps have that eta. Over steps,
-x = i / (N - 1) at step i of N, the same in every iteration. Both ends are reached exactly. A
-schedule with two equal ends is that number, bit for bit.
+with w(x) = x (linear), (1 - cos(pi x)) / 2 (cosine) or 0 (constant). Over iterations, x = (k - 1) /
+(K - 1) in iteration k of K, and all steps have that eta. Over steps, x = i / (N - 1) at step i of
+N, the same in every iteration. Both ends are reached exactly. A schedule with two equal ends is
+that number, bit for bit.
 """
 
 from __future__ import annotations
@@ -26,15 +23,10 @@ Eta = float | Sequence[float]
 
 @dataclass(frozen=True)
 class Etas:
-    """The etas of a run, a function of the iteration alone: processes and a resumed run agree.
+    """The etas of a run of K iterations, a function of the iteration alone: all processes agree.
 
-    Attributes:
-        first: eta at the start of the schedule; a tuple is the list over the steps, which has no
-            schedule.
-        last: eta at the end of the schedule.
-        kind: "constant", "linear" or "cosine".
-        over: "iterations" or "steps".
-        iterations: K, the number of iterations of the whole run.
+    The schedule goes from `first` to `last`; a tuple `first` is the list over the steps, which has
+    no schedule. It is of kind "constant", "linear" or "cosine", over "iterations" or "steps".
     """
 
     first: float | tuple[float, ...]
@@ -44,10 +36,7 @@ class Etas:
     iterations: int = 1
 
     def at(self, iteration: int, num_steps: int) -> tuple[float, ...]:
-        """The eta of each of the `num_steps` steps in an iteration.
-
-        Iterations count from 1. Iteration 0, the base model's evaluation, has iteration 1's etas.
-        """
+        """The eta of each step in an iteration, from 1 on; 0, the base model's evaluation, has those of 1."""
         if isinstance(self.first, tuple):
             return self.first
         if self.over == "steps":
@@ -74,9 +63,7 @@ def compact(etas: Sequence[float]) -> float | list[float]:
 
 def eta_text(eta: Eta) -> str:
     """`1.2`, or `1.5 to 0.2 by step` where the steps differ."""
-    if isinstance(eta, int | float):
-        return f"{eta:g}"
-    return f"{eta[0]:g} to {eta[-1]:g} by step"
+    return f"{eta:g}" if isinstance(eta, int | float) else f"{eta[0]:g} to {eta[-1]:g} by step"
 
 
 def setting_text(eta: Eta, schedule: Mapping[str, Any] | None) -> str:

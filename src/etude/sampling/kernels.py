@@ -16,10 +16,9 @@ with h = sigma_t - sigma_u:
     DanceSDE   sigma_u - eta^2 h / (2 sigma_t)           eta sqrt(h)                            any; flow only
 
 At eta = 0 every kernel is the probability-flow ODE. GDDIM and DDIM also agree at eta = 1 (the DDPM
-posterior), and nowhere else. The first three keep the noise of the target level,
-c_eps^2 + std^2 = s_u^2. The last two are Euler-Maruyama steps and leave more noise, by terms of the
-order h^2. Each kernel has its own unit for its stochasticity `eta`: `equivalent_eta` and
-`Kernel.small_step_eta` convert it to the eta of GDDIM.
+posterior), and nowhere else. The first three keep the target level's noise, c_eps^2 + std^2 = s_u^2.
+The last two are Euler-Maruyama steps and leave more noise, by terms of the order h^2. Each kernel
+has its own unit of eta: `equivalent_eta` and `Kernel.small_step_eta` convert it to GDDIM's.
 """
 
 from __future__ import annotations
@@ -53,13 +52,10 @@ class Coefficients:
 
 @dataclass(frozen=True, eq=False)
 class Transition:
-    """The Gaussian N(mean, std^2 I) of the next state.
+    """The Gaussian N(mean, std^2 I) of the next state: mean `[n, ...]`, and a std that broadcasts to it.
 
-    Attributes:
-        mean: `[n, ...]`.
-        std: broadcasts to `mean`.
-        stochastic: whether every std is above 0. Default: None, unknown; `log_prob` then looks at
-            `std`, which synchronises an accelerator.
+    `stochastic` says whether every std is above 0. None: unknown; `log_prob` then looks at `std`,
+    which synchronises an accelerator.
     """
 
     mean: Tensor
@@ -71,28 +67,18 @@ class Transition:
         return self.mean + self.std * noise.to(self.mean.dtype)
 
     def log_prob(self, x: Tensor, reduction: str = "mean") -> Tensor:
-        """The log-density log N(x; mean, std^2), with its constants.
+        """The log-density `[n]` of the next state `x` `[n, ...]`, differentiable through `mean`.
 
-            -(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2
+            log N(x; mean, std^2) = -(x - mean)^2 / (2 std^2) - log std - log(2 pi) / 2
 
-        Args:
-            x: the next state, `[n, ...]`; converted to the dtype of `mean`.
-            reduction: how the log-densities of an image's dimensions are combined: "sum" is the
-                state's log-density, "mean" the same per dimension. Default: "mean".
-
-        Returns:
-            `[n]`, differentiable through `mean`.
-
-        Raises:
-            EtudeError: a std is 0 (a deterministic step has no density), or the reduction is
-                unknown.
+        Reduction "sum" adds the dimensions of an image, "mean" averages them. It is an EtudeError
+        if a std is 0: a deterministic step has no density.
         """
         if reduction not in REDUCTIONS:
             raise EtudeError(f"log-probability reduction '{reduction}' is unknown: use mean or sum.")
         if not (bool((self.std > 0).all()) if self.stochastic is None else self.stochastic):
             raise EtudeError(
-                "a step with std 0 (eta 0, or a target without noise) has no log-probability: take it at stochastic "
-                "steps only."
+                "a step with std 0 (eta 0, or a target without noise) has no log-probability: take it at stochastic steps only."
             )
         scaled = (x.to(self.mean.dtype) - self.mean) / self.std
         log_density = -0.5 * scaled * scaled - self.std.log() - 0.5 * math.log(2 * math.pi)
@@ -102,14 +88,7 @@ class Transition:
 
 @dataclass(frozen=True)
 class Kernel(ABC):
-    """One step's Gaussian for a given eta; subclasses are frozen dataclasses with `coefficients`.
-
-    Args:
-        eta: the kernel's stochasticity, finite and >= 0; 0 is the ODE.
-
-    Raises:
-        EtudeError: for any other eta.
-    """
+    """One step's Gaussian for an eta, finite and >= 0 (0 is the ODE); subclasses are frozen dataclasses."""
 
     eta: float
 
@@ -119,11 +98,10 @@ class Kernel(ABC):
 
     @abstractmethod
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """The step's coefficients in fp64.
+        """The step's coefficients in fp64, from level (a_t, s_t) to (a_u, s_u).
 
-        Args:
-            source: the level (a_t, s_t); scalars or tensors that broadcast.
-            target: the level (a_u, s_u), likewise.
+        Levels are scalars or tensors that broadcast. Raises EtudeError if the target is the
+        noisier level or has no signal, or if the kernel is not defined on the levels at its eta.
         """
 
     def largest_eta(self, source: Level, target: Level) -> float:
@@ -131,13 +109,7 @@ class Kernel(ABC):
         return math.inf
 
     def beyond(self, limit: float, where: str) -> EtudeError:
-        """The error for an eta above the largest legal one.
-
-        Args:
-            limit: `largest_eta` of the steps; the message rounds it down, so that the printed value
-                is legal.
-            where: the steps, in words.
-        """
+        """The error for an eta above `limit`, which is rounded down, so that the printed value is legal."""
         return EtudeError(
             f"{type(self).__name__} with eta {self.eta:g} {self._beyond}: the largest legal eta for {where} is "
             f"{math.floor(limit * 1e6) / 1e6:.6f}; lower eta or use the gddim kernel, which allows any."
@@ -146,43 +118,23 @@ class Kernel(ABC):
     _beyond: ClassVar[str] = "is beyond what its steps allow"
 
     def capped(self) -> Kernel:
-        """The kernel to use on a step out of pure noise under `first_step: capped`.
-
-        Most kernels are finite there and return themselves; `FlowSDE` returns its capped form.
-        """
+        """The kernel with finite noise on a step out of pure noise: itself, but for `FlowSDE`."""
         return self
 
     def small_step_eta(self, level: Level) -> Tensor:
-        """The GDDIM eta that this kernel equals in short steps from a level.
-
-        It is the limit of `equivalent_eta`.
-
-        Returns:
-            fp64, one entry per level.
-
-        Raises:
-            EtudeError: the kernel does not define this limit.
-        """
+        """The GDDIM eta of the kernel in short steps, if it states one: `equivalent_eta`'s limit, fp64, by level."""
         raise EtudeError(
             f"{type(self).__name__} states no eta for small steps: give it a small_step_eta method, or compare whole "
             "steps with equivalent_eta."
         )
 
     def transition(self, x0_hat: Tensor, eps_hat: Tensor, source: Level, target: Level) -> Transition:
-        """N(c_x0 x0_hat + c_eps eps_hat, std^2 I) in fp32 (in fp64 for fp64 inputs).
-
-        Levels are scalars or `[n]`.
-        """
+        """The coefficients' `apply`; levels are scalars or `[n]`."""
         return apply(self.coefficients(source, target), x0_hat, eps_hat)
 
 
 def apply(coefficients: Coefficients, x0_hat: Tensor, eps_hat: Tensor, stochastic: bool | None = None) -> Transition:
-    """The transition N(c_x0 x0_hat + c_eps eps_hat, std^2 I) of a pair `[n, ...]`.
-
-    Args:
-        coefficients: scalars or `[n]`.
-        stochastic: as in `Transition`. Default: None, unknown.
-    """
+    """N(c_x0 x0_hat + c_eps eps_hat, std^2 I) of a pair `[n, ...]`, in fp32 (in fp64 for an fp64 pair)."""
     dtype = torch.promote_types(torch.promote_types(x0_hat.dtype, eps_hat.dtype), torch.float32)
     x0_hat, eps_hat = x0_hat.to(dtype), eps_hat.to(dtype)
     mean = per_sample(coefficients.x0, x0_hat) * x0_hat + per_sample(coefficients.eps, x0_hat) * eps_hat
@@ -191,7 +143,7 @@ def apply(coefficients: Coefficients, x0_hat: Tensor, eps_hat: Tensor, stochasti
 
 @dataclass(frozen=True)
 class GDDIM(Kernel):
-    """gDDIM (Zhang, Tao, Chen 2022, arXiv 2206.05564): any eta >= 0.
+    """gDDIM (Zhang, Tao, Chen 2022, arXiv 2206.05564), for any finite eta >= 0.
 
         rho  = (lam_u / lam_t)^(eta^2)                 the correlation kept with the current noise
         mean = a_u x0_hat + s_u rho eps_hat
@@ -205,31 +157,24 @@ class GDDIM(Kernel):
     eta = 1 the DDPM posterior; eta -> infinity redraws all the noise. std <= s_u always, so no eta
     is illegal. From pure noise (a_t = 0) rho is 0 for every eta > 0.
 
-    Args:
-        eta: the noise level, finite and >= 0; anything else is an EtudeError.
-
     Example:
         >>> import etude, torch
         >>> x0_hat, eps_hat, noise = torch.randn(3, 2, 4, 8, 8)
         >>> step = etude.GDDIM(eta=1.2).transition(x0_hat, eps_hat, source=(0.6, 0.8), target=(0.8, 0.6))
-        >>> x = step.sample(noise)
-        >>> step.log_prob(x).shape
+        >>> step.log_prob(step.sample(noise)).shape
         torch.Size([2])
     """
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """See the class; an EtudeError if the target is the noisier level or has no signal."""
         a_u, s_u, log_ratio = _levels(source, target)
         if self.eta == 0:
             return Coefficients(a_u, s_u, torch.zeros_like(s_u))
         exponent = min(self.eta * self.eta, sys.float_info.max) * log_ratio
-        # A tiny eta squares to 0, and 0 * inf is NaN.
-        exponent = torch.where(log_ratio.isinf(), log_ratio, exponent)
+        exponent = torch.where(log_ratio.isinf(), log_ratio, exponent)  # a tiny eta squares to 0: 0 * inf is NaN
         return Coefficients(a_u, s_u * exponent.exp(), s_u * torch.expm1(2 * exponent).abs().sqrt())
 
     def small_step_eta(self, level: Level) -> Tensor:
-        """The kernel's own eta, at every level."""
-        return torch.full_like(_level(level)[0], self.eta)
+        return torch.full_like(_broadcast(*level)[0], self.eta)
 
 
 @dataclass(frozen=True)
@@ -240,10 +185,7 @@ class DDIM(Kernel):
         mean = a_u x0_hat + sqrt(s_u^2 - std^2) eps_hat
 
     Legal while std <= s_u, that is for eta <= 1 / sqrt(1 - (lam_u / lam_t)^2); steps that end
-    without noise (s_u = 0) set no limit.
-
-    Args:
-        eta: the multiple of the posterior's std, finite and >= 0; anything else is an EtudeError.
+    without noise (s_u = 0) set no limit. In short steps it is GDDIM.
 
     Example:
         >>> import etude
@@ -254,16 +196,11 @@ class DDIM(Kernel):
     _beyond = "takes the root of a negative number"
 
     def largest_eta(self, source: Level, target: Level) -> float:
-        """The minimum over the steps of 1 / sqrt(1 - (lam_u / lam_t)^2).
-
-        It is infinite if all steps end without noise.
-        """
         _, s_u, log_ratio = _levels(source, target)
         limit = torch.expm1(2 * log_ratio).abs().rsqrt()  # abs: the root of -0. is -inf
         return float(torch.where(s_u > 0, limit, math.inf).min())
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """See the class; an EtudeError that names the largest legal eta if this one is above it."""
         a_u, s_u, log_ratio = _levels(source, target)
         limit = self.largest_eta(source, target)
         if self.eta > limit * (1 + 1e-12):  # an eta of exactly the limit is legal despite rounding
@@ -272,8 +209,7 @@ class DDIM(Kernel):
         return Coefficients(a_u, (s_u * s_u - std * std).clamp(min=0).sqrt(), std)
 
     def small_step_eta(self, level: Level) -> Tensor:
-        """The kernel's own eta: in short steps DDIM and GDDIM agree."""
-        return torch.full_like(_level(level)[0], self.eta)
+        return torch.full_like(_broadcast(*level)[0], self.eta)
 
 
 @dataclass(frozen=True)
@@ -283,14 +219,11 @@ class CPS(Kernel):
         mean = a_u x0_hat + s_u cos(eta pi / 2) eps_hat
         std  = s_u sin(eta pi / 2)
 
-    Every step redraws the same share of the noise, however long it is. CPS discretises no SDE: in
-    the limit of many steps any eta > 0 redraws all the noise at once. In that limit a Gaussian
-    target keeps (1 + cos(eta pi / 2)) / 2 of its variance; with the other kernels it keeps all of
-    it.
-
-    Args:
-        eta: from 0, the ODE, to 1, which keeps nothing of the current noise; anything else is an
-            EtudeError (beyond 1 the sine falls again).
+    eta goes from 0, the ODE, to 1, which keeps nothing of the current noise; beyond 1 the sine
+    falls again. Every step redraws the same share of the noise, however long it is. CPS discretises
+    no SDE: in the limit of many steps any eta > 0 redraws all the noise at once. In that limit a
+    Gaussian target keeps (1 + cos(eta pi / 2)) / 2 of its variance; with the other kernels it keeps
+    all of it.
 
     Example:
         >>> import etude
@@ -302,31 +235,25 @@ class CPS(Kernel):
         super().__post_init__()
         if self.eta > 1:
             raise EtudeError(
-                f"CPS with eta {self.eta:g} folds back, to less noise than at 1: give at most 1 (all the noise "
-                "redrawn)."
+                f"CPS with eta {self.eta:g} folds back, to less noise than at 1: give at most 1 (all the noise redrawn)."
             )
 
     def largest_eta(self, source: Level, target: Level) -> float:
-        """1, whatever the steps."""
         return 1.0
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """See the class; an EtudeError if the target is the noisier level or has no signal."""
         a_u, s_u, _ = _levels(source, target)
         angle = self.eta * math.pi / 2
         share = math.cos(angle) if self.eta < 1 else 0.0
         return Coefficients(a_u, s_u * share, s_u * math.sin(angle))
 
     def small_step_eta(self, level: Level) -> Tensor:
-        """Infinite, but 0 at eta 0."""
-        return torch.full_like(_level(level)[0], math.inf if self.eta > 0 else 0.0)
+        return torch.full_like(_broadcast(*level)[0], math.inf if self.eta > 0 else 0.0)
 
 
 @dataclass(frozen=True)
 class FlowSDE(Kernel):
-    """The Euler-Maruyama step of Flow-GRPO and MixGRPO (arXiv 2505.05470, 2507.21802).
-
-    It is defined on rectified flow only.
+    """The Euler-Maruyama step of Flow-GRPO and MixGRPO (arXiv 2505.05470, 2507.21802); flow only.
 
         dx   = (v + g^2 / (2 sigma) (x + (1 - sigma) v)) dt + g dB,      g = eta sqrt(sigma / (1 - sigma))
         mean = (1 - sigma_u) x0_hat + (sigma_u - eta^2 h / (2 (1 - sigma_t))) eps_hat,      h = sigma_t - sigma_u
@@ -334,18 +261,14 @@ class FlowSDE(Kernel):
 
     (v = eps_hat - x0_hat and x + (1 - sigma) v = eps_hat.) Its eta, the authors' noise level, is
     sqrt(2) times GDDIM's. A step that ends without noise (sigma_u = 0) is the Euler step, because
-    the formula would leave noise in the image. A step from sigma = 1 has infinite noise unless it
-    is capped. The cap is that of the authors' public code (flow_grpo, `sde_step_with_logprob`): at
-    sigma = 1 the next level, sigma_1 = sigma_u, replaces sigma in the denominator alone:
+    the formula would leave noise in the image. A step from sigma = 1 has infinite noise, an
+    EtudeError, unless `cap` is set. The cap is that of the authors' public code (flow_grpo,
+    `sde_step_with_logprob`): at sigma = 1, and only there, the next level, sigma_1 = sigma_u,
+    replaces sigma in the denominator alone:
 
         g    = eta sqrt(1 / (1 - sigma_u)),    so with h = 1 - sigma_u and eps_hat = x
         mean = (1 - sigma_u) x0_hat + (sigma_u - eta^2 / 2) eps_hat
         std  = eta
-
-    Args:
-        eta: the noise level, finite and >= 0; anything else is an EtudeError.
-        cap: whether a step from sigma = 1 is capped; other steps do not change. Default: False,
-            which makes a step from sigma = 1 an EtudeError.
 
     Example:
         >>> import etude
@@ -356,15 +279,9 @@ class FlowSDE(Kernel):
     cap: bool = False
 
     def capped(self) -> FlowSDE:
-        """The same kernel, with the noise of a step from sigma = 1 capped."""
         return replace(self, cap=True)
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """See the class.
-
-        Raises:
-            EtudeError: off rectified flow, from sigma = 1 without the cap, or to a noisier level.
-        """
         sigma, sigma_u = _flow_levels(source, target, "FlowSDE")
         if self.eta > 0 and not self.cap and bool(((sigma == 1) & (sigma_u > 0)).any()):
             raise EtudeError(
@@ -376,8 +293,7 @@ class FlowSDE(Kernel):
         return _euler_maruyama(self.eta * self.eta * sigma / a, sigma, sigma_u)
 
     def small_step_eta(self, level: Level) -> Tensor:
-        """eta / sqrt(2), at every level."""
-        return torch.full_like(_level(level)[0], self.eta / math.sqrt(2))
+        return torch.full_like(_broadcast(*level)[0], self.eta / math.sqrt(2))
 
 
 @dataclass(frozen=True)
@@ -388,11 +304,9 @@ class DanceSDE(Kernel):
         mean = (1 - sigma_u) x0_hat + (sigma_u - eta^2 h / (2 sigma_t)) eps_hat,      h = sigma_t - sigma_u
         std  = eta sqrt(h)
 
-    A step that ends without noise (sigma_u = 0) is the Euler step, because the formula would leave
-    noise in the image.
-
-    Args:
-        eta: the noise of a unit of time, finite and >= 0; anything else is an EtudeError.
+    eta is the noise of a unit of time; in short steps it is a GDDIM eta of
+    eta sqrt((1 - sigma) / (2 sigma)), little early and much late. A step that ends without noise
+    (sigma_u = 0) is the Euler step, because the formula would leave noise in the image.
 
     Example:
         >>> import etude
@@ -401,35 +315,22 @@ class DanceSDE(Kernel):
     """
 
     def coefficients(self, source: Level, target: Level) -> Coefficients:
-        """See the class; an EtudeError off rectified flow or to a noisier level."""
         sigma, sigma_u = _flow_levels(source, target, "DanceSDE")
         return _euler_maruyama(torch.full_like(sigma, self.eta * self.eta), sigma, sigma_u)
 
     def small_step_eta(self, level: Level) -> Tensor:
-        """eta sqrt((1 - sigma) / (2 sigma)): little noise early, much late."""
-        a, s = _level(level)
+        a, s = _broadcast(*level)
         return self.eta * (a / (2 * s)).sqrt()
 
 
 def equivalent_eta(kernel: Kernel, source: Level, target: Level) -> Tensor:
-    """The GDDIM eta whose std at a step is the kernel's.
+    """The GDDIM eta whose std at a step is the kernel's: fp64, in the broadcast shape of the levels.
 
         eta = sqrt(log(1 - std^2 / s_u^2) / (2 log(lam_u / lam_t)))
 
     Infinite where the kernel's std is s_u or more: GDDIM reaches s_u by redrawing all the noise,
     and never exceeds it. 0 where the step is deterministic. From pure noise (a_t = 0) GDDIM's std
-    is 0 or s_u; a std between the two counts as 0.
-
-    Args:
-        kernel: any kernel.
-        source: the step's source level (a_t, s_t), scalars or one entry per step.
-        target: the step's target level (a_u, s_u), likewise.
-
-    Returns:
-        fp64, in the broadcast shape of the levels.
-
-    Raises:
-        EtudeError: as in the kernel's `coefficients`.
+    is 0 or s_u; a std between the two counts as 0. Errors are those of the kernel's `coefficients`.
     """
     _, s_u, log_ratio = _levels(source, target)
     std = kernel.coefficients(source, target).std
@@ -439,14 +340,14 @@ def equivalent_eta(kernel: Kernel, source: Level, target: Level) -> Tensor:
     return torch.where(still, 0.0, torch.where(share >= 1, math.inf, eta))
 
 
-def _levels(source: Level, target: Level) -> tuple[Tensor, Tensor, Tensor]:
-    """(a_u, s_u, log(lam_u / lam_t)) in fp64, broadcast together.
+def _broadcast(*values: Tensor | float) -> list[Tensor]:
+    """The values in fp64, broadcast together."""
+    return list(torch.broadcast_tensors(*(torch.as_tensor(value, dtype=torch.float64) for value in values)))
 
-    The logarithm is -inf if s_u = 0 or a_t = 0.
-    """
-    a_t, s_t, a_u, s_u = torch.broadcast_tensors(
-        *(torch.as_tensor(value, dtype=torch.float64) for value in (*source, *target))
-    )
+
+def _levels(source: Level, target: Level) -> tuple[Tensor, Tensor, Tensor]:
+    """(a_u, s_u, log(lam_u / lam_t)) in fp64; the logarithm is -inf if s_u = 0 or a_t = 0."""
+    a_t, s_t, a_u, s_u = _broadcast(*source, *target)
     log_ratio = ((s_u * a_t) / (a_u * s_t)).log()
     # NaN (no noise at source and target, or no signal at both) fails the comparison, too.
     if not bool((log_ratio <= 1e-12).all()):
@@ -457,30 +358,19 @@ def _levels(source: Level, target: Level) -> tuple[Tensor, Tensor, Tensor]:
     return a_u, s_u, log_ratio.clamp(max=0)
 
 
-def _level(level: Level) -> tuple[Tensor, Tensor]:
-    """(a, s) in fp64, broadcast together."""
-    a, s = torch.broadcast_tensors(*(torch.as_tensor(value, dtype=torch.float64) for value in level))
-    return a, s
-
-
 def _flow_levels(source: Level, target: Level, kernel: str) -> tuple[Tensor, Tensor]:
     """(sigma_t, sigma_u) in fp64, broadcast together."""
-    _levels(source, target)
-    (a_t, s_t), (a_u, s_u) = _level(source), _level(target)
-    for a, s in ((a_t, s_t), (a_u, s_u)):
-        if bool(((a + s - 1).abs() > FLOW_TOLERANCE).any()):
-            raise EtudeError(
-                f"{kernel} is defined on rectified flow (a + s = 1) only: use gddim, ddim or cps with this model."
-            )
-    sigma, sigma_u = torch.broadcast_tensors(s_t, s_u)
-    return sigma, sigma_u
+    _levels(source, target)  # refuses a noisier target
+    a_t, s_t, a_u, s_u = _broadcast(*source, *target)
+    if any(bool(((a + s - 1).abs() > FLOW_TOLERANCE).any()) for a, s in ((a_t, s_t), (a_u, s_u))):
+        raise EtudeError(
+            f"{kernel} is defined on rectified flow (a + s = 1) only: use gddim, ddim or cps with this model."
+        )
+    return s_t, s_u
 
 
 def _euler_maruyama(g2: Tensor, sigma: Tensor, sigma_u: Tensor) -> Coefficients:
-    """One step of dx = (v + g^2 eps_hat / (2 sigma)) dt + g dB on rectified flow.
-
-    Where sigma_u = 0 it is the Euler step.
-    """
+    """One step of dx = (v + g^2 eps_hat / (2 sigma)) dt + g dB; where sigma_u = 0, the Euler step."""
     g2 = torch.where(sigma_u > 0, g2, 0.0)
     h = (sigma - sigma_u).clamp(min=0)
     if not bool((g2 * h).isfinite().all()):
@@ -489,11 +379,7 @@ def _euler_maruyama(g2: Tensor, sigma: Tensor, sigma_u: Tensor) -> Coefficients:
 
 
 def make_kernel(kernel: str, eta: float) -> Kernel:
-    """The kernel of a name in `etude.registry.KERNELS`, or of `module:Class`, at an eta.
-
-    Raises:
-        EtudeError: the name is unknown, or the kernel refuses the eta.
-    """
+    """The kernel of a name in `etude.registry.KERNELS`, or of `module:Class`, at an eta that it allows."""
     kind = KERNELS.get(kernel)
     if not (isinstance(kind, type) and issubclass(kind, Kernel)):
         raise EtudeError(f"kernel '{kernel}' is {kind!r}: give {KERNELS.wanted}.")

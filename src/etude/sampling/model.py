@@ -1,7 +1,4 @@
-"""The model as a sampler sees it: encode prompts, predict, decode.
-
-Nothing here trains: `etude.policies.trainable.TrainablePolicy` adds what the trainer needs.
-"""
+"""The model as a sampler sees it: encode prompts, predict, decode. Nothing here trains."""
 
 from __future__ import annotations
 
@@ -15,19 +12,12 @@ import torch
 from torch import Tensor
 
 from etude.errors import EtudeError
-from etude.sampling.paths import Grid
-from etude.sampling.paths import Path as NoisePath
+from etude.sampling.paths import FlowPath, Grid, VPPath
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts, as the network takes them.
-
-    Attributes:
-        prompt: tensors by name, one row per sample.
-        unconditional: the same tensors for the empty prompt, one row; an empty dict where guidance
-            does not need them.
-    """
+    """Encoded prompts as tensors by name: a row per sample, and for guidance one row of the empty prompt."""
 
     prompt: dict[str, Tensor]
     unconditional: dict[str, Tensor]
@@ -40,24 +30,18 @@ class Conditioning:
 class Policy(ABC):
     """A text-to-image model seen as a policy over denoising steps.
 
-    Attributes:
-        path: the noise path that the network was trained on.
-        scheduler_config: config of the pipeline's own scheduler.
-        latent_shape: shape of one sample's latents: `[c, h, w]`, or `[tokens, c]` where the network
-            takes packed latents.
-        device: device of the networks.
+    It has the noise path that the network was trained on, the config of the pipeline's own
+    scheduler, and the shape of one sample's latents: `[c, h, w]`, or `[tokens, c]` if packed.
     """
 
-    path: NoisePath
+    path: VPPath | FlowPath
     scheduler_config: Mapping[str, Any]
     latent_shape: tuple[int, ...]
     device: torch.device
 
     @property
     def prediction_type(self) -> str:
-        """The network's prediction type, from its path: "epsilon", "v_prediction", "sample" or
-        "flow".
-        """
+        """The path's prediction type: "epsilon", "v_prediction", "sample" or "flow"."""
         return self.path.prediction_type
 
     @property
@@ -71,10 +55,7 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
-        """The conditioning of `n` prompts.
-
-        Each prompt is encoded alone. Its encoding is reused as long as there is room to keep it.
-        """
+        """The conditioning of `n` prompts, each encoded alone, and reused while there is room to keep it."""
 
     def encode_ahead(self, prompts: Iterable[str]) -> None:
         """Encodes prompts ahead of `encode`, which then finds most or all of them ready."""
@@ -83,27 +64,16 @@ class Policy(ABC):
 
     @abstractmethod
     def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
-        """The network's output with guidance, fp32 and shaped like `x`.
+        """The network's output with guidance, fp32 and shaped like `x`, fp32 `[n, *latent_shape]`.
 
-        Args:
-            x: fp32 latents `[n, *latent_shape]`.
-            timesteps: the network's timesteps, `[n]`.
-            conditioning: `n` rows.
-            guidance_scale: as in the plain pipeline: the weight w in `uncond + w (cond - uncond)`,
-                where w <= 1 means no guidance. For models with a guidance embedding (FLUX): the
-                value that is embedded.
+        The timesteps are `[n]`, and the conditioning has `n` rows. The guidance scale is that of
+        the plain pipeline: the weight w in `uncond + w (cond - uncond)`, where w <= 1 means no
+        guidance, or the value that is embedded, for models with a guidance embedding (FLUX).
         """
 
     @contextmanager
     def precision(self, dtype: torch.dtype | None) -> Iterator[None]:
-        """A context inside which the network computes in `dtype`; its weights are not cast.
-
-        Args:
-            dtype: the precision. None: the one that the network was loaded in.
-
-        Raises:
-            EtudeError: this policy's network has one precision only.
-        """
+        """A context in which the network computes in `dtype` (None: as loaded); its weights are not cast."""
         if dtype is not None:
             raise EtudeError(f"{type(self).__name__} computes in one precision: leave rollout.dtype null.")
         yield

@@ -2,10 +2,8 @@
 
     z[sample, step] = N(0, I) drawn from Philox(key = blake2b(seed, stream, iteration, sample, step))
 
-Nothing else enters: not the batch size, not the number of processes, not earlier draws. A resumed
-run, a run on two processes and a comparison of two samplers from the same start all see the same
-noise, and no noise is ever stored. Philox takes a key of 128 bits. `torch.manual_seed` keeps only
-32 bits on the CPU, so two rows of a long run would share their noise.
+Nothing else enters: not the batch size, not the number of processes, not earlier draws. With the 32
+bits that `torch.manual_seed` keeps on the CPU, rows of a long run would share noise.
 """
 
 from __future__ import annotations
@@ -22,9 +20,7 @@ from etude.errors import EtudeError
 
 
 def _digest(seed: int, stream: str, key: tuple[int, ...]) -> int:
-    """128 bits from an unambiguous text of the key (`repr` quotes the stream, so no two keys share
-    a text).
-    """
+    """128 bits from a text of the key; `repr` quotes the stream, so no two keys share a text."""
     text = repr((int(seed), str(stream), *(int(part) for part in key)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
@@ -34,34 +30,13 @@ def keyed_generator(seed: int, stream: str, *key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=_digest(seed, stream, key)))
 
 
-def keyed_torch_generator(seed: int, stream: str, *key: int) -> torch.Generator:
-    """A CPU torch generator that depends on (seed, stream, *key) only, for library calls.
-
-    Its seed keeps 32 of the key's bits, which is enough for one draw per iteration and not for one
-    per sample: use `keyed_noise` there.
-    """
-    return torch.Generator().manual_seed(_digest(seed, stream, key) & 0xFFFFFFFF)
-
-
 def keyed_noise(
     seed: int, stream: str, iteration: int, samples: Iterable[int], step: int, shape: Sequence[int]
 ) -> Tensor:
-    """Standard normal noise for some samples at one step.
+    """Standard normal noise for some samples at one step: float32 `[len(samples), *shape]` on the CPU.
 
-    Args:
-        seed: the run's seed.
-        stream: purpose of the noise: "initial", "step", "evaluation"...
-        iteration: the training iteration (0 outside training).
-        samples: the samples' global indices, one row each, in any order and any grouping.
-        step: the sampler's step.
-        shape: the shape of one row.
-
-    Returns:
-        float32 `[len(samples), *shape]` on the CPU; row k is a function of (seed, stream,
-        iteration, samples[k], step).
-
-    Raises:
-        EtudeError: `shape` has a negative size.
+    Row k is a function of (seed, stream, iteration, samples[k], step) alone, where the samples are
+    global indices in any order and grouping. A negative size in `shape` is an EtudeError.
     """
     rows = [int(sample) for sample in samples]
     if any(size < 0 for size in shape):
@@ -79,33 +54,20 @@ def keyed_noise(
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies a CPU tensor to the device.
-
-    A copy to CUDA starts from pinned memory and follows the order of the stream; the CPU does not
-    wait for it.
-    """
+    """Copies a CPU tensor to the device; to CUDA from pinned memory, so that the CPU does not wait."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)
 class NoiseSource:
-    """Noise keyed by its purpose: never by batch size, process or history.
-
-    Attributes:
-        seed: seed of the run.
-        stream: purpose of the samples ("training", "evaluation").
-        iteration: iteration of the run; evaluations use 0, so that all of them see the same noise.
-    """
+    """The noise of a seed and a stream ("training", "evaluation"); all evaluations use iteration 0."""
 
     seed: int
     stream: str
     iteration: int = 0
 
     def initial(self, samples: list[int], shape: tuple[int, ...]) -> Tensor:
-        """x_T of each sample, N(0, I) as in diffusers: fp32 `[len(samples), *shape]`.
-
-        Equal keys give equal rows.
-        """
+        """x_T of each sample, N(0, I) as in diffusers: fp32 `[len(samples), *shape]`."""
         return keyed_noise(self.seed, f"{self.stream}/initial", self.iteration, samples, 0, shape)
 
     def step(self, samples: list[int], step: int, shape: tuple[int, ...]) -> Tensor:

@@ -2,24 +2,12 @@
 
     x_t = a_t x0 + s_t eps,        eps ~ N(0, I)
 
-Variance preserving (VP), the path of Stable Diffusion 1.x, 2.x and XL:
+    VP     a_t = sqrt(alphas_cumprod[t]),  s_t = sqrt(1 - alphas_cumprod[t])    Stable Diffusion 1.x, 2.x, XL
+    flow   a = 1 - sigma,  s = sigma, on levels sigma of the sampler's choice    Stable Diffusion 3, FLUX
 
-    a_t = sqrt(alphas_cumprod[t]),        s_t = sqrt(1 - alphas_cumprod[t])
-
-Rectified flow, the path of Stable Diffusion 3 and FLUX, on levels sigma that the sampler is free to
-choose:
-
-    a = 1 - sigma,        s = sigma
-
-A network predicts one of these quantities (`flow` on rectified flow):
-
-    epsilon        eps
-    sample         x0
-    v_prediction   a eps - s x0
-    flow           eps - x0
-
-and `to_x0_eps` turns any of them into the pair (x0_hat, eps_hat) with x = a x0_hat + s eps_hat.
-Nothing downstream knows the parametrisation.
+A network predicts eps ("epsilon"), x0 ("sample"), a eps - s x0 ("v_prediction") or, on rectified
+flow, eps - x0 ("flow"). `to_x0_eps` turns each into the pair (x0_hat, eps_hat) with
+x = a x0_hat + s eps_hat. Nothing downstream knows the parametrisation.
 """
 
 from __future__ import annotations
@@ -43,14 +31,9 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The levels that a sampler visits, from noise to data; step i goes from level i to level
-    i + 1.
+    """The levels that a sampler visits, from noise to data: a and s, fp64 `[N + 1]` on the CPU.
 
-    Attributes:
-        timesteps: `[N]`, the network's timestep at each step: int64 on VP, float32 on rectified
-            flow.
-        a: fp64 `[N + 1]` on the CPU, the signal's coefficient at each level.
-        s: fp64 `[N + 1]` on the CPU, the noise's coefficient at each level.
+    Step i goes from level i to i + 1. The network's timesteps `[N]` are int64 on VP, else float32.
     """
 
     timesteps: Tensor
@@ -65,15 +48,12 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class VPPath:
-    """The variance preserving path of a diffusers scheduler.
+    """The variance preserving path of a diffusers scheduler: a_t^2 = alphas_cumprod, fp64 `[T]`.
 
-    Attributes:
-        alphas_cumprod: fp64 `[T]`, a_t^2 at the T training timesteps.
-        final_alpha_cumprod: a^2 at the end of the last step: 1 (clean data), or alphas_cumprod[0]
-            for schedulers with `set_alpha_to_one=False` or `final_sigmas_type="sigma_min"`.
-        prediction_type: "epsilon", "v_prediction" or "sample".
-        timestep_spacing: "leading", "trailing" or "linspace" (arXiv 2305.08891, table 2).
-        steps_offset: added to the timesteps under leading spacing.
+    final_alpha_cumprod is a^2 at the end of the last step: 1 (clean data), or alphas_cumprod[0] for
+    schedulers with `set_alpha_to_one=False` or `final_sigmas_type="sigma_min"`. The prediction type
+    is "epsilon", "v_prediction" or "sample", and the spacing "leading", "trailing" or "linspace"
+    (arXiv 2305.08891, table 2). The offset is added to the timesteps under leading spacing.
     """
 
     alphas_cumprod: Tensor
@@ -84,16 +64,12 @@ class VPPath:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VPPath:
-        """Builds the path from the config of a DDIM, DDPM, PNDM, Euler, DPM-Solver or other
-        discrete VP scheduler.
+        """The path of a discrete VP scheduler's config: DDIM, DDPM, PNDM, Euler, DPM-Solver or other.
 
-        A key that is missing in the config takes the default of the scheduler class that the config
-        names (DDIM's if it names none). Settings of a sampler rather than of the model (Karras
-        sigmas, solver orders, float timesteps) are ignored.
-
-        Raises:
-            EtudeError: the scheduler is not a discrete VP one, or its schedule or prediction type
-                is unknown.
+        A missing key takes the default of the scheduler class that the config names (DDIM's if it
+        names none). Settings of a sampler rather than of the model (Karras sigmas, solver orders,
+        float timesteps) are ignored. Raises EtudeError for another scheduler, and for an unknown
+        schedule or prediction type.
         """
         defaults = scheduler_defaults(config)
         values = {**defaults, **{k: v for k, v in config.items() if v is not None or k not in defaults}}
@@ -124,18 +100,15 @@ class VPPath:
         return alpha.sqrt(), (1 - alpha).sqrt()
 
     def timesteps(self, num_steps: int, spacing: str | None = None) -> Tensor:
-        """The N timesteps (int64, descending) that diffusers' DDIM visits under the spacing (arXiv
-        2305.08891).
+        """The N timesteps (int64, descending) that diffusers' DDIM visits (arXiv 2305.08891).
 
             leading    i (T // N) + steps_offset
             trailing   round(T - i T / N) - 1
             linspace   round(i (T - 1) / (N - 1))
 
         One step under linspace starts at T - 1 (diffusers starts it at 0, where the network expects
-        clean data).
-
-        Raises:
-            EtudeError: N is not in 1..T, the spacing is unknown, or the offset leads past T - 1.
+        clean data). Raises EtudeError if N is not in 1..T, the spacing is unknown, or the offset
+        leads past T - 1.
         """
         spacing = self.timestep_spacing if spacing is None else spacing
         total = self.num_train_timesteps
@@ -161,22 +134,15 @@ class VPPath:
         return torch.from_numpy(steps.astype(np.int64).copy())
 
     def grid(self, num_steps: int, spacing: str | None = None) -> Grid:
-        """The levels of an N-step sampler.
+        """The levels of an N-step sampler, under the config's spacing or another.
 
         Every step goes to the **next timestep of the grid**, and the last one to the final level.
         diffusers' DDIM goes to t - T // N instead. The two agree under leading spacing and, where N
         divides T, under trailing spacing. Under linspace (and trailing with another N) diffusers'
         target is not the level from which the next step starts, so the network would read a state
-        at a noise level that the state does not have.
-
-        Args:
-            num_steps: N.
-            spacing: as in `timesteps`. Default: the config's own.
-
-        Raises:
-            EtudeError: as in `timesteps`; the grid starts at zero terminal SNR (a = 0) with an
-                epsilon-predicting network, whose output says nothing about x0 there; or it passes a
-                level without noise (s = 0).
+        at a noise level that the state does not have. Raises EtudeError as `timesteps`, for a level
+        without noise, and for zero terminal SNR (a = 0) with a network that predicts epsilon, which
+        says nothing about x0 there.
         """
         timesteps = self.timesteps(num_steps, spacing)
         alpha = torch.cat([self.alphas_cumprod[timesteps], torch.tensor([self.final_alpha_cumprod]).double()])
@@ -193,16 +159,10 @@ class VPPath:
 
 @dataclass(frozen=True, eq=False)
 class FlowPath:
-    """Rectified flow (arXiv 2209.03003) as Stable Diffusion 3 and FLUX are trained: a = 1 - sigma,
-    s = sigma.
+    """Rectified flow (arXiv 2209.03003): a = 1 - sigma, s = sigma, and a network for eps - x0.
 
-    The network predicts the velocity eps - x0. The scheduler chooses the levels that a sampler
-    visits, so the levels come from diffusers' own `FlowMatchEulerDiscreteScheduler`, under any
-    shift of its config.
-
-    Attributes:
-        config: every option of that scheduler; make it with `from_config`, which fills in the
-            defaults.
+    The levels are those of diffusers' own `FlowMatchEulerDiscreteScheduler`, under any shift;
+    `config` holds every option of it.
     """
 
     config: Mapping[str, Any]
@@ -210,15 +170,11 @@ class FlowPath:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FlowPath:
-        """Builds the path from a FlowMatch scheduler's config; a missing key takes the default.
+        """The path of a FlowMatch scheduler's config; a missing key takes the default.
 
         `stochastic_sampling` is ignored: it says how the scheduler steps between the levels, and
-        here the kernel does.
-
-        Raises:
-            EtudeError: the config is another scheduler's; diffusers refuses its options; or it sets
-                `invert_sigmas` (Mochi), where the levels and the network's timesteps count the
-                signal, from 0 to 1.
+        here the kernel does. Another scheduler's config, options that diffusers refuses, and
+        `invert_sigmas` (Mochi: levels count the signal, from 0 to 1) raise EtudeError.
         """
         from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -241,75 +197,51 @@ class FlowPath:
             raise EtudeError(f"diffusers refuses the flow scheduler's config ({brief(error)}): mend it.") from error
         return cls({key: scheduler.config[key] for key in sorted(options)})
 
-    @property
-    def num_train_timesteps(self) -> int:
-        """The network's timestep at a level divided by the level, sigma."""
-        return int(self.config["num_train_timesteps"])
-
-    @property
-    def needs_mu(self) -> bool:
-        """Whether the levels depend on the resolution; `grid` then needs a mu."""
-        return bool(self.config["use_dynamic_shifting"])
-
     def grid(self, num_steps: int, sigmas: Sequence[float] | None = None, mu: float | None = None) -> Grid:
         """The levels of an N-step sampler: those of diffusers' `set_timesteps`, then 0.
 
         diffusers computes sigma in fp32. The grid holds the same values in fp64, with a = 1 - sigma
         exact. Under the usual shift every level is `shift sigma / (1 + (shift - 1) sigma)`. Under a
         dynamic shift it is `exp(mu) / (exp(mu) + 1 / sigma - 1)`, or has mu in place of exp(mu)
-        (`time_shift_type` "linear").
-
-        Args:
-            num_steps: N.
-            sigmas: N levels before the shift, in (0, 1], from noise to data. Default: evenly
-                spaced.
-            mu: the shift for the resolution. Required with `use_dynamic_shifting`, and otherwise
-                ignored, because pipelines always pass it.
-
-        Raises:
-            EtudeError: N is not a whole number of at least 1; sigmas are not N falling levels; mu
-                is missing; or the config's options lead to a level that is not in (0, 1].
+        (`time_shift_type` "linear"). Without `use_dynamic_shifting` mu is ignored, because
+        pipelines always pass it. `sigmas` are N falling levels before the shift, in (0, 1].
+        Default: evenly spaced. Raises EtudeError if N is not a whole number of at least 1, sigmas
+        do not fit, mu is missing, or the config's options lead to a level that is not in (0, 1].
         """
         from diffusers import FlowMatchEulerDiscreteScheduler
 
-        if isinstance(num_steps, bool) or int(num_steps) != num_steps or num_steps < 1:
-            raise EtudeError(f"{num_steps} sampling steps cannot be taken: give a whole number of at least 1.")
-        levels = None if sigmas is None else _checked_sigmas(sigmas, int(num_steps))
+        count = whole_steps(num_steps)
+        levels = None if sigmas is None else [float(sigma) for sigma in sigmas]
+        if levels is not None and not (
+            len(levels) == count and all(1 >= sooner > later for sooner, later in pairwise([*levels, 0.0]))
+        ):
+            raise EtudeError(
+                f"the sigmas {_shorten(levels)} do not give {count} steps: give {count} falling numbers above 0 "
+                "and at most 1, without the final 0."
+            )
         check_mu(self.config, mu)
         scheduler = FlowMatchEulerDiscreteScheduler(**self.config)
         with np.errstate(all="ignore"):  # flow_grid refuses overflows and divisions by 0
-            scheduler.set_timesteps(int(num_steps), sigmas=levels, mu=mu if self.needs_mu else None)
+            scheduler.set_timesteps(count, sigmas=levels, mu=mu if self.config["use_dynamic_shifting"] else None)
         return flow_grid(scheduler.timesteps, scheduler.sigmas)
 
 
-Path = VPPath | FlowPath
-
-
-def path_from_config(config: Mapping[str, Any]) -> Path:
-    """The path of a model by the class of its scheduler: rectified flow for a FlowMatch one, else
-    VP.
-
-    Raises:
-        EtudeError: as in `FlowPath.from_config` and `VPPath.from_config`.
-    """
-    return FlowPath.from_config(config) if is_flow_config(config) else VPPath.from_config(config)
+def whole_steps(num_steps: int) -> int:
+    """The number of steps as an int; an EtudeError unless it is a whole number of at least 1."""
+    if isinstance(num_steps, bool) or int(num_steps) != num_steps or num_steps < 1:
+        raise EtudeError(f"{num_steps} sampling steps cannot be taken: give a whole number of at least 1.")
+    return int(num_steps)
 
 
 def is_flow_config(config: Mapping[str, Any]) -> bool:
-    """Whether a config is that of a rectified-flow (FlowMatch) scheduler.
-
-    The config of a scheduler that was built in code has no class name; its options decide then.
-    """
+    """Whether a config is that of a rectified-flow (FlowMatch) scheduler."""
+    # The config of a scheduler that was built in code has no class name; its options decide then.
     name = config.get("_class_name")
     return str(name).startswith("FlowMatch") if name else "shift" in config and "beta_start" not in config
 
 
 def check_mu(config: Mapping[str, Any], mu: float | None) -> None:
-    """Checks that mu is there if the levels depend on the resolution, and that it is finite.
-
-    Raises:
-        EtudeError: mu is missing, or is not a finite number.
-    """
+    """Raises EtudeError unless mu is there if the levels depend on the resolution, and is finite."""
     if config["use_dynamic_shifting"] and mu is None:
         raise EtudeError(
             "the scheduler shifts its levels with the resolution (use_dynamic_shifting), but no mu was given: pass mu, "
@@ -323,10 +255,7 @@ def flow_grid(timesteps: Tensor, sigmas: Tensor) -> Grid:
     """The grid of a flow scheduler's timesteps `[N]` and sigmas `[N + 1]`, held in fp64 on the CPU.
 
     A sigma within 1e-6 of 1 becomes exactly 1, pure noise: a shift in fp32 may round 1 to a
-    neighbouring number, and a kernel would divide by 1 - sigma.
-
-    Raises:
-        EtudeError: a step starts from a level that is not in (0, 1], or the levels do not fall.
+    neighbouring number, and a kernel would divide by 1 - sigma. Levels must fall, from (0, 1].
     """
     s = sigmas.detach().cpu().double()
     s = torch.where((s - 1).abs() <= 1e-6, 1.0, s)
@@ -339,30 +268,13 @@ def flow_grid(timesteps: Tensor, sigmas: Tensor) -> Grid:
     return Grid(timesteps.detach().cpu().float(), 1 - s, s)
 
 
-def _checked_sigmas(sigmas: Sequence[float], num_steps: int) -> list[float]:
-    levels = [float(sigma) for sigma in sigmas]
-    falling = all(later < sooner for sooner, later in pairwise(levels))
-    if len(levels) != num_steps or not falling or not all(0 < level <= 1 for level in levels):
-        raise EtudeError(
-            f"the sigmas {_shorten(levels)} do not give {num_steps} steps: give {num_steps} falling numbers above 0 "
-            "and at most 1, without the final 0."
-        )
-    return levels
-
-
 def _shorten(values: list[float]) -> str:
     texts = [f"{value:g}" for value in values]
     return ", ".join(texts if len(texts) <= 6 else [*texts[:3], "...", *texts[-2:]])
 
 
 def scheduler_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor defaults of the diffusers scheduler that the config names.
-
-    DDIM's defaults are taken if the config names no class, or one that diffusers does not have.
-
-    Raises:
-        EtudeError: the scheduler is not a variance preserving one.
-    """
+    """The constructor defaults of the VP scheduler that the config names; DDIM's if diffusers has none such."""
     import diffusers
 
     name = config.get("_class_name")
@@ -386,26 +298,22 @@ def _alphas_cumprod(values: Mapping[str, Any]) -> Tensor:
         chosen["trained_betas"] = [float(beta) for beta in chosen["trained_betas"]]
     schedule = chosen.get("beta_schedule", "linear")
     # Some schedules exist in few classes, of which one is named here; the others exist in DDIM's.
-    builder: Any = {"sigmoid": DDPMScheduler, "laplace": DDPMScheduler, "exp": HeunDiscreteScheduler}.get(
-        schedule, DDIMScheduler
-    )
+    special = {"sigmoid": DDPMScheduler, "laplace": DDPMScheduler, "exp": HeunDiscreteScheduler}
+    builder: Any = special.get(schedule, DDIMScheduler)
     if builder is HeunDiscreteScheduler:
         chosen.pop("rescale_betas_zero_snr", None)
     try:
         return builder(**chosen).alphas_cumprod.double()
     except NotImplementedError as error:
         raise EtudeError(
-            f"beta_schedule '{schedule}' is not one that diffusers knows: use linear, scaled_linear, "
-            "squaredcos_cap_v2 or sigmoid."
+            f"beta_schedule '{schedule}' is not one that diffusers knows: use linear, scaled_linear, squaredcos_cap_v2 or sigmoid."
         ) from error
 
 
 def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
-    """A coefficient as a tensor of `like`'s dtype and device that broadcasts over its samples.
+    """A coefficient in the dtype and on the device of `like`, shaped to broadcast over its samples.
 
-    A scalar becomes `[1, 1, ..]` and a `[n]` vector `[n, 1, ..]`, so that both go through the same
-    arithmetic and give the same bits. A tensor of more dimensions stays as it is. A tensor that is
-    on the device already causes no synchronisation.
+    A scalar becomes `[1, 1, ..]` and a `[n]` vector `[n, 1, ..]`, so that both give the same bits.
     """
     tensor = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     return tensor.reshape(-1, *[1] * (like.ndim - 1)) if tensor.ndim < 2 else tensor
@@ -414,7 +322,7 @@ def per_sample(value: Tensor | float, like: Tensor) -> Tensor:
 def to_x0_eps(
     model_output: Tensor, x: Tensor, a: Tensor | float, s: Tensor | float, prediction_type: str
 ) -> tuple[Tensor, Tensor]:
-    """(x0_hat, eps_hat) with x = a x0_hat + s eps_hat, from the network's prediction.
+    """(x0_hat, eps_hat) with x = a x0_hat + s eps_hat, from the network's output, shaped like x `[n, ...]`.
 
         epsilon        x0 = (x - s e) / a        eps = e
         v_prediction   x0 = a x - s v            eps = a v + s x
@@ -422,16 +330,7 @@ def to_x0_eps(
         flow           x0 = (x - s v) / (a + s)  eps = (x + a v) / (a + s)
 
     Computed and returned in fp32, for any dtype of the network (in fp64 if the latents are fp64).
-
-    Args:
-        model_output: the network's output, `[n, ...]`, any floating dtype.
-        x: the latents, same shape.
-        a: signal coefficient at the level of `x`, a scalar or `[n]`.
-        s: noise coefficient, likewise.
-        prediction_type: one of the four above.
-
-    Raises:
-        EtudeError: the prediction type is unknown.
+    The level (a, s) of x is scalars or `[n]`.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     output, x = model_output.to(dtype), x.to(dtype)

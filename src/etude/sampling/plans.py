@@ -1,16 +1,10 @@
 """Plans: a sampler as a list of Gaussian transitions.
 
-Training and deployment differ only in this list.
-
     plan      = [(kernel_0, trained_0), ..., (kernel_{N-1}, trained_{N-1})]
     plan(grid) = a table of c_x0[i], c_eps[i], std[i]:   x_{i+1} = c_x0[i] x0_hat + c_eps[i] eps_hat + std[i] z
 
-`SamplingPlan` is the list, and `SamplingPlan.tabulate` computes its coefficients once, on the
-levels of a grid. The sampling loop only indexes the resulting `StepTable` by the integer step: no
-level is ever looked up from a timestep.
-
-A plan may end in a compressed tail (MixGRPO-Flash, arXiv 2507.21802): M steps of DPM-Solver++(2M)
-lead from the last of the plan's steps to the last level, on M of the grid's own levels.
+Training and deployment differ only in this list. The sampling loop indexes the table by the integer
+step: no level is ever looked up from a timestep.
 """
 
 from __future__ import annotations
@@ -22,8 +16,8 @@ import torch
 from torch import Tensor
 
 from etude.errors import EtudeError
-from etude.sampling.kernels import GDDIM, Coefficients, Kernel, Transition, apply
-from etude.sampling.paths import Grid
+from etude.sampling.kernels import GDDIM, Coefficients, Kernel, Level, Transition, apply
+from etude.sampling.paths import Grid, whole_steps
 
 ODE = GDDIM(eta=0.0)
 FIRST_STEPS = ("ode", "sde", "capped")
@@ -39,22 +33,14 @@ class Step:
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """The list of steps from noise to data.
+    """The list of steps from noise to data, at least one.
 
-    Attributes:
-        steps: one entry per step, from the first level on.
-        first_step: the treatment of a step that starts at pure noise (a = 0: zero terminal SNR).
-            There any eta > 0 redraws all the noise at once, discontinuously in eta. "ode" makes it
-            an ODE step that is not trained; "sde" keeps its kernel; "capped" keeps it too, except
-            for a kernel whose noise is infinite there (`Kernel.capped`). Default: "ode".
-        tail_steps: M, the number of DPM-Solver++(2M) steps that follow `steps` down to the last
-            level. Default: 0.
-        grid_steps: N, the number of steps of the plan's grid, at least `len(steps) + tail_steps`.
-            Default: exactly that.
+    At a step from pure noise (a = 0: zero terminal SNR) any eta > 0 redraws all the noise at once,
+    discontinuously in eta. `first_step` "ode" makes it an ODE step that is not trained; "sde" keeps
+    its kernel; "capped" keeps it too, except where its noise is infinite (`Kernel.capped`).
 
-    Raises:
-        EtudeError: there is no step, `first_step` is unknown, or steps and tail do not fit the
-            grid.
+    `tail_steps` of DPM-Solver++(2M) follow down to the last level, on levels of the plan's grid
+    (MixGRPO-Flash, arXiv 2507.21802). The grid has `grid_steps` steps. Default: steps and tail.
     """
 
     steps: tuple[Step, ...]
@@ -76,22 +62,18 @@ class SamplingPlan:
             )
         if self.grid_size < self.num_steps:
             raise EtudeError(
-                f"{len(self.steps)} steps and a tail of {self.tail_steps} do not fit a grid of {self.grid_size}: "
-                "shorten the tail."
+                f"{len(self.steps)} steps and a tail of {self.tail_steps} do not fit a grid of {self.grid_size}: shorten the tail."
             )
 
     @classmethod
     def ode(cls, num_steps: int) -> SamplingPlan:
         """A plan for deployment: every step is the probability-flow ODE (DDIM at eta 0)."""
-        return cls((Step(ODE),) * _count(num_steps))
+        return cls((Step(ODE),) * whole_steps(num_steps))
 
     @classmethod
     def sde(cls, num_steps: int, kernel: Kernel, trained: bool = True, first_step: str = "ode") -> SamplingPlan:
-        """A plan with one kernel at every step.
-
-        Trained, it is the plan of DDPO; otherwise the SDE side of the reward gap.
-        """
-        return cls((Step(kernel, trained),) * _count(num_steps), first_step)
+        """A plan with one kernel at every step: trained for DDPO, untrained for the reward gap."""
+        return cls((Step(kernel, trained),) * whole_steps(num_steps), first_step)
 
     @classmethod
     def window(
@@ -103,25 +85,13 @@ class SamplingPlan:
         first_step: str = "ode",
         compression: float | None = None,
     ) -> SamplingPlan:
-        """The plan of MixGRPO (arXiv 2507.21802): a trained window, and the ODE elsewhere.
+        """The plan of MixGRPO (arXiv 2507.21802): `size` steps from step `start` on, and else the ODE.
 
-        The window holds the steps start..start + size - 1.
-
-        Args:
-            num_steps: N.
-            kernel: the kernel of all steps in the window, or a list with one for each.
-            start: first step of the window.
-            size: number of steps in the window.
-            first_step: as in the class.
-            compression: in (0, 1], for MixGRPO-Flash: max(1, round(K compression)) steps of
-                DPM-Solver++(2M) replace the K ODE steps after the window. A window that ends with
-                the last step has no tail. Default: no compression.
-
-        Raises:
-            EtudeError: the window is empty or leaves the N steps, there is not one kernel per step,
-                or the compression is not in (0, 1].
+        The window has one kernel, or one for each of its steps. A compression c in (0, 1] is
+        MixGRPO-Flash's: max(1, round(c K)) steps of DPM-Solver++(2M) replace the K ODE steps after
+        the window, if there are any.
         """
-        count = _count(num_steps)
+        count = whole_steps(num_steps)
         if not (size >= 1 and start >= 0 and start + size <= count):
             raise EtudeError(
                 f"a window of {size} steps from step {start} does not fit in {count} steps: it needs a size of at "
@@ -130,12 +100,15 @@ class SamplingPlan:
         kernels = [kernel] * size if isinstance(kernel, Kernel) else kernel
         if len(kernels) != size:
             raise EtudeError(f"{len(kernels)} kernels for a window of {size} steps: give one, or one for each step.")
-        before, inside = (Step(ODE),) * start, tuple(Step(one, True) for one in kernels)
+        if compression is not None and not 0 < compression <= 1:
+            raise EtudeError(
+                f"compression = {compression}: the share of the steps after the window that are kept is above 0 and at most 1."
+            )
         rest = count - start - size
-        tail = _tail_length(rest, compression)
-        if tail == 0:
-            return cls(before + inside + (Step(ODE),) * rest, first_step)
-        return cls(before + inside, first_step, tail, count)
+        steps = (Step(ODE),) * start + tuple(Step(one, True) for one in kernels)
+        if compression is None or rest == 0:
+            return cls(steps + (Step(ODE),) * rest, first_step)
+        return cls(steps, first_step, max(1, round(rest * compression)), count)
 
     @classmethod
     def from_etas(
@@ -161,13 +134,8 @@ class SamplingPlan:
     def tabulate(self, grid: Grid, dtype: torch.dtype = torch.float32) -> StepTable:
         """The plan's coefficients on the grid: computed in fp64 on the CPU, stored in `dtype`.
 
-        Args:
-            grid: the whole grid of `grid_size` steps, also where a tail skips some of its levels.
-            dtype: dtype of the table. Default: fp32.
-
-        Raises:
-            EtudeError: plan and grid differ in length, or a kernel's eta is illegal at one of its
-                steps; the error names the largest eta that is legal at all of them.
+        The grid has `grid_size` steps, also where a tail skips some of its levels. The EtudeError
+        for an illegal eta names the largest eta that is legal at all steps of its kernel's class.
         """
         if grid.num_steps != self.grid_size:
             raise EtudeError(
@@ -181,10 +149,13 @@ class SamplingPlan:
             self._out_of_noise(step.kernel) if start else step.kernel
             for step, start in zip(self.steps, from_noise, strict=True)
         ]
-        self._check_etas(kernels, grid)
         x0, eps, std = (torch.empty(count, dtype=torch.float64) for _ in range(3))
         for kernel in set(kernels):
-            at, source, target = _steps_of({kernel}, kernels, grid)
+            at, source, target = _steps_of([other == kernel for other in kernels], grid)
+            if kernel.eta > kernel.largest_eta(source, target) * (1 + 1e-12):
+                _, source, target = _steps_of([type(other) is type(kernel) for other in kernels], grid)
+                where = f"all {type(kernel).__name__} steps of these {self.grid_size}-step samples"
+                raise kernel.beyond(kernel.largest_eta(source, target), where)
             coefficients = kernel.coefficients(source, target)
             x0[at], eps[at], std[at] = coefficients.x0, coefficients.eps, coefficients.std
         std = std.to(dtype)
@@ -197,43 +168,20 @@ class SamplingPlan:
         return StepTable(*levels, x0.to(dtype), eps.to(dtype), std, trained, stochastic, tail)
 
     def _out_of_noise(self, kernel: Kernel) -> Kernel:
-        """The kernel to use at a step that starts at pure noise, as `first_step` says."""
+        """The kernel of a step that starts at pure noise."""
         if self.first_step == "ode":
             return ODE
         return kernel.capped() if self.first_step == "capped" else kernel
-
-    def _check_etas(self, kernels: list[Kernel], grid: Grid) -> None:
-        """Checks that each kernel allows its eta at all its steps.
-
-        Raises:
-            EtudeError: one does not; the error names the largest eta that is legal at all steps of
-                its class.
-        """
-        for kernel in set(kernels):
-            _, source, target = _steps_of({kernel}, kernels, grid)
-            if kernel.eta > kernel.largest_eta(source, target) * (1 + 1e-12):
-                alike = {other for other in kernels if type(other) is type(kernel)}
-                _, source, target = _steps_of(alike, kernels, grid)
-                where = f"all {type(kernel).__name__} steps of these {self.grid_size}-step samples"
-                raise kernel.beyond(kernel.largest_eta(source, target), where)
 
 
 @dataclass(frozen=True, eq=False)
 class StepTable:
     """The tensors that a sampling loop indexes by the integer step, on one device.
 
-    Attributes:
-        timesteps: `[N]`, the network's timesteps.
-        a: `[N + 1]`, the levels' signal coefficients; step i goes from a[i], s[i] to a[i + 1],
-            s[i + 1].
-        s: `[N + 1]`, the levels' noise coefficients.
-        x0: `[N]`, the coefficient of x0_hat.
-        eps: `[N]`, the coefficient of eps_hat.
-        std: `[N]`, the coefficient of the noise.
-        trained: per step, whether it is trained (only stochastic steps are).
-        stochastic: per step, whether std > 0 as stored.
-        tail: the levels of the DPM-Solver++(2M) steps that follow, from the end of step N - 1 to
-            the last level. Default: no tail.
+    Step i goes from level a[i], s[i] to a[i + 1], s[i + 1] (`[N + 1]` each). It calls the network
+    at timesteps[i] and moves with the coefficients x0[i], eps[i] and std[i] (`[N]` each) of x0_hat,
+    eps_hat and the noise. It is stochastic if std > 0 as stored; only then can it be trained. The
+    tail holds the levels of the DPM-Solver++(2M) steps that follow, from the end of step N - 1.
     """
 
     timesteps: Tensor
@@ -258,10 +206,7 @@ class StepTable:
 
     @property
     def prefix_steps(self) -> int:
-        """Number of deterministic steps before the first stochastic one.
-
-        In these steps equal initial noise gives equal states.
-        """
+        """Number of steps before the first stochastic one; there equal initial noise gives equal states."""
         return next((i for i, random in enumerate(self.stochastic) if random), self.num_steps)
 
     @property
@@ -270,27 +215,17 @@ class StepTable:
         return tuple(i for i, flag in enumerate(self.trained) if flag)
 
     def to(self, device: torch.device | str) -> StepTable:
-        """The same table on another device.
-
-        The tail's a and s stay on the CPU, where its solver reads them.
-        """
+        """The same table on another device; the tail's a and s stay on the CPU, where its solver reads them."""
         names = ("timesteps", "a", "s", "x0", "eps", "std")
         tail = self.tail and replace(self.tail, timesteps=self.tail.timesteps.to(device))
         return replace(self, **{name: getattr(self, name).to(device) for name in names}, tail=tail)
 
     def transition(self, step: int | Tensor, x0_hat: Tensor, eps_hat: Tensor) -> Transition:
-        """The Gaussian of the state after `step`, without synchronising the device.
+        """The Gaussian of the state after `step`, from a pair `[n, ...]`, without synchronising the device.
 
-        Args:
-            step: one step for the whole batch, or int64 `[n]` with each sample's step (as in a
-                replay batch); both give the same bits. With a `[n]` on the CPU, `log_prob` knows
-                which steps are stochastic without asking the device. Avoid a scalar tensor:
-                indexing with it reads its value back from the device.
-            x0_hat: `[n, ...]`.
-            eps_hat: `[n, ...]`.
-
-        Raises:
-            EtudeError: an integer (or CPU tensor) step is not in 0..N-1.
+        `step` is one for the whole batch, or int64 `[n]` with each sample's; both give the same
+        bits. With a `[n]` on the CPU, `log_prob` knows which steps are stochastic without asking
+        the device. Avoid a scalar tensor: indexing with it reads its value back from the device.
         """
         if isinstance(step, int) or step.device.type == "cpu":
             indices = {step} if isinstance(step, int) else set(step.reshape(-1).tolist())
@@ -302,38 +237,14 @@ class StepTable:
         return apply(Coefficients(self.x0[step], self.eps[step], self.std[step]), x0_hat, eps_hat, stochastic)
 
 
-def _count(num_steps: int) -> int:
-    if isinstance(num_steps, bool) or int(num_steps) != num_steps or num_steps < 1:
-        raise EtudeError(f"{num_steps} sampling steps cannot be taken: give a whole number of at least 1.")
-    return int(num_steps)
-
-
-def _tail_length(steps: int, compression: float | None) -> int:
-    """Length of the tail that replaces `steps` steps: max(1, round(steps * compression)).
-
-    It is 0 if there is no step to replace or no compression.
-    """
-    if compression is not None and not 0 < compression <= 1:
-        raise EtudeError(
-            f"compression = {compression}: the share of the steps after the window that are kept is above 0 and "
-            "at most 1."
-        )
-    return 0 if compression is None or steps == 0 else max(1, round(steps * compression))
-
-
 def _tail(grid: Grid, start: int, count: int) -> Grid:
-    """The grid of `count` steps from level `start` to the last.
-
-    Its levels are the grid's own, evenly spaced by index.
-    """
+    """The grid of `count` steps from level `start` to the last, on its own levels, evenly spaced by index."""
     length = grid.num_steps - start
     at = torch.tensor([start + (2 * i * length + count) // (2 * count) for i in range(count + 1)])
     return Grid(grid.timesteps[at[:-1]], grid.a[at], grid.s[at])
 
 
-def _steps_of(
-    chosen: set[Kernel], kernels: list[Kernel], grid: Grid
-) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The steps that use the chosen kernels, with their source and target levels."""
-    at = torch.tensor([i for i, kernel in enumerate(kernels) if kernel in chosen])
+def _steps_of(chosen: list[bool], grid: Grid) -> tuple[Tensor, Level, Level]:
+    """The chosen steps, with their source and target levels."""
+    at = torch.tensor([i for i, one in enumerate(chosen) if one])
     return at, (grid.a[at], grid.s[at]), (grid.a[at + 1], grid.s[at + 1])

@@ -28,12 +28,8 @@ def replay(
 ) -> tuple[Transition, Tensor]:
     """The transitions of stored (sample, step) pairs under the current weights, and their targets.
 
-    Nothing is read back from an accelerator.
-
-    Args:
-        rows: int64 `[m]`, indices of samples.
-        columns: int64 `[m]`, indices into `trajectory.steps`, the trained steps.
-        conditioning: the conditioning of all samples of the trajectory.
+    `rows` are indices of samples and `columns` indices into `trajectory.steps`, int64 `[m]`; the
+    conditioning is that of all samples. Nothing is read back from an accelerator.
 
     Example:
         >>> import etude, torch
@@ -71,18 +67,11 @@ def replay_log_prob(
 ) -> list[Tensor]:
     """Replaces the rollout's log-probabilities by those of a replay under the present weights.
 
-    A second replay of the same pairs in the same micro-batches computes the same bits. Its ratios
-    are then exactly 1, whatever the precision and the batches of sampling were: the images count as
-    if the present policy had drawn them.
-
-    Args:
-        batches: for each optimiser step the rows and columns of its pairs, as in `replay`. A pair
-            in several steps gets its log-probability from the first of them.
-        batch_size: size of the replay's micro-batches.
-        on_step: called with the number of pairs that were just replayed.
-
-    Returns:
-        `exp(log_prob - the rollout's log_prob)` of each micro-batch, in no particular order.
+    A second replay of the same pairs in the same micro-batches computes the same bits, with ratios
+    of exactly 1, whatever the precision and the batches of sampling were. `batches` holds the rows
+    and columns of each optimiser step. A pair in several steps gets its log-probability from the
+    first of them. Returns the ratios exp(log_prob - the rollout's log_prob) of each micro-batch, in
+    no particular order.
     """
     ratios = []
     for rows, columns in reversed(batches):

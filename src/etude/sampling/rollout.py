@@ -1,11 +1,7 @@
 """The rollout: plan + policy + noise -> trajectory.
 
-One function, `denoise`, computes both a step of the rollout and a micro-batch of the replay
-(`etude.sampling.replay`). With unchanged weights and the same batch shape the two give the same
-bits, so the importance ratio of the first update is exactly 1.
-
-Images of one prompt that start from the same noise have the same states until the first stochastic
-step. These steps are computed once for all of them.
+`denoise` computes both a step of the rollout and a micro-batch of the replay. With unchanged
+weights and the same batch shape the two give the same bits: the first update's ratio is exactly 1.
 """
 
 from __future__ import annotations
@@ -30,22 +26,13 @@ from etude.sampling.tail import multistep_tail
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The result of a rollout: the images' latents, and the data for a replay of the trained steps.
+    """The final latents of a rollout, fp32 `[n, ...]`, and what a replay of its K trained `steps` needs.
 
-    The fields are fixed, but `store` and `replay_log_prob` write into the tensors.
-
-    Attributes:
-        latents: final latents, fp32 `[n, ...]`.
-        steps: the K trained steps.
-        states: `x` at the source and the target of each trained step, fp32 `[n, L, ...]`, each
-            level once.
-        log_prob: fp32 `[n, K]`.
-        step_index: the trained steps as a tensor on the device, int64 `[K]`.
-        level_index: the index in `states` of each trained step's source, int64 `[K]`; the target is
-            at the next index.
-        levels: the L levels that `states` holds.
-        reference_mean: the reference model's means of the trained steps, fp32 `[n, K, ...]`.
-            Default: None, not computed.
+    `states`, fp32 `[n, L, ...]`, holds x at the source and target of each trained step, each of the
+    L `levels` once. `step_index` and `level_index`, int64 `[K]` on the device, are the trained
+    steps and the places in `states` of their sources; a target is in the next place. `log_prob` is
+    `[n, K]`. `reference_mean` `[n, K, ...]` are the reference model's means, if there is one. The
+    fields are fixed, but `rollout` and `replay_log_prob` write into the tensors.
     """
 
     latents: Tensor
@@ -57,21 +44,11 @@ class Trajectory:
     levels: tuple[int, ...]
     reference_mean: Tensor | None = None
 
-    def store(self, rows: slice, step: int, x: Tensor, target: Tensor, log_prob: Tensor) -> None:
-        """Writes one trained step of some rows: source state, target state and log-probability."""
-        level = self.levels.index(step)
-        self.states[rows, level], self.states[rows, level + 1] = x, target
-        self.log_prob[rows, self.steps.index(step)] = log_prob
-
 
 def denoise(
     policy: Policy, table: StepTable, step: int | Tensor, x: Tensor, conditioning: Conditioning, guidance_scale: float
 ) -> Transition:
-    """The Gaussian transition out of `x` `[n, ...]`.
-
-    Args:
-        step: one step for all samples, or int64 `[n]` with one for each.
-    """
+    """The Gaussian transition out of `x` `[n, ...]` at one step for all samples, or `[n]` with one for each."""
     steps = torch.full((len(x),), step, device=x.device) if isinstance(step, int) else step
     output = policy.predict(x, table.timesteps[steps], conditioning, guidance_scale)
     x0_hat, eps_hat = to_x0_eps(output, x, table.a[steps], table.s[steps], policy.prediction_type)
@@ -99,28 +76,19 @@ def rollout(
 
     Args:
         samples: global index of each row, the key of the noise in its stochastic steps.
-        batch_size: largest number of rows in a network call; lowered where so many rows do not fit
-            into memory.
-        reduction: how a log-probability combines the latent dimensions, "mean" or "sum". Default:
-            "mean".
-        reference: makes a context inside which the policy is the reference model
-            (`TrainablePolicy.reference`). The rollout then also computes the reference's means at
-            the same states, for the KL. Default: None, no means.
+        batch_size: largest number of rows in a network call; lowered where memory runs out.
+        reduction: how a log-probability combines the latent dimensions, "mean" or "sum".
+        reference: makes a context inside which the policy is the reference model, whose means at
+            the same states are then computed too, for the KL.
         on_step: called with the number of images that just made one step.
-        noise_samples: key of each row's initial noise; rows with the same key start from the same
-            noise. Default: `samples`.
+        noise_samples: key of each row's initial noise. Default: `samples`.
         prompts: the prompt of each row, or any key that tells prompts apart. Rows of equal initial
-            noise and equal prompt then share the steps before the first stochastic one, which are
-            computed once. The images do not change: bit for bit where the network's batches have
-            the same size, and up to rounding otherwise. Default: each row computes all its steps.
-        starts: number of starting states to compute. Under FSDP every process must call the network
-            equally often: all pass the largest number that any needs (`most_starts`), and compute
-            copies to reach it. Default: one for each distinct start.
-        on_rows: called with the rows of each micro-batch and their final latents as soon as these
-            are known.
-
-    Raises:
-        EtudeError: `noise_samples` or `prompts` does not have one entry per row.
+            noise and equal prompt then share the steps before the first stochastic one. The images
+            do not change: bit for bit where the network's batches have the same size, and up to
+            rounding otherwise. Default: each row computes all its steps.
+        starts: number of starting states to compute, with copies if need be: under FSDP every process
+            must call the network equally often (`most_starts`). Default: one a distinct start.
+        on_rows: called with the rows and the final latents of each micro-batch when it is done.
 
     Example:
         >>> import etude
@@ -138,17 +106,43 @@ def rollout(
         raise EtudeError(f"{len(keys)} keys of the initial noise do not fit {len(samples)} samples: give one each.")
     if prompts is not None and len(prompts) != len(samples):
         raise EtudeError(f"{len(prompts)} prompts do not fit {len(samples)} samples: give one each.")
-    trajectory = _empty(policy, table, len(samples), reference is not None)
-    batches = MicroBatch.of(batch_size)
-    origin = list(range(len(keys))) if prompts is None else origins(keys, prompts)
-    # `trajectory.latents` first holds the state from which each row continues, then its final
-    # latents.
-    first = _begin(
-        policy, table, conditioning, noise, keys, origin, starts, guidance_scale, batches, on_step, trajectory.latents
-    )
+    trajectory, batches = _empty(policy, table, len(samples), reference is not None), MicroBatch.of(batch_size)
+    latents = trajectory.latents  # first the states from which the rows continue on their own
+
+    def begin() -> int:
+        """Fills the latents with the starting states; returns the step at which the rows continue."""
+        # The number of network calls depends on `starts` and the number of rows alone.
+        seen: dict[tuple[Hashable, Hashable], int] = {}
+        marks = range(len(keys)) if prompts is None else prompts
+        origin = [seen.setdefault(start, row) for row, start in enumerate(zip(keys, marks, strict=True))]
+        sharers = Counter(origin)
+        heads = sorted(sharers)
+        heads += heads[-1:] * ((starts or 0) - len(heads))
+        if not (shared := len(heads) < len(origin)):
+            heads = list(range(len(origin)))
+        images = [sharers[head] * (i == 0 or heads[i - 1] != head) if shared else 1 for i, head in enumerate(heads)]
+        first = table.prefix_steps if shared else 0
+        states = torch.empty((len(heads), *latents.shape[1:]), device=latents.device) if shared else latents
+
+        def walk_together(rows: slice, report: Progress) -> None:
+            some = heads[rows]
+            x = to_device(noise.initial([keys[head] for head in some], policy.latent_shape), policy.device)
+            own = conditioning.take(to_device(torch.tensor(some), policy.device)) if first else conditioning
+            for step in range(first):
+                x = denoise(policy, table, step, x, own, guidance_scale).mean
+                report(sum(images[rows]))
+            states[rows] = x
+
+        batches.run(len(heads), walk_together, on_step)
+        if shared:
+            place = {head: i for i, head in enumerate(heads)}
+            latents.copy_(states[to_device(torch.tensor([place[head] for head in origin]), latents.device)])
+        return first
+
+    first = begin()
 
     def walk(rows: slice, report: Progress) -> None:
-        own, x = conditioning.take(rows), trajectory.latents[rows].clone()
+        own, x = conditioning.take(rows), latents[rows].clone()
         for step in range(first, table.num_steps):
             transition = denoise(policy, table, step, x, own, guidance_scale)
             target = transition.mean
@@ -156,46 +150,30 @@ def rollout(
                 z = noise.step(samples[rows], step, policy.latent_shape)
                 target = transition.sample(to_device(z, policy.device))
             if table.trained[step]:
-                trajectory.store(rows, step, x, target, transition.log_prob(target, reduction))
+                level, column = trajectory.levels.index(step), trajectory.steps.index(step)
+                trajectory.states[rows, level], trajectory.states[rows, level + 1] = x, target
+                trajectory.log_prob[rows, column] = transition.log_prob(target, reduction)
             x = target
             report(len(x))
         if table.tail is not None:
             x = multistep_tail(policy, table.tail, own, x, guidance_scale, report)
-        trajectory.latents[rows] = x
+        latents[rows] = x
         if on_rows is not None:
             on_rows(rows, x)
-        if reference is not None:
-            _refer(policy, reference, table, trajectory, rows, own, guidance_scale, report)
+        if reference is None or trajectory.reference_mean is None:
+            return
+        # The means have the precision of the replay, with which the KL compares them: in another
+        # precision unchanged weights would have a KL above 0. One context serves all steps, since
+        # switching an adapter off and on takes as long as an evaluation of a small network.
+        with reference(), policy.precision(None):
+            for column, step in enumerate(trajectory.steps):
+                x = trajectory.states[rows, trajectory.levels.index(step)].contiguous()
+                mean = denoise(policy, table, step, x, own, guidance_scale).mean
+                trajectory.reference_mean[rows, column] = mean
+                report(0)
 
     batches.run(len(samples), walk, on_step)
     return trajectory
-
-
-def _refer(
-    policy: Policy,
-    reference: Callable[[], AbstractContextManager[None]],
-    table: StepTable,
-    trajectory: Trajectory,
-    rows: slice,
-    conditioning: Conditioning,
-    guidance_scale: float,
-    report: Progress,
-) -> None:
-    """Stores the reference model's means at the stored states of some rows.
-
-    The means have the precision of the replay, with which the KL compares them: in another
-    precision unchanged weights would have a KL above 0. One context serves all steps, since
-    switching an adapter off and on takes as long as an evaluation of a small network.
-
-    Args:
-        conditioning: the conditioning of these rows.
-    """
-    assert trajectory.reference_mean is not None
-    with reference(), policy.precision(None):
-        for column, step in enumerate(trajectory.steps):
-            x = trajectory.states[rows, trajectory.levels.index(step)].contiguous()
-            trajectory.reference_mean[rows, column] = denoise(policy, table, step, x, conditioning, guidance_scale).mean
-            report(0)
 
 
 def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -> Trajectory:
@@ -216,60 +194,3 @@ def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -
         levels=tuple(levels),
         reference_mean=room(len(steps), *shape) if with_reference else None,
     )
-
-
-def _begin(
-    policy: Policy,
-    table: StepTable,
-    conditioning: Conditioning,
-    noise: NoiseSource,
-    keys: list[int],
-    origin: list[int],
-    starts: int | None,
-    guidance_scale: float,
-    batches: MicroBatch,
-    on_step: Progress,
-    out: Tensor,
-) -> int:
-    """Fills `out` `[n, ...]` with the state from which each row continues on its own.
-
-    Returns the step at which the rows continue.
-
-    Without shared starts this is the initial noise and step 0. With them, the deterministic steps
-    are computed once per distinct start, and rows part at the first stochastic step. The number of
-    network calls depends on `starts` and the number of rows alone.
-
-    Args:
-        keys: key of each row's initial noise.
-        origin: for each row, the first row with the same start (`origins`).
-    """
-    sharers = Counter(origin)
-    heads = sorted(sharers)
-    heads += heads[-1:] * ((starts or 0) - len(heads))
-    shared = len(heads) < len(origin)
-    if not shared:
-        heads = list(range(len(origin)))
-    images = [sharers[head] * (i == 0 or heads[i - 1] != head) if shared else 1 for i, head in enumerate(heads)]
-    first = table.prefix_steps if shared else 0
-    states = torch.empty((len(heads), *out.shape[1:]), device=out.device) if shared else out
-
-    def begin(rows: slice, report: Progress) -> None:
-        some = heads[rows]
-        x = to_device(noise.initial([keys[head] for head in some], policy.latent_shape), policy.device)
-        own = conditioning.take(to_device(torch.tensor(some), policy.device)) if first else conditioning
-        for step in range(first):
-            x = denoise(policy, table, step, x, own, guidance_scale).mean
-            report(sum(images[rows]))
-        states[rows] = x
-
-    batches.run(len(heads), begin, on_step)
-    if shared:
-        place = {head: i for i, head in enumerate(heads)}
-        out.copy_(states[to_device(torch.tensor([place[head] for head in origin]), out.device)])
-    return first
-
-
-def origins(keys: Sequence[Hashable], prompts: Sequence[Hashable]) -> list[int]:
-    """For each row, the first row with the same initial noise and prompt (perhaps itself)."""
-    first: dict[tuple[Hashable, Hashable], int] = {}
-    return [first.setdefault(pair, row) for row, pair in enumerate(zip(keys, prompts, strict=True))]

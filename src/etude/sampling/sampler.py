@@ -5,9 +5,8 @@
     Window(eta, start, size)    stochastic steps in a window and the ODE elsewhere (MixGRPO)
     Solver(name, steps)         a deterministic solver of diffusers (`etude.sampling.solvers`)
 
-A sampler knows its steps, its guidance scale and what happens in each step. It knows neither the
-model, nor the prompts, nor the seed: these are arguments of `draw`. Image i starts from the noise
-keyed by (seed, stream, i) under every sampler, so the images of two samplers are pairs.
+Image i starts from the noise keyed by (seed, stream, i) under every sampler, so the images of two
+samplers are pairs.
 """
 
 from __future__ import annotations
@@ -36,14 +35,9 @@ STREAM = "evaluation"
 
 
 class Sampler(ABC):
-    """How images are drawn: everything they depend on beside the model, the prompts and the seed.
+    """How images are drawn, apart from the model, the prompts and the seed: a frozen dataclass.
 
-    A subclass is a frozen dataclass that checks its own values when it is made.
-
-    Attributes:
-        steps: number of denoising steps.
-        guidance: guidance scale, as the plain pipeline takes it. At most 1 switches classifier-free
-            guidance off.
+    `guidance` is the plain pipeline's scale: at most 1 switches classifier-free guidance off.
     """
 
     steps: int
@@ -65,12 +59,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def check(self, policy: Policy) -> None:
-        """Refuse a sampler that the policy's levels do not allow, without calling the network.
-
-        Raises:
-            EtudeError: the number of steps does not fit the model, or an eta is illegal on one of
-                its levels.
-        """
+        """Raises EtudeError if the policy's levels do not allow the steps or an eta; calls no network."""
 
     @abstractmethod
     def _walk(
@@ -85,24 +74,6 @@ class Sampler(ABC):
         """Final latents of the samples, one for each row of the conditioning."""
 
     @torch.no_grad()
-    def latents(
-        self,
-        policy: Policy,
-        prompts: Sequence[str],
-        seed: int = 0,
-        *,
-        samples: Sequence[int] | None = None,
-        stream: str = STREAM,
-        batch_size: int | MicroBatch = 32,
-        on_step: Progress = silent,
-    ) -> Tensor:
-        """The latents that `draw` decodes, fp32 `[n, *policy.latent_shape]`; arguments as there."""
-        self.check(policy)
-        keys = list(range(len(prompts)) if samples is None else samples)
-        conditioning = policy.encode(list(prompts))
-        return self._walk(policy, conditioning, NoiseSource(seed, stream), keys, batch_size, on_step)
-
-    @torch.no_grad()
     def draw(
         self,
         policy: Policy,
@@ -113,29 +84,21 @@ class Sampler(ABC):
         stream: str = STREAM,
         batch_size: int | MicroBatch = 32,
         on_step: Progress = silent,
+        decode: bool = True,
     ) -> Tensor:
-        """Draw one image for each prompt.
+        """Draw one image for each prompt, uint8 `[n, 3, h, w]` on the CPU: see `sample`.
 
         Args:
-            policy: the model (`etude.load_policy`).
-            prompts: n texts.
-            seed: key of the noise.
             samples: index of each image, which keys its noise together with seed and stream.
                 Default: 0 .. n - 1.
             stream: name of the noise's stream; another name is fresh noise under the same seed.
-            batch_size: largest number of images in a network call, halved where they do not fit
-                into memory.
-            on_step: called with the number of images that just made one step.
-
-        Returns:
-            uint8 `[n, 3, h, w]` on the CPU.
-
-        Raises:
-            EtudeError: see `check`.
+            decode: False gives the latents instead, fp32 `[n, *policy.latent_shape]`.
         """
-        return policy.decode(
-            self.latents(policy, prompts, seed, samples=samples, stream=stream, batch_size=batch_size, on_step=on_step)
-        )
+        self.check(policy)
+        keys = list(range(len(prompts)) if samples is None else samples)
+        conditioning = policy.encode(list(prompts))
+        latents = self._walk(policy, conditioning, NoiseSource(seed, stream), keys, batch_size, on_step)
+        return policy.decode(latents) if decode else latents
 
 
 class PlannedSampler(Sampler):
@@ -180,13 +143,6 @@ class PlannedSampler(Sampler):
 class ODE(PlannedSampler):
     """The probability-flow ODE in every step, DDIM at eta 0: the sampler of deployment.
 
-    Args:
-        steps: number of denoising steps.
-        guidance: guidance scale.
-
-    Raises:
-        EtudeError: the number of steps or the guidance scale cannot be one.
-
     Example:
         >>> import etude
         >>> etude.ODE(steps=20).evaluations
@@ -209,19 +165,12 @@ class SDE(PlannedSampler):
     """A stochastic kernel in every step.
 
     Args:
-        eta: stochasticity in the kernel's own unit, one number or one for each step. 0 is the ODE
-            under every kernel.
-        steps: number of denoising steps.
+        eta: stochasticity in the kernel's own unit, one number or one for each step. 0 is the ODE.
         kernel: registered name ("gddim", "ddim", "cps"; for flow models also "flow_sde",
             "dance_sde"), or a class of kernels.
         first_step: treatment of a step that starts from pure noise, as in flow models. "ode" makes
             it deterministic, "sde" leaves it to the kernel, "capped" does the same and caps noise
             that would be infinite there.
-        guidance: guidance scale.
-
-    Raises:
-        EtudeError: unknown kernel or first_step, an eta that the kernel never allows, or a list of
-            another length than steps.
 
     Example:
         >>> import etude
@@ -241,14 +190,13 @@ class SDE(PlannedSampler):
         return f"eta {eta_text(self.eta)}" if self.eta else "ODE"
 
     def plan(self) -> SamplingPlan:
-        if not isinstance(self.eta, int | float):
-            if len(self.eta) != self.steps:
-                raise EtudeError(f"eta lists {len(self.eta)} values for {self.steps} steps: give one for each step.")
-            make = _maker(self.kernel)
-            return SamplingPlan.from_etas(self.eta, make, trained=False, first_step=self.first_step)
-        kernel = _maker(self.kernel)(self.eta)
-        plan = SamplingPlan.sde(self.steps, kernel, trained=False, first_step=self.first_step)
-        return plan if self.eta else SamplingPlan.ode(self.steps)
+        make = _maker(self.kernel)
+        if isinstance(self.eta, int | float):
+            plan = SamplingPlan.sde(self.steps, make(self.eta), trained=False, first_step=self.first_step)
+            return plan if self.eta else SamplingPlan.ode(self.steps)
+        if len(self.eta) != self.steps:
+            raise EtudeError(f"eta lists {len(self.eta)} values for {self.steps} steps: give one for each step.")
+        return SamplingPlan.from_etas(self.eta, make, trained=False, first_step=self.first_step)
 
 
 @dataclass(frozen=True)
@@ -256,19 +204,11 @@ class Window(PlannedSampler):
     """A stochastic kernel in a window of steps and the ODE elsewhere (MixGRPO, arXiv 2507.21802).
 
     Args:
-        eta: stochasticity inside the window, in the kernel's own unit, one number or one for each
-            step of the window.
+        eta: as in `SDE`, like `kernel` and `first_step`: one number or one for each of the window's
+            `size` steps.
         start: first step of the window, counted from 0.
-        size: number of steps in the window.
-        steps: number of denoising steps.
-        kernel: as in `SDE`.
-        first_step: as in `SDE`.
         compression: share of the steps after the window that MixGRPO-Flash keeps, in (0, 1]; they
             are steps of DPM-Solver++(2M). Default: all steps, as ODE steps.
-        guidance: guidance scale.
-
-    Raises:
-        EtudeError: a window that does not fit the steps, and whatever `SDE` refuses.
 
     Example:
         >>> import etude
@@ -307,26 +247,18 @@ def sample(
     batch_size: int | MicroBatch = 32,
     on_step: Progress = silent,
 ) -> Tensor:
-    """Draw one image for each prompt.
+    """Draw one image for each of n prompts, or for one text: uint8 `[n, 3, h, w]` on the CPU.
 
     Image i starts from the same noise under every sampler, so two calls that differ in the sampler
     alone give pairs.
 
     Args:
         policy: the model (`etude.load_policy`).
-        prompts: n texts, or one.
         sampler: how the images are drawn: `etude.ODE`, `etude.SDE`, `etude.Window` or
-            `etude.Solver`. Default: the ODE in 20 steps.
+            `etude.Solver`; an EtudeError if it does not fit the model's levels.
         seed: key of the noise; the same seed gives the same images.
-        batch_size: largest number of images in a network call, halved where they do not fit into
-            memory.
+        batch_size: largest number of images in a network call, halved when memory runs out.
         on_step: called with the number of images that just made one step.
-
-    Returns:
-        uint8 `[n, 3, h, w]` on the CPU.
-
-    Raises:
-        EtudeError: the sampler does not fit the model's levels.
 
     Example:
         >>> import etude

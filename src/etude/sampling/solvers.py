@@ -1,12 +1,7 @@
-"""diffusers' own deterministic solvers, with which a tuned model may be deployed.
-
-Nothing is integrated here. A scheduler of diffusers is told the levels and the network's output, as
-the plain pipeline tells a scheduler that was put in.
-"""
+"""diffusers' own deterministic solvers, with which a tuned model may be deployed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,35 +12,19 @@ from etude.batching import MicroBatch, Progress
 from etude.errors import EtudeError, unknown
 from etude.sampling.model import Conditioning, Policy
 from etude.sampling.noise import NoiseSource, to_device
-from etude.sampling.paths import FlowPath, Grid
+from etude.sampling.paths import FlowPath
 from etude.sampling.sampler import Sampler
-from etude.sampling.tail import pinned_scheduler, scheduler_class
+from etude.sampling.tail import pinned_scheduler
 
-
-@dataclass(frozen=True)
-class SolverSchedulers:
-    """The diffusers schedulers of one solver.
-
-    Attributes:
-        vp: class for variance preserving models.
-        flow: class for rectified flow.
-        evaluations: number of network evaluations for a number of steps.
-    """
-
-    vp: str
-    flow: str
-    evaluations: Callable[[int], int] = lambda num_steps: num_steps
-
-
-SOLVERS: dict[str, SolverSchedulers] = {
+SOLVERS = {
     # On rectified flow DDIM is Euler's method.
-    "ddim": SolverSchedulers("DDIMScheduler", "FlowMatchEulerDiscreteScheduler"),
-    "euler": SolverSchedulers("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
-    "heun": SolverSchedulers("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", lambda steps: 2 * steps - 1),
-    "dpmsolver++": SolverSchedulers("DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler"),
-    "unipc": SolverSchedulers("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
+    "ddim": ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler"),
+    "euler": ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
+    "heun": ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", "DPMSolverMultistepScheduler"),
+    "unipc": ("UniPCMultistepScheduler", "UniPCMultistepScheduler"),
 }
-"""The solvers of deployment, by name."""
+"""The solvers of deployment by name: their classes in diffusers for VP and for rectified flow."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +33,9 @@ class Solver(Sampler):
 
     On VP the solver picks its levels itself, as after `pipeline.scheduler =
     Scheduler.from_config(...)`. On rectified flow every solver visits the levels of the model's own
-    pipeline, with its shift, so that solvers differ in nothing else.
-
-    Args:
-        name: "ddim", "euler", "heun", "dpmsolver++" (arXiv 2211.01095) or "unipc".
-        steps: number of denoising steps. Heun's method calls the network twice in each step but the
-            last.
-        guidance: guidance scale.
-
-    Raises:
-        EtudeError: for an unknown solver, and from `check` and `draw` for a number of steps that
-            the solver refuses.
+    pipeline, with its shift, so that solvers differ in nothing else. Names are "ddim", "euler",
+    "heun" (two calls of the network in each step but the last), "dpmsolver++" (arXiv 2211.01095)
+    and "unipc".
 
     Example:
         >>> import etude
@@ -87,7 +58,7 @@ class Solver(Sampler):
 
     @property
     def evaluations(self) -> int:
-        return SOLVERS[self.name].evaluations(self.steps)
+        return 2 * self.steps - 1 if self.name == "heun" else self.steps
 
     def check(self, policy: Policy) -> None:
         self._scheduler(policy)
@@ -119,14 +90,23 @@ class Solver(Sampler):
 
     def _scheduler(self, policy: Policy) -> Any:
         """A fresh scheduler, ready for the first step."""
+        import diffusers
+
         grid = policy.grid(self.steps)  # refuses a number of steps in this project's own words
+        vp, flow = SOLVERS[self.name]
+        if isinstance(policy.path, FlowPath) and self.name == "heun":
+            # On the grid's very levels, of which Heun's scheduler lists every inner one twice.
+            scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+            scheduler.set_timesteps(self.steps)  # makes its state empty
+            sigmas, timesteps = grid.s.float(), grid.timesteps
+            scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+            scheduler.timesteps = torch.cat([timesteps[:1], timesteps[1:].repeat_interleave(2)])
+            scheduler.set_begin_index(0)
+            return scheduler
         if isinstance(policy.path, FlowPath):
-            if self.name == "heun":
-                return _pinned_heun(grid)
-            kind = scheduler_class(SOLVERS[self.name].flow)
-            return pinned_scheduler(kind, grid, policy, prediction_type="flow_prediction")
+            return pinned_scheduler(flow, grid, policy, prediction_type="flow_prediction")
         options = {"algorithm_type": "dpmsolver++"} if self.name == "dpmsolver++" else {}
-        scheduler = scheduler_class(SOLVERS[self.name].vp).from_config(policy.scheduler_config, **options)
+        scheduler = getattr(diffusers, vp).from_config(policy.scheduler_config, **options)
         try:
             scheduler.set_timesteps(self.steps, device=policy.device)
         except (ValueError, IndexError) as error:
@@ -134,14 +114,3 @@ class Solver(Sampler):
                 f"the {self.name} solver refuses {self.steps} steps ({error}): take another number."
             ) from error
         return scheduler
-
-
-def _pinned_heun(grid: Grid) -> Any:
-    """Heun's scheduler on the grid's very levels, of which it lists every inner one twice."""
-    scheduler = scheduler_class("FlowMatchHeunDiscreteScheduler")()
-    scheduler.set_timesteps(grid.num_steps)  # makes its state empty
-    sigmas, timesteps = grid.s.float(), grid.timesteps
-    scheduler.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
-    scheduler.timesteps = torch.cat([timesteps[:1], timesteps[1:].repeat_interleave(2)])
-    scheduler.set_begin_index(0)
-    return scheduler

@@ -1,7 +1,4 @@
-"""The compressed tail of MixGRPO-Flash (arXiv 2507.21802).
-
-A few steps of diffusers' DPM-Solver++(2M) lead from the end of a window to the last level.
-"""
+"""The compressed tail of MixGRPO-Flash (arXiv 2507.21802): DPM-Solver++(2M) after the window."""
 
 from __future__ import annotations
 
@@ -15,11 +12,7 @@ from etude.sampling.noise import to_device
 from etude.sampling.paths import FlowPath, Grid, to_x0_eps
 
 LARGEST_SIGMA = 1 - 1e-6
-"""Largest sigma for a multistep solver on rectified flow, which takes the logarithm of
-a = 1 - sigma.
-
-diffusers' UniPC keeps the same distance from pure noise.
-"""
+"""Largest sigma for a multistep solver, which takes log(1 - sigma); as in diffusers' UniPC."""
 
 
 def multistep_tail(
@@ -30,24 +23,16 @@ def multistep_tail(
     guidance_scale: float,
     on_step: Progress = lambda images: None,
 ) -> Tensor:
-    """Takes a batch down the levels of `tail` with DPM-Solver++(2M).
+    """Takes a batch `x`, fp32 `[n, *latent_shape]`, down the M + 1 levels of `tail` with DPM-Solver++(2M).
 
         D       = x0_hat + (x0_hat - x0_hat') h / (2 h')        h = log(lam_t / lam_u); ' marks the step before
         x_u     = (s_u / s_t) x - a_u (exp(-h) - 1) D           lam = s / a
 
     The first step is of first order (D = x0_hat), which is the step of the ODE plan. As in
     diffusers, the last step is of first order too if there are fewer than 15 steps or if it ends in
-    clean data.
-
-    Args:
-        tail: M + 1 levels; the first is the level of `x`.
-        x: fp32 latents `[n, *latent_shape]`.
-        on_step: called with n after each of the M steps.
-
-    Returns:
-        Latents at the last level, shaped like `x`.
+    clean data. `on_step` is called with n after each step.
     """
-    solver = pinned_scheduler(scheduler_class("DPMSolverMultistepScheduler"), tail, policy, prediction_type="sample")
+    solver = pinned_scheduler("DPMSolverMultistepScheduler", tail, policy, prediction_type="sample")
     a, s = (to_device(level.float(), x.device) for level in (tail.a, tail.s))
     for step in range(tail.num_steps):
         timesteps = tail.timesteps[step : step + 1].expand(len(x))
@@ -58,20 +43,13 @@ def multistep_tail(
     return x
 
 
-def scheduler_class(name: str) -> Any:
-    """The scheduler class of that name in diffusers."""
+def pinned_scheduler(name: str, grid: Grid, policy: Policy, prediction_type: str) -> Any:
+    """A diffusers scheduler on exactly the grid's levels, with an empty history."""
     import diffusers
 
-    return getattr(diffusers, name)
-
-
-def pinned_scheduler(kind: Any, grid: Grid, policy: Policy, prediction_type: str) -> Any:
-    """A diffusers scheduler on exactly the grid's levels, with an empty history.
-
-    `set_timesteps` is not called, because it would choose other levels.
-    """
-    flow = isinstance(policy.path, FlowPath)
-    if kind.__name__ == "FlowMatchEulerDiscreteScheduler":
+    # `set_timesteps` is not called, because it would choose other levels.
+    kind, flow = getattr(diffusers, name), isinstance(policy.path, FlowPath)
+    if name == "FlowMatchEulerDiscreteScheduler":
         scheduler, sigmas = kind(), grid.s
     else:
         end = "zero" if grid.s[-1] == 0 else "sigma_min"

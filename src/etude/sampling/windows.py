@@ -5,12 +5,9 @@
     random        draws its left edge uniformly in every iteration
     fixed         never moves
 
-A window holds only steps that the sampler can make stochastic (`trainable_range`). No part of it is
-lost on a step without a log-probability, such as the step out of pure noise or the step into clean
-data. The window is always full. At its last place it ends with the last trainable step, also where
-the stride does not divide the distance.
-
-The place is a function of the iteration alone, so all processes and a resumed run agree on it.
+A window holds only steps that the sampler can make stochastic (`trainable_range`): neither the step
+out of pure noise nor the step into clean data. At its last place it ends with the last such step,
+also where the stride does not divide the distance. The place is a function of the iteration alone.
 """
 
 from __future__ import annotations
@@ -30,20 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WindowSchedule(ABC):
-    """The left edge of the window by iteration; the window is the steps `start_at(i) ..
-    start_at(i) + size - 1`.
+    """The window by iteration: `size` steps from `start_at(iteration)` on.
 
-    A strategy is a frozen dataclass with `start_at`; its fields are what a recipe may set.
-    `register_window` gives it a name.
-
-    Attributes:
-        stop: first step after those that can be trained (`trainable_range(table).stop`).
-        start: first step that can be trained.
-        size: steps in the window.
-        seed: seed of the run, for strategies that draw.
-
-    Raises:
-        EtudeError: the window does not fit the steps that can be trained.
+    A strategy is a frozen dataclass with `start_at`; its fields are what a recipe may set. The
+    steps that can be trained are `start .. stop - 1` (`trainable_range`); a window that does not
+    fit them is an EtudeError. Strategies that draw use the run's seed.
     """
 
     stop: int
@@ -68,7 +56,6 @@ class FixedWindow(WindowSchedule):
     """A window that never moves."""
 
     def start_at(self, iteration: int) -> int:
-        """`start`, in every iteration."""
         return self.start
 
 
@@ -77,7 +64,6 @@ class RandomWindow(WindowSchedule):
     """A window with a uniform left edge in every iteration, keyed by seed and iteration."""
 
     def start_at(self, iteration: int) -> int:
-        """The left edge drawn for the iteration."""
         from etude.sampling.noise import keyed_generator
 
         places = range(self.start, self.stop - self.size + 1)
@@ -88,16 +74,8 @@ class RandomWindow(WindowSchedule):
 class ProgressiveWindow(WindowSchedule):
     """A window that stays for `iters_per_shift` iterations at a place, then moves by `stride`.
 
-    Attributes:
-        iters_per_shift: iterations between two moves.
-        stride: number of steps by which the window moves; at most `size`, so that no step is passed
-            over.
-        roll_back: whether the window begins again after its last place or stays there. Default:
-            True.
-
-    Raises:
-        EtudeError: the window does not fit, `iters_per_shift` is below 1, or `stride` is not in
-            1..size.
+    The stride is at most `size`, so that no step is passed over. After its last place the window
+    begins again (`roll_back`) or stays there.
     """
 
     iters_per_shift: int = 25
@@ -121,15 +99,12 @@ class ProgressiveWindow(WindowSchedule):
         return tuple(dict.fromkeys((*range(self.start, last, self.stride), last)))
 
     def dwell(self, place: int) -> int:
-        """Number of iterations that the window stays at a left edge, at least 1."""
+        """Number of iterations that the window stays at a left edge."""
         return self.iters_per_shift
 
     def start_at(self, iteration: int) -> int:
-        """The left edge at which the window stays in the iteration."""
         dwells = [self.dwell(place) for place in self.places]
-        offset = iteration - 1
-        if self.roll_back:
-            offset %= sum(dwells)
+        offset = (iteration - 1) % sum(dwells) if self.roll_back else iteration - 1
         for place, dwell in zip(self.places, dwells, strict=True):
             if offset < dwell:
                 return place
@@ -143,10 +118,7 @@ class DecayWindow(ProgressiveWindow):
 
         dwell(l) = max(1, round(iters_per_shift exp(-decay_rate max(0, l - decay_threshold))))
 
-    Attributes:
-        decay_rate: k, per step, at least 0.
-        decay_threshold: l0, the left edge after which the dwell shrinks. Default: 13, meant for 25
-            steps.
+    The rate is at least 0. The default threshold is meant for 25 steps.
     """
 
     decay_rate: float = 0.1
@@ -158,37 +130,20 @@ class DecayWindow(ProgressiveWindow):
             raise EtudeError(f"decay_rate = {self.decay_rate}: give a number of at least 0.")
 
     def dwell(self, place: int) -> int:
-        """Number of iterations that the window stays at a left edge: see the class."""
         beyond = max(0, place - self.decay_threshold)
         return max(1, round(self.iters_per_shift * math.exp(-self.decay_rate * beyond)))
 
 
 def make_window(strategy: str, settings: Mapping[str, Any]) -> WindowSchedule:
-    """The window of a strategy.
-
-    Args:
-        strategy: name in `WINDOWS`, or `module:Class`.
-        settings: values by field name; a name that the strategy has no field for is ignored.
-
-    Raises:
-        EtudeError: the strategy is unknown, or its constructor refuses a value.
-    """
+    """The window of a strategy (a name in `WINDOWS`, or `module:Class`) from the settings it has fields for."""
     kind = WINDOWS.get(strategy)
     if not (isinstance(kind, type) and issubclass(kind, WindowSchedule)):
         raise EtudeError(f"window strategy '{strategy}' is {kind!r}: give {WINDOWS.wanted}.")
-    window: WindowSchedule = kind(
-        **{field.name: settings[field.name] for field in fields(kind) if field.name in settings}
-    )
-    return window
+    return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
 
 
 def trainable_range(table: StepTable) -> range:
-    """The steps that a window can train, from the table of the plan that trains all of them
-    (`SamplingPlan.sde`).
-
-    Raises:
-        EtudeError: no step can be trained, or a deterministic step lies between two that can.
-    """
+    """The steps that a window can train, from the table of the plan that trains all (`SamplingPlan.sde`)."""
     steps = table.trained_steps
     if not steps:
         raise EtudeError(f"none of the {table.num_steps} sampling steps is stochastic: raise eta, or take more steps.")

@@ -11,13 +11,8 @@ __all__ = ["Keep", "Loss", "Objective", "Samples", "make_objective"]
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:
-    """The objective of a configuration.
-
-    Raises:
-        EtudeError: the name is unknown, or the constructor refuses a value.
-    """
+    """The objective of a configuration."""
     kind = OBJECTIVES.get(config.kind)
     if not (isinstance(kind, type) and issubclass(kind, Objective)):
         raise EtudeError(f"objective.kind = {config.kind} is {kind!r}: give {OBJECTIVES.wanted}.")
-    objective: Objective = kind.from_config(config)
-    return objective
+    return kind.from_config(config)

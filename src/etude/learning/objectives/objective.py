@@ -33,15 +33,10 @@ class Keep(Enum):
 class Samples:
     """The images of one iteration that this process learns from.
 
-    Attributes:
-        table: plan of the rollout.
-        trajectory: final latents; under `Keep.TRANSITIONS` also the states and log-probabilities of
-            the trained steps.
-        conditioning: encoded prompts.
-        guidance_scale: guidance of the rollout.
-        indices: numbers of the images among those of all processes, the keys of their noise.
-        noise: noise of this iteration for the objective's own draws.
-        advantages: advantages `[n]` on the policy's device; empty before the images are judged.
+    The trajectory has the final latents, and under `Keep.TRANSITIONS` the data of the trained
+    steps. `indices` are the numbers of the images among those of all processes, the keys of their
+    noise; `noise` is for the objective's own draws. The advantages `[n]` are on the policy's
+    device, and empty before the images are judged.
     """
 
     table: StepTable
@@ -59,13 +54,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Loss:
-    """The loss of a micro-batch.
-
-    Attributes:
-        value: scalar to differentiate, a mean over the `m` pairs.
-        records: detached tensors `[m]` or scalars, by name; the objective computes its metrics from
-            them.
-    """
+    """The loss of a micro-batch, a mean over its `m` pairs, and detached records `[m]` or scalars by name."""
 
     value: Tensor
     records: Mapping[str, Tensor] = field(default_factory=dict)
@@ -80,8 +69,7 @@ class Objective(ABC):
 
     Attributes:
         label: name for the model card, for example "PPO's clipped ratio".
-        title: published name of an algorithm with this objective. Empty: window and advantage name
-            it.
+        title: published name of an algorithm with this objective; empty: window and advantage name it.
         keep: data that the rollout keeps.
         metrics: metrics of the objective, beside those of `etude.learning.metrics.COMMON`.
     """
@@ -93,11 +81,7 @@ class Objective(ABC):
 
     @classmethod
     def from_config(cls, config: ObjectiveConfig) -> Objective:
-        """The objective of a configuration. Default: calls `cls(**objective.options)`.
-
-        Raises:
-            EtudeError: an option that the constructor does not take.
-        """
+        """The objective of a configuration. Default: calls `cls(**objective.options)`."""
         try:
             return cls(**config.options)
         except TypeError as error:
@@ -130,45 +114,26 @@ class Objective(ABC):
     ) -> Records:
         """Work before the first optimiser step of an iteration; returns its records. Default: none.
 
-        Args:
-            policy: policy with the weights that the images were drawn with.
-            samples: samples of this process.
-            batches: rows and columns of the distinct pairs, one entry for each optimiser step.
-            micro_batches: size of a micro-batch.
-            on_step: called with 0 after each micro-batch.
+        The policy has the weights that drew the images. `batches` are the rows and columns of each
+        optimiser step's distinct pairs. Call `on_step` with 0 after each micro-batch.
         """
         return {}
 
     @abstractmethod
     def loss(self, policy: TrainablePolicy, samples: Samples, rows: Tensor, columns: Tensor) -> Loss:
-        """The loss of one micro-batch of pairs under the present weights.
-
-        Args:
-            policy: policy with the present weights.
-            samples: samples of this process.
-            rows: number of each pair's sample, int64 `[m]`.
-            columns: number of each pair's column, int64 `[m]`.
-        """
+        """The loss of one micro-batch under the present weights, from the pairs' rows and columns, int64 `[m]`."""
 
     def after_first_step(self, records: Records) -> Records:
-        """Additional records of the first optimiser step of an iteration. Default: none.
-
-        Args:
-            records: records of that step, which are kept in any case.
-        """
+        """Records of an iteration's first optimiser step beside the given ones of its loss. Default: none."""
         return {}
 
     def after_step(self, parameters: Mapping[str, nn.Parameter]) -> None:  # noqa: B027 - a hook
         """Work after each optimiser step, for example on an average of the weights. Default: nothing."""
 
     def evaluations(self, images: int, trained: int, distinct: int, pairs: int) -> dict[str, int]:
-        """Network evaluations of one iteration beside its rollout, by part.
+        """Network evaluations of an iteration beside its rollout, by part.
 
-        Args:
-            images: number of images of the iteration.
-            trained: number of trained steps of each image.
-            distinct: number of distinct pairs that the optimiser steps train.
-            pairs: number of pairs that the optimiser steps train, with repetitions.
+        The arguments are numbers of images, trained steps of each, and distinct and all pairs.
         """
         return {"replay": pairs}
 

@@ -10,35 +10,39 @@ from torch import Tensor
 from etude.batching import MicroBatch, Progress
 from etude.config import ObjectiveConfig
 from etude.errors import EtudeError
-from etude.learning.metrics import Records
-from etude.learning.objectives.objective import Samples
-from etude.learning.objectives.policy_gradient import (
-    RATIOS,
-    REFERENCE_KL,
-    ROLLOUT_RATIO_DEVIATION,
-    ROLLOUT_RATIO_MAX_DEVIATION,
-    PolicyGradient,
-    PolicyLoss,
-    check_shapes,
-    clip_advantages,
-    diagnostics,
-)
+from etude.learning.metrics import Metric, Records, joined
+from etude.learning.objectives.objective import Loss, Samples
+from etude.learning.objectives.policy_gradient import RATIOS, REFERENCE_KL, PolicyGradient, clip_advantages, policy_loss
 from etude.policies import TrainablePolicy
 from etude.sampling.replay import replay_log_prob
+
+ROLLOUT_RATIO_DEVIATION = Metric(
+    "rollout_ratio_deviation",
+    "mean deviation of a ratio before the first update",
+    "The mean distance of a ratio from 1 before the first update, from precision and batch shape alone; with "
+    "`objective.old_log_prob: replay`, what that setting takes away.",
+    "near the clip range: `old_log_prob: replay`, or more digits in the rollout",
+    compute=lambda records: (joined(records["rollout_ratio"]) - 1).abs().mean(),
+    needs=("rollout_ratio",),
+    from_zero=True,
+)
+ROLLOUT_RATIO_MAX_DEVIATION = Metric(
+    "rollout_ratio_max_deviation",
+    "largest deviation of a ratio before the first update",
+    "The largest distance of a ratio from 1 before the first update, from precision and batch shape alone.",
+    compute=lambda records: (joined(records["rollout_ratio"]) - 1).abs().max(),
+    needs=("rollout_ratio",),
+    merge="max",
+    from_zero=True,
+)
 
 
 class PPO(PolicyGradient):
     """`mean max(-A r, -A clip(r, 1 - c, 1 + c))` with the importance ratio `r`: see `ppo_loss`.
 
-    Args:
-        clip_range: c, in units of the ratio. Give this or `clip_nats`.
-        clip_nats: clip range in nats of the whole image's log-probability; c = clip_nats / D under
-            the mean over D dimensions.
-        old_log_prob: "rollout" or "replay", the log-probabilities that the ratios compare with.
-        common: arguments of `PolicyGradient`.
-
-    Raises:
-        EtudeError: not exactly one of the two clip ranges is set.
+    Give exactly one of clip_range, c in units of the ratio, and clip_nats, in nats of the whole
+    image's log-probability: c = clip_nats / D under the mean over D dimensions. The ratios compare
+    with the log-probabilities of the "rollout" or of a "replay".
     """
 
     label = "PPO's clipped ratio"
@@ -54,21 +58,14 @@ class PPO(PolicyGradient):
         super().__init__(**common)
         if (clip_range is None) == (clip_nats is None):
             raise EtudeError(
-                "objective: give exactly one of clip_range and clip_nats, and set the other to null, not "
-                f"{clip_range} and {clip_nats}."
+                f"objective: give exactly one of clip_range and clip_nats, and set the other to null, not {clip_range} and {clip_nats}."
             )
         self.range, self.nats, self.old_log_prob = clip_range, clip_nats, old_log_prob
 
     @classmethod
     def from_config(cls, config: ObjectiveConfig) -> PPO:
-        return cls(
-            config.clip_range,
-            config.clip_nats,
-            config.old_log_prob,
-            logprob_reduction=config.logprob_reduction,
-            adv_clip_max=config.adv_clip_max,
-            kl_coef=config.kl_coef,
-        )
+        common = config.model_dump(include={"logprob_reduction", "adv_clip_max", "kl_coef"})
+        return cls(config.clip_range, config.clip_nats, config.old_log_prob, **common)
 
     def clip_range(self, policy: TrainablePolicy) -> float:
         """c, the clip range of the ratio. In nats it depends on the policy's latent dimensions."""
@@ -77,9 +74,7 @@ class PPO(PolicyGradient):
         assert self.nats is not None
         return self.nats / self.averaged_dimensions(policy)
 
-    def surrogate(
-        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, policy: TrainablePolicy
-    ) -> PolicyLoss:
+    def surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, policy: TrainablePolicy) -> Loss:
         return ppo_loss(log_prob, old_log_prob, advantages, self.clip_range(policy), self.adv_clip_max)
 
     def prepare(
@@ -90,22 +85,13 @@ class PPO(PolicyGradient):
         micro_batches: MicroBatch,
         on_step: Progress,
     ) -> Records:
-        """With `old_log_prob: replay`, replaces the old log-probabilities by those of a replay.
-
-        Records the ratios of the new ones to those of the rollout.
-        """
+        """With `old_log_prob: replay`, replaces the rollout's log-probabilities; records the ratios to them."""
         if self.old_log_prob == "rollout":
             return {}
+        table, trajectory, reduction = samples.table, samples.trajectory, self.logprob_reduction
+        conditioning, scale = samples.conditioning, samples.guidance_scale
         ratios = replay_log_prob(
-            policy,
-            samples.table,
-            samples.trajectory,
-            batches,
-            samples.conditioning,
-            samples.guidance_scale,
-            micro_batches,
-            self.logprob_reduction,
-            on_step=lambda pairs: on_step(0),
+            policy, table, trajectory, batches, conditioning, scale, micro_batches, reduction, lambda pairs: on_step(0)
         )
         return {"rollout_ratio": ratios}
 
@@ -120,26 +106,15 @@ class PPO(PolicyGradient):
 
 def ppo_loss(
     log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float, adv_clip_max: float
-) -> PolicyLoss:
+) -> Loss:
     """`mean max(-A r, -A clip(r, 1 - c, 1 + c))`, `r = exp(log_prob - old_log_prob)`, `|A| <= adv_clip_max`.
 
     The clipped surrogate of PPO (arXiv 1707.06347) as DDPO uses it (arXiv 2305.13301); a term per
-    (sample, step) pair.
-
-    Args:
-        log_prob: log-probabilities `[n]` of the stored samples under the current weights, with
-            gradient.
-        old_log_prob: log-probabilities `[n]` of the same samples under the weights that drew them.
-        advantages: advantages `[n]`.
-        clip_range: `c`, in units of the ratio.
-        adv_clip_max: largest magnitude of an advantage; larger ones are clipped.
-
-    Raises:
-        EtudeError: the shapes differ.
+    (sample, step) pair. The log-probabilities `[n]` are those of the stored samples under the
+    current weights, with gradient, and under the weights that drew them.
     """
-    check_shapes(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
-    advantage = clip_advantages(advantages, adv_clip_max, log_prob)
+    advantage = clip_advantages(advantages, adv_clip_max, log_prob=log_prob, old_log_prob=old_log_prob)
     log_ratio = log_prob - old_log_prob.detach()
     ratio = log_ratio.exp()
     terms = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
-    return PolicyLoss(terms.mean(), *diagnostics(log_ratio, clip_range))
+    return policy_loss(terms, log_ratio, clip_range)

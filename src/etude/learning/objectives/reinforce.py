@@ -7,15 +7,8 @@ from torch import Tensor
 
 from etude.config import ObjectiveConfig
 from etude.errors import EtudeError
-from etude.learning.objectives.policy_gradient import (
-    RATIOS,
-    REFERENCE_KL,
-    PolicyGradient,
-    PolicyLoss,
-    check_shapes,
-    clip_advantages,
-    diagnostics,
-)
+from etude.learning.objectives.objective import Loss
+from etude.learning.objectives.policy_gradient import PolicyGradient, clip_advantages, policy_loss
 from etude.policies import TrainablePolicy
 
 
@@ -23,16 +16,9 @@ class Reinforce(PolicyGradient):
     """`mean -A log_prob`, valid for one optimiser step on fresh samples: see `reinforce_loss`."""
 
     label = "REINFORCE"
-    metrics = (*RATIOS, REFERENCE_KL)
 
     @classmethod
     def from_config(cls, config: ObjectiveConfig) -> Reinforce:
-        """The objective of a configuration.
-
-        Raises:
-            EtudeError: more than one optimiser step on a rollout, or `old_log_prob: replay`: this
-                objective has no ratio.
-        """
         if (config.num_inner_epochs, config.updates_per_epoch) != (1, 1):
             raise EtudeError(
                 "objective.kind = reinforce is on-policy: num_inner_epochs and updates_per_epoch must be 1, not "
@@ -42,21 +28,15 @@ class Reinforce(PolicyGradient):
             raise EtudeError("objective.kind = reinforce has no ratio: old_log_prob = replay is for ppo; leave it out.")
         return cls(config.logprob_reduction, config.adv_clip_max, config.kl_coef)
 
-    def surrogate(
-        self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, policy: TrainablePolicy
-    ) -> PolicyLoss:
+    def surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, policy: TrainablePolicy) -> Loss:
         return reinforce_loss(log_prob, advantages, self.adv_clip_max)
 
 
-def reinforce_loss(log_prob: Tensor, advantages: Tensor, adv_clip_max: float) -> PolicyLoss:
+def reinforce_loss(log_prob: Tensor, advantages: Tensor, adv_clip_max: float) -> Loss:
     """`mean -A log_prob`: the score-function estimator of DDPO (arXiv 2305.13301).
 
     It is valid for one optimiser step on fresh samples: the policy is still the one that drew them,
     so every `ratio` is 1. `log_prob` and `advantages` are `[n]`.
-
-    Raises:
-        EtudeError: the shapes differ.
     """
-    check_shapes(log_prob=log_prob, advantages=advantages)
-    terms = -clip_advantages(advantages, adv_clip_max, log_prob) * log_prob
-    return PolicyLoss(terms.mean(), *diagnostics(torch.zeros_like(log_prob), 0.0))
+    terms = -clip_advantages(advantages, adv_clip_max, log_prob=log_prob) * log_prob
+    return policy_loss(terms, torch.zeros_like(log_prob), 0.0)

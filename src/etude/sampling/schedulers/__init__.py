@@ -7,12 +7,7 @@
 the signature of `scheduler.step`. If it has an `eta`, they pass their own, 0 by default, so a
 scheduler with that argument would silently sample the ODE. An eta in the config is also saved and
 loaded with the pipeline.
-
-A saved pipeline names its scheduler `["etude", "GDDIMScheduler"]`, whichever file of the package
-the class is in.
 """
-
-from __future__ import annotations
 
 from etude.sampling.schedulers.flow_match import FlowMatchGDDIMScheduler
 from etude.sampling.schedulers.vp import GDDIMScheduler

@@ -19,9 +19,7 @@ from etude.sampling.schedulers.kernel_step import Generators, KernelStep
 
 
 class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
-    """gDDIM, or another kernel, at any eta >= 0 for rectified flow models (arXiv 2206.05564).
-
-    Those are Stable Diffusion 3 and FLUX, for example.
+    """gDDIM, or another kernel, at any eta >= 0 for Stable Diffusion 3, FLUX and other flows (arXiv 2206.05564).
 
         x_u = (1 - sigma_u) x0_hat + sigma_u rho eps_hat + sigma_u sqrt(1 - rho^2) z
         rho = (lam_u / lam_t)^(eta^2),      lam = sigma / (1 - sigma)
@@ -29,26 +27,19 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
     Drop-in for `FlowMatchEulerDiscreteScheduler`, and equal to it at eta 0. It is a subclass, so
     the levels under every shift, the place among them (`set_begin_index`, `index_for_timestep`) and
     `scale_noise` are diffusers' own: text to image, image to image and inpainting all work.
+    Arguments that are not listed below are its own, too.
 
-    **The pipelines of these models give `step` no generator.** Set `scheduler.generator` to a
-    generator, or to a list with one per sample. Without it, noise comes from torch's global
-    generator, which `torch.manual_seed` seeds.
+    **The pipelines of these models give `step` no generator.** Set `scheduler.generator` to one, or
+    to a list with one per sample. Without it, noise comes from torch's global generator.
 
     Args:
         eta: the kernel's noise level, finite and >= 0, in the kernel's own unit.
         kernel: "gddim", "ddim", "flow_sde", "dance_sde" or "cps"; see `etude.sampling.kernels`.
-        first_step: the treatment of a step from pure noise (sigma = 1, where the pipelines start).
-            "ode" takes the Euler step. "sde" takes the kernel's step: gDDIM redraws all the noise,
-            and flow_sde is not defined there. "capped" does the same, but flow_sde takes the next
-            level's noise (`FlowSDE`).
+        first_step: the step from pure noise (sigma = 1, where the pipelines start). "ode" takes the
+            Euler step; "sde" the kernel's: gDDIM redraws all the noise, and flow_sde is not defined
+            there; "capped" the same, but flow_sde takes the next level's noise (`FlowSDE`).
         invert_sigmas: must be false.
-        stochastic_sampling: ignored; it would redraw all the noise at every step, as gDDIM does for
-            eta -> infinity.
-
-    The other arguments are as in `FlowMatchEulerDiscreteScheduler`, with its defaults.
-
-    Raises:
-        EtudeError: the eta, kernel or first_step is illegal, or as in `FlowPath.from_config`.
+        stochastic_sampling: ignored; it would redraw all the noise at every step.
 
     Example:
         >>> import etude
@@ -61,6 +52,7 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
 
     timesteps: Tensor
     sigmas: Tensor
+    _prediction_type = "flow"
 
     @register_to_config
     def __init__(
@@ -91,11 +83,7 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The scheduler for a flow scheduler's config; keyword arguments (eta=1.2) overrule it.
-
-        Raises:
-            EtudeError: as in `FlowPath.from_config`.
-        """
+        """The scheduler for a flow scheduler's config; keyword arguments (eta=1.2) overrule it."""
         if isinstance(config, Mapping):
             FlowPath.from_config({**config, **kwargs})
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -115,17 +103,10 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
     ) -> None:
         """Computes the levels, as diffusers does, and every step's coefficients, on `device`.
 
-        Args:
-            num_inference_steps: N. Default: the number of sigmas or timesteps.
-            device: device of the timesteps and the coefficients. Default: the CPU.
-            sigmas: the levels before the shift. Default: evenly spaced.
-            mu: the shift for the resolution; required with `use_dynamic_shifting`, and otherwise
-                ignored.
-            timesteps: the network's timesteps. Default: 1000 sigma.
-
-        Raises:
-            EtudeError: mu is missing; no number of steps is given, or two that differ; the options
-                lead to a level outside (0, 1]; or the kernel's eta is illegal at one of the steps.
+        N is given, or is the number of sigmas (levels before the shift, evenly spaced by default)
+        or timesteps (1000 sigma by default). mu is the shift for the resolution, required with
+        `use_dynamic_shifting` and otherwise ignored. Raises EtudeError if mu or N is missing, two
+        numbers of steps differ, a level is outside (0, 1], or eta is illegal at one of the steps.
         """
         check_mu(self.config, mu)
         if num_inference_steps is None and sigmas is None and timesteps is None:
@@ -150,23 +131,13 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """One step of the kernel, from the current level to the next.
+        """One step of the kernel, from the current level to the next: (prev_sample, pred_original_sample).
 
         diffusers keeps the place in the schedule: the first call takes it from `set_begin_index` or
-        the timestep, and every call moves on by one. The arithmetic is in fp32. As in diffusers,
-        the result has the network's dtype.
-
-        Args:
-            model_output: the network's output, `[n, ...]`, packed or not.
-            timestep: one of `self.timesteps`.
-            sample: the latents, same shape.
-            generator: draws the noise (fp32). Default: `self.generator`.
-            variance_noise: the noise itself, instead of a generator.
-            return_dict: False returns the tuple (prev_sample, pred_original_sample).
-
-        Raises:
-            EtudeError: `set_timesteps` was not called, all steps were taken, the timestep is not in
-                the schedule, or both a generator and noise are given.
+        the timestep, one of `self.timesteps`, and every call moves on by one. The latents `[n,
+        ...]` may be packed. The noise is `variance_noise`, or comes in fp32 from the generator
+        (Default: `self.generator`). The arithmetic is in fp32. As in diffusers, the result has the
+        network's dtype. Without `set_timesteps`, or a further step, it is an EtudeError.
         """
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
             raise EtudeError("the timestep is a whole number, not one of scheduler.timesteps: pass those as they are.")
@@ -176,14 +147,13 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
                 self._init_step_index(timestep)
             except IndexError as error:
                 raise EtudeError(
-                    f"timestep {float(timestep):g} is not among the {table.num_steps} of this run: pass the values of "
-                    "scheduler.timesteps."
+                    f"timestep {float(timestep):g} is not among the {table.num_steps} of this run: pass the values of scheduler.timesteps."
                 ) from error
         if self.step_index >= table.num_steps:
             raise EtudeError(f"all {table.num_steps} steps were taken: call set_timesteps to start over.")
         if generator is None and variance_noise is None:
             generator = self.generator
-        previous, x0_hat = self._move(self.step_index, "flow", model_output, sample, generator, variance_noise)
+        previous, x0_hat = self._move(self.step_index, model_output, sample, generator, variance_noise)
         self._step_index += 1
         previous, x0_hat = previous.to(model_output.dtype), x0_hat.to(model_output.dtype)
         return DDIMSchedulerOutput(previous, x0_hat) if return_dict else (previous, x0_hat)

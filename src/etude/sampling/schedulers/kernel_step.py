@@ -17,14 +17,11 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 class KernelStep:
-    """One step of a scheduler by its table, in fp32.
-
-    The network's output becomes the pair (x0_hat, eps_hat), `_limit` bounds x0_hat, and the kernel
-    and the noise give the next state.
-    """
+    """One step of a scheduler by its table, in fp32."""
 
     config: Any
     _table: StepTable | None
+    _prediction_type: str
 
     @property
     def eta(self) -> float:
@@ -52,23 +49,17 @@ class KernelStep:
         return self._table
 
     def _move(
-        self,
-        index: int | Tensor,
-        prediction_type: str,
-        model_output: Tensor,
-        sample: Tensor,
-        generator: Generators,
-        variance_noise: Tensor | None,
+        self, index: int | Tensor, model_output: Tensor, sample: Tensor, generator: Generators, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """(x_u, x0_hat) in fp32; if eta > 0, deterministic steps draw noise, too."""
-        if generator is not None and variance_noise is not None:
+        if generator is not None and noise is not None:
             raise EtudeError("both a generator and variance_noise were given: give one of the two.")
         table = self._table_on(sample.device)
-        x0_hat, eps_hat = to_x0_eps(model_output, sample, table.a[index], table.s[index], prediction_type)
+        x0_hat, eps_hat = to_x0_eps(model_output, sample, table.a[index], table.s[index], self._prediction_type)
         x0_hat = self._limit(x0_hat)
         transition = table.transition(index, x0_hat, eps_hat)
         if self.eta == 0:
             return transition.mean, x0_hat
-        if variance_noise is None:
-            variance_noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
-        return transition.sample(variance_noise), x0_hat
+        if noise is None:
+            noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
+        return transition.sample(noise), x0_hat

@@ -20,19 +20,14 @@ from etude.sampling.schedulers.kernel_step import Generators, KernelStep
 
 
 class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
-    """gDDIM at any eta >= 0 for variance preserving models (arXiv 2206.05564).
-
-    Drop-in for `DDIMScheduler`.
+    """gDDIM at any eta >= 0 for variance preserving models (arXiv 2206.05564); drop-in for `DDIMScheduler`.
 
         x_u = a_u x0_hat + s_u rho eps_hat + s_u sqrt(1 - rho^2) z,      rho = (lam_u / lam_t)^(eta^2),  lam = s / a
 
-    eta 0 is diffusers' DDIM at eta 0, eta 1 its DDIM at eta 1 (the DDPM posterior); see
-    `etude.sampling.kernels.GDDIM`. The schedule is that of the config, as `VPPath.from_config`
-    reads it. A step goes to the next timestep of the grid (`VPPath.grid` says where diffusers' DDIM
-    goes elsewhere).
-
-    `from_config` takes the config of any discrete VP scheduler with all values that this scheduler
-    uses, its own defaults included, so the grid does not change with the class.
+    eta 0 is diffusers' DDIM at eta 0, eta 1 its DDIM at eta 1 (the DDPM posterior). A step goes to
+    the next timestep of the grid (`VPPath.grid` says where diffusers' DDIM goes elsewhere).
+    `from_config` takes any discrete VP scheduler's config, its own defaults included, so the grid
+    does not change with the class. Arguments that are not listed are those of `DDIMScheduler`.
 
     Args:
         eta: the noise level, finite and >= 0, in the kernel's own unit.
@@ -42,11 +37,6 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         clip_sample: clamps x0_hat to +-clip_sample_range, eps_hat unchanged, as diffusers' DDIM
             does. False by default, because latents are not pixels (diffusers' default is True).
         thresholding: dynamic thresholding of x0_hat (arXiv 2205.11487), instead of clipping.
-
-    The other arguments are as in `DDIMScheduler`, with its defaults.
-
-    Raises:
-        EtudeError: the eta, kernel, schedule, prediction type or spacing is illegal.
 
     Example:
         >>> import etude
@@ -94,11 +84,7 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The scheduler for another scheduler's config; keyword arguments (eta=1.2) overrule it.
-
-        Raises:
-            EtudeError: the config is not that of a discrete VP scheduler.
-        """
+        """The scheduler for another VP scheduler's config; keyword arguments (eta=1.2) overrule it."""
         if isinstance(config, Mapping):
             config = _with_defaults(config, inspect.signature(cls.__init__).parameters.keys())
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -116,12 +102,9 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         return sample
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
-        """Computes the grid and every step's coefficients for N steps, on `device`.
-
-        Raises:
-            EtudeError: N is not in 1..num_train_timesteps, or as in `VPPath.grid`.
-        """
-        grid = self.path.grid(num_inference_steps)
+        """Computes the grid (`VPPath.grid`) and every step's coefficients for N steps, on `device`."""
+        path = self.path
+        grid, self._prediction_type = path.grid(num_inference_steps), path.prediction_type
         # N, which is out of the table's range, marks timesteps that are not in the grid.
         index_of = torch.full((len(self),), grid.num_steps)
         index_of[grid.timesteps] = torch.arange(grid.num_steps)
@@ -139,30 +122,16 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """One step of gDDIM, from `timestep` to the next of the grid.
+        """One step of gDDIM, from `timestep` to the next of the grid: (prev_sample, pred_original_sample).
 
-        The step is stateless: the timestep's place in the grid comes from a table. An
-        image-to-image run that starts in the middle needs nothing else, and an accelerator is never
-        synchronised. The arithmetic is in fp32; the result has the latents' dtype. If eta > 0,
-        noise is drawn at every step, also at deterministic ones. diffusers' DDIM does the same, so
-        both consume a generator alike.
-
-        Args:
-            model_output: the network's output, `[n, ...]`.
-            timestep: one of `self.timesteps`; an int, a scalar tensor or `[n]`.
-            sample: the latents x_t, `[n, ...]`.
-            generator: draws the noise (fp32).
-            variance_noise: the noise itself, instead of a generator.
-            return_dict: False returns the tuple (prev_sample, pred_original_sample).
-
-        Raises:
-            EtudeError: `set_timesteps` was not called, the timestep is not in the grid, or both a
-                generator and noise are given.
+        The step is stateless: the place in the grid of the timestep (an int, a scalar tensor or
+        `[n]`) comes from a table, and an accelerator is never synchronised. The arithmetic is in
+        fp32; the result has the latents' dtype. The noise is `variance_noise`, or comes in fp32
+        from the generator. If eta > 0, it is drawn at every step, also at deterministic ones: so
+        does diffusers' DDIM, and both consume a generator alike.
         """
         index = self._locate(timestep, self._table_on(sample.device))
-        previous, x0_hat = self._move(
-            index, self.config.prediction_type, model_output, sample, generator, variance_noise
-        )
+        previous, x0_hat = self._move(index, model_output, sample, generator, variance_noise)
         previous, x0_hat = previous.to(sample.dtype), x0_hat.to(sample.dtype)
         return DDIMSchedulerOutput(previous, x0_hat) if return_dict else (previous, x0_hat)
 
@@ -185,8 +154,7 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         """The timestep's index in the table."""
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
             self._index_on_device = self._index_on_device.to(timestep.device)
-            # Shape [1] and not a scalar: indexing with a scalar tensor reads its value back from
-            # the device.
+            # Shape [1] and not a scalar: indexing with a scalar reads its value back from the device.
             return self._index_on_device[timestep.long().reshape(-1)]
         wanted = torch.as_tensor(timestep).long()
         known = (wanted >= 0) & (wanted < len(self._index_of))
@@ -211,15 +179,9 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
 
 
 def _with_defaults(config: Mapping[str, Any], wanted: Any) -> dict[str, Any]:
-    """A config with its scheduler's own defaults filled in, if the scheduler is one of diffusers'.
-
-    diffusers drops the values that a scheduler left at its defaults, and takes the new class's
-    defaults instead: an Euler config would turn from linspace to leading spacing, and its samples
-    would change.
-
-    Args:
-        wanted: names of the keys whose defaults are filled in.
-    """
+    """A config with the wanted keys' defaults filled in, if its scheduler is one of diffusers'."""
+    # diffusers drops the values that a scheduler left at its defaults, and takes the new class's
+    # defaults instead: an Euler config would turn from linspace to leading spacing.
     values = {key: value for key, value in config.items() if key != "_use_default_values"}
     name = config.get("_class_name")
     if not is_flow_config(config) and not (isinstance(name, str) and hasattr(diffusers, name)):
