@@ -15,9 +15,7 @@ from etude.sampling.paths import VPPath
 class StableDiffusionPolicy(PipelinePolicy):
     """A StableDiffusionPipeline as a policy.
 
-    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond -
-    uncond)`. Both are evaluated in one batch. A scale of at most 1 means no guidance. Latents are
-    the autoencoder's, `[c, h, w]`.
+    `guidance_scale` is w of classifier-free guidance. Latents are the autoencoder's, `[c, h, w]`.
     """
 
     path_class = VPPath
@@ -46,5 +44,4 @@ class StableDiffusionPolicy(PipelinePolicy):
         return {"encoder_hidden_states": embedding}
 
     def _forward(self, x: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], guidance_scale: float) -> Tensor:
-        output: Tensor = self.network(x, timesteps, return_dict=False, **conditioning)[0]
-        return output
+        return self.network(x, timesteps, return_dict=False, **conditioning)[0]
