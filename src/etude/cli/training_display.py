@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from etude.config import TrainConfig
@@ -97,15 +96,13 @@ class TrainingDisplay:
         return f"{clock(seconds / done * (self.config.iterations - self._now[0]))} left" if done else ""
 
     def _render(self) -> Group:
-        return Group(self._progress, self._numbers()) if self._rewards or self._evaluation else Group(self._progress)
-
-    def _numbers(self) -> Table:
-        evaluation = self._evaluation
+        if not (self._rewards or self._evaluation):
+            return Group(self._progress)
         training = f"training {self._sampler}, eta = {self._eta}"
         table = estimates_table(["reward", training, "held-out ODE", "gap (ODE - SDE)", "improvement"])
-        for reward in evaluation.get("ode", self._rewards):
+        for reward in self._evaluation.get("ode", self._rewards):
             name = f"{reward} (held out)" if reward in self.config.evaluation.held_out_rewards else reward
             mean = f"{self._rewards[reward]['mean']:.4g}" if reward in self._rewards else "-"
-            cells = [estimate_text(evaluation, quantity, reward) for quantity in ("ode", "gap", "improvement")]
+            cells = [estimate_text(self._evaluation, quantity, reward) for quantity in ("ode", "gap", "improvement")]
             table.add_row(name, mean, *cells)
-        return table
+        return Group(self._progress, table)

@@ -13,9 +13,6 @@ from etude.errors import EtudeError
 from etude.policies.pipeline import PipelinePolicy
 from etude.sampling.paths import FlowPath, Grid
 
-LONGEST_PROMPT = 512
-"""Default and largest `max_sequence_length` of the pipeline, in tokens."""
-
 
 class FluxPolicy(PipelinePolicy):
     """A FluxPipeline as a policy.
@@ -33,20 +30,13 @@ class FluxPolicy(PipelinePolicy):
     path_class = FlowPath
     denoiser = "transformer"
     classifier_free = False
+    t5 = ("tokenizer_2", 512)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         height, width = self.latent_size
         self._image_ids = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, self.device, self.dtype)
         self._text_ids = torch.zeros(self.max_sequence_length, 3, device=self.device, dtype=self.dtype)
-
-    @property
-    def max_sequence_length(self) -> int:
-        """Number of a prompt's tokens that T5 reads."""
-        return min(LONGEST_PROMPT, self.pipeline.tokenizer_2.model_max_length)
-
-    def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
-        return {**super().call_arguments(guidance_scale), "max_sequence_length": self.max_sequence_length}
 
     def pipeline_size(self) -> tuple[int, int]:
         side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor

@@ -64,6 +64,8 @@ class PipelinePolicy(TrainablePolicy):
     """Arguments of `from_pretrained` beside the dtype; components that read pictures are left out."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Components that a saved pipeline may lack; `from_pretrained` then needs None for them."""
+    t5: ClassVar[tuple[str, int] | None] = None
+    """Name of T5's tokenizer in the pipeline, and the pipeline's default `max_sequence_length`."""
 
     @classmethod
     def pipeline_class(cls, name: str) -> Any:
@@ -115,13 +117,16 @@ class PipelinePolicy(TrainablePolicy):
         self._initial: nn.Module | None = None
         self._trains_everything = False
 
-    @abstractmethod
     def _default_size(self) -> tuple[int, int]:
         """`(h, w)` of the latents that the pipeline makes by default."""
+        size = self._trained_network.config.sample_size
+        if size is None:
+            raise EtudeError(f"the model's {self.denoiser} does not say its sample_size: give a resolution in pixels.")
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
-    @abstractmethod
     def _shape(self) -> tuple[int, ...]:
-        """Shape of one sample for the denoiser."""
+        """Shape of one sample for the denoiser. Default: the autoencoder's latents, `[c, h, w]`."""
+        return (self._trained_network.config.in_channels, *self.latent_size)
 
     @abstractmethod
     def _encode(self, prompt: str) -> dict[str, Tensor]:
@@ -154,7 +159,16 @@ class PipelinePolicy(TrainablePolicy):
     def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
         height, width = self.image_size
         size = {} if self.image_size == self.pipeline_size() else {"height": height, "width": width}
-        return {"guidance_scale": guidance_scale, **size}
+        text = {"max_sequence_length": self.max_sequence_length} if self.t5 else {}
+        return {"guidance_scale": guidance_scale, **size, **text}
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Number of a prompt's tokens that T5 reads, in a pipeline that has it."""
+        assert self.t5 is not None
+        name, longest = self.t5
+        tokenizer = getattr(self.pipeline, name)
+        return longest if tokenizer is None else min(longest, tokenizer.model_max_length)
 
     def pipeline_size(self) -> tuple[int, int] | None:
         """`(height, width)` of the images that the plain pipeline makes by default."""
@@ -163,8 +177,8 @@ class PipelinePolicy(TrainablePolicy):
 
     @property
     def _side_multiple(self) -> int:
-        """Number of pixels that divides the side of every image."""
-        return int(self.pipeline.vae_scale_factor)
+        """Number of pixels that divides the side of every image: the side of the network's patches."""
+        return int(self.pipeline.vae_scale_factor * self._trained_network.config.get("patch_size", 1))
 
     def _size_of(self, resolution: int) -> tuple[int, int]:
         """`(h, w)` of the latents of square images."""
