@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,38 +85,35 @@ def _show(advice: dict[str, Any], console: Console) -> None:
     )
     for line in (suggestion, *(f"- {reason}" for reason in advice["reasons"])):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-    for table in (_pilots(advice), _samplers(advice)):
+    for table in _tables(advice):
         console.print()
         console.print(table)
 
 
-def _pilots(advice: dict[str, Any]) -> Table:
+def _tables(advice: dict[str, Any]) -> Iterator[Table]:
+    """The pilots, and the samplers that the tuned pilot was drawn with."""
     from rich.table import Table
 
+    chosen = advice["suggestion"]["eta"]
     caption = (
         f"pilots of {advice['iterations']} iterations on {advice['reward']}, {advice['images']} images of {advice['prompts']} held-out prompts; "
         f"{advice['minutes']:.1f} of {advice['budget_minutes']:g} minutes"
     )
-    columns = ("eta", "seeds", "ODE", "improvement (ODE)", "behind the best", "gap (ODE - SDE)")
+    columns = ["eta", "seeds", "ODE", "improvement (ODE)", "behind the best", "gap (ODE - SDE)"]
     table = Table(*columns, box=None, caption=caption)
     for row in advice["pilots"]:
-        mark = " *" if row["eta"] == advice["suggestion"]["eta"] else ""
+        mark = " *" if row["eta"] == chosen else ""
         behind = _text(row["behind_best"]) if row["behind_best"] else "after one round"
         cells = (_text(row["ode"], signed=False), _text(row["improvement"]), behind, _text(row["gap"]))
         table.add_row(f"{row['eta']:g}{mark}", str(len(row["seeds"])), *cells)
-    return table
-
-
-def _samplers(advice: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    caption = f"the pilot at eta = {advice['suggestion']['eta']:g}, deployed"
-    columns = ("sampler", "steps", "network evaluations", "reward", "behind DDIM at training steps")
+    yield table
+    caption = f"the pilot at eta = {chosen:g}, deployed"
+    columns = ["sampler", "steps", "network evaluations", "reward", "behind DDIM at training steps"]
     table = Table(*columns, box=None, caption=caption)
     for row in advice["deployment"]:
         name, counts = row["solver"] + (" *" if row["suggested"] else ""), (str(row["steps"]), str(row["evaluations"]))
         table.add_row(name, *counts, _text(row["ode"], signed=False), _text(row["behind_reference"]))
-    return table
+    yield table
 
 
 def _text(estimate: dict[str, Any], signed: bool = True) -> str:

@@ -77,8 +77,7 @@ def choose_settings(
 def run_of(source: ModelSource) -> TrainConfig | None:
     """The configuration of the run that exported a model: `config.yaml` beside its directory.
 
-    None where there is no such file. A file that is no run's configuration is None too, with a
-    warning on stderr.
+    None where there is no such file, and, with a warning on stderr, where it is no configuration.
     """
     from etude.config import load_config
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,10 +11,6 @@ from etude.cli.errors import Debug, UsageError
 from etude.cli.options import option
 from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.errors import EtudeError
-
-if TYPE_CHECKING:
-    from etude.study.directory import StudyDirectory
-    from etude.study.study_file import Cell
 
 
 def study(
@@ -53,15 +49,24 @@ def study(
     loaded = load_study(file)
     with heavy_imports():
         quiet_libraries()
+        from rich.table import Table
+
         from etude.study.directory import StudyDirectory
         from etude.study.pack import pack as pack_cells
         from etude.study.runner import run_study, select
+        from etude.terminal import clock, make_console
     directory = StudyDirectory(out or Path("runs", file.parent.name if file.stem == "study" else file.stem))
     if directory.root.exists() and not directory.root.is_dir():
         raise EtudeError(f"--out '{directory.root}' is a file; give a directory.")
     cells = select(loaded, only)
     if list_cells:
-        _print_cells(cells, directory)
+        table = Table("cell", "grid", "state", "iterations", "time", box=None)
+        for cell in cells:
+            progress = directory.progress(cell)
+            state = f"{progress.state}: {progress.failure}" if progress.failure else progress.state
+            time = clock(progress.seconds) if progress.seconds else ""
+            table.add_row(cell.slug, cell.grid, state, f"{progress.iteration}/{cell.config.iterations}", time)
+        make_console().print(table)
         return
     if pack:
         count, path = pack_cells(cells, directory), directory.archive
@@ -80,17 +85,3 @@ def study(
             f"{len(failures)} of {len(cells)} cells failed ({names}): '{directory.root / 'failures'}' holds the reasons, "
             "and the same command tries them again."
         )
-
-
-def _print_cells(cells: list[Cell], directory: StudyDirectory) -> None:
-    from rich.table import Table
-
-    from etude.terminal import clock, make_console
-
-    table = Table("cell", "grid", "state", "iterations", "time", box=None)
-    for cell in cells:
-        progress = directory.progress(cell)
-        state = f"{progress.state}: {progress.failure}" if progress.failure else progress.state
-        time = clock(progress.seconds) if progress.seconds else ""
-        table.add_row(cell.slug, cell.grid, state, f"{progress.iteration}/{cell.config.iterations}", time)
-    make_console().print(table)

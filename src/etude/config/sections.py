@@ -19,13 +19,7 @@ from etude.sampling.etas import Etas, setting_text
 from etude.sampling.windows import make_window
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Fall = Annotated[float, Field(ge=0)]
 _ETA: TypeAdapter[float] = TypeAdapter(Annotated[float, Field(ge=0, allow_inf_nan=False)])
-KernelName = Annotated[str, AfterValidator(KERNELS.check)]
-WindowName = Annotated[str, AfterValidator(WINDOWS.check)]
-ObjectiveName = Annotated[str, AfterValidator(OBJECTIVES.check)]
-AdvantageName = Annotated[str, AfterValidator(ADVANTAGES.check)]
-FamilyName = Annotated[str, AfterValidator(POLICIES.check)]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -50,7 +44,7 @@ class WindowConfig(Section):
     Only the steps inside the window are trained.
     """
 
-    strategy: WindowName = Field(
+    strategy: Annotated[str, AfterValidator(WINDOWS.check)] = Field(
         "progressive", description=f"Movement of the window: a name, or module:Class of your own. {WINDOWS.about()}."
     )
     size: int = Field(4, ge=1)
@@ -101,7 +95,7 @@ class EtaScheduleConfig(Section):
 
 
 class SamplingConfig(Section):
-    kernel: KernelName = Field(
+    kernel: Annotated[str, AfterValidator(KERNELS.check)] = Field(
         "gddim",
         description=f"Transition kernel of the training sampler: a name, or module:Class of your own. {KERNELS.about()}.",
     )
@@ -231,7 +225,7 @@ class OptimizerConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    kind: ObjectiveName = Field(
+    kind: Annotated[str, AfterValidator(OBJECTIVES.check)] = Field(
         "ppo", description=f"Loss of an optimiser step: a name, or module:Class of your own. {OBJECTIVES.about()}."
     )
     options: dict[str, Any] = {}
@@ -269,7 +263,7 @@ class ObjectiveConfig(Section):
 
 
 class AdvantageConfig(Section):
-    kind: AdvantageName = Field(
+    kind: Annotated[str, AfterValidator(ADVANTAGES.check)] = Field(
         "per_prompt", description=f"Comparison of rewards: a name, or module:Class of your own. {ADVANTAGES.about()}."
     )
     options: dict[str, Any] = {}
@@ -297,7 +291,7 @@ class EvaluationConfig(Section):
     """Pairs of images per evaluation, ODE and SDE from the same noise, on held-out prompts."""
     held_out_rewards: list[str] = []
     """Rewards that are measured but not trained on: the guard against reward hacking."""
-    stop_on_fall: dict[str, Fall] = {}
+    stop_on_fall: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Largest fall of a reward's held-out ODE mean below that of the base model: reward name to
     fall, in the reward's own unit. Once the whole 95 % interval of the change lies below this
     limit, the run exports its weights and stops."""
@@ -349,7 +343,7 @@ class TrainConfig(Section):
     pipeline_config: str | None = None
     """Diffusers directory or hub id that supplies a single-file model's configuration, tokenizers
     and missing parts. null: the hub repository that diffusers infers from the weights."""
-    family: FamilyName | None = None
+    family: Annotated[str, AfterValidator(POLICIES.check)] | None = None
     """Adapter for the model's pipeline: name of the pipeline class, or module:Class of your own.
     null: the pipeline class that model_index.json names."""
     variant: str | None = Field(None, pattern=r"^[\w-]+$")

@@ -48,14 +48,10 @@ _USED: dict[str, Callable[[Any], bool]] = {
     "lora_dropout": lambda value: _number(value) and 0 <= value < 1,
     "target_modules": _names,
     "init_lora_weights": lambda value: type(value) is bool or value == "gaussian",
-    "use_rslora": lambda value: type(value) is bool,
-    "inference_mode": lambda value: type(value) is bool,
+    **dict.fromkeys(("use_rslora", "inference_mode"), lambda value: type(value) is bool),
     "peft_type": lambda value: value == "LORA",
     "bias": lambda value: value == "none",
-    "peft_version": _text,
-    "base_model_name_or_path": _text,
-    "revision": _text,
-    "task_type": _text,
+    **dict.fromkeys(("peft_version", "base_model_name_or_path", "revision", "task_type"), _text),
 }
 """Keys that a configuration may set, with a check of the value. Any other key must be off: peft's
 default, null, false or empty."""

@@ -38,14 +38,13 @@ class PipelinePolicy(TrainablePolicy):
     The adapter of a family (one file each) adds how its pipeline encodes a prompt, calls its
     denoiser, shapes its latents and chooses its noise levels. Classifier-free guidance (arXiv
     2207.12598) at scale w is `uncond + w (cond - uncond)`, both evaluated in one batch; a scale of
-    at most 1 means no guidance.
+    at most 1 means no guidance. Arguments that are not below are those of `load_policy`.
 
     Args:
         pipeline: diffusers pipeline. Its scheduler's config gives the noise path; the scheduler
             itself is not used.
         dtype: dtype of the frozen weights and of the network's input. Adapters, latents and
             predictions stay float32.
-        device, resolution, decode_batch_size, offload, prompt_cache_mb: as in `load_policy`.
 
     Attributes:
         latent_size: `(h, w)` of the autoencoder's latents.
