@@ -109,14 +109,14 @@ def load_source(
         adapter = _adapter(source.family or pipeline_name, model)
         parts = adapter.load_arguments | {part: None for part in adapter.optional if index.get(part, [None])[0] is None}
         _check_libraries(model, index, parts)
-        kind = adapter.pipeline_class(pipeline_name)
+        pipeline_class = adapter.pipeline_class(pipeline_name)
         if outline:
-            pipeline = outline_pipeline(location, index, kind, dtype, parts, single, at)
+            pipeline = outline_pipeline(location, index, pipeline_class, dtype, parts, single, at)
         elif single:
-            pipeline = load_single_file(name, location, kind, adapter.denoiser, parts, dtype)
+            pipeline = load_single_file(name, location, pipeline_class, adapter.denoiser, parts, dtype)
         else:
             which = {"variant": source.variant, **at}
-            pipeline = kind.from_pretrained(location, dtype=dtype, use_safetensors=True, **which, **parts)
+            pipeline = pipeline_class.from_pretrained(location, dtype=dtype, use_safetensors=True, **which, **parts)
         if source.shift is not None:
             _shift(pipeline, source.shift, model)
         limits = {} if source.prompt_cache_mb is None else {"prompt_cache_mb": source.prompt_cache_mb}
