@@ -17,6 +17,7 @@ from etude.training.progress import Display, SilentDisplay
 def config(**sampling: Any) -> TrainConfig:
     return parse_config(
         {
+            "iterations": 20,
             "rewards": {"alignment": 1.0},
             "sampling": {"eta": 1.2, **sampling},
             "evaluation": {"held_out_rewards": ["colorfulness"]},
@@ -55,7 +56,7 @@ SUMMARY = {
 def shown(terminal: bool, rows: list[dict[str, Any]], clock: Iterator[float], summary: bool = False) -> str:
     file = io.StringIO()
     console = Console(file=file, width=140, force_terminal=terminal, color_system=None)
-    display = TrainingDisplay(config(), 20, console, clock=lambda: next(clock))
+    display = TrainingDisplay(config(), console, clock=lambda: next(clock))
     with display:
         display.phase("rollout", 480)
         display.advance(48)
@@ -81,7 +82,7 @@ def test_without_a_terminal_every_iteration_is_one_plain_line() -> None:
 
 def test_a_window_is_named_and_its_sampler_is_not_called_the_sde() -> None:
     file = io.StringIO()
-    display = TrainingDisplay(config(window={}), 20, Console(file=file, width=140))
+    display = TrainingDisplay(config(window={}), Console(file=file, width=140))
     display.iteration({**ROWS[1], "window": {"start": 3, "size": 4}})
     line = file.getvalue()
     assert line.startswith("iteration 1/20 | window 3..6 | alignment: training SDE in the window 0.1875")
@@ -112,7 +113,7 @@ def test_the_summary_names_both_quantities_and_where_the_time_went() -> None:
 def test_an_exception_passes_through_and_leaves_the_terminal_usable() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True)
-    with pytest.raises(ZeroDivisionError), TrainingDisplay(config(), 3, console):
+    with pytest.raises(ZeroDivisionError), TrainingDisplay(config(), console):
         _ = 1 / 0
     assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")  # the cursor is shown again
 

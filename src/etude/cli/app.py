@@ -19,10 +19,11 @@ from etude.cli import options
 from etude.cli.advise import advise
 from etude.cli.errors import CommandGroup, Debug, remember_debug
 from etude.cli.gap import gap
+from etude.cli.options import option, path
 from etude.cli.runs import prepare_run
 from etude.cli.sample import sample
 from etude.cli.serving import serve_reward
-from etude.cli.study import STUDY_FILE, rebuild, study
+from etude.cli.study import study
 from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.cli.watch import watch
 from etude.errors import EtudeError
@@ -61,9 +62,7 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
-    ] = False,
+    version: Annotated[bool, option("Print the version.", "--version", callback=_print_version, is_eager=True)] = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune text-to-image models with a stochastic sampler at any eta, ship the ODE sampler,
@@ -75,40 +74,23 @@ def _root(
 
 @app.command()
 def train(
-    recipe: Annotated[
-        str | None, typer.Argument(help="Built-in name (`etude recipes`) or YAML file.", show_default=False)
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Model to tune, in place of the recipe's.", show_default=False)
-    ] = None,
+    recipe: Annotated[str | None, typer.Argument(help="Built-in name (`etude recipes`) or YAML file.")] = None,
+    model: Annotated[str | None, option("Model to tune, in place of the recipe's.")] = None,
     reward: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME[=WEIGHT]",
-            help="Reward in place of the recipe's: a name, module:function or url; may be repeated.",
-            show_default=False,
+        option(
+            "Reward in place of the recipe's: a name, module:function or url; may be repeated.", metavar="NAME[=WEIGHT]"
         ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one key; may be repeated. `etude recipes --keys` lists them."
-        ),
+        option("Change one key; may be repeated. `etude recipes --keys` lists them.", "--set", metavar="KEY=VALUE"),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            callback=options.expanded,
-            help="Run directory, new or empty. Default: `runs/<recipe>-<time>`.",
-            show_default=False,
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress and no summary.")] = False,
+    out: Annotated[Path | None, path("Run directory, new or empty. Default: `runs/<recipe>-<time>`.")] = None,
+    resume: Annotated[bool, option("Continue the run in --out from its last checkpoint.", "--resume")] = False,
+    quiet: Annotated[bool, option("Show no progress and no summary.", "--quiet")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the configuration and the cost of the run; write nothing.")
+        bool, option("Print the configuration and the cost of the run; write nothing.", "--dry-run")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -140,7 +122,7 @@ def train(
         typer.echo(resolved(config, directory, resume), nl=False)
         return
     silent = quiet or os.environ.get("RANK", "0") != "0"
-    display = SilentDisplay() if silent else TrainingDisplay(config, config.iterations)
+    display = SilentDisplay() if silent else TrainingDisplay(config)
     Trainer(config, out=directory, resume=resume, display=display).train()
     if not silent:
         typer.echo(f"run: {directory}\nreport: {directory / 'report.html'}")
@@ -148,10 +130,8 @@ def train(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Recipe to print.", show_default=False)] = None,
-    keys: Annotated[
-        bool, typer.Option("--keys", help="List every configuration key, its default and meaning.")
-    ] = False,
+    name: Annotated[str | None, typer.Argument(help="Recipe to print.")] = None,
+    keys: Annotated[bool, option("List every configuration key, its default and meaning.", "--keys")] = False,
     debug: Debug = False,
 ) -> None:
     """List the built-in recipes, or print one as YAML as a start for your own.
@@ -180,10 +160,7 @@ app.command()(sample)
 @app.command()
 def report(
     directory: Annotated[
-        Path,
-        typer.Argument(
-            callback=options.expanded, help="Directory of a run or of a study, finished or not.", show_default=False
-        ),
+        Path, typer.Argument(callback=options.expanded, help="Directory of a run or of a study, finished or not.")
     ],
     debug: Debug = False,
 ) -> None:
@@ -191,12 +168,16 @@ def report(
 
     Example: `etude report runs/first`
     """
-    if (directory / STUDY_FILE).is_file() and not (directory / "metrics.jsonl").is_file():
-        typer.echo(str(rebuild(directory)))
-        return
+    file = directory / "study.yaml"
     with heavy_imports():
         from etude.report import write_report
-    typer.echo(str(write_report(directory)))
+        from etude.study.directory import StudyDirectory
+        from etude.study.study_file import load_study
+        from etude.study.study_page import write_results
+    if file.is_file() and not (directory / "metrics.jsonl").is_file():
+        typer.echo(str(write_results(load_study(file), StudyDirectory(directory))))
+    else:
+        typer.echo(str(write_report(directory)))
 
 
 @app.command()
@@ -212,9 +193,8 @@ def models(debug: Debug = False) -> None:
     cards = zoo.models()
     if not cards:
         raise EtudeError("this installation holds no embedded models: reinstall etude, or give a diffusers directory.")
-    typer.echo(
-        "\n".join(yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=110) for card in cards), nl=False
-    )
+    texts = [yaml.safe_dump(card, sort_keys=False, allow_unicode=True, width=110) for card in cards]
+    typer.echo("\n".join(texts), nl=False)
 
 
 app.command("serve-reward")(serve_reward)
@@ -223,9 +203,7 @@ app.command()(watch)
 app.command()(advise)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def theory(ctx: typer.Context) -> None:
     """Closed forms, finite-step laws and bounds of the reward gap; `etude theory --help` lists them."""
     with heavy_imports():

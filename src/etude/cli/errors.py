@@ -19,13 +19,9 @@ _DEBUG = "etude.debug"
 
 
 class CommandGroup(TyperGroup):
-    """Commands whose failures become one sentence on stderr and an exit code.
-
-    The code is 2 for misuse, 130 for Ctrl-C, 143 for SIGTERM and 1 for any other failure.
-    """
+    """Commands that fail with 2 for misuse, 130 for Ctrl-C, 143 for SIGTERM, and 1 otherwise."""
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """Parses the arguments, runs the command and exits with its code."""
         if not options.get("standalone_mode", True):
             return super().main(*args, **options)
         options["standalone_mode"] = False
@@ -38,17 +34,14 @@ class CommandGroup(TyperGroup):
         raise SystemExit(result if isinstance(result, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command."""
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, _ClickException, BrokenPipeError):
             raise
         except KeyboardInterrupt as error:
             if _is_first_process():
-                complain(
-                    str(error)
-                    or "interrupted; what was saved stays, and `etude train --resume --out DIR` continues a run."
-                )
+                usual = "interrupted; what was saved stays, and `etude train --resume --out DIR` continues a run."
+                complain(str(error) or usual)
             raise typer.Exit(128 + getattr(error, "signum", signal.SIGINT)) from None
         except EtudeError as error:
             if error.shared and not _is_first_process():
@@ -70,7 +63,6 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def complain(message: str) -> None:
-    """Prints one sentence on stderr."""
     typer.secho("error: ", fg="red", err=True, nl=False)
     typer.echo(message, err=True)
 

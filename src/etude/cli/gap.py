@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from etude.cli import options
 from etude.cli.errors import Debug
+from etude.cli.options import option, path
 from etude.cli.run_settings import choose_settings
 from etude.cli.waiting import heavy_imports, progress, quiet_libraries
 from etude.terminal import make_console
@@ -19,21 +18,17 @@ def gap(
     lora: options.Lora = None,
     eta: Annotated[
         list[float] | None,
-        typer.Option(
+        option(
+            "Stochasticity compared with the ODE; may be repeated. Default: the run's, else 1.2.",
             callback=options.finite,
-            help="Stochasticity compared with the ODE; may be repeated. Default: the run's, else 1.2.",
         ),
     ] = None,
-    steps: Annotated[
-        list[int] | None, typer.Option(help="Denoising steps; may be repeated. Default: the run's, else 20.")
-    ] = None,
+    steps: Annotated[list[int] | None, option("Denoising steps; may be repeated. Default: the run's, else 20.")] = None,
     reward: Annotated[
-        list[str] | None, typer.Option(help="Name, module:function or url; may be repeated. Default: alignment.")
+        list[str] | None, option("Name, module:function or url; may be repeated. Default: alignment.")
     ] = None,
-    prompts: Annotated[
-        str, typer.Option(help="Built-in set, text or JSONL file, module:function or hub:dataset.")
-    ] = "emoji-eval",
-    samples: Annotated[int, typer.Option(help="Images per sampler, spread over the prompts; at least 2.")] = 128,
+    prompts: Annotated[str, option("Built-in set, text or JSONL file, module:function or hub:dataset.")] = "emoji-eval",
+    samples: Annotated[int, option("Images per sampler, spread over the prompts; at least 2.")] = 128,
     guidance: options.Guidance = None,
     kernel: options.Kernel = None,
     first_step: options.FirstStep = None,
@@ -45,10 +40,7 @@ def gap(
     offload: options.Offload = False,
     pipeline_config: options.PipelineConfig = None,
     variant: options.Variant = None,
-    json: Annotated[
-        Path | None,
-        typer.Option(callback=options.expanded, help="Also write the numbers and the settings to this file."),
-    ] = None,
+    json: Annotated[Path | None, path("Also write the numbers and the settings to this file.")] = None,
     debug: Debug = False,
 ) -> None:
     """Measure the reward gap of any model, E r(ODE) - E r(SDE at eta), with 95 % intervals.
@@ -66,34 +58,14 @@ def gap(
         from etude.files import atomic_write_text
         from etude.measuring.gap import Measurement, reward_gap
         from etude.policies.source import ModelSource
-    source = ModelSource(
-        model,
-        lora=lora,
-        resolution=resolution,
-        shift=shift,
-        variant=variant,
-        pipeline_config=pipeline_config,
-        offload=offload,
-    )
-    chosen = choose_settings(
-        source,
-        kernel=kernel,
-        etas=eta,
-        guidance=guidance,
-        steps=steps,
-        first_step=first_step,
-        dtype=dtype,
-        without_run=[1.2],
+    source = ModelSource(model, lora, "float32", resolution, shift, variant, pipeline_config, offload)
+    source, sampler, etas, step_counts = choose_settings(
+        source, eta, steps, [1.2], kernel=kernel, guidance=guidance, first_step=first_step, dtype=dtype
     )
     measurement = Measurement.of(reward or "alignment", prompts, samples, seed, batch_size)
     with progress("sampling") as advance:
         report = reward_gap(
-            chosen.source,
-            etas=chosen.etas,
-            steps=chosen.steps,
-            sampler=chosen.sampler,
-            measurement=measurement,
-            on_progress=advance,
+            source, etas=etas, steps=step_counts, sampler=sampler, measurement=measurement, on_progress=advance
         )
     make_console().print(report.table())
     if json is not None:

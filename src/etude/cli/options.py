@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +22,6 @@ def finite(value: Any) -> Any:
 
 
 def positive(value: float | None) -> float | None:
-    """Refuse a shift that is not a finite number above 0."""
     if value is not None and not (math.isfinite(value) and value > 0):
         raise typer.BadParameter(f"{value:g} is not a finite number above 0")
     return value
@@ -32,84 +32,70 @@ def expanded(path: Path | None) -> Path | None:
     return None if path is None else Path(os.path.expanduser(path))
 
 
+def option(text: str, *names: str, **settings: Any) -> Any:
+    """`typer.Option` with its help first. A flag without a name would get a `--no-` twin."""
+    return typer.Option(*names, help=text, **settings)
+
+
+path = partial(option, callback=expanded)
+
+
 Model = Annotated[
-    str,
-    typer.Argument(
-        help="Embedded name (`etude models`), diffusers directory, safetensors file or hub id.", show_default=False
-    ),
+    str, typer.Argument(help="Embedded name (`etude models`), diffusers directory, safetensors file or hub id.")
 ]
 PipelineConfig = Annotated[
     str | None,
-    typer.Option(
-        help="Diffusers directory or hub id with the configuration of a model in one file. Default: inferred, from the hub."
+    option(
+        "Diffusers directory or hub id with the configuration of a model in one file. Default: inferred, from the hub."
     ),
 ]
 Variant = Annotated[
     str | None,
-    typer.Option(
-        help="Suffix of the weight files in a directory or hub id, for example fp16. Default: the run's, else none."
-    ),
+    option("Suffix of the weight files in a directory or hub id, for example fp16. Default: the run's, else none."),
 ]
 Lora = Annotated[
     Path | None,
-    typer.Option(
-        callback=expanded,
-        help="Adapter that a run exported, for example runs/first/lora. The options below then default to the run's settings.",
+    path(
+        "Adapter that a run exported, for example runs/first/lora. The options below then default to the run's settings."
     ),
 ]
 Guidance = Annotated[
     float | None,
-    typer.Option(
-        callback=finite,
-        help="Guidance scale; 1 switches classifier-free guidance off. Default: the run's, else 5.",
-        show_default=False,
-    ),
+    option("Guidance scale; 1 switches classifier-free guidance off. Default: the run's, else 5.", callback=finite),
 ]
 Kernel = Annotated[
     str | None,
-    typer.Option(
-        help="Kernel of the stochastic sampler: gddim (any eta), ddim (up to a largest eta); "
-        "for flow models also flow_sde, dance_sde or cps. Each counts eta in its own unit. Default: the run's, else gddim.",
-        show_default=False,
+    option(
+        "Kernel of the stochastic sampler: gddim (any eta), ddim (up to a largest eta); "
+        "for flow models also flow_sde, dance_sde or cps. Each counts eta in its own unit. Default: the run's, else gddim."
     ),
 ]
 FirstStep = Annotated[
     Literal["ode", "sde", "capped"] | None,
-    typer.Option(
-        help="Treatment of a stochastic sampler's step out of pure noise (flow models): ode makes it deterministic, sde leaves "
-        "it to the kernel, capped does too and caps the infinite noise of flow_sde there. Default: the run's, else ode.",
-        show_default=False,
+    option(
+        "Treatment of a stochastic sampler's step out of pure noise (flow models): ode makes it deterministic, sde leaves "
+        "it to the kernel, capped does too and caps the infinite noise of flow_sde there. Default: the run's, else ode."
     ),
 ]
 Resolution = Annotated[
-    int | None, typer.Option(min=1, help="Side of the images in pixels. Default: the run's, else the pipeline's own.")
+    int | None, option("Side of the images in pixels. Default: the run's, else the pipeline's own.", min=1)
 ]
 Shift = Annotated[
     float | None,
-    typer.Option(
-        callback=positive,
-        help="Shift of a flow model's levels. Default: the run's, else the pipeline's own.",
-        show_default=False,
-    ),
+    option("Shift of a flow model's levels. Default: the run's, else the pipeline's own.", callback=positive),
 ]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option(help="Precision of the weights. Default: the run's, else float32.", show_default=False),
+    option("Precision of the weights. Default: the run's, else float32."),
 ]
-Offload = Annotated[
-    bool, typer.Option("--offload", help="Keep text encoders and autoencoder on the CPU while they are idle.")
-]
-BatchSize = Annotated[
-    int, typer.Option(min=1, help="Images per network call; halved where they do not fit into memory.")
-]
-Seed = Annotated[int, typer.Option(min=0, help="Key of the noise; the same seed gives the same images.")]
+Offload = Annotated[bool, option("Keep text encoders and autoencoder on the CPU while they are idle.", "--offload")]
+BatchSize = Annotated[int, option("Images per network call; halved where they do not fit into memory.", min=1)]
+Seed = Annotated[int, option("Key of the noise; the same seed gives the same images.", min=0)]
 
 
-def check_target(path: Path | None, option: str) -> None:
+def check_target(file: Path | None, name: str) -> None:
     """Refuse a file that cannot be written, before the work."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise EtudeError(f"{option} '{path}' is a directory: give a file.")
-    if not path.parent.is_dir():
-        raise EtudeError(f"{option} '{path}': the directory '{path.parent}' does not exist, make it first.")
+    if file is not None and file.is_dir():
+        raise EtudeError(f"{name} '{file}' is a directory: give a file.")
+    if file is not None and not file.parent.is_dir():
+        raise EtudeError(f"{name} '{file}': the directory '{file.parent}' does not exist, make it first.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -20,80 +20,64 @@ if TYPE_CHECKING:
     from etude.sampling.sampler import SDE
 
 
-class Choice(NamedTuple):
-    """The settings that a command works with.
-
-    Attributes:
-        source: the model.
-        sampler: the sampler at the first eta and step count.
-        etas: stochasticities, one or more.
-        steps: step counts, one or more.
-    """
-
-    source: ModelSource
-    sampler: SDE
-    etas: list[float]
-    steps: list[int]
-
-
 def choose_settings(
     source: ModelSource,
-    *,
-    kernel: str | None,
     etas: list[float] | None,
-    guidance: float | None,
     steps: list[int] | None,
-    first_step: str | None,
-    dtype: str | None,
-    without_run: list[float],
+    etas_without_run: list[float],
     etas_of_run: bool = True,
-) -> Choice:
+    dtype: str | None = None,
+    **sampler: Any,
+) -> tuple[ModelSource, SDE, list[float], list[int]]:
     """Fill in what no option says (None), and tell stderr where a run's settings were taken.
 
     Args:
-        source: the model with the options' resolution, shift and variant; its dtype is `dtype`.
-        without_run: the etas where neither an option nor a run gives any.
+        source: the model with the options' resolution, shift and variant; `dtype` replaces its own.
+        etas_without_run: the etas where neither an option nor a run gives any.
         etas_of_run: whether a run's eta is a default. It never is under another kernel, which
             counts eta in its own unit, nor where it changes over the run or over the steps.
+        sampler: the options `kernel`, `guidance` and `first_step`.
+
+    Returns:
+        The source, the sampler of the first eta and step count, all etas and all step counts.
     """
     from etude.sampling.sampler import SDE
 
     config = run_of(source)
-    defaults: dict[str, Any] = {"kernel": "gddim", "guidance": 5.0, "first_step": "ode"}
+    given = {name: value for name, value in sampler.items() if value is not None}
     if config is None:
-        source = replace(source, dtype=dtype or "float32")
-        etas, steps = etas or without_run, steps or [20]
-    else:
-        sampling = config.sampling
-        same_unit = kernel in (None, sampling.kernel) and not sampling.eta_schedule
-        if etas_of_run and same_unit and isinstance(sampling.eta, float):
-            without_run = [sampling.eta]
-        etas, steps = etas or without_run, steps or [config.evaluation.num_steps or sampling.num_steps]
-        defaults = {
-            "kernel": sampling.kernel, "guidance": sampling.guidance_scale, "first_step": sampling.first_step,
-        }  # fmt: skip
-        source = replace(
-            source,
-            dtype=dtype or config.dtype,
-            resolution=source.resolution or config.resolution,
-            shift=source.shift or sampling.shift,
-            # The weight files that a run exports have no suffix.
-            variant=source.variant or (config.variant if source.lora else None),
-        )
-    options = {"kernel": kernel, "guidance": guidance, "first_step": first_step}
-    given = {name: value for name, value in options.items() if value is not None}
-    choice = Choice(source, SDE(etas[0], steps[0], **(defaults | given)), etas, steps)
-    if config is not None:
-        place = source.lora or source.name
-        typer.echo(f"as in the run of {place} where no option says otherwise: {_summary(choice)}", err=True)
-    return choice
+        etas, steps = etas or etas_without_run, steps or [20]
+        return replace(source, dtype=dtype or "float32"), SDE(etas[0], steps[0], **given), etas, steps
+    run = config.sampling
+    same_unit = sampler["kernel"] in (None, run.kernel) and not run.eta_schedule
+    eta_of_run = [run.eta] if etas_of_run and same_unit and isinstance(run.eta, float) else None
+    etas = etas or eta_of_run or etas_without_run
+    steps = steps or [config.evaluation.num_steps or run.num_steps]
+    source = replace(
+        source,
+        dtype=dtype or config.dtype,
+        resolution=source.resolution or config.resolution,
+        shift=source.shift or run.shift,
+        # The weight files that a run exports have no suffix.
+        variant=source.variant or (config.variant if source.lora else None),
+    )
+    defaults: dict[str, Any] = {"kernel": run.kernel, "guidance": run.guidance_scale, "first_step": run.first_step}
+    chosen = SDE(etas[0], steps[0], **(defaults | given))
+    etas_text, steps_text = (", ".join(f"{value:g}" for value in values) for values in (etas, steps))
+    shift = "" if source.shift is None else f", shift {source.shift:g}"
+    size = "" if source.resolution is None else f", resolution {source.resolution}"
+    typer.echo(
+        f"as in the run of {source.lora or source.name} where no option says otherwise: kernel {chosen.kernel}, eta {etas_text}, "
+        f"steps {steps_text}, guidance {chosen.guidance:g}, first step {chosen.first_step}{shift}{size}, {source.dtype}.",
+        err=True,
+    )
+    return source, chosen, etas, steps
 
 
 def run_of(source: ModelSource) -> TrainConfig | None:
     """The configuration of the run that exported a model: `config.yaml` beside its directory.
 
-    None where there is no such file. A file that is no run's configuration is None too, with a
-    warning on stderr.
+    None where there is no such file, and, with a warning on stderr, where it is no configuration.
     """
     from etude.config import load_config
 
@@ -108,14 +92,3 @@ def run_of(source: ModelSource) -> TrainConfig | None:
     except EtudeError as error:
         typer.echo(f"warning: no settings are taken from the file beside {exported}: {error}", err=True)
         return None
-
-
-def _summary(choice: Choice) -> str:
-    source, sampler = choice.source, choice.sampler
-    etas, steps = (", ".join(f"{value:g}" for value in values) for values in (choice.etas, choice.steps))
-    size = "" if source.resolution is None else f", resolution {source.resolution}"
-    shift = "" if source.shift is None else f", shift {source.shift:g}"
-    return (
-        f"kernel {sampler.kernel}, eta {etas}, steps {steps}, guidance {sampler.guidance:g}, "
-        f"first step {sampler.first_step}{shift}{size}, {source.dtype}."
-    )

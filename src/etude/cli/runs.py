@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 def prepare_run(
     recipe: str | None, overrides: list[str], out: Path | None, resume: bool, rewards: list[str] | None = None
 ) -> tuple[TrainConfig, Path]:
-    """The configuration and the directory of the run, from the arguments of `etude train`.
-
-    Raises:
-        EtudeError: a recipe, an override or a directory cannot be used.
-        UsageError: the options contradict each other, or one is missing.
-    """
+    """The configuration and the directory of the run, from the arguments of `etude train`."""
     from etude.config import load_config, parse_rewards
 
     weights = parse_rewards(rewards or [])

@@ -11,30 +11,26 @@ import typer
 
 from etude.cli import options
 from etude.cli.errors import Debug, UsageError
+from etude.cli.options import option, path
 from etude.cli.run_settings import choose_settings
 from etude.cli.waiting import heavy_imports, progress, quiet_libraries
 
 
 def sample(
     model: options.Model,
-    prompt: Annotated[list[str], typer.Option(help="Prompt to draw; may be repeated.", show_default=False)],
+    prompt: Annotated[list[str], option("Prompt to draw; may be repeated.")],
     lora: options.Lora = None,
     eta: Annotated[
         list[float] | None,
-        typer.Option(callback=options.finite, help="Stochasticity; repeated, one row each. Default: 0, the ODE."),
+        option("Stochasticity; repeated, one row each. Default: 0, the ODE.", callback=options.finite),
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Denoising steps of every sampler. Default: the run's, else 20.", show_default=False),
-    ] = None,
+    steps: Annotated[int | None, option("Denoising steps of every sampler. Default: the run's, else 20.")] = None,
     guidance: options.Guidance = None,
     kernel: options.Kernel = None,
     first_step: options.FirstStep = None,
     solver: Annotated[
         str | None,
-        typer.Option(
-            help="Draw with a deterministic solver of diffusers instead: ddim, euler, heun, dpmsolver++, unipc."
-        ),
+        option("Draw with a deterministic solver of diffusers instead: ddim, euler, heun, dpmsolver++, unipc."),
     ] = None,
     seed: options.Seed = 0,
     resolution: options.Resolution = None,
@@ -44,8 +40,8 @@ def sample(
     offload: options.Offload = False,
     pipeline_config: options.PipelineConfig = None,
     variant: options.Variant = None,
-    images: Annotated[int, typer.Option(min=1, help="Images of each prompt.")] = 1,
-    out: Annotated[Path, typer.Option(callback=options.expanded, help="PNG file to write.")] = Path("sample.png"),
+    images: Annotated[int, option("Images of each prompt.", min=1)] = 1,
+    out: Annotated[Path, path("PNG file to write.")] = Path("sample.png"),
     debug: Debug = False,
 ) -> None:
     """Draw images with the ODE or at any eta; several images make a grid.
@@ -70,31 +66,15 @@ def sample(
         from etude.sampling.sampler import Sampler
         from etude.sampling.sampler import sample as draw
         from etude.sampling.solvers import Solver
-    source = ModelSource(
-        model,
-        lora=lora,
-        resolution=resolution,
-        shift=shift,
-        variant=variant,
-        pipeline_config=pipeline_config,
-        offload=offload,
+    source = ModelSource(model, lora, "float32", resolution, shift, variant, pipeline_config, offload)
+    counts = None if steps is None else [steps]
+    source, sampler, etas, _ = choose_settings(
+        source, eta, counts, [0.0], False, kernel=kernel, guidance=guidance, first_step=first_step, dtype=dtype
     )
-    chosen = choose_settings(
-        source,
-        kernel=kernel,
-        etas=eta,
-        guidance=guidance,
-        steps=None if steps is None else [steps],
-        first_step=first_step,
-        dtype=dtype,
-        without_run=[0.0],
-        etas_of_run=False,
-    )
-    sampler = chosen.sampler
-    samplers: list[Sampler] = [replace(sampler, eta=each) for each in chosen.etas]
+    samplers: list[Sampler] = [replace(sampler, eta=each) for each in etas]
     if solver is not None:
         samplers = [Solver(solver, sampler.steps, sampler.guidance)]
-    policy = load_source(chosen.source)
+    policy = load_source(source)
     for each in samplers:
         each.check(policy)
     captions = [text for text in prompt for _ in range(images)]
@@ -104,10 +84,8 @@ def sample(
             draw(policy, captions, each, seed=seed, batch_size=batch_size, on_step=lambda done: advance(done, total))
             for each in samplers
         ]
-    drawn = torch.cat(rows)
-    labels = [f"{text}, {each.label}" for each in samplers for text in captions]
-    buffer = io.BytesIO()
-    alone = len(drawn) == 1
-    image_grid(drawn, len(captions), labels=None if alone else labels).save(buffer, format="PNG")
+    drawn, buffer = torch.cat(rows), io.BytesIO()
+    labels = [f"{text}, {each.label}" for each in samplers for text in captions] if len(drawn) > 1 else None
+    image_grid(drawn, len(captions), labels=labels).save(buffer, format="PNG")
     atomic_write_bytes(out, buffer.getvalue())
     typer.echo(str(out))

@@ -7,25 +7,25 @@ from typing import Annotated
 import typer
 
 from etude.cli.errors import Debug
+from etude.cli.options import option
 from etude.cli.waiting import heavy_imports, quiet_libraries
 
 
 def serve_reward(
-    name: Annotated[str, typer.Argument(help="Reward: a name or module:function.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="Reward: a name or module:function.")],
     host: Annotated[
-        str, typer.Option(help="Address to listen on. An address that other machines can reach needs a token.")
+        str, option("Address to listen on. An address that other machines can reach needs a token.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
+    port: Annotated[int, option("Port to listen on; 0 takes a free one.", min=0, max=65535)] = 8000,
     token_env: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Environment variable with the token that clients must send. Default: ETUDE_REWARD_TOKEN, if set.",
             metavar="VARIABLE",
-            help="Environment variable with the token that clients must send. Default: ETUDE_REWARD_TOKEN, if set.",
-            show_default=False,
         ),
     ] = None,
-    max_request_mb: Annotated[int, typer.Option(min=1, help="Longest request, in MiB.")] = 64,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Serve other machines without a token.")] = False,
+    max_request_mb: Annotated[int, option("Longest request, in MiB.", min=1)] = 64,
+    insecure: Annotated[bool, option("Serve other machines without a token.", "--insecure")] = False,
     debug: Debug = False,
 ) -> None:
     """Serve a reward: a trainer names this server's url as its reward, and the server scores its images.

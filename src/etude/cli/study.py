@@ -3,46 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from etude.cli.errors import Debug, UsageError
+from etude.cli.options import option
 from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.errors import EtudeError
 
-if TYPE_CHECKING:
-    from etude.study.directory import StudyDirectory
-    from etude.study.study_file import Cell
-
-
-STUDY_FILE = "study.yaml"
-"""Name of the study's file in its directory."""
-
 
 def study(
-    file: Annotated[Path, typer.Argument(help="YAML file of the study.", show_default=False)],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Directory of the study. Default: `runs/<name of the file>`.", show_default=False),
-    ] = None,
+    file: Annotated[Path, typer.Argument(help="YAML file of the study.")],
+    out: Annotated[Path | None, option("Directory of the study. Default: `runs/<name of the file>`.")] = None,
     only: Annotated[
-        str | None,
-        typer.Option(metavar="PATTERN", help="Only cells whose name contains PATTERN; * and ? are wildcards."),
+        str | None, option("Only cells whose name contains PATTERN; * and ? are wildcards.", metavar="PATTERN")
     ] = None,
     launcher: Annotated[
-        str | None,
-        typer.Option(help='Command that trains each cell in processes of its own, as "accelerate launch".'),
+        str | None, option('Command that trains each cell in processes of its own, as "accelerate launch".')
     ] = None,
-    list_cells: Annotated[bool, typer.Option("--list", help="Print the cells and their progress; run none.")] = False,
+    list_cells: Annotated[bool, option("Print the cells and their progress; run none.", "--list")] = False,
     report_only: Annotated[
-        bool, typer.Option("--report-only", help="Write tables, figures and the page from done cells; run none.")
+        bool, option("Write tables, figures and the page from done cells; run none.", "--report-only")
     ] = False,
     pack: Annotated[
-        bool,
-        typer.Option("--pack", help="Pack the results of done cells into one file, DIR/cells.tar.xz; run none."),
+        bool, option("Pack the results of done cells into one file, DIR/cells.tar.xz; run none.", "--pack")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    quiet: Annotated[bool, option("Show no progress.", "--quiet")] = False,
     debug: Debug = False,
 ) -> None:
     """Run a grid of training runs, and compare them with intervals, tables, figures and a page.
@@ -62,17 +49,29 @@ def study(
     loaded = load_study(file)
     with heavy_imports():
         quiet_libraries()
+        from rich.table import Table
+
         from etude.study.directory import StudyDirectory
+        from etude.study.pack import pack as pack_cells
         from etude.study.runner import run_study, select
+        from etude.terminal import clock, make_console
     directory = StudyDirectory(out or Path("runs", file.parent.name if file.stem == "study" else file.stem))
     if directory.root.exists() and not directory.root.is_dir():
         raise EtudeError(f"--out '{directory.root}' is a file; give a directory.")
     cells = select(loaded, only)
     if list_cells:
-        _print_cells(cells, directory)
+        table = Table("cell", "grid", "state", "iterations", "time", box=None)
+        for cell in cells:
+            progress = directory.progress(cell)
+            state = f"{progress.state}: {progress.failure}" if progress.failure else progress.state
+            time = clock(progress.seconds) if progress.seconds else ""
+            table.add_row(cell.slug, cell.grid, state, f"{progress.iteration}/{cell.config.iterations}", time)
+        make_console().print(table)
         return
     if pack:
-        _pack(cells, directory, quiet)
+        count, path = pack_cells(cells, directory), directory.archive
+        if not quiet:
+            typer.echo(f"archive: {path} ({count} cell{'' if count == 1 else 's'}, {path.stat().st_size / 1e6:.1f} MB)")
         return
     failures = {} if report_only else run_study(loaded, cells, directory, launcher, quiet)
     from etude.study.study_page import write_results
@@ -86,36 +85,3 @@ def study(
             f"{len(failures)} of {len(cells)} cells failed ({names}): '{directory.root / 'failures'}' holds the reasons, "
             "and the same command tries them again."
         )
-
-
-def rebuild(directory: Path) -> Path:
-    """Write the results of a study from its directory alone, and return the path of the page."""
-    from etude.study.study_file import load_study
-
-    loaded = load_study(directory / STUDY_FILE)
-    with heavy_imports():
-        from etude.study.directory import StudyDirectory
-        from etude.study.study_page import write_results
-    return write_results(loaded, StudyDirectory(directory))
-
-
-def _pack(cells: list[Cell], directory: StudyDirectory, quiet: bool) -> None:
-    from etude.study.pack import pack
-
-    count, path = pack(cells, directory), directory.archive
-    if not quiet:
-        typer.echo(f"archive: {path} ({count} cell{'' if count == 1 else 's'}, {path.stat().st_size / 1e6:.1f} MB)")
-
-
-def _print_cells(cells: list[Cell], directory: StudyDirectory) -> None:
-    from rich.table import Table
-
-    from etude.terminal import clock, make_console
-
-    table = Table("cell", "grid", "state", "iterations", "time", box=None)
-    for cell in cells:
-        progress = directory.progress(cell)
-        state = f"{progress.state}: {progress.failure}" if progress.failure else progress.state
-        time = clock(progress.seconds) if progress.seconds else ""
-        table.add_row(cell.slug, cell.grid, state, f"{progress.iteration}/{cell.config.iterations}", time)
-    make_console().print(table)

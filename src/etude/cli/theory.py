@@ -7,11 +7,13 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from etude.cli.options import option
 from etude.errors import EtudeError
 from etude.registry import KERNELS
 
@@ -23,75 +25,39 @@ app = typer.Typer(
 )
 
 LINE = "One number, or one per dimension: 1,0.5,2."
-_MODEL, _SAMPLER, _ERROR, _OUTPUT = "The model and the reward", "The sampler", "The score error", "Output"
+_model = partial(option, rich_help_panel="The model and the reward")
+_sampler = partial(option, rich_help_panel="The sampler")
+_error = partial(option, rich_help_panel="The score error")
+_output = partial(option, rich_help_panel="Output")
 
 
 @app.callback(invoke_without_command=True)
 def theory(
     ctx: typer.Context,
-    mean: Annotated[
-        str, typer.Option(help=f"Mean of the base model's law N(m, C). {LINE}", rich_help_panel=_MODEL)
-    ] = "1",
-    variance: Annotated[str, typer.Option(help=f"Variances C. {LINE}", rich_help_panel=_MODEL)] = "1",
-    curvature: Annotated[
-        str, typer.Option(help=f"Q of the reward r(x) = -Q (x - center)^2 + linear x. {LINE}", rich_help_panel=_MODEL)
-    ] = "1",
-    center: Annotated[str, typer.Option(help=f"Peak of the reward's square. {LINE}", rich_help_panel=_MODEL)] = "2",
-    linear: Annotated[
-        str, typer.Option(help=f"Slope of the reward's linear part. {LINE}", rich_help_panel=_MODEL)
-    ] = "0",
-    beta: Annotated[
-        float,
-        typer.Option(help="Strength of the KL penalty; the tuned law is p* = p exp(r / beta).", rich_help_panel=_MODEL),
-    ] = 2.0,
+    mean: Annotated[str, _model(f"Mean of the base model's law N(m, C). {LINE}")] = "1",
+    variance: Annotated[str, _model(f"Variances C. {LINE}")] = "1",
+    curvature: Annotated[str, _model(f"Q of the reward r(x) = -Q (x - center)^2 + linear x. {LINE}")] = "1",
+    center: Annotated[str, _model(f"Peak of the reward's square. {LINE}")] = "2",
+    linear: Annotated[str, _model(f"Slope of the reward's linear part. {LINE}")] = "0",
+    beta: Annotated[float, _model("Strength of the KL penalty; the tuned law is p* = p exp(r / beta).")] = 2.0,
     eta: Annotated[
         list[float] | None,
-        typer.Option(
-            help="Stochasticity to compare with the ODE, in the kernel's unit; may be repeated. Default: 0.5, 1, 1.5.",
-            rich_help_panel=_SAMPLER,
-        ),
+        _sampler("Stochasticity to compare with the ODE, in the kernel's unit; may be repeated. Default: 0.5, 1, 1.5."),
     ] = None,
-    steps: Annotated[
-        list[int] | None,
-        typer.Option(help="Number of steps; may be repeated. Default: 10, 20, 50.", rich_help_panel=_SAMPLER),
-    ] = None,
-    schedule: Annotated[
-        str,
-        typer.Option(
-            help="Noise schedule: sd (SD1.5, SDXL), ddpm, or flow (rectified flow).", rich_help_panel=_SAMPLER
-        ),
-    ] = "sd",
-    spacing: Annotated[
-        str, typer.Option(help="Timesteps: trailing, leading, linspace, log-snr or karras.", rich_help_panel=_SAMPLER)
-    ] = "trailing",
+    steps: Annotated[list[int] | None, _sampler("Number of steps; may be repeated. Default: 10, 20, 50.")] = None,
+    schedule: Annotated[str, _sampler("Noise schedule: sd (SD1.5, SDXL), ddpm, or flow (rectified flow).")] = "sd",
+    spacing: Annotated[str, _sampler("Timesteps: trailing, leading, linspace, log-snr or karras.")] = "trailing",
     kernel: Annotated[
-        str,
-        typer.Option(
-            help=f"{KERNELS.about()}; euler-maruyama: of the theory alone; or module:Class.",
-            rich_help_panel=_SAMPLER,
-        ),
+        str, _sampler(f"{KERNELS.about()}; euler-maruyama: of the theory alone; or module:Class.")
     ] = "gddim",
-    ve_horizon: Annotated[
-        float, typer.Option(help="Largest T of the VE curves, above 4, at most 1e6.", rich_help_panel=_SAMPLER)
-    ] = 100.0,
-    vp_horizon: Annotated[
-        float, typer.Option(help="Largest T of the VP curves, above 2, at most 60.", rich_help_panel=_SAMPLER)
-    ] = 12.0,
-    bias: Annotated[float, typer.Option(help="Constant error of the noise prediction.", rich_help_panel=_ERROR)] = 0.0,
-    gain: Annotated[
-        float,
-        typer.Option(help="Relative error of the noise prediction: 0.05 is 5 % too large.", rich_help_panel=_ERROR),
-    ] = 0.0,
-    white: Annotated[
-        float, typer.Option(help="Standard deviation of an independent error at every step.", rich_help_panel=_ERROR)
-    ] = 0.0,
-    out: Annotated[
-        Path, typer.Option(help="Directory for theory.json and the figures; made if missing.", rich_help_panel=_OUTPUT)
-    ] = Path("runs/theory"),
-    figures: Annotated[
-        bool, typer.Option(help="Draw the figures, or write theory.json alone.", rich_help_panel=_OUTPUT)
-    ] = True,
-    format: Annotated[str, typer.Option(help="Format of the figures: png or svg.", rich_help_panel=_OUTPUT)] = "png",
+    ve_horizon: Annotated[float, _sampler("Largest T of the VE curves, above 4, at most 1e6.")] = 100.0,
+    vp_horizon: Annotated[float, _sampler("Largest T of the VP curves, above 2, at most 60.")] = 12.0,
+    bias: Annotated[float, _error("Constant error of the noise prediction.")] = 0.0,
+    gain: Annotated[float, _error("Relative error of the noise prediction: 0.05 is 5 % too large.")] = 0.0,
+    white: Annotated[float, _error("Standard deviation of an independent error at every step.")] = 0.0,
+    out: Annotated[Path, _output("Directory for theory.json and the figures; made if missing.")] = Path("runs/theory"),
+    figures: Annotated[bool, _output("Draw the figures, or write theory.json alone.")] = True,
+    format: Annotated[str, _output("Format of the figures: png or svg.")] = "png",
 ) -> None:
     """Compute the reward gap E r(ODE) - E r(SDE at eta) of a Gaussian model exactly.
 
@@ -154,23 +120,20 @@ def theory(
         print_report(report)
         (out / "theory.json").write_text(text)
         written = [out / "theory.json", *(draw(report, out, format) if figures else [])]
-    typer.echo("written: " + ", ".join(str(path) for path in written))
+    typer.echo(f"written: {', '.join(map(str, written))}")
 
 
 @app.command()
 def peers(
-    steps: Annotated[int, typer.Option(help="Number of sampling steps, 3 to 1000.")] = 25,
-    shift: Annotated[
-        float, typer.Option(help="The model's time shift: 3 for SD3.5 and for FLUX as the peers train it.")
-    ] = 3.0,
+    steps: Annotated[int, option("Number of sampling steps, 3 to 1000.")] = 25,
+    shift: Annotated[float, option("The model's time shift: 3 for SD3.5 and for FLUX as the peers train it.")] = 3.0,
     pipeline: Annotated[
-        str,
-        typer.Option(help="Levels before the shift: flux (even ones), or sd3 (its scheduler's own, ending near 0)."),
+        str, option("Levels before the shift: flux (even ones), or sd3 (its scheduler's own, ending near 0).")
     ] = "flux",
     level: Annotated[
-        list[str] | None, typer.Option(help="One more row, KERNEL=VALUE as in flow_sde=0.9; may be repeated.")
+        list[str] | None, option("One more row, KERNEL=VALUE as in flow_sde=0.9; may be repeated.")
     ] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    markdown: Annotated[bool, option("Print a Markdown table.", "--markdown")] = False,
 ) -> None:
     """Translate the peers' noise levels to the gDDIM eta they amount to.
 
@@ -194,21 +157,18 @@ def peers(
     from etude.theory.peers import cells, peer_table
     from etude.theory.peers import markdown as in_markdown
 
-    shift = _number(shift, "--shift", above=0.0)
-    table = peer_table(_steps(steps), shift, pipeline, [_level(text) for text in level or []])
+    shift, levels = _number(shift, "--shift", above=0.0), []
+    for text in level or []:
+        name, _, value = text.partition("=")
+        try:
+            levels.append((name, float(value)))
+        except ValueError:
+            raise EtudeError(f"--level is '{text}', which is not KERNEL=VALUE: write flow_sde=0.9.") from None
+    table = peer_table(_steps(steps), shift, pipeline, levels)
     if markdown:
         typer.echo(in_markdown(table), nl=False)
     else:
         print_rows(f"The gDDIM eta of a peer's noise: {steps} steps of {pipeline}, shift {shift:g}", *cells(table))
-
-
-def _level(text: str) -> tuple[str, float]:
-    kernel, _, value = text.partition("=")
-    try:
-        level = float(value)
-    except ValueError:
-        raise EtudeError(f"--level is '{text}', which is not KERNEL=VALUE: write flow_sde=0.9.") from None
-    return kernel, level
 
 
 def _numbers(text: str, option: str) -> list[float]:

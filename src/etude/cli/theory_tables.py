@@ -31,7 +31,6 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def print_rows(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print one table of text."""
     table = _table(title, *columns)
     for row in rows:
         table.add_row(*row)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from etude.config import TrainConfig
@@ -20,24 +18,12 @@ from etude.training.run import estimate_text, estimates_table, summary_blocks
 
 
 class TrainingDisplay:
-    """Progress, the rewards under both samplers, the gap and the remaining time.
-
-    Args:
-        config: configuration of the run.
-        total_iterations: number of iterations at which the bar ends.
-        console: console to write on. Default: standard output.
-        clock: function that returns seconds; replaced in tests.
-    """
+    """Progress, the rewards under both samplers, the gap and the remaining time."""
 
     def __init__(
-        self,
-        config: TrainConfig,
-        total_iterations: int,
-        console: Console | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, config: TrainConfig, console: Console | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.config = config
-        self.total = total_iterations
         self.console = console or make_console()
         self._clock = clock
         self._first: tuple[int, float] | None = None
@@ -45,14 +31,10 @@ class TrainingDisplay:
         self._rewards: Mapping[str, Any] = {}
         self._evaluation: Mapping[str, Any] = {}
         self._eta = config.sampling.eta_text
-        columns = (
-            TextColumn("{task.description:<12}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self._progress = Progress(*columns, console=self.console)
-        self._iterations = self._progress.add_task("iteration", total=total_iterations, note="")
+        self._sampler = "SDE" if config.sampling.window is None else "SDE in the window"
+        name, note = TextColumn("{task.description:<12}"), TextColumn("{task.fields[note]}")
+        self._progress = Progress(name, BarColumn(), MofNCompleteColumn(), note, console=self.console)
+        self._iterations = self._progress.add_task("iteration", total=config.iterations, note="")
         self._phase = self._progress.add_task("loading", total=None, note="")
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
 
@@ -61,9 +43,7 @@ class TrainingDisplay:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: Any) -> None:
         self._progress.update(self._phase, visible=False)
         if self.console.is_terminal:
             self._live.stop()
@@ -73,7 +53,6 @@ class TrainingDisplay:
         self._progress.reset(self._phase, description=name, total=total)
 
     def advance(self, n: int = 1) -> None:
-        """Moves the inner bar."""
         self._progress.advance(self._phase, n)
 
     def iteration(self, row: Mapping[str, Any]) -> None:
@@ -93,17 +72,18 @@ class TrainingDisplay:
             self.console.print(block, soft_wrap=isinstance(block, Text))
 
     def _plain(self, row: Mapping[str, Any]) -> Iterator[str]:
-        yield f"iteration {row['iteration']}/{self.total}"
-        window = row.get("window")
-        if window:
+        yield f"iteration {row['iteration']}/{self.config.iterations}"
+        if window := row.get("window"):
             yield f"window {window['start']}..{window['start'] + window['size'] - 1}"
         if self.config.sampling.eta_schedule is not None and "eta" in row:
             yield f"eta {eta_text(row['eta'])}"
         for reward, value in (row.get("reward") or {}).items():
-            yield f"{reward}: training {_sampler(self.config)} {value['mean']:.4g}"
+            yield f"{reward}: training {self._sampler} {value['mean']:.4g}"
         evaluation = row.get("evaluation") or {}
+        labels = {"ode": "held-out ODE", "sde": "SDE", "gap": "gap", "improvement": "improvement"}
         for reward in evaluation.get("ode") or {}:
-            yield f"{reward}: {_readable(evaluation, reward)}"
+            parts = [f"{label} {estimate_text(evaluation, quantity, reward)}" for quantity, label in labels.items()]
+            yield f"{reward}: {', '.join(part for part in parts if not part.endswith(' -'))}"
         if "seconds" in row:
             yield f"{row['seconds'].get('total', sum(row['seconds'].values())):.1f} s"
         if self._left():
@@ -113,44 +93,16 @@ class TrainingDisplay:
         """The remaining time at the pace of the iterations so far, evaluations included."""
         assert self._first is not None
         done, seconds = self._now[0] - self._first[0], self._now[1] - self._first[1]
-        return f"{clock(seconds / done * (self.total - self._now[0]))} left" if done else ""
+        return f"{clock(seconds / done * (self.config.iterations - self._now[0]))} left" if done else ""
 
     def _render(self) -> Group:
-        return Group(self._progress, self._numbers()) if self._rewards or self._evaluation else Group(self._progress)
-
-    def _numbers(self) -> Table:
-        evaluation = self._evaluation
-        table = estimates_table(
-            [
-                "reward",
-                f"training {_sampler(self.config)}, eta = {self._eta}",
-                "held-out ODE",
-                "gap (ODE - SDE)",
-                "improvement",
-            ]
-        )
-        for reward in evaluation.get("ode", self._rewards):
+        if not (self._rewards or self._evaluation):
+            return Group(self._progress)
+        training = f"training {self._sampler}, eta = {self._eta}"
+        table = estimates_table(["reward", training, "held-out ODE", "gap (ODE - SDE)", "improvement"])
+        for reward in self._evaluation.get("ode", self._rewards):
+            name = f"{reward} (held out)" if reward in self.config.evaluation.held_out_rewards else reward
             mean = f"{self._rewards[reward]['mean']:.4g}" if reward in self._rewards else "-"
-            table.add_row(
-                _name(reward, self.config),
-                mean,
-                *(estimate_text(evaluation, q, reward) for q in ("ode", "gap", "improvement")),
-            )
-        return table
-
-
-def _readable(evaluation: Mapping[str, Any], reward: str) -> str:
-    parts = [f"{label} {estimate_text(evaluation, quantity, reward)}" for quantity, label in _PARTS]
-    return ", ".join(part for part in parts if not part.endswith(" -"))
-
-
-_PARTS = (("ode", "held-out ODE"), ("sde", "SDE"), ("gap", "gap"), ("improvement", "improvement"))
-
-
-def _sampler(config: TrainConfig) -> str:
-    """Name of the training sampler: the SDE, or with a window the ODE with a few stochastic steps."""
-    return "SDE" if config.sampling.window is None else "SDE in the window"
-
-
-def _name(reward: str, config: TrainConfig) -> str:
-    return f"{reward} (held out)" if reward in config.evaluation.held_out_rewards else reward
+            cells = [estimate_text(self._evaluation, quantity, reward) for quantity in ("ode", "gap", "improvement")]
+            table.add_row(name, mean, *cells)
+        return Group(self._progress, table)

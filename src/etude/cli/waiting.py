@@ -18,9 +18,7 @@ def heavy_imports() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Keep stderr for this program: no advice of libraries, no bars for reading from disk.
-    Downloads keep their bars.
-    """
+    """Keep stderr for this program: no advice of libraries, no bars but those of downloads."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, which already warns
     import diffusers.utils.logging
     import huggingface_hub.utils
@@ -34,11 +32,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr where that is a terminal.
-
-    Yields:
-        Function to call with the work that was just done and the total.
-    """
+    """Show a bar on a terminal's stderr; yields a function of the work just done and the total."""
     from rich.progress import Progress
 
     from etude.terminal import make_console

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from etude.cli.errors import Debug
-from etude.cli.options import expanded
+from etude.cli.options import expanded, option
 from etude.errors import EtudeError
 
 if TYPE_CHECKING:
-    from rich.console import Group, RenderableType
+    from rich.console import Group
     from rich.table import Table
 
     from etude.runs.reader import Run
@@ -27,11 +27,9 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def watch(
-    directory: Annotated[
-        Path, typer.Argument(callback=expanded, help="Run directory; it may not exist yet.", show_default=False)
-    ],
-    once: Annotated[bool, typer.Option("--once", help="Show the present state, and end.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings of the files.")] = 1.0,
+    directory: Annotated[Path, typer.Argument(callback=expanded, help="Run directory; it may not exist yet.")],
+    once: Annotated[bool, option("Show the present state, and end.", "--once")] = False,
+    every: Annotated[float, option("Seconds between two readings of the files.", min=0.1)] = 1.0,
     debug: Debug = False,
 ) -> None:
     """Show a run live: its progress, rewards, gap, the health of its updates, and the time by phase.
@@ -72,17 +70,13 @@ def watch(
 
 @dataclass(frozen=True)
 class State:
-    """The state of a run at one moment.
-
-    Attributes:
-        directory: directory of the run.
-        run: files of the run; None before it has begun.
-        locked: whether a process is writing the run; None if the file system does not tell.
-    """
+    """The state of a run at one moment."""
 
     directory: Path
     run: Run | None
+    """Files of the run; None before it has begun."""
     locked: bool | None
+    """Whether a process is writing the run; None if the file system does not tell."""
 
     @property
     def iteration(self) -> int:
@@ -108,11 +102,7 @@ class State:
 
 
 def look(directory: Path) -> State:
-    """Reads the present state of a run.
-
-    Raises:
-        EtudeError: a file of the run is damaged.
-    """
+    """Reads the present state of a run; EtudeError if a file of it is damaged."""
     from etude.files import is_locked
     from etude.runs.reader import read_run
 
@@ -124,31 +114,30 @@ def look(directory: Path) -> State:
 def view(state: State) -> Group:
     """A state as text and tables for rich."""
     from rich.console import Group
+    from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
-    if state.run is None:
-        return Group(Text(f"{state.directory}: {state.words}", style="dim"))
-    from rich.progress_bar import ProgressBar
-
+    from etude.config import parse_config
+    from etude.config.algorithm import essence
     from etude.terminal import clock
 
-    total = state.run.config.get("iterations", 0)
+    run, done = state.run, max(0, state.iteration)
+    if run is None:
+        return Group(Text(f"{state.directory}: {state.words}", style="dim"))
+    total = run.config.get("iterations", 0)
+    about = essence(parse_config(run.config, f"the configuration in '{run.directory}'"))
+    last_ten = run.series("seconds", "total")[1][1:][-10:]
+    left = "" if state.over or done < 1 else f"{clock(sum(last_ten) / len(last_ten) * (total - done))} left"
     line = Table.grid(padding=(0, 2, 0, 0))
-    left = "" if state.over or state.iteration < 1 else f"{clock(_pace(state.run) * (total - state.iteration))} left"
-    line.add_row(
-        f"iteration {max(0, state.iteration)}/{total}",
-        ProgressBar(total=total, completed=max(0, state.iteration), width=40),
-        left,
-    )
-    parts: list[RenderableType] = [
-        Text(f"{state.directory}: {_essence(state.run)}", style="bold"),
-        line,
-        Text(state.words, style="dim"),
-    ]
-    if state.run.rows:
-        parts += [Text(), _rewards(state.run), Text(), _health(state.run), Text(), Text(_seconds(state.run))]
-    return Group(*parts)
+    line.add_row(f"iteration {done}/{total}", ProgressBar(total=total, completed=done, width=40), left)
+    head = (Text(f"{state.directory}: {about}", style="bold"), line, Text(state.words, style="dim"))
+    if not run.rows:
+        return Group(*head)
+    phases: Mapping[str, float] = run.rows[-1].get("seconds") or {}
+    shares = ", ".join(f"{name} {value:.3g} s" for name, value in phases.items() if name != "total")
+    seconds = f"last iteration {phases.get('total', 0.0):.3g} s: {shares}"
+    return Group(*head, Text(), _rewards(run), Text(), _health(run), Text(), Text(seconds))
 
 
 def _looks(directory: Path, every: float) -> Iterator[State]:
@@ -172,7 +161,7 @@ def _lines(directory: Path, every: float, console: Any) -> State:
             continue
         if display is None:
             config = parse_config(state.run.config, f"the configuration in '{directory}'")
-            display = TrainingDisplay(config, config.iterations, console, clock=lambda: clock[0])
+            display = TrainingDisplay(config, console, clock=lambda: clock[0])
         for row in state.run.rows:
             if row["iteration"] > last:
                 last = row["iteration"]
@@ -180,13 +169,6 @@ def _lines(directory: Path, every: float, console: Any) -> State:
                 display.iteration(row)
     console.print(state.words, soft_wrap=True, highlight=False, markup=False)
     return state
-
-
-def _essence(run: Run) -> str:
-    from etude.config import parse_config
-    from etude.config.algorithm import essence
-
-    return essence(parse_config(run.config, f"the configuration in '{run.directory}'"))
 
 
 def _rewards(run: Run) -> Table:
@@ -201,9 +183,8 @@ def _rewards(run: Run) -> Table:
         for quantity in ("ode", "sde", "gap", "improvement"):
             interval = (evaluation.get(quantity) or {}).get(name)
             signed = quantity in {"gap", "improvement"}
-            cells.append(
-                format_interval(interval["mean"], interval["low"], interval["high"], signed) if interval else "-"
-            )
+            bounds = interval and (interval["mean"], interval["low"], interval["high"])
+            cells.append(format_interval(*bounds, signed) if bounds else "-")
         table.add_row(name, *cells)
     table.caption = f"held-out figures of iteration {iteration}, with 95 % intervals"
     table.caption_justify = "left"
@@ -223,12 +204,6 @@ def _health(run: Run) -> Table:
     return table
 
 
-def _seconds(run: Run) -> str:
-    phases: Mapping[str, float] = run.rows[-1].get("seconds") or {}
-    parts = [f"{name} {value:.3g} s" for name, value in phases.items() if name != "total"]
-    return f"last iteration {phases.get('total', 0.0):.3g} s: {', '.join(parts)}"
-
-
 def _table(first: str, *others: str) -> Table:
     from rich.table import Table
 
@@ -246,12 +221,6 @@ def _course(run: Run, *path: str) -> str:
     low, high = min(values), max(values)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((value - low) * scale)] for value in values)
-
-
-def _pace(run: Run) -> float:
-    """Mean seconds of the last ten iterations."""
-    totals = run.series("seconds", "total")[1][1:][-10:]
-    return sum(totals) / len(totals)
 
 
 def _number(value: Any) -> str:

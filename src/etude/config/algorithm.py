@@ -19,15 +19,11 @@ def algorithm(config: Mapping[str, Any]) -> str:
     every step is stochastic, the advantage gives the name. Rewards compared within a group of
     images of one prompt are GRPO (Flow-GRPO, arXiv 2505.05470; DanceGRPO, arXiv 2505.07818).
     Rewards compared with the past rewards of their prompt are DDPO (arXiv 2305.13301).
-
-    Args:
-        config: nested mappings, as from `TrainConfig.model_dump()` or `config.yaml`.
     """
     objective, advantage = ((config.get(section) or {}).get("kind") for section in ("objective", "advantage"))
     if objective and (title := OBJECTIVES.title(objective)):
         return title
-    window = (config.get("sampling") or {}).get("window")
-    if window:
+    if window := (config.get("sampling") or {}).get("window"):
         return "MixGRPO" if window.get("compression") is None else "MixGRPO-Flash"
     return ADVANTAGES.title(advantage or "per_prompt")
 

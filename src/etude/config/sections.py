@@ -1,8 +1,7 @@
-"""The settings of a run: one typed tree. Every field has a default, a unit and a help line.
+"""The settings of a run: one typed tree. The text below a field is its help line.
 
 Defaults are those of the `sd15-ddpo` recipe (Black et al. 2023, arXiv 2305.13301, and its public
-hyper-parameters) unless the help line says otherwise. The defaults of `sampling.window` are
-MixGRPO's (arXiv 2507.21802). Unknown keys are errors.
+hyper-parameters) unless the help line says otherwise.
 """
 
 from __future__ import annotations
@@ -11,16 +10,8 @@ import math
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.functional_validators import AfterValidator, field_validator, model_validator
 
 from etude.registry import ADVANTAGES, KERNELS, OBJECTIVES, POLICIES, WINDOWS
 from etude.rewards.reward import WEIGHTED_SUM
@@ -28,29 +19,23 @@ from etude.sampling.etas import Etas, setting_text
 from etude.sampling.windows import make_window
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Fall = Annotated[float, Field(ge=0)]
 _ETA: TypeAdapter[float] = TypeAdapter(Annotated[float, Field(ge=0, allow_inf_nan=False)])
-KernelName = Annotated[str, AfterValidator(KERNELS.check)]
-WindowName = Annotated[str, AfterValidator(WINDOWS.check)]
-ObjectiveName = Annotated[str, AfterValidator(OBJECTIVES.check)]
-AdvantageName = Annotated[str, AfterValidator(ADVANTAGES.check)]
-FamilyName = Annotated[str, AfterValidator(POLICIES.check)]
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
 
 
 class PromptsConfig(Section):
-    train: str = Field(
-        "emoji-train",
-        description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`, `animals-eval`), a text or JSONL "
-        "file, package.module:function, or hub:dataset. After any of them, `#train` takes nine tenths of it and `#eval` the rest.",
-    )
-    evaluation: str = Field(
-        "emoji-eval", description="Prompts for the held-out evaluation of the gap: any source that `train` takes."
-    )
+    train: str = "emoji-train"
+    """Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`, `animals-eval`),
+    a text or JSONL file, package.module:function, or hub:dataset. After any of them, `#train` takes
+    nine tenths of it and `#eval` the rest."""
+    evaluation: str = "emoji-eval"
+    """Prompts for the held-out evaluation of the gap: any source that `train` takes."""
 
 
 class WindowConfig(Section):
@@ -59,51 +44,35 @@ class WindowConfig(Section):
     Only the steps inside the window are trained.
     """
 
-    strategy: WindowName = Field(
-        "progressive",
-        description=f"Movement of the window: a name, or module:Class of your own. {WINDOWS.about()}.",
+    strategy: Annotated[str, AfterValidator(WINDOWS.check)] = Field(
+        "progressive", description=f"Movement of the window: a name, or module:Class of your own. {WINDOWS.about()}."
     )
-    size: int = Field(4, ge=1, description="Consecutive stochastic steps, all of them trained. The paper's default.")
-    iters_per_shift: int = Field(
-        25,
-        ge=1,
-        description="Iterations before a progressive window moves, and before a decay window moves for the first time. "
-        "The paper's default.",
-    )
-    stride: int = Field(1, ge=1, description="Steps that the window moves at a time. The paper's default.")
-    roll_back: bool = Field(
-        True,
-        description="true: from its last place the window goes back to the first. false: the window stays at its last place, so the "
-        "other steps are no longer trained.",
-    )
-    start: int | None = Field(
-        None, ge=0, description="First step that the window can hold. null: the first stochastic step."
-    )
-    end: int | None = Field(
-        None,
-        ge=1,
-        description="Step before which the window ends: the last step that it can hold is end - 1. null: after the last stochastic step.",
-    )
-    decay_rate: float = Field(
-        0.1,
-        ge=0,
-        description="decay: a window whose first step is l stays for iters_per_shift * exp(-decay_rate * max(0, l - decay_threshold)) "
-        "iterations.",
-    )
-    decay_threshold: int = Field(
-        13,
-        ge=0,
-        description="decay: a window that starts after this step stays for fewer and fewer iterations. The default is meant for 25 steps.",
-    )
-    compression: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="MixGRPO-Flash: second-order DPM-Solver++ replaces the steps after the window by this share of their number "
-        "(0.4 in the paper). null: plain MixGRPO.",
-    )
-
-    options: dict[str, Any] = Field({}, description="Arguments of a strategy of your own, by name. Default: none.")
+    size: int = Field(4, ge=1)
+    """Consecutive stochastic steps, all of them trained. The paper's default."""
+    iters_per_shift: int = Field(25, ge=1)
+    """Iterations before a progressive window moves, and before a decay window moves for the first
+    time. The paper's default."""
+    stride: int = Field(1, ge=1)
+    """Steps that the window moves at a time. The paper's default."""
+    roll_back: bool = True
+    """true: from its last place the window goes back to the first. false: the window stays at its
+    last place, so the other steps are no longer trained."""
+    start: int | None = Field(None, ge=0)
+    """First step that the window can hold. null: the first stochastic step."""
+    end: int | None = Field(None, ge=1)
+    """Step before which the window ends: the last step that it can hold is end - 1. null: after the
+    last stochastic step."""
+    decay_rate: float = Field(0.1, ge=0)
+    """decay: a window whose first step is l stays for iters_per_shift * exp(-decay_rate * max(0, l
+    - decay_threshold)) iterations."""
+    decay_threshold: int = Field(13, ge=0)
+    """decay: a window that starts after this step stays for fewer and fewer iterations. The default
+    is meant for 25 steps."""
+    compression: float | None = Field(None, gt=0, le=1)
+    """MixGRPO-Flash: second-order DPM-Solver++ replaces the steps after the window by this share of
+    their number (0.4 in the paper). null: plain MixGRPO."""
+    options: dict[str, Any] = {}
+    """Arguments of a strategy of your own, by name. Default: none."""
 
     def settings(self) -> dict[str, Any]:
         """Arguments for a strategy by name: those that the built-in ones share, and `options`."""
@@ -113,79 +82,57 @@ class WindowConfig(Section):
 class EtaScheduleConfig(Section):
     """eta as a function of the iteration or of the step: from `sampling.eta` to `end`."""
 
-    kind: Literal["constant", "linear", "cosine"] = Field(
-        "linear",
-        description="Course of eta. linear: even. cosine: slow at both ends, half-way in the middle. constant: sampling.eta throughout, "
-        "whatever `end` is.",
-    )
-    over: Literal["iterations", "steps"] = Field(
-        "iterations",
-        description="Axis of the schedule. iterations: sampling.eta in the first iteration, `end` in the last. steps: sampling.eta at the "
-        "noisiest step, `end` at the last step, the same in every iteration.",
-    )
-    end: float = Field(
-        0.5,
-        ge=0,
-        description="eta where the schedule ends, in the kernel's own unit. 0 is possible only over steps, and makes the last step an "
-        "ODE step.",
-    )
+    kind: Literal["constant", "linear", "cosine"] = "linear"
+    """Course of eta. linear: even. cosine: slow at both ends, half-way in the middle. constant:
+    sampling.eta throughout, whatever `end` is."""
+    over: Literal["iterations", "steps"] = "iterations"
+    """Axis of the schedule. iterations: sampling.eta in the first iteration, `end` in the last.
+    steps: sampling.eta at the noisiest step, `end` at the last step, the same in every
+    iteration."""
+    end: float = Field(0.5, ge=0)
+    """eta where the schedule ends, in the kernel's own unit. 0 is possible only over steps, and
+    makes the last step an ODE step."""
 
 
 class SamplingConfig(Section):
-    kernel: KernelName = Field(
+    kernel: Annotated[str, AfterValidator(KERNELS.check)] = Field(
         "gddim",
         description=f"Transition kernel of the training sampler: a name, or module:Class of your own. {KERNELS.about()}.",
     )
-    eta: float | list[float] = Field(
-        1.0,
-        description="Stochasticity while training, in the kernel's own unit. gddim: 0 is the ODE, 1 is the DDPM posterior, and larger values "
-        "are valid. flow_sde at 0.7, the usual value elsewhere, equals gddim at 0.5 in the limit of short steps, and at more than 0.5 at "
-        "real step lengths (`etude theory peers`). A list of num_steps values gives each step its own eta. A step with eta 0 is an "
-        "ODE step and is not trained.",
-    )
-    eta_schedule: EtaScheduleConfig | None = Field(
-        None,
-        description="null: eta stays constant. A section: eta moves to another value, over the iterations or over the denoising steps.",
-    )
-    num_steps: int = Field(
-        50,
-        ge=1,
-        le=10_000,
-        description="Denoising steps in training; also in evaluation, unless evaluation.num_steps is set.",
-    )
-    guidance_scale: float = Field(
-        5.0,
-        ge=0,
-        description="Guidance scale in rollout, replay and evaluation: of classifier-free guidance (1 switches it off), or of FLUX's "
-        "guidance embedding.",
-    )
-    first_step: Literal["ode", "sde", "capped"] = Field(
-        "ode",
-        description="Treatment of a step that starts at pure noise (flow models). ode: the step is deterministic and not trained. "
-        "sde: the kernel applies; there gddim redraws all of the noise at any eta above 0, dance_sde and cps keep some of it, and "
-        "flow_sde is infinite. capped: as sde, except that flow_sde takes the noise of the next level, as Flow-GRPO's code does.",
-    )
-    shift: float | None = Field(
-        None,
-        gt=0,
-        description="Flow models: each noise level s becomes shift s / (1 + (shift - 1) s) in training, evaluation and deployment. "
-        "Replaces the model's own shift, fixed or by resolution. DanceGRPO and MixGRPO take 3 for FLUX. null: the model's own shift.",
-    )
-    window: WindowConfig | None = Field(
-        None,
-        description="null: every step is stochastic and trained (DDPO, Flow-GRPO). A section: MixGRPO, with the kernel inside a window and "
-        "the ODE elsewhere; MixGRPO-Flash, if the section sets compression.",
-    )
+    eta: float | list[float] = 1.0
+    """Stochasticity while training, in the kernel's own unit. gddim: 0 is the ODE, 1 is the DDPM
+    posterior, and larger values are valid. flow_sde at 0.7, the usual value elsewhere, equals gddim
+    at 0.5 in the limit of short steps, and at more than 0.5 at real step lengths (`etude theory
+    peers`). A list of num_steps values gives each step its own eta. A step with eta 0 is an ODE
+    step and is not trained."""
+    eta_schedule: EtaScheduleConfig | None = None
+    """null: eta stays constant. A section: eta moves to another value, over the iterations or over
+    the denoising steps."""
+    num_steps: int = Field(50, ge=1, le=10_000)
+    """Denoising steps in training; also in evaluation, unless evaluation.num_steps is set."""
+    guidance_scale: float = Field(5.0, ge=0)
+    """Guidance scale in rollout, replay and evaluation: of classifier-free guidance (1 switches it
+    off), or of FLUX's guidance embedding."""
+    first_step: Literal["ode", "sde", "capped"] = "ode"
+    """Treatment of a step that starts at pure noise (flow models). ode: the step is deterministic
+    and not trained. sde: the kernel applies; there gddim redraws all of the noise at any eta above
+    0, dance_sde and cps keep some of it, and flow_sde is infinite. capped: as sde, except that
+    flow_sde takes the noise of the next level, as Flow-GRPO's code does."""
+    shift: float | None = Field(None, gt=0)
+    """Flow models: each noise level s becomes shift s / (1 + (shift - 1) s) in training, evaluation
+    and deployment. Replaces the model's own shift, fixed or by resolution. DanceGRPO and MixGRPO
+    take 3 for FLUX. null: the model's own shift."""
+    window: WindowConfig | None = None
+    """null: every step is stochastic and trained (DDPO, Flow-GRPO). A section: MixGRPO, with the
+    kernel inside a window and the ODE elsewhere; MixGRPO-Flash, if the section sets compression."""
 
     @field_validator("eta", mode="before")
     @classmethod
     def _a_number_or_one_a_step(cls, value: Any) -> Any:
         try:
-            return (
-                [_ETA.validate_python(each) for each in value]
-                if isinstance(value, list | tuple)
-                else _ETA.validate_python(value)
-            )
+            if isinstance(value, list | tuple):
+                return [_ETA.validate_python(each) for each in value]
+            return _ETA.validate_python(value)
         except ValidationError as error:
             raise ValueError(error.errors()[0]["msg"]) from None
 
@@ -205,221 +152,179 @@ class SamplingConfig(Section):
     @property
     def all_etas(self) -> list[float]:
         """Every eta that the configuration names. All values of a schedule lie between two of these."""
-        etas = self.eta if isinstance(self.eta, list) else [self.eta]
-        moves = self.eta_schedule is not None and self.eta_schedule.kind != "constant"
-        return [*etas, self.eta_schedule.end] if self.eta_schedule is not None and moves else etas
+        etas, schedule = self.eta if isinstance(self.eta, list) else [self.eta], self.eta_schedule
+        return etas if schedule is None or schedule.kind == "constant" else [*etas, schedule.end]
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingConfig:
-        if isinstance(self.eta, list):
-            if len(self.eta) != self.num_steps:
-                raise ValueError(
-                    f"eta lists {len(self.eta)} values for num_steps = {self.num_steps}; give one a step, or one number for all"
-                )
-            if self.eta_schedule is not None:
-                raise ValueError(
-                    "eta is a list over the steps, which a schedule cannot move; set eta_schedule to null, or eta to a number"
-                )
-        if self.window is not None and (self.window.end or 0) > self.num_steps:
-            raise ValueError(f"window.end = {self.window.end} is beyond num_steps = {self.num_steps}")
-        if self.window is not None and self.window.strategy in WINDOWS.builtin:  # the constructor is the check
-            stop, start = self.window.end or self.num_steps, self.window.start or 0
-            make_window(self.window.strategy, {**self.window.settings(), "start": start, "stop": stop})
+        eta, steps, window = self.eta, self.num_steps, self.window
+        if isinstance(eta, list) and len(eta) != steps:
+            raise ValueError(
+                f"eta lists {len(eta)} values for num_steps = {steps}; give one a step, or one number for all"
+            )
+        if isinstance(eta, list) and self.eta_schedule is not None:
+            raise ValueError(
+                "eta is a list over the steps, which a schedule cannot move; set eta_schedule to null, or eta to a number"
+            )
+        if window is not None and (window.end or 0) > steps:
+            raise ValueError(f"window.end = {window.end} is beyond num_steps = {steps}")
+        if window is not None and window.strategy in WINDOWS.builtin:  # the constructor is the check
+            make_window(window.strategy, {**window.settings(), "start": window.start or 0, "stop": window.end or steps})
         return self
 
 
 class RolloutConfig(Section):
-    images_per_iteration: int = Field(
-        256, ge=1, le=1_000_000, description="Images sampled in one iteration, over all processes."
-    )
-    images_per_prompt: int = Field(
-        1, ge=1, description="Images of one prompt in one iteration (the group of GRPO; 1 for DDPO)."
-    )
-    batch_size: int = Field(
-        8,
-        ge=1,
-        description="Images per network call while sampling. Changes memory and speed, never the noise. Halved when memory runs out.",
-    )
-    dtype: Precision | None = Field(
-        None,
-        description="Precision of the network while training images are sampled. null: the run's `dtype`. bfloat16 or float16 samples a "
-        "float32 run in half precision; objective.old_log_prob then chooses the log-probabilities that the ratios compare with.",
-    )
-    shared_noise: bool = Field(
-        False,
-        description="true: the images of one prompt start from the same noise and differ by the stochastic steps alone (DanceGRPO, MixGRPO); "
-        "the steps before a window are then computed once per group. false: each image starts from its own noise (DDPO, Flow-GRPO).",
-    )
-    score_ahead: bool = Field(
-        True,
-        description="true: score each micro-batch of images while the next one is sampled. false: score all images of an iteration at once "
-        "after the rollout, for rewards that compare images with one another. memory.offload implies false.",
-    )
-    reward_timeout: float = Field(
-        3600.0,
-        gt=0,
-        le=30 * 24 * 3600,
-        description="Longest wait, in seconds, for the scores of one batch of images. A reward that takes longer counts as hung and ends "
-        "the run; finished iterations stay.",
-    )
+    images_per_iteration: int = Field(256, ge=1, le=1_000_000)
+    """Images sampled in one iteration, over all processes."""
+    images_per_prompt: int = Field(1, ge=1)
+    """Images of one prompt in one iteration (the group of GRPO; 1 for DDPO)."""
+    batch_size: int = Field(8, ge=1)
+    """Images per network call while sampling. Changes memory and speed, never the noise. Halved
+    when memory runs out."""
+    dtype: Precision | None = None
+    """Precision of the network while training images are sampled. null: the run's `dtype`. bfloat16
+    or float16 samples a float32 run in half precision; objective.old_log_prob then chooses the
+    log-probabilities that the ratios compare with."""
+    shared_noise: bool = False
+    """true: the images of one prompt start from the same noise and differ by the stochastic steps
+    alone (DanceGRPO, MixGRPO); the steps before a window are then computed once per group. false:
+    each image starts from its own noise (DDPO, Flow-GRPO)."""
+    score_ahead: bool = True
+    """true: score each micro-batch of images while the next one is sampled. false: score all images
+    of an iteration at once after the rollout, for rewards that compare images with one another.
+    memory.offload implies false."""
+    reward_timeout: float = Field(3600.0, gt=0, le=30 * 24 * 3600)
+    """Longest wait, in seconds, for the scores of one batch of images. A reward that takes longer
+    counts as hung and ends the run; finished iterations stay."""
 
 
 class LoraConfig(Section):
-    rank: int = Field(4, ge=0, le=16_384, description="LoRA rank; 0 trains the whole network.")
-    alpha: float = Field(4.0, gt=0, description="LoRA alpha: the update is scaled by alpha / rank.")
-    targets: list[str] = Field(
-        ["to_q", "to_k", "to_v", "to_out.0"],
-        min_length=1,
-        description="Names of the layers that get an adapter (suffix match, as in peft).",
-    )
+    rank: int = Field(4, ge=0, le=16_384)
+    """LoRA rank; 0 trains the whole network."""
+    alpha: float = Field(4.0, gt=0)
+    """LoRA alpha: the update is scaled by alpha / rank."""
+    targets: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
+    """Names of the layers that get an adapter (suffix match, as in peft)."""
 
 
 class OptimizerConfig(Section):
-    kind: Literal["adamw", "adamw8bit"] = Field(
-        "adamw",
-        description="adamw8bit keeps the optimiser's moments in 8 bits (bitsandbytes, the extra etude[bitsandbytes]). It pays in full "
-        "fine-tuning, where the moments take twice the memory of the weights; the moments of an adapter are small.",
-    )
-    learning_rate: float = Field(3e-4, gt=0, description="AdamW learning rate.")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW decay rates of the first and second moments.")
-    weight_decay: float = Field(1e-4, ge=0, description="AdamW weight decay.")
-    epsilon: float = Field(1e-8, gt=0, description="AdamW constant that keeps the denominator above 0.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps the optimiser's moments in 8 bits (bitsandbytes, the extra
+    etude[bitsandbytes]). It pays in full fine-tuning, where the moments take twice the memory of
+    the weights; the moments of an adapter are small."""
+    learning_rate: float = Field(3e-4, gt=0)
+    """AdamW learning rate."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """AdamW decay rates of the first and second moments."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """AdamW weight decay."""
+    epsilon: float = Field(1e-8, gt=0)
+    """AdamW constant that keeps the denominator above 0."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
 
 
 class ObjectiveConfig(Section):
-    kind: ObjectiveName = Field(
-        "ppo",
-        description=f"Loss of an optimiser step: a name, or module:Class of your own. {OBJECTIVES.about()}.",
+    kind: Annotated[str, AfterValidator(OBJECTIVES.check)] = Field(
+        "ppo", description=f"Loss of an optimiser step: a name, or module:Class of your own. {OBJECTIVES.about()}."
     )
-    options: dict[str, Any] = Field({}, description="Arguments of an objective of your own, by name. Default: none.")
-    clip_range: float | None = Field(
-        1e-4, gt=0, description="PPO clips the ratio to 1 +- clip_range. Give either clip_range or clip_nats."
-    )
-    clip_nats: float | None = Field(
-        None,
-        gt=0,
-        description="The clip range in nats of the whole image's log-probability. With logprob_reduction = mean over D latent dimensions, "
-        "clip_range = clip_nats / D: a clip_range of 1e-4 is 1.6 nats for SD1.5 at 512 px, but 0.05 nats at D = 512.",
-    )
-    old_log_prob: Literal["rollout", "replay"] = Field(
-        "rollout",
-        description="Log-probabilities that the ratios compare with. rollout: as computed while the images were drawn, in the precision and "
-        "batches of the rollout, which gives the exact importance ratio. replay: computed again before the first update, in the precision "
-        "and batches of the replay; every ratio then starts at exactly 1, at the cost of one more evaluation of each trained step.",
-    )
-    logprob_reduction: Literal["mean", "sum"] = Field(
-        "mean",
-        description="Log-probability of a step: mean over the latent dimensions (as other libraries) or sum (the true density).",
-    )
-    adv_clip_max: float = Field(5.0, gt=0, description="Advantages are clipped to +- this.")
-    kl_coef: float = Field(
-        0.0,
-        ge=0,
-        description="Weight of the KL to the reference model: in closed form, for each step, reduced like the log-probability.",
-    )
-    num_inner_epochs: int = Field(1, ge=1, description="Passes over a rollout.")
-    updates_per_epoch: int = Field(
-        2, ge=1, description="Optimiser steps in one pass; the rollout is split evenly among them."
-    )
-    batch_size: int = Field(
-        8,
-        ge=1,
-        description="(sample, step) pairs per network call while replaying. Changes memory and speed only. Halved when memory runs out.",
-    )
-    timestep_fraction: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="Share of each sample's stochastic steps that is trained. The steps are drawn anew each iteration.",
-    )
+    options: dict[str, Any] = {}
+    """Arguments of an objective of your own, by name. Default: none."""
+    clip_range: float | None = Field(1e-4, gt=0)
+    """PPO clips the ratio to 1 +- clip_range. Give either clip_range or clip_nats."""
+    clip_nats: float | None = Field(None, gt=0)
+    """The clip range in nats of the whole image's log-probability. With logprob_reduction = mean
+    over D latent dimensions, clip_range = clip_nats / D: a clip_range of 1e-4 is 1.6 nats for SD1.5
+    at 512 px, but 0.05 nats at D = 512."""
+    old_log_prob: Literal["rollout", "replay"] = "rollout"
+    """Log-probabilities that the ratios compare with. rollout: as computed while the images were
+    drawn, in the precision and batches of the rollout, which gives the exact importance ratio.
+    replay: computed again before the first update, in the precision and batches of the replay;
+    every ratio then starts at exactly 1, at the cost of one more evaluation of each trained
+    step."""
+    logprob_reduction: Literal["mean", "sum"] = "mean"
+    """Log-probability of a step: mean over the latent dimensions (as other libraries) or sum (the
+    true density)."""
+    adv_clip_max: float = Field(5.0, gt=0)
+    """Advantages are clipped to +- this."""
+    kl_coef: float = Field(0.0, ge=0)
+    """Weight of the KL to the reference model: in closed form, for each step, reduced like the
+    log-probability."""
+    num_inner_epochs: int = Field(1, ge=1)
+    """Passes over a rollout."""
+    updates_per_epoch: int = Field(2, ge=1)
+    """Optimiser steps in one pass; the rollout is split evenly among them."""
+    batch_size: int = Field(8, ge=1)
+    """(sample, step) pairs per network call while replaying. Changes memory and speed only. Halved
+    when memory runs out."""
+    timestep_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of each sample's stochastic steps that is trained. The steps are drawn anew each
+    iteration."""
 
 
 class AdvantageConfig(Section):
-    kind: AdvantageName = Field(
-        "per_prompt",
-        description=f"Comparison of rewards: a name, or module:Class of your own. {ADVANTAGES.about()}.",
+    kind: Annotated[str, AfterValidator(ADVANTAGES.check)] = Field(
+        "per_prompt", description=f"Comparison of rewards: a name, or module:Class of your own. {ADVANTAGES.about()}."
     )
-    options: dict[str, Any] = Field({}, description="Arguments of an advantage of your own, by name. Default: none.")
-    buffer_size: int = Field(16, ge=2, description="per_prompt: number of past rewards remembered for each prompt.")
-    min_count: int = Field(
-        16,
-        ge=2,
-        description="per_prompt: a prompt with fewer remembered rewards is compared with the mean and std of the whole batch.",
-    )
+    options: dict[str, Any] = {}
+    """Arguments of an advantage of your own, by name. Default: none."""
+    buffer_size: int = Field(16, ge=2)
+    """per_prompt: number of past rewards remembered for each prompt."""
+    min_count: int = Field(16, ge=2)
+    """per_prompt: a prompt with fewer remembered rewards is compared with the mean and std of the
+    whole batch."""
 
 
 class EmaConfig(Section):
-    decay: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Decay of the exponential moving average of the trained weights, which evaluation and export use. 0: no average.",
-    )
+    decay: float = Field(0.0, ge=0, lt=1)
+    """Decay of the exponential moving average of the trained weights, which evaluation and export
+    use. 0: no average."""
 
 
 class EvaluationConfig(Section):
-    every: int = Field(
-        5, ge=1, description="Iterations between evaluations. Iteration 0 and the last iteration are always evaluated."
-    )
-    num_steps: int | None = Field(
-        None,
-        ge=1,
-        le=10_000,
-        description="Denoising steps of both sides of the gap, ODE and SDE. null: sampling.num_steps. Flow-GRPO trains at 10 steps and "
-        "evaluates at 40.",
-    )
-    num_images: int = Field(
-        64,
-        ge=2,
-        le=1_000_000,
-        description="Pairs of images per evaluation, ODE and SDE from the same noise, on held-out prompts.",
-    )
-    held_out_rewards: list[str] = Field(
-        [], description="Rewards that are measured but not trained on: the guard against reward hacking."
-    )
-    stop_on_fall: dict[str, Fall] = Field(
-        {},
-        description="Largest fall of a reward's held-out ODE mean below that of the base model: reward name to fall, in the reward's own "
-        "unit. Once the whole 95 % interval of the change lies below this limit, the run exports its weights and stops.",
-    )
-    grid_images: int = Field(24, ge=1, le=4096, description="Images in the before / after grids.")
+    every: int = Field(5, ge=1)
+    """Iterations between evaluations. Iteration 0 and the last iteration are always evaluated."""
+    num_steps: int | None = Field(None, ge=1, le=10_000)
+    """Denoising steps of both sides of the gap, ODE and SDE. null: sampling.num_steps. Flow-GRPO
+    trains at 10 steps and evaluates at 40."""
+    num_images: int = Field(64, ge=2, le=1_000_000)
+    """Pairs of images per evaluation, ODE and SDE from the same noise, on held-out prompts."""
+    held_out_rewards: list[str] = []
+    """Rewards that are measured but not trained on: the guard against reward hacking."""
+    stop_on_fall: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Largest fall of a reward's held-out ODE mean below that of the base model: reward name to
+    fall, in the reward's own unit. Once the whole 95 % interval of the change lies below this
+    limit, the run exports its weights and stops."""
+    grid_images: int = Field(24, ge=1, le=4096)
+    """Images in the before / after grids."""
 
 
 class CheckpointConfig(Section):
-    every: int = Field(1, ge=1, description="Iterations between checkpoints.")
-    keep: int = Field(
-        2, ge=1, description="Number of checkpoints to keep. With two, a damaged one costs a single interval."
-    )
-    best: str | None = Field(
-        None,
-        description="Reward that chooses the best weights: those of the evaluation with its highest held-out ODE mean. They are exported to "
-        "lora-best/, beside the last weights in lora/, and measured again from fresh noise. null: export the last weights alone.",
-    )
+    every: int = Field(1, ge=1)
+    """Iterations between checkpoints."""
+    keep: int = Field(2, ge=1)
+    """Number of checkpoints to keep. With two, a damaged one costs a single interval."""
+    best: str | None = None
+    """Reward that chooses the best weights: those of the evaluation with its highest held-out ODE
+    mean. They are exported to lora-best/, beside the last weights in lora/, and measured again from
+    fresh noise. null: export the last weights alone."""
 
 
 class MemoryConfig(Section):
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Keep few activations of the replay and compute the rest again: far less memory, about a third more time in the replay.",
-    )
-    offload: bool = Field(
-        False,
-        description="Text encoders, autoencoder and rewards' networks wait on the CPU. Text encoders move there once the run's prompts are "
-        "encoded (as many as prompt_cache_mb holds); the autoencoder and the rewards' networks, whenever they are not used.",
-    )
-    decode_batch_size: int | None = Field(
-        None,
-        ge=1,
-        description="Images decoded at a time. null: 32, and at most 2 million pixels. Changes memory and speed only. Halved when memory "
-        "runs out.",
-    )
-    prompt_cache_mb: int = Field(
-        4096,
-        ge=0,
-        description="MiB of encoded prompts that each process keeps in the machine's memory. A prompt takes 4 MiB for FLUX in bfloat16 and "
-        "0.2 MiB for SD1.5. A prompt that does not fit is encoded again whenever it is drawn, with the same bits.",
-    )
+    gradient_checkpointing: bool = False
+    """Keep few activations of the replay and compute the rest again: far less memory, about a third
+    more time in the replay."""
+    offload: bool = False
+    """Text encoders, autoencoder and rewards' networks wait on the CPU. Text encoders move there
+    once the run's prompts are encoded (as many as prompt_cache_mb holds); the autoencoder and the
+    rewards' networks, whenever they are not used."""
+    decode_batch_size: int | None = Field(None, ge=1)
+    """Images decoded at a time. null: 32, and at most 2 million pixels. Changes memory and speed
+    only. Halved when memory runs out."""
+    prompt_cache_mb: int = Field(4096, ge=0)
+    """MiB of encoded prompts that each process keeps in the machine's memory. A prompt takes 4 MiB
+    for FLUX in bfloat16 and 0.2 MiB for SD1.5. A prompt that does not fit is encoded again whenever
+    it is drawn, with the same bits."""
 
 
 class TrainConfig(Section):
@@ -432,52 +337,32 @@ class TrainConfig(Section):
         (1.5, 'emoji-sd')
     """
 
-    model: str = Field(
-        "emoji-sd",
-        description="Model to train: embedded name, local diffusers directory, single safetensors file or hub id. owner/name@revision names "
-        "a branch, tag or commit of the hub.",
-    )
-    pipeline_config: str | None = Field(
-        None,
-        description="Diffusers directory or hub id that supplies a single-file model's configuration, tokenizers and missing parts. "
-        "null: the hub repository that diffusers infers from the weights.",
-    )
-    family: FamilyName | None = Field(
-        None,
-        description="Adapter for the model's pipeline: name of the pipeline class, or module:Class of your own. null: the pipeline class "
-        "that model_index.json names.",
-    )
-    variant: str | None = Field(
-        None,
-        pattern=r"^[\w-]+$",
-        description="Weight files to read from a directory or hub id. fp16 reads diffusion_pytorch_model.fp16.safetensors. null: the files "
-        "without a suffix.",
-    )
-    resolution: int | None = Field(
-        None,
-        ge=8,
-        le=65_536,
-        description="Side of the images in pixels. null: the pipeline's own (512 for SD1.5, 1024 for SD3 and FLUX).",
-    )
-    dtype: Precision = Field(
-        "float32",
-        description="Precision of the frozen weights and of the network's computation. Adapters, latents and rewards stay float32. float16 "
-        "is for GPUs without bfloat16: the loss is scaled so that gradients do not underflow.",
-    )
-    seed: int = Field(
-        0,
-        ge=0,
-        lt=2**63,
-        description="Seed of the whole run. Noise is a pure function of (seed, stream, iteration, sample, step).",
-    )
-    iterations: int = Field(
-        100, ge=1, le=100_000_000, description="Number of iterations: one rollout and its update each."
-    )
-    rewards: dict[str, float] = Field(
-        {"jpeg_compressibility": 1.0},
-        min_length=1,
-        description="Rewards to train on: name (or module:function, or http://host:port/path) to weight.",
-    )
+    model: str = "emoji-sd"
+    """Model to train: embedded name, local diffusers directory, single safetensors file or hub id.
+    owner/name@revision names a branch, tag or commit of the hub."""
+    pipeline_config: str | None = None
+    """Diffusers directory or hub id that supplies a single-file model's configuration, tokenizers
+    and missing parts. null: the hub repository that diffusers infers from the weights."""
+    family: Annotated[str, AfterValidator(POLICIES.check)] | None = None
+    """Adapter for the model's pipeline: name of the pipeline class, or module:Class of your own.
+    null: the pipeline class that model_index.json names."""
+    variant: str | None = Field(None, pattern=r"^[\w-]+$")
+    """Weight files to read from a directory or hub id. fp16 reads
+    diffusion_pytorch_model.fp16.safetensors. null: the files without a suffix."""
+    resolution: int | None = Field(None, ge=8, le=65_536)
+    """Side of the images in pixels. null: the pipeline's own (512 for SD1.5, 1024 for SD3 and
+    FLUX)."""
+    dtype: Precision = "float32"
+    """Precision of the frozen weights and of the network's computation. Adapters, latents and
+    rewards stay float32. float16 is for GPUs without bfloat16: the loss is scaled so that gradients
+    do not underflow."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the whole run. Noise is a pure function of (seed, stream, iteration, sample,
+    step)."""
+    iterations: int = Field(100, ge=1, le=100_000_000)
+    """Number of iterations: one rollout and its update each."""
+    rewards: dict[str, float] = Field({"jpeg_compressibility": 1.0}, min_length=1)
+    """Rewards to train on: name (or module:function, or http://host:port/path) to weight."""
     prompts: PromptsConfig = PromptsConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -489,9 +374,8 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     memory: MemoryConfig = MemoryConfig()
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="Accelerate trackers that receive the metrics, too: a name or a list of names."
-    )
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Accelerate trackers that receive the metrics, too: a name or a list of names."""
 
     @field_validator("trackers", mode="before")
     @classmethod
@@ -500,7 +384,7 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        rollout = self.rollout
+        rollout, sampling, evaluation = self.rollout, self.sampling, self.evaluation
         if rollout.images_per_iteration % rollout.images_per_prompt:
             raise ValueError(
                 f"rollout.images_per_iteration = {rollout.images_per_iteration} is not a multiple of "
@@ -513,44 +397,29 @@ class TrainConfig(Section):
                 f"rollout.dtype = {rollout.dtype} needs weights in float32, but dtype = {self.dtype} loads them in {self.dtype}; "
                 "set dtype to float32, or rollout.dtype to null"
             )
-        self._check_eta_list()
+        if isinstance(sampling.eta, list) and evaluation.num_steps not in (None, sampling.num_steps):
+            raise ValueError(
+                f"evaluation.num_steps = {evaluation.num_steps} needs an eta for each of its steps, but sampling.eta lists "
+                f"{sampling.num_steps}; set evaluation.num_steps to null, or use sampling.eta_schedule over steps"
+            )
         if any(not math.isfinite(w) or w == 0 for w in self.rewards.values()):
             raise ValueError(
                 "every weight in rewards must be finite and not 0; measure without training by evaluation.held_out_rewards"
             )
-        self._check_guards()
-        self._hold_out_what_is_not_trained()
+        measured = dict.fromkeys([*self.rewards, *evaluation.held_out_rewards])
+        if len(self.rewards) > 1:
+            measured[WEIGHTED_SUM] = None
+        guards = [("evaluation.stop_on_fall", name) for name in evaluation.stop_on_fall]
+        for key, name in [*guards, ("checkpoint.best", self.checkpoint.best)]:
+            if name is not None and name not in measured:
+                raise ValueError(
+                    f"{key} names the reward {name!r}, which is not measured: add it to evaluation.held_out_rewards, "
+                    f"or name one of {', '.join(measured)}"
+                )
+        # A trained reward need not be held out, so that several runs can share one list.
+        held_out = [name for name in evaluation.held_out_rewards if name not in self.rewards]
+        self.__dict__["evaluation"] = evaluation.model_copy(update={"held_out_rewards": held_out})
         return self
-
-    def _hold_out_what_is_not_trained(self) -> None:
-        """Leaves trained rewards out of the held-out ones, so that several runs can share one list."""
-        held_out = [name for name in self.evaluation.held_out_rewards if name not in self.rewards]
-        self.__dict__["evaluation"] = self.evaluation.model_copy(update={"held_out_rewards": held_out})
-
-    def _check_eta_list(self) -> None:
-        """Refuses a list of etas whose length is not the number of steps of the evaluation."""
-        sampling, steps = self.sampling, self.evaluation.num_steps
-        if isinstance(sampling.eta, list) and steps not in (None, sampling.num_steps):
-            raise ValueError(
-                f"evaluation.num_steps = {steps} needs an eta for each of its steps, but sampling.eta lists {sampling.num_steps}; "
-                "set evaluation.num_steps to null, or use sampling.eta_schedule over steps"
-            )
-
-    def _check_guards(self) -> None:
-        """Refuses guards whose reward is not measured: those that stop a run or choose its weights."""
-        several = [WEIGHTED_SUM] if len(self.rewards) > 1 else []
-        measured = list(dict.fromkeys([*self.rewards, *self.evaluation.held_out_rewards, *several]))
-        guards: dict[str, list[str | None]] = {
-            "evaluation.stop_on_fall": [*self.evaluation.stop_on_fall],
-            "checkpoint.best": [self.checkpoint.best],
-        }
-        for key, names in guards.items():
-            for name in names:
-                if name is not None and name not in measured:
-                    raise ValueError(
-                        f"{key} names the reward {name!r}, which is not measured: add it to evaluation.held_out_rewards, "
-                        f"or name one of {', '.join(measured)}"
-                    )
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

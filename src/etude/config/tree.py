@@ -1,13 +1,11 @@
-"""Reading a configuration: a recipe's name or a YAML file, then overrides.
-
-A run writes the resolved tree to `config.yaml`, and that file reproduces the run.
-"""
+"""Reading a configuration: a recipe's name or a YAML file, then overrides."""
 
 from __future__ import annotations
 
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -15,11 +13,12 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from etude.config.sections import Section, TrainConfig
-from etude.config.yaml_text import parse_yaml, read_yaml
+from etude.config.yaml_text import parse_yaml, read_yaml_text
 from etude.errors import EtudeError, brief_value, unknown
 
 _BY_REWARD = ("rewards", "evaluation.stop_on_fall")
 """Keys whose value maps names of rewards to numbers."""
+_RECIPES = resources.files("etude.config") / "recipes"
 
 
 def load_config(
@@ -31,7 +30,7 @@ def load_config(
 
     Args:
         source: built-in recipe, YAML file, or a configuration to start from.
-        overrides: values by dotted key, `{"sampling.eta": 1.2}`, or the texts that `--set` takes, `["sampling.eta=1.2"]`.
+        overrides: values by dotted key, `{"sampling.eta": 1.2}`, or texts, `["sampling.eta=1.2"]`.
         rewards: weights by name that take the place of the recipe's; one that the recipe holds out is then trained instead.
 
     Raises:
@@ -81,18 +80,14 @@ def parse_config(tree: dict[str, Any], place: str = "configuration") -> TrainCon
 
 def recipe_names() -> list[str]:
     """Names of the built-in recipes."""
-    return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
+    return sorted(p.name.removesuffix(".yaml") for p in _RECIPES.iterdir() if p.name.endswith(".yaml"))
 
 
 def recipe_text(name: str) -> str:
     """A built-in recipe as YAML, comments included."""
     if name not in recipe_names():
         raise unknown("recipe", name, recipe_names())
-    return (_recipes() / f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def _recipes() -> Any:
-    return resources.files("etude.config") / "recipes"
+    return (_RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def read_tree(source: str) -> dict[str, Any]:
@@ -104,13 +99,13 @@ def read_tree(source: str) -> dict[str, Any]:
     path = Path(os.path.expanduser(source))
     if source not in recipe_names() and (path.suffix in {".yaml", ".yml"} or os.path.exists(path)):
         if not os.path.isfile(path):
-            problem = (
-                "is a directory" if os.path.isdir(path) else "is no file" if os.path.exists(path) else "does not exist"
-            )
+            kind = "is a directory" if os.path.isdir(path) else "is no file"
+            problem = kind if os.path.exists(path) else "does not exist"
             raise EtudeError(
                 f"recipe file '{source}' {problem}: give a YAML file, or a built-in recipe ({', '.join(recipe_names())})."
             )
-        tree = read_yaml(path, f"recipe file '{source}'")
+        place = f"recipe file '{source}'"
+        tree = parse_yaml(read_yaml_text(path, place), place)
     else:
         tree = parse_yaml(recipe_text(source), f"'{source}'")
     if not isinstance(tree, dict):
@@ -129,7 +124,9 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
         raise EtudeError(
             f"--set {item[:200]}: it is not a YAML value that can be used ({str(error).rstrip('.')}); quote it."
         ) from None
-    set_key(tree, key, _number_like(value), f"--set {item}")
+    with suppress(ValueError):  # YAML 1.1 reads 1e-4 as text
+        value = float(value) if isinstance(value, str) else value
+    set_key(tree, key, value, f"--set {item}")
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
@@ -140,7 +137,9 @@ def set_key(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
     Raises:
         EtudeError: a part of the key names a value, not a section; the message begins with `place`.
     """
-    *parents, leaf = _split_key(key)
+    # A reward's name is one part: package.module:function.
+    section = next((each for each in _BY_REWARD if key.startswith(f"{each}.")), None)
+    *parents, leaf = key.split(".") if section is None else [*section.split("."), key.removeprefix(f"{section}.")]
     for name in parents:
         if tree.get(name) is None:
             tree[name] = {}
@@ -148,37 +147,17 @@ def set_key(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
         if not isinstance(child, dict):
             raise EtudeError(f"{place}: '{name}' is a value, not a section.")
         tree = child
-    if leaf == "clip_nats" and value is not None:
-        tree["clip_range"] = None
-    if leaf == "clip_range" and value is not None:
-        tree["clip_nats"] = None
+    alternative = {"clip_nats": "clip_range", "clip_range": "clip_nats"}.get(leaf)
+    if alternative is not None and value is not None:
+        tree[alternative] = None
     tree[leaf] = value
-
-
-def _split_key(key: str) -> list[str]:
-    """The parts of a dotted key. A reward's name is one part: `package.module:function`."""
-    for section in _BY_REWARD:
-        if key.startswith(f"{section}."):
-            return [*section.split("."), key.removeprefix(f"{section}.")]
-    return key.split(".")
-
-
-def _number_like(value: Any) -> Any:
-    """The number that a text such as `1e-4` stands for: YAML 1.1 reads it as text."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def explain(error: ValidationError, place: str, model: type[Section] = TrainConfig) -> EtudeError:
     """The first of pydantic's errors in one sentence: place, key, value and the rule that it breaks."""
-    first = error.errors()[0]
+    first, others = error.errors()[0], error.error_count() - 1
     location = [str(part) for part in first["loc"]]
     key = ".".join(location)
-    others = error.error_count() - 1
     where = f"{place} (and {others} more error{'s' if others > 1 else ''} there)" if others else place
     if first["type"] == "extra_forbidden":
         return EtudeError(f"{where}: {_unknown_key(location, model)}")
@@ -189,26 +168,16 @@ def explain(error: ValidationError, place: str, model: type[Section] = TrainConf
 
 
 def _unknown_key(location: list[str], model: type[Section]) -> str:
-    """The error for an unknown key, with a suggestion.
-
-    The suggestion is a key of the same name in another section, or else the nearest key in this
-    one.
-    """
-    key, section = ".".join(location), location[:-1]
-    siblings = [".".join([*section, name]) for name in _keys(section, model)]
-    everywhere = [name for name, _, _ in describe_fields(model)]
-    near = [name for name in everywhere if name.rpartition(".")[2] == location[-1]]
+    """Suggests a key of the same name in another section, or else the nearest key in this one."""
+    key, section = ".".join(location), model
+    for name in location[:-1]:
+        if name in section.model_fields:  # an index into a list is none
+            section = _section(section.model_fields[name].annotation) or section
+    siblings = [".".join([*location[:-1], name]) for name in section.model_fields]
+    near = [name for name, _, _ in describe_fields(model) if name.rpartition(".")[2] == location[-1]]
     near = near or difflib.get_close_matches(key, siblings, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"unknown key '{key}': {hint}the keys there are {', '.join(siblings)}."
-
-
-def _keys(location: list[str], model: type[Section]) -> list[str]:
-    """Names of the keys in the section at `location`; indices into a list are skipped."""
-    for name in location:
-        if name in model.model_fields:
-            model = _section(model.model_fields[name].annotation) or model
-    return list(model.model_fields)
 
 
 def _section(annotation: Any) -> type[Section] | None:
@@ -218,14 +187,11 @@ def _section(annotation: Any) -> type[Section] | None:
 
 
 def describe_fields(model: type[BaseModel] = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, default, help) of every field, in order.
-
-    An optional section has an entry of its own, followed by those of its fields.
-    """
+    """(dotted key, default, help) of every field; of an optional section, too, before its fields."""
     for name, field in model.model_fields.items():
         section = _section(field.annotation)
         if section is None or field.default is None:
-            yield f"{prefix}{name}", field.default, field.description or ""
+            yield f"{prefix}{name}", field.default, " ".join((field.description or "").split())
         if section is not None:
             yield from describe_fields(section, f"{prefix}{name}.")
 

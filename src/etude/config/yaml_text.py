@@ -1,8 +1,7 @@
 """YAML from files that a stranger may have written: plain values only, and a limited number of them.
 
-A small YAML document can stand for gigabytes: an alias repeats the content of its anchor, and a
-chain of aliases multiplies ("billion laughs"). Here the size of a document with its aliases written
-out is computed before any value is created.
+An alias repeats the content of its anchor, and a chain of aliases multiplies ("billion laughs"). So
+the size of a document with its aliases written out is computed before any value is created.
 """
 
 from __future__ import annotations
@@ -21,15 +20,6 @@ MOST_VALUES = 20_000
 DEEPEST = 40
 """Largest depth of a document in levels."""
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
-
-
-def read_yaml(path: Path, place: str) -> Any:
-    """The values of a YAML file; errors name it by `place`.
-
-    Raises:
-        EtudeError: as `parse_yaml`, and if the file cannot be read.
-    """
-    return parse_yaml(read_yaml_text(path, place), place)
 
 
 def read_yaml_text(path: Path, place: str) -> str:
@@ -52,9 +42,7 @@ def read_yaml_text(path: Path, place: str) -> str:
 def parse_yaml(text: str, place: str) -> Any:
     """The values of a YAML document: mappings, lists, texts, numbers, booleans, null.
 
-    Args:
-        text: the document.
-        place: name of the document in errors.
+    Errors name the document by `place`.
 
     Raises:
         EtudeError: the text is not YAML, has another tag, the same key twice, or an alias inside
@@ -67,7 +55,7 @@ def parse_yaml(text: str, place: str) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _Measure(place).size(node, 1)
+        _size(node, place, {})
         return loader.construct_document(node)
     except EtudeError:
         raise
@@ -78,46 +66,30 @@ def parse_yaml(text: str, place: str) -> Any:
         raise EtudeError(f"{place} is not valid YAML: {brief(error)}.") from None
 
 
-class _Measure:
-    """Counts the values of a document in one walk; the content of an anchor counts at every alias."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-        self._sizes: dict[int, int] = {}
-        self._open: set[int] = set()
-
-    def size(self, node: yaml.Node, depth: int) -> int:
-        if node.tag not in _PLAIN:
-            raise EtudeError(
-                f"{self.place}, line {node.start_mark.line + 1}: a value of the type '{brief(ValueError(node.tag), 60)}' "
-                "is no setting: write a number, or a text in quotes."
-            )
-        if depth > DEEPEST:
-            raise EtudeError(f"{self.place} nests values deeper than {DEEPEST} levels.")
-        if id(node) in self._open:
-            raise EtudeError(
-                f"{self.place}, line {node.start_mark.line + 1}: an alias stands for a value that contains it: write the value out."
-            )
-        if id(node) not in self._sizes:
-            self._open.add(id(node))
-            total = 1 + sum(self.size(child, depth + 1) for child in self._children(node))
-            self._open.remove(id(node))
-            if total > MOST_VALUES:
-                raise EtudeError(f"{self.place} stands for more than {MOST_VALUES} values, aliases written out.")
-            self._sizes[id(node)] = total
-        return self._sizes[id(node)]
-
-    def _children(self, node: yaml.Node) -> list[yaml.Node]:
-        if isinstance(node, yaml.SequenceNode):
-            return list(node.value)
-        if not isinstance(node, yaml.MappingNode):
-            return []
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen and key.value != "<<":
-                    raise EtudeError(
-                        f"{self.place}, line {key.start_mark.line + 1}: the key '{key.value[:60]}' is there twice: remove one."
-                    )
+def _size(node: yaml.Node, place: str, sizes: dict[int, int], depth: int = 1) -> int:
+    """Number of values in a node, walked once; an anchor's content counts again at every alias."""
+    line = f"{place}, line {node.start_mark.line + 1}"
+    if node.tag not in _PLAIN:
+        raise EtudeError(
+            f"{line}: a value of the type '{brief(ValueError(node.tag), 60)}' is no setting: write a number, or a text in quotes."
+        )
+    if depth > DEEPEST:
+        raise EtudeError(f"{place} nests values deeper than {DEEPEST} levels.")
+    if sizes.get(id(node)) == 0:  # still being counted
+        raise EtudeError(f"{line}: an alias stands for a value that contains it: write the value out.")
+    if id(node) not in sizes:
+        sizes[id(node)] = 0
+        children = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+            seen = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+                if key.value in seen:
+                    at = f"{place}, line {key.start_mark.line + 1}"
+                    raise EtudeError(f"{at}: the key '{key.value[:60]}' is there twice: remove one.")
                 seen.add(key.value)
-        return [child for pair in node.value for child in pair]
+        total = 1 + sum(_size(child, place, sizes, depth + 1) for child in children)
+        if total > MOST_VALUES:
+            raise EtudeError(f"{place} stands for more than {MOST_VALUES} values, aliases written out.")
+        sizes[id(node)] = total
+    return sizes[id(node)]

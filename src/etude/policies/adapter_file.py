@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,10 +30,6 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,400}")
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
-def _whole(value: Any) -> bool:
-    return type(value) is int and 1 <= value <= 1 << 16
-
-
 def _number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= 1e6 and math.isfinite(value)
 
@@ -46,19 +43,15 @@ def _names(value: Any) -> bool:
 
 
 _USED: dict[str, Callable[[Any], bool]] = {
-    "r": _whole,
+    "r": lambda value: type(value) is int and 1 <= value <= 1 << 16,
     "lora_alpha": _number,
     "lora_dropout": lambda value: _number(value) and 0 <= value < 1,
     "target_modules": _names,
     "init_lora_weights": lambda value: type(value) is bool or value == "gaussian",
-    "use_rslora": lambda value: type(value) is bool,
-    "inference_mode": lambda value: type(value) is bool,
+    **dict.fromkeys(("use_rslora", "inference_mode"), lambda value: type(value) is bool),
     "peft_type": lambda value: value == "LORA",
     "bias": lambda value: value == "none",
-    "peft_version": _text,
-    "base_model_name_or_path": _text,
-    "revision": _text,
-    "task_type": _text,
+    **dict.fromkeys(("peft_version", "base_model_name_or_path", "revision", "task_type"), _text),
 }
 """Keys that a configuration may set, with a check of the value. Any other key must be off: peft's
 default, null, false or empty."""
@@ -72,7 +65,7 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
             finite LoRA with a configuration that agrees with its tensors.
     """
     path = directory / WEIGHTS
-    if not _is_file(path):
+    if not os.path.isfile(path):  # False for a name that no file can have, where Path.is_file raises
         raise EtudeError(f"--lora '{directory}' holds no {WEIGHTS}; give the lora/ directory of a finished run.")
     try:
         with safe_open(path, framework="pt") as file:
@@ -82,7 +75,7 @@ def read_adapter(directory: Path) -> dict[str, Tensor]:
         raise EtudeError(f"--lora '{path}' is not a readable safetensors file: {brief(error, 120)}.") from error
     _check_tensors(tensors, path)
     if METADATA in metadata:
-        _check_configuration(_configuration(metadata[METADATA], path), tensors, path)
+        _check_configuration(metadata[METADATA], tensors, path)
     return tensors
 
 
@@ -90,32 +83,18 @@ def check_loaded(stored: Mapping[str, Tensor], loaded: Mapping[str, Tensor], pre
     """Refuses an adapter that was loaded in part: diffusers only warns of tensors without a place.
 
     Args:
-        stored: tensors of the file, by name.
+        stored: tensors of the file, those of the denoiser under `prefix`.
         loaded: tensors of the network's adapter, by peft's names without `prefix`.
-        prefix: prefix of the denoiser's tensors in the file.
-        directory: directory of the file, for messages.
-
-    Raises:
-        EtudeError: a tensor of the file has no place in the network, or the network's adapter has a
-            tensor that the file lacks.
     """
+    lora = f"--lora '{directory}'"
     if not loaded:
-        raise EtudeError(
-            f"--lora '{directory}' holds nothing for the model's {prefix}: it is of another kind of model."
-        )
+        raise EtudeError(f"{lora} holds nothing for the model's {prefix}: it is of another kind of model.")
     own = {name.removeprefix(f"{prefix}.") for name in stored if _FACTOR.fullmatch(name)}
     if not own:  # another program's names, which diffusers has translated
         return
     for name in own ^ loaded.keys():
         problem = "has no place in the model" if name in own else "is missing"
-        raise EtudeError(f"--lora '{directory}' does not fit the model: '{brief_value(name)}' {problem}.")
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
+        raise EtudeError(f"{lora} does not fit the model: '{brief_value(name)}' {problem}.")
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -148,35 +127,26 @@ def _rank(tensor: Tensor, factor: str) -> int:
     return int(tensor.shape[0 if factor == "A" else 1])
 
 
-def _configuration(text: str, path: Path) -> dict[str, Any]:
-    try:
-        configuration = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise EtudeError(f"--lora '{path}': its configuration is not JSON ({brief(error, 80)}).") from None
-    if not isinstance(configuration, dict):
-        raise EtudeError(f"--lora '{path}': its configuration is a {type(configuration).__name__}, not a mapping.")
-    return configuration
-
-
-def _check_configuration(stored: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check_configuration(text: str, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Compares the configuration (`unet.r`, `unet.target_modules`, ...) with `_USED` and the tensors."""
     from peft import LoraConfig
 
-    defaults = LoraConfig().to_dict()
+    try:
+        stored = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise EtudeError(f"--lora '{path}': its configuration is not JSON ({brief(error, 80)}).") from None
+    if not isinstance(stored, dict):
+        raise EtudeError(f"--lora '{path}': its configuration is a {type(stored).__name__}, not a mapping.")
+    its, defaults = f"--lora '{path}': its configuration", LoraConfig().to_dict()
     for place, value in stored.items():
         key = place.rpartition(".")[2]
         if key not in defaults:
-            raise EtudeError(
-                f"--lora '{path}': its configuration has {brief_value(place)}, which this version of peft does not know."
-            )
+            raise EtudeError(f"{its} has {brief_value(place)}, which this version of peft does not know.")
         if not (_USED[key](value) if key in _USED else value in (None, False, defaults[key]) or value in ({}, [])):
-            raise EtudeError(
-                f"--lora '{path}': its configuration has {brief_value(place)} = {brief_value(value)}, which no run of etude writes."
-            )
-        if key == "r":
-            prefix = place.removesuffix("r")
-            for name, (_, factor) in _factors(tensors).items():
-                if name.startswith(prefix) and _rank(tensors[name], factor) != value:
-                    raise EtudeError(
-                        f"--lora '{path}': its configuration says rank {value}, but '{name}' is of rank {_rank(tensors[name], factor)}."
-                    )
+            raise EtudeError(f"{its} has {brief_value(place)} = {brief_value(value)}, which no run of etude writes.")
+        if key != "r":
+            continue
+        for name, (_, factor) in _factors(tensors).items():
+            rank = _rank(tensors[name], factor)
+            if name.startswith(place.removesuffix("r")) and rank != value:
+                raise EtudeError(f"{its} says rank {value}, but '{name}' is of rank {rank}.")

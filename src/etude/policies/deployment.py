@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os.path import expanduser
 from typing import Any
 
@@ -24,33 +25,30 @@ def deployment_snippet(
     Args:
         policy: after training; its `export_name` tells an adapter from a whole model.
         source: the base model, which an adapter is loaded on top of. An embedded one comes from the package.
-        num_steps: number of steps of the ODE.
-        guidance_scale: guidance scale of training.
         suffix: end of the directory's name after `export_name`.
     """
-    model, config = expanduser(source.name), source.pipeline_config
-    pipeline_config = None if config is None else expanduser(config)
     adapter, tuned = policy.export_name == "lora", f"{policy.export_name}{suffix}"
+    named = expanduser(source.name)
+    embedded = adapter and named in zoo.names()
+    model, revision = split_revision(named)
     loading: dict[str, Any] = {} if source.dtype == "float32" else {"torch_dtype": f"torch.{source.dtype}"}
     loading |= {name: repr(value) for name, value in policy.loading_arguments().items()}
-    embedded = adapter and model in zoo.names()
-    model, revision = split_revision(model)
     published = {"revision": revision, "variant": source.variant} if adapter else {}
     loading |= {name: repr(value) for name, value in published.items() if value is not None}
     if adapter and is_single_file(model):
-        classes, load = _single_file(policy, model, pipeline_config, loading)
+        config = None if source.pipeline_config is None else expanduser(str(source.pipeline_config))
+        classes, load = _single_file(policy, model, config, loading)
     else:
         place = f"zoo.path({model!r})" if embedded else repr(model if adapter else tuned)
-        classes = [policy.pipeline_name]
-        load = [f"pipe = {policy.pipeline_name}.from_pretrained({', '.join([place, *_keywords(loading)])})"]
+        classes, load = [policy.pipeline_name], [f"pipe = {_loaded(policy.pipeline_name, place, loading)}"]
     if adapter:
         load.append(f"pipe.load_lora_weights({tuned!r})")
     load.append('pipe.to("cuda" if torch.cuda.is_available() else "cpu")')
-    imports, scheduler = _scheduler(policy, num_steps)
-    names = sorted([*classes, *(name for package, name in imports if package == "diffusers")])
+    imports, scheduler = _ode_scheduler(policy, num_steps)
+    names = sorted([*classes, *(name for name, package in imports.items() if package == "diffusers")])
     head = ["import torch", f"from diffusers import {', '.join(names)}"]
     head += ["from etude import zoo"] if embedded else []
-    head += [f"from {package} import {name}" for package, name in imports if package != "diffusers"]
+    head += [f"from {package} import {name}" for name, package in imports.items() if package != "diffusers"]
     return "\n".join([*head, "", *load, *scheduler, _picture(policy, num_steps, guidance_scale)])
 
 
@@ -64,34 +62,18 @@ def stochastic_snippet(
 ) -> str:
     """Python that follows `deployment_snippet` and draws with the SDE.
 
-    The kernel applies at every step, as in an evaluation.
-
-    Args:
-        policy: policy after training.
-        num_steps: steps of the SDE.
-        guidance_scale: guidance of training.
-        kernel: name of the kernel in the configuration.
-        eta: eta of every step.
-        first_step: treatment of the step at pure noise (`sampling.first_step`).
+    The kernel applies with that eta at every step, as in an evaluation.
     """
     name = stochastic_scheduler(policy)
-    settings = _vp_levels(policy.path, policy) if isinstance(policy.path, VPPath) else _flow_levels(policy)
-    settings |= {"eta": eta, "kernel": kernel, "first_step": first_step}
-    arguments = ", ".join(_keywords({key: repr(value) for key, value in settings.items()}))
-    return "\n".join(
-        [
-            f"from etude import {name}",
-            "",
-            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {arguments})",
-            _picture(policy, num_steps, guidance_scale),
-        ]
-    )
+    levels = _vp_levels(policy.path, policy) if isinstance(policy.path, VPPath) else _flow_levels(policy)
+    scheduler = _scheduler(name, {**levels, "eta": eta, "kernel": kernel, "first_step": first_step})
+    return "\n".join([f"from etude import {name}", "", scheduler, _picture(policy, num_steps, guidance_scale)])
 
 
 def _picture(policy: TrainablePolicy, num_steps: int, guidance_scale: float) -> str:
     call = {"num_inference_steps": num_steps, **policy.call_arguments(guidance_scale)}
-    call = {name: f"{value:g}" if isinstance(value, float) else repr(value) for name, value in call.items()}
-    return f'image = pipe("a prompt", {", ".join(_keywords(call))}).images[0]'
+    texts = {name: f"{value:g}" if isinstance(value, float) else repr(value) for name, value in call.items()}
+    return f'image = pipe("a prompt", {_keywords(texts)}).images[0]'
 
 
 def _single_file(
@@ -100,42 +82,57 @@ def _single_file(
     """The diffusers classes and the lines that load a single file as etude does."""
     pipeline = policy.pipeline_name
     if holds_pipeline(model):
-        keywords = _keywords(({"config": repr(pipeline_config)} if pipeline_config else {}) | loading)
-        return [pipeline], [f"pipe = {pipeline}.from_single_file({', '.join([repr(model), *keywords])})"]
+        config = {"config": repr(pipeline_config)} if pipeline_config else {}
+        return [pipeline], [f"pipe = {_loaded(pipeline, repr(model), config | loading, 'from_single_file')}"]
     place, (part, network) = repr(configuration(model, pipeline_config)), policy.denoiser_names
     precision = {name: value for name, value in loading.items() if name == "torch_dtype"}
-    keywords = _keywords({"config": place, "subfolder": repr(part)} | precision)
+    of_part = {"config": place, "subfolder": repr(part)} | precision
     return [network, pipeline], [
-        f"{part} = {network}.from_single_file({', '.join([repr(model), *keywords])})",
-        f"pipe = {pipeline}.from_pretrained({', '.join([place, *_keywords({part: part} | loading)])})",
+        f"{part} = {_loaded(network, repr(model), of_part, 'from_single_file')}",
+        f"pipe = {_loaded(pipeline, place, {part: part} | loading)}",
     ]
 
 
-def _keywords(arguments: dict[str, Any]) -> list[str]:
-    return [f"{name}={value}" for name, value in arguments.items()]
+def _loaded(name: str, place: str, arguments: Mapping[str, str], method: str = "from_pretrained") -> str:
+    return f"{name}.{method}({place}{', ' if arguments else ''}{_keywords(arguments)})"
 
 
-def _scheduler(policy: TrainablePolicy, num_steps: int) -> tuple[list[tuple[str, str]], list[str]]:
+def _scheduler(name: str, settings: Mapping[str, Any]) -> str:
+    texts = {key: repr(value) for key, value in settings.items()}
+    return f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {_keywords(texts)})"
+
+
+def _keywords(arguments: Mapping[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in arguments.items())
+
+
+def _ode_scheduler(policy: TrainablePolicy, num_steps: int) -> tuple[dict[str, str], list[str]]:
     """A scheduler that is the ODE on the levels of `policy.grid(num_steps)`.
 
     Returns:
-        `(package, class)` pairs to import, and the lines that put the scheduler in place.
+        The package of each class to import, and the lines that put the scheduler in place.
     """
-    if isinstance(policy.path, VPPath):
-        return _vp_scheduler(policy.path, policy, num_steps)
-    name = "FlowMatchEulerDiscreteScheduler"
-    if _flow_levels(policy):
-        settings = {**_flow_levels(policy), "stochastic_sampling": False}
-        return [("diffusers", name)], [
-            "# The ODE at the levels that the model was tuned on, whose shift is not that of its own scheduler.",
-            f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {', '.join(_keywords(settings))})",
-        ]
-    if policy.scheduler_config.get("_class_name") == name and not policy.scheduler_config.get("stochastic_sampling"):
-        return [], ["# The pipeline's own scheduler is the ODE at the levels that the model was tuned on."]
-    return [("diffusers", name)], [
-        "# Euler steps of the flow are the ODE.",
-        f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, stochastic_sampling=False)",
-    ]
+    path, name = policy.path, "FlowMatchEulerDiscreteScheduler"
+    if isinstance(path, VPPath):
+        settings = _vp_levels(path, policy)
+        if ddim_visits(path, num_steps):
+            return {"DDIMScheduler": "diffusers"}, [
+                "# DDIM at eta 0 is the ODE.",
+                _scheduler("DDIMScheduler", settings),
+            ]
+        why = (
+            f"# The ODE. Under {path.timestep_spacing} spacing diffusers' DDIM steps to levels that the next step does not "
+            "start from."
+        )
+        return {"GDDIMScheduler": "etude"}, [why, _scheduler("GDDIMScheduler", settings | {"eta": 0.0})]
+    levels = _flow_levels(policy)
+    if levels:
+        why = "# The ODE at the levels that the model was tuned on, whose shift is not that of its own scheduler."
+    elif policy.scheduler_config.get("_class_name") == name and not policy.scheduler_config.get("stochastic_sampling"):
+        return {}, ["# The pipeline's own scheduler is the ODE at the levels that the model was tuned on."]
+    else:
+        why = "# Euler steps of the flow are the ODE."
+    return {name: "diffusers"}, [why, _scheduler(name, {**levels, "stochastic_sampling": False})]
 
 
 def _flow_levels(policy: TrainablePolicy) -> dict[str, Any]:
@@ -143,21 +140,6 @@ def _flow_levels(policy: TrainablePolicy) -> dict[str, Any]:
     if policy.shift is None or policy.export_name != "lora":  # a whole model is saved with its scheduler
         return {}
     return {"shift": policy.shift, "use_dynamic_shifting": False}
-
-
-def _vp_scheduler(path: VPPath, policy: TrainablePolicy, num_steps: int) -> tuple[list[tuple[str, str]], list[str]]:
-    settings = _vp_levels(path, policy)
-    if ddim_visits(path, num_steps):
-        name, package, why = "DDIMScheduler", "diffusers", "# DDIM at eta 0 is the ODE."
-    else:
-        settings["eta"] = 0.0
-        name, package = "GDDIMScheduler", "etude"
-        why = (
-            f"# The ODE. Under {path.timestep_spacing} spacing diffusers' DDIM steps to levels that the next step does not "
-            "start from."
-        )
-    arguments = ", ".join(_keywords({key: repr(value) for key, value in settings.items()}))
-    return [(package, name)], [why, f"pipe.scheduler = {name}.from_config(pipe.scheduler.config, {arguments})"]
 
 
 def _vp_levels(path: VPPath, policy: TrainablePolicy) -> dict[str, Any]:
@@ -169,9 +151,7 @@ def _vp_levels(path: VPPath, policy: TrainablePolicy) -> dict[str, Any]:
         "timestep_spacing": path.timestep_spacing,
         "steps_offset": path.steps_offset,
     }
-    if policy.scheduler_config.get("thresholding"):
-        settings["thresholding"] = False
-    return settings
+    return settings | ({"thresholding": False} if policy.scheduler_config.get("thresholding") else {})
 
 
 def ddim_visits(path: VPPath, num_steps: int) -> bool:

@@ -7,15 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FluxPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from etude.errors import EtudeError
 from etude.policies.pipeline import PipelinePolicy
 from etude.sampling.paths import FlowPath, Grid
-
-LONGEST_PROMPT = 512
-"""Default and largest `max_sequence_length` of the pipeline, in tokens."""
 
 
 class FluxPolicy(PipelinePolicy):
@@ -23,20 +19,18 @@ class FluxPolicy(PipelinePolicy):
 
     `guidance_scale` is an input of the transformer's guidance embedding and may have any value. The
     model was distilled to predict the guided velocity, so one evaluation suffices. A model without
-    the embedding (schnell) has no guidance: a scale above 1 is refused.
+    the embedding (schnell) has no guidance: `predict` refuses a scale above 1.
 
     Latents are packed, `[tokens, c]`: each token is a 2 x 2 patch of the autoencoder's latents. T5
     reads at most 512 tokens, or the limit of its tokenizer if that is lower. Without a resolution,
     images have the autoencoder's `sample_size` (1024 pixels in FLUX.1).
-
-    Raises:
-        EtudeError: also from `predict`, for a guidance scale above 1 without a guidance embedding.
     """
 
     path: FlowPath
     path_class = FlowPath
     denoiser = "transformer"
     classifier_free = False
+    t5 = ("tokenizer_2", 512)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,30 +38,14 @@ class FluxPolicy(PipelinePolicy):
         self._image_ids = FluxPipeline._prepare_latent_image_ids(1, height // 2, width // 2, self.device, self.dtype)
         self._text_ids = torch.zeros(self.max_sequence_length, 3, device=self.device, dtype=self.dtype)
 
-    @property
-    def max_sequence_length(self) -> int:
-        """Largest number of a prompt's tokens that T5 reads."""
-        return min(LONGEST_PROMPT, self.pipeline.tokenizer_2.model_max_length)
-
-    def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
-        return {**super().call_arguments(guidance_scale), "max_sequence_length": self.max_sequence_length}
-
     def pipeline_size(self) -> tuple[int, int]:
         side = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         return (side, side)
 
     def grid(self, num_steps: int) -> Grid:
         """N even sigmas from 1 to 1/N, then shifted; dynamic shifting takes mu from the token count."""
-        config = self.pipeline.scheduler.config
-        mu = calculate_shift(
-            self.latent_shape[0],
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
         sigmas = np.linspace(1.0, 1 / num_steps, num_steps).tolist() if num_steps > 0 else None  # None: refused there
-        return self.path.grid(num_steps, sigmas=sigmas, mu=mu)
+        return self.path.grid(num_steps, sigmas=sigmas, mu=self._mu(self.latent_shape[0], 1.15))
 
     @property
     def _side_multiple(self) -> int:
@@ -81,8 +59,7 @@ class FluxPolicy(PipelinePolicy):
         return ((height // 2) * (width // 2), self.pipeline.transformer.config.in_channels)
 
     def _unpack(self, latents: Tensor) -> Tensor:
-        unpacked: Tensor = FluxPipeline._unpack_latents(latents, *self.image_size, self.pipeline.vae_scale_factor)
-        return unpacked
+        return FluxPipeline._unpack_latents(latents, *self.image_size, self.pipeline.vae_scale_factor)
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         embedding, pooled, _ = self.pipeline.encode_prompt(
@@ -98,13 +75,7 @@ class FluxPolicy(PipelinePolicy):
             raise EtudeError(
                 f"guidance_scale = {guidance_scale:g}: this FLUX model has no guidance embedding, so set it to 1 (no guidance)."
             )
-        output: Tensor = self.network(
-            hidden_states=x,
-            timestep=timesteps.to(x.dtype) / 1000,  # in the pipeline's order: half precision rounds before dividing
-            guidance=guidance,
-            img_ids=self._image_ids,
-            txt_ids=self._text_ids,
-            return_dict=False,
-            **conditioning,
-        )[0]
-        return output
+        timesteps = timesteps.to(x.dtype) / 1000  # in the pipeline's order: half precision rounds before dividing
+        ids = {"img_ids": self._image_ids, "txt_ids": self._text_ids}
+        arguments = {"guidance": guidance, **ids, **conditioning}
+        return self.network(hidden_states=x, timestep=timesteps, return_dict=False, **arguments)[0]

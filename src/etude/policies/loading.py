@@ -1,7 +1,4 @@
-"""Load a model as a policy: an embedded name, a local directory, a file or a hub id.
-
-The class of the pipeline chooses the adapter.
-"""
+"""Load a model as a policy: an embedded name, a local directory, a file or a hub id."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from huggingface_hub import try_to_load_from_cache
 from etude import zoo
 from etude.batching import is_out_of_memory
 from etude.errors import EtudeError, brief, brief_value, unknown
-from etude.policies.outline import LIBRARIES, outline_pipeline
+from etude.policies.outline import outline_pipeline
 from etude.policies.pipeline import PipelinePolicy
 from etude.policies.single_file import configuration, is_single_file, load_single_file
 from etude.policies.source import ModelSource
@@ -54,10 +51,8 @@ def load_policy(
         device: where the model runs. Default: a GPU where there is one.
         resolution: side of the images in pixels. Default: the pipeline's own.
         pipeline_config: for a single file, the local diffusers directory or hub id with its
-            configuration and missing parts. Default: what diffusers infers from the weights, from
-            the hub.
-        decode_batch_size: number of images decoded at a time. Default: 32, and at most 2 million
-            pixels.
+            configuration and missing parts. Default: inferred from the weights, from the hub.
+        decode_batch_size: images decoded at a time. Default: 32, and at most 2 million pixels.
         offload: keep text encoders and autoencoder on the CPU while they are not needed.
         prompt_cache_mb: MiB of encoded prompts kept in the machine's memory. Default: 4096.
         outline: read configurations only. The result is an outline of the model on the CPU, shapes
@@ -69,9 +64,6 @@ def load_policy(
         family: adapter of the pipeline class: its name in `etude.registry.POLICIES`, or
             `module:Class`. Default: by the class that model_index.json names.
 
-    Returns:
-        The model as a policy. Its `source` and `adapter` say what was loaded.
-
     Raises:
         EtudeError: the model does not exist, is of a class without an adapter, its files cannot be
             read, it cannot make images of that resolution, or it has no levels to shift.
@@ -82,19 +74,8 @@ def load_policy(
         >>> policy.image_size
         (64, 64)
     """
-    source = ModelSource(
-        model,
-        lora=lora,
-        dtype=dtype,
-        resolution=resolution,
-        shift=shift,
-        variant=variant,
-        pipeline_config=pipeline_config,
-        offload=offload,
-        decode_batch_size=decode_batch_size,
-        prompt_cache_mb=prompt_cache_mb,
-        family=family,
-    )
+    memory = (offload, decode_batch_size, prompt_cache_mb)
+    source = ModelSource(model, lora, dtype, resolution, shift, variant, pipeline_config, *memory, family)
     return load_source(source, device, outline)
 
 
@@ -119,21 +100,23 @@ def load_source(
     with _explained(model):
         location, revision = (configuration(name, pipeline_config), None) if single else _locate(name)
         index = diffusers.DiffusionPipeline.load_config(location, revision=revision)
-        commit = None if single else _commit(location, revision)
+        cached = not single and not Path(location).exists()
+        file = try_to_load_from_cache(location, "model_index.json", revision=revision) if cached else None
+        commit = Path(file).parent.name if isinstance(file, str) else None  # the cache names it by commit
         pinned = commit or revision
         at = {"revision": pinned} if pinned else {}  # all parts of one commit
-        kind = str(index.get("_class_name"))
-        adapter = _adapter(source.family or kind, model)
+        pipeline_name = str(index.get("_class_name"))
+        adapter = _adapter(source.family or pipeline_name, model)
         parts = adapter.load_arguments | {part: None for part in adapter.optional if index.get(part, [None])[0] is None}
         _check_libraries(model, index, parts)
+        pipeline_class = adapter.pipeline_class(pipeline_name)
         if outline:
-            pipeline = outline_pipeline(location, index, adapter.pipeline_class(kind), dtype, parts, single, at)
+            pipeline = outline_pipeline(location, index, pipeline_class, dtype, parts, single, at)
         elif single:
-            pipeline = load_single_file(name, location, adapter.pipeline_class(kind), adapter.denoiser, parts, dtype)
+            pipeline = load_single_file(name, location, pipeline_class, adapter.denoiser, parts, dtype)
         else:
-            pipeline = adapter.pipeline_class(kind).from_pretrained(
-                location, dtype=dtype, use_safetensors=True, variant=source.variant, **at, **parts
-            )
+            which = {"variant": source.variant, **at}
+            pipeline = pipeline_class.from_pretrained(location, dtype=dtype, use_safetensors=True, **which, **parts)
         if source.shift is not None:
             _shift(pipeline, source.shift, model)
         limits = {} if source.prompt_cache_mb is None else {"prompt_cache_mb": source.prompt_cache_mb}
@@ -142,7 +125,14 @@ def load_source(
         )
     policy.source, policy.shift, policy.revision = source, source.shift, commit
     if source.lora is not None:
-        _load_lora(policy, Path(expanduser(source.lora)))
+        directory = Path(expanduser(source.lora))
+        try:
+            policy.load_lora(directory)
+        except EtudeError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {brief(error)}"
+            raise EtudeError(f"--lora '{directory}' does not fit the model: {reason}") from error
     return policy
 
 
@@ -150,18 +140,16 @@ def _shift(pipeline: Any, shift: float, model: str | Path) -> None:
     """Give the pipeline the scheduler of that shift, from which everything takes its levels."""
     import diffusers
 
-    config = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
-    if not is_flow_config(config):
+    own = pipeline.scheduler
+    if not is_flow_config({**own.config, "_class_name": type(own).__name__}):
         raise EtudeError(
             f"shift = {shift:g}: model '{model}' is not a flow model, so its levels have no shift; set sampling.shift to null."
         )
-    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
-        pipeline.scheduler.config, shift=shift, use_dynamic_shifting=False, stochastic_sampling=False
-    )
+    settings = {"shift": shift, "use_dynamic_shifting": False, "stochastic_sampling": False}
+    pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(own.config, **settings)
 
 
 def _adapter(family: str, model: str | Path) -> type[PipelinePolicy]:
-    """The adapter of a pipeline class."""
     if family not in POLICIES.names() and ":" not in family:
         raise EtudeError(
             f"model '{model}' is a {family}; the supported pipelines are {', '.join(POLICIES.names())}, and `family: "
@@ -196,15 +184,6 @@ def _locate(model: str) -> tuple[str, str | None]:
     return name, revision
 
 
-def _commit(location: str, revision: str | None) -> str | None:
-    """The commit of a hub id whose model_index.json was just read; None for a path on disk."""
-    if Path(location).exists():
-        return None
-    file = try_to_load_from_cache(location, "model_index.json", revision=revision)
-    # The cache keeps each commit in a directory of its name.
-    return Path(file).parent.name if isinstance(file, str) else None
-
-
 @contextmanager
 def _explained(model: str | Path) -> Iterator[None]:
     """Explain in one sentence whatever the libraries raise on files of unknown origin."""
@@ -218,32 +197,19 @@ def _explained(model: str | Path) -> Iterator[None]:
                 f"model '{model}' does not fit into memory ({brief(error)}): use bfloat16, switch on memory.offload, or free some memory."
             ) from error
         hub = " (no such directory, so a hub id with its revision)" if split_revision(str(model))[1] else ""
+        message = f"model '{model}'{hub} cannot be loaded as a diffusers pipeline with safetensors weights"
+        remedy = "If the hub cannot be reached: run `hf download` while connected, or give a directory."
         away = isinstance(error, OSError) and not Path(expanduser(str(model))).exists()
-        remedy = (
-            " If the hub cannot be reached: run `hf download` while connected, or give a directory." if away else ""
-        )
-        raise EtudeError(
-            f"model '{model}'{hub} cannot be loaded as a diffusers pipeline with safetensors weights: {type(error).__name__}: {brief(error)}{remedy}"
-        ) from error
+        text = f"{message}: {type(error).__name__}: {brief(error)}"
+        raise EtudeError(f"{text} {remedy}" if away else text) from error
 
 
 def _check_libraries(model: str | Path, index: Mapping[str, Any], left_out: Mapping[str, Any]) -> None:
-    """Refuse parts of other libraries: diffusers would import whichever module the file names."""
+    """Refuse parts of other libraries: any module that the file names would be imported."""
     for name, value in index.items():
         listed = isinstance(value, list | tuple) and len(value) == 2 and not name.startswith("_")
-        if listed and name not in left_out and value[0] is not None and value[0] not in LIBRARIES:
+        if listed and name not in left_out and value[0] not in (None, "diffusers", "transformers"):
             raise EtudeError(
                 f"model '{model}' takes its {name} from {brief_value(value[0])}, where code of its own would run: only parts from "
-                f"{' and '.join(LIBRARIES)} are supported."
+                "diffusers and transformers are supported."
             )
-
-
-def _load_lora(policy: TrainablePolicy, directory: Path) -> None:
-    try:
-        policy.load_lora(directory)
-    except EtudeError:
-        raise
-    except Exception as error:  # likewise
-        raise EtudeError(
-            f"--lora '{directory}' does not fit the model: {type(error).__name__}: {brief(error)}"
-        ) from error

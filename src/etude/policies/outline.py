@@ -1,7 +1,6 @@
 """The outline of a pipeline: networks built from their configurations, with fake tensors as weights.
 
-A fake tensor has a shape and no numbers. Whatever the model's size, an outline takes no accelerator
-memory, hardly any memory of the machine, and no download of weights.
+A fake tensor has a shape and no numbers, so a model of any size takes hardly any memory.
 """
 
 from __future__ import annotations
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from etude.policies.trainable import TrainablePolicy
 
 
-LIBRARIES = ("diffusers", "transformers")
-
-
 def outline_pipeline(
     location: str,
     index: Mapping[str, Any],
@@ -40,16 +36,11 @@ def outline_pipeline(
     Args:
         location: diffusers directory or hub id. From the hub, configurations and tokenizers are
             fetched, but no weights.
-        index: content of its model_index.json.
-        kind: class of the pipeline.
-        dtype: dtype of the networks.
+        index: content of its model_index.json, whose libraries are diffusers and transformers alone.
         left_out: arguments for the pipeline's class; components named here are not built.
-        single: whether the weights are in a single file; a local directory then needs none.
+        single: whether the weights are in a single file. Otherwise a local directory without any is
+            an EtudeError.
         at: revision of a hub id, as a keyword argument.
-
-    Raises:
-        EtudeError: a component is from neither diffusers nor transformers, or has no weights in a
-            local directory.
     """
     parts: dict[str, Any] = dict(left_out)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -57,26 +48,19 @@ def outline_pipeline(
     for name, value in index.items():
         if name.startswith("_") or name in parts:
             continue
-        if not (isinstance(value, list | tuple) and len(value) == 2):
-            parts[name] = value
-        else:
-            parts[name] = (
-                None if value[1] is None else _component(location, name, str(value[0]), str(value[1]), single, at or {})
-            )
-            if isinstance(parts[name], nn.Module):
-                _fill(parts[name], dtype, mode)
+        parts[name] = value
+        if isinstance(value, list | tuple) and len(value) == 2:
+            library, cls = str(value[0]), str(value[1])
+            parts[name] = None if None in value else _component(location, name, library, cls, single, at or {})
+        if isinstance(parts[name], nn.Module):
+            _fill(parts[name], dtype, mode)
     return kind(**parts)
 
 
 def _component(location: str, name: str, library: str, kind: str, single: bool, at: Mapping[str, str]) -> Any:
-    if library not in LIBRARIES:
-        raise EtudeError(
-            f"'{location}' takes its {name} from '{library}', where code of its own would run: only parts from "
-            f"{' and '.join(LIBRARIES)} are supported."
-        )
     cls: Any = getattr(importlib.import_module(library), kind)
     is_network = isinstance(cls, type) and issubclass(cls, nn.Module)
-    if not is_network:
+    if not is_network:  # a scheduler or tokenizer, which has no weights
         return cls.from_pretrained(location, subfolder=name, **at)
     folder = Path(location, name)
     if folder.is_dir() and not single and not any(folder.glob("*.safetensors")):
@@ -104,11 +88,11 @@ def _replace(network: nn.Module, change: Callable[[Tensor], Tensor], recurse: bo
     changed: dict[int, Tensor] = {}
     for module in network.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in changed:
-                    new = change(parameter.detach())
-                    changed[id(parameter)] = nn.Parameter(new, requires_grad=parameter.requires_grad)
-                module._parameters[name] = changed[id(parameter)]  # type: ignore[assignment]
+            if parameter is None:
+                continue
+            if id(parameter) not in changed:
+                changed[id(parameter)] = nn.Parameter(change(parameter.detach()), parameter.requires_grad)
+            module._parameters[name] = changed[id(parameter)]  # type: ignore[assignment]
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else change(buffer)
     return network

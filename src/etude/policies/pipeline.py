@@ -1,15 +1,11 @@
-"""Diffusers pipelines as policies: prompt cache, guidance, adapters, reference, decoding and export.
-
-The adapter of a family (one file each) adds how its pipeline encodes a prompt, calls its denoiser,
-shapes its latents and chooses its noise levels.
-"""
+"""Diffusers pipelines as policies: prompts, guidance, adapters, reference, decoding and export."""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,8 +27,7 @@ from etude.sampling.paths import FlowPath, VPPath
 
 ADAPTER = "default"
 DECODED_PIXELS = 2**21
-"""Pixels decoded at a time: 8 images of 512 x 512. Their activations take about as much memory as
-those of a large denoiser."""
+"""Pixels decoded at a time, whose activations take as much memory as those of a large denoiser."""
 PROMPT_CACHE_MB = 4096
 """Default prompt cache in MiB: 1,000 prompts of FLUX in bfloat16, 18,000 of SD1.5 in float32."""
 
@@ -40,26 +35,23 @@ PROMPT_CACHE_MB = 4096
 class PipelinePolicy(TrainablePolicy):
     """A diffusers pipeline with a `unet` or a `transformer` as a policy.
 
+    The adapter of a family (one file each) adds how its pipeline encodes a prompt, calls its
+    denoiser, shapes its latents and chooses its noise levels. Classifier-free guidance (arXiv
+    2207.12598) at scale w is `uncond + w (cond - uncond)`, both evaluated in one batch; a scale of
+    at most 1 means no guidance. Arguments that are not below are those of `load_policy`.
+
     Args:
         pipeline: diffusers pipeline. Its scheduler's config gives the noise path; the scheduler
             itself is not used.
         dtype: dtype of the frozen weights and of the network's input. Adapters, latents and
             predictions stay float32.
-        device: device of the networks.
-        resolution: side of the images in pixels. Default: the pipeline's own.
-        decode_batch_size: images decoded at a time, fewer if memory runs out. Default: 32, and at
-            most 2 million pixels.
-        offload: keep text encoders and autoencoder on the CPU, and move them to the device only
-            while they encode or decode.
-        prompt_cache_mb: MiB of encoded prompts kept in the machine's memory.
 
     Attributes:
         latent_size: `(h, w)` of the autoencoder's latents.
         image_size: `(height, width)` in pixels.
 
     Raises:
-        EtudeError: the pipeline cannot make images of that resolution, or its scheduler has no path
-            here.
+        EtudeError: the pipeline cannot make images of that resolution, or its scheduler has no path here.
     """
 
     path_class: ClassVar[type[VPPath] | type[FlowPath]]
@@ -71,18 +63,15 @@ class PipelinePolicy(TrainablePolicy):
     """Arguments of `from_pretrained` beside the dtype; components that read pictures are left out."""
     optional: ClassVar[tuple[str, ...]] = ()
     """Components that a saved pipeline may lack; `from_pretrained` then needs None for them."""
+    t5: ClassVar[tuple[str, int] | None] = None
+    """Name of T5's tokenizer in the pipeline, and the pipeline's default `max_sequence_length`."""
 
     @classmethod
     def pipeline_class(cls, name: str) -> Any:
-        """The class that loads the pipeline. Default: diffusers' class of that name.
+        """The class that loads the pipeline, by its name in model_index.json.
 
-        A family whose pipeline lives in another package returns that package's class.
-
-        Args:
-            name: name of the class in model_index.json.
-
-        Raises:
-            EtudeError: diffusers has no such class.
+        A family whose pipeline lives in another package returns that package's class. Default: the
+        class of diffusers; EtudeError if there is none.
         """
         import diffusers
 
@@ -121,21 +110,22 @@ class PipelinePolicy(TrainablePolicy):
         factor = pipeline.vae_scale_factor
         self.image_size = (self.latent_size[0] * factor, self.latent_size[1] * factor)
         self.latent_shape = self._shape()
-        pixels = self.image_size[0] * self.image_size[1]
-        self.decode_batch = MicroBatch(
-            decode_batch_size or max(1, min(32, DECODED_PIXELS // pixels)), "memory.decode_batch_size"
-        )
+        at_a_time = max(1, min(32, DECODED_PIXELS // (self.image_size[0] * self.image_size[1])))
+        self.decode_batch = MicroBatch(decode_batch_size or at_a_time, "memory.decode_batch_size")
         self._encoded = PromptCache(prompt_cache_mb * 2**20)
         self._initial: nn.Module | None = None
         self._trains_everything = False
 
-    @abstractmethod
     def _default_size(self) -> tuple[int, int]:
         """`(h, w)` of the latents that the pipeline makes by default."""
+        size = self._trained_network.config.sample_size
+        if size is None:
+            raise EtudeError(f"the model's {self.denoiser} does not say its sample_size: give a resolution in pixels.")
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
-    @abstractmethod
     def _shape(self) -> tuple[int, ...]:
-        """Shape of one sample for the denoiser."""
+        """Shape of one sample for the denoiser. Default: the autoencoder's latents, `[c, h, w]`."""
+        return (self._trained_network.config.in_channels, *self.latent_size)
 
     @abstractmethod
     def _encode(self, prompt: str) -> dict[str, Tensor]:
@@ -166,53 +156,61 @@ class PipelinePolicy(TrainablePolicy):
         return {name: None for name in self.optional if getattr(self.pipeline, name) is None}
 
     def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
-        own = self.pipeline_size()
-        size = {} if self.image_size == own else {"height": self.image_size[0], "width": self.image_size[1]}
-        return {"guidance_scale": guidance_scale, **size}
+        height, width = self.image_size
+        size = {} if self.image_size == self.pipeline_size() else {"height": height, "width": width}
+        text = {"max_sequence_length": self.max_sequence_length} if self.t5 else {}
+        return {"guidance_scale": guidance_scale, **size, **text}
+
+    @property
+    def max_sequence_length(self) -> int:
+        """Number of a prompt's tokens that T5 reads, in a pipeline that has it."""
+        assert self.t5 is not None
+        name, longest = self.t5
+        tokenizer = getattr(self.pipeline, name)
+        return longest if tokenizer is None else min(longest, tokenizer.model_max_length)
 
     def pipeline_size(self) -> tuple[int, int] | None:
         """`(height, width)` of the images that the plain pipeline makes by default."""
-        factor, size = self.pipeline.vae_scale_factor, self._default_size()
-        return (size[0] * factor, size[1] * factor)
+        factor, (height, width) = self.pipeline.vae_scale_factor, self._default_size()
+        return (height * factor, width * factor)
 
     @property
     def _side_multiple(self) -> int:
-        """Number of pixels that divides the side of every image."""
-        return int(self.pipeline.vae_scale_factor)
+        """Number of pixels that divides the side of every image: the side of the network's patches."""
+        return int(self.pipeline.vae_scale_factor * self._trained_network.config.get("patch_size", 1))
 
     def _size_of(self, resolution: int) -> tuple[int, int]:
         """`(h, w)` of the latents of square images."""
-        multiple = self._side_multiple
+        side, multiple = resolution // int(self.pipeline.vae_scale_factor), self._side_multiple
         if resolution < multiple or resolution % multiple:
-            raise EtudeError(
-                f"resolution = {resolution}: this model makes images whose side is a multiple of {multiple} pixels."
-            )
-        side = resolution // int(self.pipeline.vae_scale_factor)
+            what = f"this model makes images whose side is a multiple of {multiple} pixels"
+            raise EtudeError(f"resolution = {resolution}: {what}.")
         return (side, side)
+
+    def _mu(self, tokens: int, max_shift: float) -> float:
+        """mu of dynamic shifting for so many image tokens; `max_shift` if the config has none."""
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
+        config = self.pipeline.scheduler.config
+        return calculate_shift(tokens, *(config.get(name, default) for name, default in defaults.items()))
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of `n` prompts, on the policy's device.
-
-        Each prompt is encoded once and kept on the CPU while there is room. Prompts are encoded one
-        by one: in a batch, the last bits of a row can depend on the other rows.
-        """
-        self._encode_missing(prompts)
+        self.encode_ahead(prompts, until_full=False)
         conditioning = Conditioning(self._rows(prompts), self._rows([None] if self.classifier_free else []))
         self._encoded.trim()
         return conditioning
 
     @torch.no_grad()
-    def encode_ahead(self, prompts: Iterable[str]) -> None:
-        """Encodes prompts that `encode` will need later, in order, until the prompt cache is full."""
-        self._encode_missing(prompts, until_full=True)
-
-    def _encode_missing(self, prompts: Iterable[str], until_full: bool = False) -> None:
-        """Adds the missing prompts to the cache, that of guidance first."""
+    def encode_ahead(self, prompts: Iterable[str], until_full: bool = True) -> None:
+        """Encodes prompts for a later `encode`, guidance's first, until the prompt cache is full."""
         keys: list[Key] = [*([None] if self.classifier_free else []), *prompts]
         new = [prompt for prompt in dict.fromkeys(keys) if prompt not in self._encoded]
-        with self._on_device(*(self._text_encoders() if new else ())):
-            for prompt in new:
+        parts = self.pipeline.components.items() if new else ()
+        encoders = [part for name, part in parts if name.startswith("text_encoder") and part is not None]
+        with self._on_device(*encoders):
+            for prompt in new:  # one by one: in a batch, the last bits of a row can depend on the other rows
                 if until_full and self._encoded.full:
                     return
                 self._encoded.add(prompt, self._encode_key(prompt))
@@ -220,24 +218,19 @@ class PipelinePolicy(TrainablePolicy):
     def _encode_key(self, prompt: Key) -> dict[str, Tensor]:
         return self._encode_nothing() if prompt is None else self._encode(prompt)
 
-    def _text_encoders(self) -> list[nn.Module]:
-        components = self.pipeline.components.items()
-        return [part for name, part in components if name.startswith("text_encoder") and part is not None]
-
     @contextmanager
     def _on_device(self, *modules: nn.Module) -> Iterator[None]:
         """Context in which the modules are on the device; with `offload` they leave it afterwards."""
-        if not (self.offload and modules):
-            yield
-            return
+        moved = modules if self.offload else ()
         try:
-            for module in modules:
+            for module in moved:
                 module.to(self.device)
             yield
         finally:
-            for module in modules:
+            for module in moved:
                 module.to("cpu")
-            clear_device_cache()
+            if moved:
+                clear_device_cache()
 
     def _rows(self, prompts: Sequence[Key]) -> dict[str, Tensor]:
         """The prompts' tensors by name, `[n, ...]` each. Repeated prompts move to the device once."""
@@ -255,7 +248,9 @@ class PipelinePolicy(TrainablePolicy):
             empty = conditioning.unconditional
             inputs, timesteps = torch.cat([inputs, inputs]), torch.cat([timesteps, timesteps])
             arguments = {name: torch.cat([empty[name].expand_as(rows), rows]) for name, rows in arguments.items()}
-        with self._autocast():
+        # Adapters stay float32 beside half-precision weights.
+        mixed = self._computing != torch.float32
+        with torch.autocast(self.device.type, self._computing) if mixed else nullcontext():
             output = self._forward(inputs, timesteps, arguments, guidance_scale).float()
         if not guided:
             return output
@@ -269,12 +264,6 @@ class PipelinePolicy(TrainablePolicy):
             yield
         finally:
             self._computing = before
-
-    def _autocast(self) -> Any:
-        """Context of mixed precision: adapters stay float32 beside half-precision weights."""
-        if self._computing == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self._computing)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -295,8 +284,7 @@ class PipelinePolicy(TrainablePolicy):
         """Images of one micro-batch in float32, in [0, 1]."""
         vae = self.pipeline.vae
         decoded = vae.decode(self._unscaled(self._unpack(latents)).to(vae.dtype), return_dict=False)[0].float()
-        in_range: Tensor = (decoded / 2 + 0.5).clamp(0, 1)
-        return in_range
+        return (decoded / 2 + 0.5).clamp(0, 1)
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Input of the autoencoder's decoder: `latents / scaling_factor + shift_factor`."""
@@ -318,21 +306,17 @@ class PipelinePolicy(TrainablePolicy):
         names = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
         missing = [t for t in config.targets if not any(name == t or name.endswith(f".{t}") for name in names)]
         if missing:
-            layers = sorted({name.rsplit(".", 1)[-1] for name in names if not name.rsplit(".", 1)[-1].isdigit()})
+            ends = {name.rpartition(".")[2] for name in names}
+            layers = ", ".join(sorted(end for end in ends if not end.isdigit()))
             raise EtudeError(
-                f"lora.targets: no layer of the {self.denoiser} is named '{missing[0]}'; it has {', '.join(layers)}, to_out.0."
+                f"lora.targets: no layer of the {self.denoiser} is named '{missing[0]}'; it has {layers}, to_out.0."
             )
+        lora = PeftLoraConfig(
+            r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), init_lora_weights="gaussian"
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network.add_adapter(
-                PeftLoraConfig(
-                    r=config.rank,
-                    lora_alpha=config.alpha,
-                    target_modules=list(config.targets),
-                    init_lora_weights="gaussian",
-                ),
-                adapter_name=ADAPTER,
-            )
+            network.add_adapter(lora, adapter_name=ADAPTER)
         cast_training_params(network, dtype=torch.float32)
 
     def train_everything(self, keep_reference: bool = True) -> None:
@@ -343,24 +327,17 @@ class PipelinePolicy(TrainablePolicy):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        if self._initial is not None:
-            trained, self.network = self.network, self._initial
-            try:
-                yield
-            finally:
-                self.network = trained
-        elif self._trains_everything:
-            raise EtudeError(
-                "no copy of the model before training was kept: call train_everything(keep_reference=True)."
-            )
-        elif not getattr(self._trained_network, "peft_config", None):
+        with ExitStack() as afterwards:
+            if self._initial is not None:
+                afterwards.callback(setattr, self, "network", self.network)
+                self.network = self._initial
+            elif self._trains_everything:
+                remedy = "call train_everything(keep_reference=True)"
+                raise EtudeError(f"no copy of the model before training was kept: {remedy}.")
+            elif getattr(self._trained_network, "peft_config", None):
+                afterwards.callback(self._trained_network.enable_adapters)
+                self._trained_network.disable_adapters()
             yield
-        else:
-            self._trained_network.disable_adapters()
-            try:
-                yield
-            finally:
-                self._trained_network.enable_adapters()
 
     @property
     def has_reference(self) -> bool:

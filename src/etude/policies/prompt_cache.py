@@ -1,7 +1,6 @@
 """A cache of encoded prompts in the machine's memory, with a limit.
 
-Every prompt is encoded alone, so encoding it again gives the same bits. A prompt that the cache
-drops costs time and changes no result.
+Every prompt is encoded alone, so encoding a dropped one again gives the same bits.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ Key = str | None
 class PromptCache:
     """The tensors of each prompt. The least recently used prompt is dropped first.
 
-    Args:
-        limit: size of the cache in bytes. It may be larger while one batch of prompts is assembled.
+    The limit is in bytes. The cache may be larger while one batch of prompts is assembled.
     """
 
     def __init__(self, limit: int) -> None:
@@ -43,9 +41,8 @@ class PromptCache:
 
     def get(self, prompt: Key) -> dict[str, Tensor]:
         """The tensors of a cached prompt, which becomes the most recently used."""
-        rows = self._rows.pop(prompt)
-        self._rows[prompt] = rows
-        return rows
+        self._rows[prompt] = self._rows.pop(prompt)
+        return self._rows[prompt]
 
     def trim(self) -> None:
         """Drops prompts until the cache is within its limit."""

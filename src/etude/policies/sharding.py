@@ -1,7 +1,7 @@
 """Sharded tensors: the processes of a run hold parts of them (FSDP2's `DTensor`).
 
-On sharded tensors every function here is collective unless it says otherwise: all processes must
-call it, in the same order. Whole tensors are returned unchanged.
+Unless it says otherwise, a function is collective on these: all processes must call it, in the same
+order. Whole tensors are returned unchanged.
 """
 
 from __future__ import annotations
@@ -21,18 +21,12 @@ def sharded(tensors: Mapping[str, Tensor]) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, in every process."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    full: Tensor = tensor.full_tensor()
-    return full
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def held_here(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds, or the whole. Not collective."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    local: Tensor = tensor.to_local()
-    return local
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part(value: Tensor, like: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Models in one safetensors file, in the layouts that diffusers' `from_single_file` reads.
 
 A file holds weights and no configuration. FLUX and SD3.5 files also lack text encoders and often
-the autoencoder. Configuration, tokenizers and missing parts come from a diffusers directory or hub
-id, `pipeline_config`. Default: the hub repository that diffusers infers from the weights.
+the autoencoder. Configuration, tokenizers and missing parts come from `pipeline_config`.
 """
 
 from __future__ import annotations
@@ -44,14 +43,16 @@ def configuration(model: str, given: str | Path | None) -> str:
             inferred repository.
     """
     import diffusers
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
 
     if given is not None:
         if Path(given).exists() and not (Path(given) / "model_index.json").is_file():
-            raise EtudeError(
-                f"pipeline_config '{given}' is not a diffusers pipeline directory: it has no model_index.json."
-            )
+            problem = "is not a diffusers pipeline directory: it has no model_index.json"
+            raise EtudeError(f"pipeline_config '{given}' {problem}.")
         return str(given)
-    inferred = _inferred(model)
+    with safe_open(model, framework="pt") as file:
+        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in list(file.keys())}
+    inferred = str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
     try:
         diffusers.DiffusionPipeline.load_config(inferred)
     except (OSError, ValueError) as error:
@@ -60,14 +61,6 @@ def configuration(model: str, given: str | Path | None) -> str:
             f"and that did not answer ({brief(error)}); give pipeline_config a local diffusers directory of such a model."
         ) from error
     return inferred
-
-
-def _inferred(model: str) -> str:
-    from diffusers.loaders.single_file_utils import fetch_diffusers_config
-
-    with safe_open(model, framework="pt") as file:
-        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in list(file.keys())}
-    return str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
 
 
 def holds_pipeline(model: str) -> bool:
@@ -79,15 +72,11 @@ def holds_pipeline(model: str) -> bool:
 def load_single_file(
     model: str, location: str, kind: Any, denoiser: str, parts: dict[str, Any], dtype: torch.dtype
 ) -> Any:
-    """Loads a pipeline with the weights of a file.
+    """Loads a pipeline of class `kind` with the weights of a file, often the denoiser's alone.
 
     Args:
-        model: path of the file.
         location: directory or hub id of its configuration, from `configuration`.
-        kind: class of the pipeline.
-        denoiser: name of the denoiser in the pipeline, the only component in many files.
         parts: arguments of `from_pretrained` beside the dtype: components that are left out.
-        dtype: dtype of the weights.
 
     Raises:
         EtudeError: a component is neither in the file nor at `location`.
@@ -98,10 +87,8 @@ def load_single_file(
     try:
         if holds_pipeline(model):
             return kind.from_single_file(model, config=location, torch_dtype=dtype, **parts)
-        index = diffusers.DiffusionPipeline.load_config(location)
-        network = getattr(diffusers, index[denoiser][1]).from_single_file(
-            model, config=location, subfolder=denoiser, torch_dtype=dtype
-        )
+        network_class = getattr(diffusers, diffusers.DiffusionPipeline.load_config(location)[denoiser][1])
+        network = network_class.from_single_file(model, config=location, subfolder=denoiser, torch_dtype=dtype)
         return kind.from_pretrained(location, torch_dtype=dtype, use_safetensors=True, **parts, **{denoiser: network})
     except SingleFileComponentError as error:
         raise EtudeError(

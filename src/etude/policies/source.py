@@ -51,9 +51,7 @@ class ModelSource:
 
     @classmethod
     def tuned(cls, config: TrainConfig, run: Path, suffix: str = "") -> ModelSource:
-        """The model with the weights that a run exported to its directory, `lora` or `model` with
-        the suffix.
-        """
+        """The model with the weights that a run exported to `lora` or `model`, with the suffix."""
         base = cls.of(config)
         if config.lora.rank:
             return replace(base, lora=run / f"lora{suffix}")

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from etude.errors import EtudeError
 from etude.policies.pipeline import PipelinePolicy
 from etude.sampling.paths import VPPath
 
@@ -15,9 +14,7 @@ from etude.sampling.paths import VPPath
 class StableDiffusionPolicy(PipelinePolicy):
     """A StableDiffusionPipeline as a policy.
 
-    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond -
-    uncond)`. Both are evaluated in one batch. A scale of at most 1 means no guidance. Latents are
-    the autoencoder's, `[c, h, w]`.
+    `guidance_scale` is w of classifier-free guidance. Latents are the autoencoder's, `[c, h, w]`.
     """
 
     path_class = VPPath
@@ -32,19 +29,9 @@ class StableDiffusionPolicy(PipelinePolicy):
     def _side_multiple(self) -> int:
         return math.lcm(8, int(self.pipeline.vae_scale_factor))  # the pipeline requires 8 with any autoencoder
 
-    def _default_size(self) -> tuple[int, int]:
-        size = self.pipeline.unet.config.sample_size
-        if size is None:
-            raise EtudeError("the model's UNet does not say its sample_size: give a resolution in pixels.")
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-    def _shape(self) -> tuple[int, ...]:
-        return (self.pipeline.unet.config.in_channels, *self.latent_size)
-
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         embedding, _ = self.pipeline.encode_prompt([prompt], self.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embedding}
 
     def _forward(self, x: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], guidance_scale: float) -> Tensor:
-        output: Tensor = self.network(x, timesteps, return_dict=False, **conditioning)[0]
-        return output
+        return self.network(x, timesteps, return_dict=False, **conditioning)[0]

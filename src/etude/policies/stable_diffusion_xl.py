@@ -15,12 +15,11 @@ from etude.policies.stable_diffusion import StableDiffusionPolicy
 class StableDiffusionXLPolicy(StableDiffusionPolicy):
     """A StableDiffusionXLPipeline as a policy.
 
-    `guidance_scale` is w of classifier-free guidance (arXiv 2207.12598), `uncond + w (cond -
-    uncond)`. Both are evaluated in one batch. A scale of at most 1 means no guidance. The
-    unconditional embeddings are zeros if the pipeline sets `force_zeros_for_empty_prompt`, as SDXL
-    does; otherwise they are those of the empty prompt. The network's inputs are the states of the
-    two encoders, the pooled embedding and the size (arXiv 2307.01952). Original and target size are
-    those of the images, and the crop is at (0, 0).
+    `guidance_scale` is w of classifier-free guidance. The unconditional embeddings are zeros if the
+    pipeline sets `force_zeros_for_empty_prompt`, as SDXL does; otherwise they are those of the
+    empty prompt. The network's inputs are the states of the two encoders, the pooled embedding and
+    the size (arXiv 2307.01952). Original and target size are those of the images, and the crop is
+    at (0, 0).
 
     Latents are the autoencoder's, normalised where its config has statistics: `(latents -
     latents_mean) / latents_std * scaling_factor`. The published autoencoder overflows in float16
@@ -34,20 +33,16 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._time_ids = self._size_conditioning()
-        if self.dtype == torch.float16 and self.pipeline.vae.config.force_upcast:
-            self.pipeline.vae.float()
-
-    def _size_conditioning(self) -> Tensor:
-        """`[1, 6]`: original height and width, top and left of the crop, target height and width."""
-        projection = self.pipeline.text_encoder_2.config.projection_dim
-        try:
-            ids: Tensor = self.pipeline._get_add_time_ids(
-                self.image_size, (0, 0), self.image_size, self.dtype, text_encoder_projection_dim=projection
+        size, projection = self.image_size, self.pipeline.text_encoder_2.config.projection_dim
+        try:  # [1, 6]: original height and width, top and left of the crop, target height and width
+            ids = self.pipeline._get_add_time_ids(
+                size, (0, 0), size, self.dtype, text_encoder_projection_dim=projection
             )
         except ValueError as error:
             raise EtudeError(f"this SDXL model contradicts itself: {brief(error)}") from error
-        return ids.to(self.device)
+        self._time_ids = ids.to(self.device)
+        if self.dtype == torch.float16 and self.pipeline.vae.config.force_upcast:
+            self.pipeline.vae.float()
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         config = self.pipeline.vae.config
@@ -71,11 +66,5 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     def _forward(self, x: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], guidance_scale: float) -> Tensor:
         added = {"text_embeds": conditioning["text_embeds"], "time_ids": self._time_ids.expand(len(x), -1)}
-        output: Tensor = self.network(
-            x,
-            timesteps,
-            encoder_hidden_states=conditioning["encoder_hidden_states"],
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
-        return output
+        states = conditioning["encoder_hidden_states"]
+        return self.network(x, timesteps, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)[0]

@@ -1,8 +1,4 @@
-"""The trainer's view of a model: trained weights, adapter, the model before training, and the export.
-
-A policy wraps a diffusers pipeline that stays a diffusers pipeline. No code or weight of the
-pipeline is copied or renamed, so the plain pipeline loads the weights that were trained here.
-"""
+"""The trainer's view of a model: trained weights, adapter, model before training, and export."""
 
 from __future__ import annotations
 
@@ -24,6 +20,9 @@ from etude.sampling.model import Policy
 
 class TrainablePolicy(Policy):
     """A policy whose network can be trained, measured against the model before training, and exported.
+
+    The pipeline stays a diffusers pipeline: no code or weight of it is copied or renamed, so the
+    plain pipeline loads the weights that were trained here.
 
     Attributes:
         network: the denoiser, possibly wrapped by Accelerate: every forward that needs gradients goes through it.
@@ -59,10 +58,7 @@ class TrainablePolicy(Policy):
         return {}
 
     def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
-        """Arguments with which the plain pipeline's call does the same as this policy.
-
-        The prompt and the number of steps are not among them.
-        """
+        """Arguments, beside prompt and steps, with which the plain pipeline does the same."""
         return {"guidance_scale": guidance_scale}
 
     @abstractmethod
@@ -79,14 +75,9 @@ class TrainablePolicy(Policy):
         return bool(self.trainable())
 
     def enable_gradient_checkpointing(self) -> None:
-        """Lets the network keep few activations for its gradients and compute the rest again.
-
-        Raises:
-            EtudeError: the network has no gradient checkpointing.
-        """
-        raise EtudeError(
-            f"{type(self).__name__} has no gradient checkpointing: leave memory.gradient_checkpointing off."
-        )
+        """Lets the network keep few activations and recompute the rest. Default: EtudeError."""
+        name = type(self).__name__
+        raise EtudeError(f"{name} has no gradient checkpointing: leave memory.gradient_checkpointing off.")
 
     @abstractmethod
     def add_lora(self, config: LoraConfig, seed: int) -> None:
@@ -96,9 +87,7 @@ class TrainablePolicy(Policy):
     def train_everything(self, keep_reference: bool = True) -> None:
         """Makes every weight of the network trainable, in float32: full fine-tuning.
 
-        Args:
-            keep_reference: keep a frozen copy of the network for `reference`. Without the copy,
-                `reference` raises EtudeError.
+        Without the frozen copy that `keep_reference` keeps, `reference` raises EtudeError.
         """
 
     @abstractmethod
@@ -112,10 +101,7 @@ class TrainablePolicy(Policy):
 
 @contextmanager
 def swapped(parameters: dict[str, nn.Parameter], values: dict[str, Tensor] | None) -> Iterator[None]:
-    """Context in which the parameters hold `values`; afterwards the old ones return, bit for bit.
-
-    None swaps nothing.
-    """
+    """Context in which the parameters hold `values`; then the old ones return, bit for bit."""
     if values is None:
         yield
         return
@@ -132,8 +118,7 @@ def assign(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> No
     """Copies `values` into the parameters of the same names.
 
     Raises:
-        EtudeError: a value is missing or has another shape, as from another model; no parameter has
-            changed then.
+        EtudeError: a value is missing or has another shape; no parameter has changed then.
     """
     for name, parameter in parameters.items():
         shape = list(values[name].shape) if name in values else None
