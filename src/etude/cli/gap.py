@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -87,13 +88,9 @@ def gap(
     )
     measurement = Measurement.of(reward or "alignment", prompts, samples, seed, batch_size)
     with progress("sampling") as advance:
+        samplers = [replace(chosen.sampler, steps=count) for count in chosen.steps]
         report = reward_gap(
-            chosen.source,
-            etas=chosen.etas,
-            steps=chosen.steps,
-            sampler=chosen.sampler,
-            measurement=measurement,
-            on_progress=advance,
+            chosen.source, etas=chosen.etas, sampler=samplers, measurement=measurement, on_progress=advance
         )
     make_console().print(report.table())
     if json is not None:
