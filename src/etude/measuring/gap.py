@@ -147,10 +147,9 @@ class Comparison:
 
 
 def compare(ode: Scores, sde: Scores, base: Scores | None, clusters: list[int]) -> dict[str, Comparison]:
-    """Compare two samplers, and the base model where its scores are given, by reward.
+    """Compare two samplers, and the base model where its ODE scores are given, by reward.
 
-    All scores are of images from the same noise: the model's under `ode` and `sde`, the base model's
-    under the ODE. `clusters` is the prompt of each image.
+    All scores are of images from the same noise. `clusters` is the prompt of each image.
     """
     return {
         reward: Comparison(
@@ -165,11 +164,8 @@ def compare(ode: Scores, sde: Scores, base: Scores | None, clusters: list[int]) 
 
 def by_quantity(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, Any]]:
     """Plain values for JSON, by quantity and then reward: `result["gap"]["colorfulness"]["mean"]`."""
-    table: dict[str, dict[str, Any]] = {}
-    for reward, comparison in comparisons.items():
-        for quantity, estimate in comparison.to_dict().items():
-            table.setdefault(quantity, {})[reward] = estimate
-    return table
+    rows = {reward: comparison.to_dict() for reward, comparison in comparisons.items()}
+    return {q: {reward: row[q] for reward, row in rows.items()} for q in next(iter(rows.values()), {})}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,13 +183,17 @@ class GapRow(Comparison):
 
 @dataclass(frozen=True, repr=False)
 class GapReport:
-    """The result of `reward_gap`; `print` shows it as a table."""
+    """The result of `reward_gap`; `print` shows it as a table.
 
-    rows: tuple[GapRow, ...]  # one for each step count, eta and reward
-    settings: dict[str, Any]  # everything needed to measure it again, as plain values
+    There is a row for each step count, eta and reward. The settings are all that is needed to
+    measure again, as plain values.
+    """
+
+    rows: tuple[GapRow, ...]
+    settings: dict[str, Any]
 
     def __getitem__(self, key: tuple[Any, ...]) -> GapRow:
-        """The row of a reward and an eta, and with several step counts of its steps: `report["alignment", 1.2, 20]`.
+        """The row of a reward and an eta, and of several step counts one: `report["alignment", 1.2, 20]`.
 
         Raises:
             EtudeError: no row was measured there, or several step counts were and none is named.

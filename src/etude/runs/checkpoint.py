@@ -133,7 +133,7 @@ def newest_whole(root: Path, sound: Container[int] = ()) -> int | None:
 
 
 def _damage(iteration: int, path: Path) -> str | None:
-    """The first contradiction between the files of a checkpoint and its manifest, in words; None for a whole one."""
+    """The first contradiction to the manifest of a checkpoint, in words; None for a whole one."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         if manifest["iteration"] != iteration:

@@ -97,8 +97,7 @@ def read_run(directory: Path) -> Run:
     """Reads a run directory.
 
     Raises:
-        EtudeError: `directory` is no run, or one of its files is invalid; the message names file
-            and line.
+        EtudeError: `directory` is no run, or a file is invalid; the message names file and line.
     """
     if not directory.is_dir():
         raise EtudeError(f"'{directory}' is not a directory: give the output directory of a run.")
@@ -119,10 +118,9 @@ def read_run(directory: Path) -> Run:
 
 
 def parse_metrics(text: str, place: str) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of `metrics.jsonl`, and whether a last line without its end was left out, as a kill leaves it.
+    """The rows of `metrics.jsonl`, and whether a torn last line, as a kill leaves it, was left out.
 
-    Raises:
-        EtudeError: a line is no row of metrics; `place` names the file.
+    `place` names the file in the error for a line that is no row of metrics.
     """
     *lines, torn = text.split("\n")
     rows = []

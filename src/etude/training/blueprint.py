@@ -17,22 +17,14 @@ from etude.training.schedule import PlanSchedule, check_sampling
 
 
 def make_algorithm(config: TrainConfig) -> tuple[Objective, Advantage]:
-    """The objective and the advantage of a configuration. No file is read and no model is loaded.
-
-    Raises:
-        EtudeError: one of them refuses its settings, or the sampling cannot be trained with.
-    """
+    """The objective and the advantage of a configuration, checked (EtudeError) without reading a file."""
     objective, advantage = make_objective(config.objective), make_advantage(config)
     check_sampling(config.sampling, objective.keep is Keep.TRANSITIONS)
     return objective, advantage
 
 
 class Blueprint:
-    """The parts of a run that need no model, the rewards not yet loaded.
-
-    Raises:
-        EtudeError: a part refuses its settings, or the run may not write to the directory.
-    """
+    """The parts of a run that need no model, the rewards not yet loaded, each checked (EtudeError)."""
 
     def __init__(self, config: TrainConfig, out: Path, resume: bool = False) -> None:
         check_directory(out, resume)

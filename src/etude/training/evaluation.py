@@ -131,7 +131,6 @@ class Evaluation:
         """Evaluate the policy with its present weights.
 
         Args:
-            on_step: called with the number of images that just made one step.
             grids: "before" or "after": also write pictures of both samplers under that name. An
                 evaluation in which a reward has fallen too far ends the run and always writes those
                 of "after".
@@ -178,7 +177,7 @@ class Evaluation:
         """This process's images, and every image's scores."""
         measurement = measurement or self.measurement
         images = measurement.images(self.policy, sampler, on_step, self.samples)
-        if self.whole_groups and self.accelerator.num_processes > 1:  # they share the images of a prompt
+        if self.whole_groups and self.accelerator.num_processes > 1:  # the processes share the images of a prompt
             scores: list[Scores | None] = [None]
             everything = self._gather(images)
             with failing_together(self.accelerator):

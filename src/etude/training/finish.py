@@ -55,12 +55,9 @@ def export(policy: TrainablePolicy, out: Path, suffix: str = "") -> None:
     """Writes `out/lora`, or `out/model` after full fine-tuning, with `suffix` after the name.
 
     The directory is complete or absent, never half written.
-
-    Raises:
-        EtudeError: the weights cannot be written.
     """
-    final = out / f"{policy.export_name}{suffix}"
     out.mkdir(parents=True, exist_ok=True)
+    final = out / f"{policy.export_name}{suffix}"
     temporary = out / f".{final.name}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -56,7 +56,8 @@ class BestWeights:
     def __init__(self, reward: str | None) -> None:
         self.reward = reward  # None: no weights are kept
         self.weights: dict[str, Tensor] = {}  # on the CPU; empty before the first evaluation of trained weights
-        self.iteration, self.evaluation = 0, dict[str, Any]()  # those of the weights
+        self.iteration = 0  # iteration after which the weights were copied
+        self.evaluation: dict[str, Any] = {}  # evaluation of the weights
 
     def offer(self, iteration: int, evaluation: dict[str, Any], parameters: Mapping[str, Tensor]) -> None:
         """Keeps a copy of the parameters if the evaluation is better than all before it."""

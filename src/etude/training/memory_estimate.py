@@ -61,9 +61,7 @@ def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: Pla
 
 
 def trajectory_floats(table: StepTable, dimensions: int, with_reference: bool) -> int:
-    """Count of numbers that a rollout stores for one image: the states at both ends of the trained
-    steps, log-probabilities and latents, and with the reference model its means.
-    """
+    """Count of a rollout's numbers for one image: states, log-probabilities, latents, and reference means."""
     steps = len(table.trained_steps)
     return (_stored_levels(table) + 1 + with_reference * steps) * dimensions + steps
 

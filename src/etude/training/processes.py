@@ -89,9 +89,7 @@ def prepare(
 
 
 def _check(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Refuses FSDP on the CPU, where Accelerate would not divide the model, FSDP's first version, and
-    numbers that give the processes unequal shares of an optimiser step.
-    """
+    """Refuses FSDP on the CPU, where Accelerate would not divide the model, and unequal shares of a step."""
     if accelerator.distributed_type == utils.DistributedType.MULTI_CPU and _asks_for("FSDP"):
         raise EtudeError(
             "Accelerate's configuration asks for FSDP, which divides a network among accelerators, and this machine has none: use "
@@ -141,11 +139,6 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
     first = next(((i, message) for i, message in enumerate(messages) if message is not None), None)
     if first is not None:
         raise SharedFailureError(f"process {first[0]}: {first[1]}") from failure
-
-
-def is_of_a_lost_process(error: BaseException) -> bool:
-    """Whether an error of NCCL, the store or gloo says that another process is gone."""
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def end_training(accelerator: Accelerator, dissolve: bool) -> None:

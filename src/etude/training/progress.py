@@ -16,7 +16,7 @@ class Display:
         """Called when the run ends, with its exception."""
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """Called when a phase begins (rollout, rewards, update, evaluation, ...); `total` is its work, if known."""
+        """Called when a phase begins (rollout, rewards, update, ...); `total` is its work, if known."""
 
     def advance(self, n: int = 1) -> None:
         """Called when `n` units of the phase are done."""

@@ -21,12 +21,10 @@ TICK = 0.2
 
 
 class Scorer:
-    """Calls the rewards of a run and waits for them, but not forever. A failure inside the context ends them.
+    """Calls the rewards of a run and waits for them, but not forever. A failure in the context ends them.
 
     Args:
-        rewards: rewards to call, on threads or by requests (`WeightedRewards.start`).
-        timeout: longest wait for the scores of one batch, in seconds; then the reward counts as
-            hung.
+        timeout: longest wait for the scores of one batch, in seconds.
         on_wait: called a few times a second while waiting. An exception from it ends the wait.
     """
 
@@ -55,7 +53,6 @@ class Scorer:
         """A collector of the scores of an iteration's images, which arrive in batches.
 
         Args:
-            prompts: prompt of each image of this process.
             early: raise the failure of one batch when the next one arrives.
             first: number of this process's first image among those of all processes, for messages.
             groups: group of each image; groups are consecutive and whole. For a reward that compares

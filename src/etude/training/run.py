@@ -28,10 +28,8 @@ from etude.training.trainer import Trainer
 class Run:
     """A finished training run; `print` shows its final table.
 
-    Attributes:
-        directory: run directory with the metrics, checkpoints, weights, samples and report.html.
-        config: configuration of the run.
-        summary: contents of `summary.json`; empty in every process but the first.
+    `directory` holds the metrics, checkpoints, weights, samples and report.html. `summary` is that of
+    `summary.json`, empty in every process but the first.
     """
 
     directory: Path

@@ -46,12 +46,10 @@ def check_sampling(sampling: SamplingConfig, trains_steps: bool) -> None:
 
 
 class PlanSchedule:
-    """The training sampler of each iteration: a function of the iteration alone, so processes and a resumed run agree.
+    """The training sampler of each iteration, a function of the iteration alone: all processes agree.
 
     Args:
-        grid: noise levels of the `num_steps` steps.
         seed: seed of the random window.
-        device: device of the tables.
         iterations: number of iterations over which a schedule of eta may extend.
         trains_steps: whether the stochastic steps are trained, or final images alone.
 

@@ -14,26 +14,23 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.distributed import DistError
 
 from etude.errors import EtudeError
 from etude.learning.exchange import gather
 from etude.training.durability import Durability
-from etude.training.processes import SharedFailureError, is_of_a_lost_process
+from etude.training.processes import SharedFailureError
 from etude.training.progress import Display
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run ended because a signal asked for it. The message is one sentence that says how to continue.
-
-    Attributes:
-        signum: number of the signal. The exit code is 128 + signum: 130 for SIGINT, 143 for SIGTERM.
-    """
+    """A run ended because a signal asked for it. The message is one sentence that says how to continue."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
-        self.signum = signum
+        self.signum = signum  # the exit code is 128 + signum: 130 for SIGINT, 143 for SIGTERM
 
 
 class Interruption:
@@ -45,7 +42,8 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signum: int | None = None  # the signal that arrived, in this process or in another one of the run
-        self._received, self._before = False, dict[int, Any]()
+        self._received = False
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
@@ -137,7 +135,11 @@ class Supervisor:
                 self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
             if isinstance(error, Interrupted):
                 raise Interrupted(f"{error}: {checkpoints.advice()}.", error.signum) from None
-            if self.accelerator.num_processes > 1 and is_of_a_lost_process(error):
+            # The error of NCCL or the store, or of gloo, if another process is gone.
+            of_a_lost_process = isinstance(error, DistError) or (
+                isinstance(error, RuntimeError) and "gloo" in str(error)
+            )
+            if self.accelerator.num_processes > 1 and of_a_lost_process:
                 raise EtudeError(
                     "another process of the run has ended, and its own message or the launcher's says why "
                     f"({checkpoints.remaining()})."
