@@ -84,7 +84,7 @@ def profile(trainer: Trainer, iterate: Callable[[], float], now: Callable[[], fl
         (trainer.accelerator, "backward", BACKWARD),
         (trainer.accelerator, "clip_grad_norm_", CLIP),
         (trainer.learner.optimizer, "step", STEP),
-        (trainer, "_save", SAVE),
+        (trainer.durability, "save", SAVE),
     ]
     with ExitStack() as stack:
         stack.enter_context(watch.on_network(policy._trained_network))

@@ -165,7 +165,9 @@ def test_a_profile_leaves_the_iteration_as_it_is_and_finds_all_of_it(tmp_path: P
     trainer = tiny_trainer(tmp_path, ["lora.rank=2", "objective.kl_coef=0.1"])
     found = profile(trainer, lambda: _iterate(trainer), time.perf_counter)
     assert {"decode"} & vars(trainer.policy.pipeline.vae).keys() == set()
-    assert {"step", "_save", "backward"} & (vars(trainer.learner.optimizer).keys() | vars(trainer).keys()) == set()
+    assert {"step", "save", "backward"} & (
+        vars(trainer.learner.optimizer).keys() | vars(trainer.durability).keys()
+    ) == set()
     each = parts(found)
     assert sum(each.values()) == pytest.approx(found["seconds"])
     assert all(value > 0 for name, value in each.items())

@@ -74,7 +74,7 @@ def test_the_readmes_python_trains_samples_and_measures(
 
     def small_gap(policy: Any, rewards: list[str], etas: list[float]) -> Any:
         measurement = etude.Measurement.of(rewards, num_images=2)
-        return reward_gap(policy, etas=etas, steps=[2], measurement=measurement)
+        return reward_gap(policy, etas=etas, sampler=etude.SDE(1.2, steps=2), measurement=measurement)
 
     monkeypatch.setattr(etude, "train", small_train)
     monkeypatch.setattr(etude, "reward_gap", small_gap)

@@ -43,9 +43,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest has it
 import conftest  # noqa: F401 - one thread and no hub, before torch is imported
 from etude.cli import app as command_line
 from etude.runs.checkpoint import Checkpoints, load_latest
-from etude.training import finish, trainer
+from etude.training import durability, finish
 from etude.training.supervision import Supervisor
-from etude.training.trainer import Trainer
 from support.small_runs import metrics
 from support.tiny import save_stable_diffusion
 
@@ -104,9 +103,9 @@ class Marks:
 
         Supervisor.phase = marked_phase  # type: ignore[method-assign]
         around: list[tuple[Any, str, str]] = [
-            (Trainer, "_restore", "resume"),
+            (durability.Durability, "restore", "resume"),
             (Checkpoints, "save", "checkpoint"),
-            (trainer, "append_line", "metrics"),
+            (durability, "append_line", "metrics"),
             (finish, "export", "export"),
             (finish, "finish", "report"),
         ]

@@ -28,8 +28,8 @@ from etude.errors import EtudeError
 from etude.files import locked
 from etude.policies import Policy
 from etude.training import trainer as trainer_module
-from etude.training.interruption import Interrupted
 from etude.training.processes import make_accelerator
+from etude.training.supervision import Interrupted
 from etude.training.trainer import Trainer
 from support.figures import leave_figures_out
 from support.tiny import save_flux, save_stable_diffusion

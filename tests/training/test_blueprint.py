@@ -47,12 +47,12 @@ def test_the_two_clip_ranges_exclude_one_another(tmp_path: Path) -> None:
     config = load_config("sd15-ddpo")
     objective = config.objective.model_copy(update={"clip_nats": 1.6})
     with pytest.raises(EtudeError, match="exactly one of clip_range and clip_nats"):
-        Blueprint.of(config.model_copy(update={"objective": objective}), tmp_path / "run")
+        Blueprint(config.model_copy(update={"objective": objective}), tmp_path / "run")
 
 
 def test_a_kernel_takes_the_eta_where_it_is_still_legal(tmp_path: Path) -> None:
     config = load_config("sd15-ddpo", ["sampling.kernel=cps", "sampling.eta=1"])
-    assert Blueprint.of(config, tmp_path / "run").config.sampling.eta == 1
+    assert Blueprint(config, tmp_path / "run").config.sampling.eta == 1
 
 
 def test_a_reward_that_is_trained_is_not_held_out_as_well() -> None:

@@ -15,8 +15,7 @@ from etude.config import TrainConfig, load_config, parse_config, parse_rewards
 from etude.errors import EtudeError
 from etude.measuring.statistics import estimate_mean
 from etude.rewards import register
-from etude.training.best import BestWeights, confirmation
-from etude.training.guards import explain_stop, fallen
+from etude.training.guards import BestWeights, confirmation, explain_stop, fallen
 from etude.training.trainer import Trainer
 from support.small_runs import redness, train_until
 from support.tiny import save_stable_diffusion

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from etude.config import parse_config
-from etude.training import interruption
-from etude.training.interruption import Interrupted, Interruption
+from etude.training import supervision
 from etude.training.progress import SilentDisplay
+from etude.training.supervision import Interrupted, Interruption
 from etude.training.trainer import Trainer
 from support.small_runs import metrics, same, weights
 from support.tiny import save_stable_diffusion
@@ -140,18 +140,18 @@ def test_a_signal_amid_an_exchange_is_told_to_all_in_the_next_one(monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return own
 
-    monkeypatch.setattr(interruption, "gather", exchange)
+    monkeypatch.setattr(supervision, "gather", exchange)
     with Interruption() as asked:
-        assert not asked.share(SimpleNamespace(num_processes=2))
-        assert asked.share(SimpleNamespace(num_processes=2))
+        assert not asked.arrived(SimpleNamespace(num_processes=2))
+        assert asked.arrived(SimpleNamespace(num_processes=2))
         assert asked.signum == signal.SIGTERM
 
 
 def test_hearing_of_a_signal_and_then_getting_it_is_not_two(monkeypatch):
     told = torch.tensor([0, signal.SIGTERM])
-    monkeypatch.setattr(interruption, "gather", lambda accelerator, own, count: told)
+    monkeypatch.setattr(supervision, "gather", lambda accelerator, own, count: told)
     with Interruption() as asked:
-        assert asked.share(SimpleNamespace(num_processes=2))
+        assert asked.arrived(SimpleNamespace(num_processes=2))
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked.signum == signal.SIGTERM
 

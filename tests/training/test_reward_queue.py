@@ -11,8 +11,8 @@ from etude.config import parse_config
 from etude.errors import EtudeError
 from etude.prompts import PromptSet
 from etude.rewards import WeightedRewards, register
-from etude.training.interruption import Interrupted
 from etude.training.reward_queue import Scorer
+from etude.training.supervision import Interrupted
 from etude.training.trainer import Trainer
 from support.small_runs import metrics, redness, same, weights
 from support.tiny import save_stable_diffusion

@@ -262,19 +262,19 @@ def test_a_checkpoint_continues_only_the_run_that_wrote_it(settings, tmp_path):
 @pytest.mark.parametrize("missing", ["base_scores", "last_evaluation", "advantage"])
 def test_a_checkpoint_without_its_state_is_one_clear_error(settings, tmp_path, missing):
     trainer = Trainer(parse_config({**settings, "advantage": {"kind": "per_prompt"}}), tmp_path / "run", resume=True)
-    trainer._save(0)
-    found = trainer.checkpoints.load()
+    trainer.durability.save(0)
+    found = trainer.durability.checkpoints.load()
     state = {name: value for name, value in found.state.items() if name != missing}
     save_checkpoint(found.path.parent, 0, found.tensors, state)
     with pytest.raises(EtudeError, match=f"does not hold the state that this version .*KeyError: '{missing}'"):
-        trainer._restore()
+        trainer.durability.restore(resume=True)
 
 
 def test_averaged_weights_are_restored_in_place(settings, tmp_path):
     train(settings, tmp_path / "run", iterations=1, ema={"decay": 0.5})
     trainer = Trainer(parse_config({**settings, "iterations": 1, "ema": {"decay": 0.5}}), tmp_path / "run", resume=True)
     before = dict(trainer.ema)
-    trainer._restore()
+    trainer.durability.restore(resume=True)
     assert all(trainer.ema[name] is tensor for name, tensor in before.items())  # they stay on the model's device
 
 

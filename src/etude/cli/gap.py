@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -64,9 +65,8 @@ def gap(
     )
     measurement = Measurement.of(reward or "alignment", prompts, samples, seed, batch_size)
     with progress("sampling") as advance:
-        report = reward_gap(
-            source, etas=etas, steps=step_counts, sampler=sampler, measurement=measurement, on_progress=advance
-        )
+        samplers = [replace(sampler, steps=count) for count in step_counts]
+        report = reward_gap(source, etas=etas, sampler=samplers, measurement=measurement, on_progress=advance)
     make_console().print(report.table())
     if json is not None:
         atomic_write_text(json, report.to_json())

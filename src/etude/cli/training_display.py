@@ -14,10 +14,11 @@ from rich.text import Text
 from etude.config import TrainConfig
 from etude.sampling.etas import eta_text
 from etude.terminal import clock, make_console
+from etude.training.progress import Display
 from etude.training.run import estimate_text, estimates_table, summary_blocks
 
 
-class TrainingDisplay:
+class TrainingDisplay(Display):
     """Progress, the rewards under both samplers, the gap and the remaining time."""
 
     def __init__(

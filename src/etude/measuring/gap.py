@@ -4,8 +4,7 @@
     improvement = E r(ODE samples of the tuned model) - E r(ODE samples of the base model)
 
 Every sampler gets the same weights, prompts, steps, guidance and initial noise. The difference is
-therefore taken image by image, and its interval is that of a mean of differences, clustered by
-prompt: images of one prompt are not independent.
+therefore taken image by image, and its interval is clustered by prompt.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from rich.table import Table
 from torch import Tensor
 
 from etude.batching import MicroBatch, Progress, silent
@@ -30,9 +30,6 @@ from etude.rewards import WeightedRewards
 from etude.sampling.etas import Eta, eta_text
 from etude.sampling.sampler import ODE, SDE, STREAM, Sampler
 from etude.terminal import plain_text
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Scores = dict[str, np.ndarray]
 """By reward, fp64 `[n]`: one score for each image."""
@@ -49,9 +46,11 @@ class Measurement:
             modulo their number.
         score: function from images, prompts and their metadata to every reward's scores.
         num_images: number of images under each sampler.
-        seed: key of the noise, the same for every sampler.
+        seed: key of the noise.
         stream: name of the noise's stream; another name is fresh noise under the same seed.
         batch_size: largest number of images in a network call.
+        with_base: whether `reward_gap` measures the improvement too. True refuses a model without
+            a base model. Default: where there is one.
 
     Raises:
         EtudeError: fewer than 2 images, or no prompt.
@@ -70,6 +69,7 @@ class Measurement:
     seed: int = 0
     stream: str = STREAM
     batch_size: int | MicroBatch = 32
+    with_base: bool | None = None
 
     def __post_init__(self) -> None:
         if self.num_images < 2:
@@ -86,18 +86,13 @@ class Measurement:
         num_images: int = 128,
         seed: int = 0,
         batch_size: int = 32,
+        with_base: bool | None = None,
     ) -> Measurement:
-        """The measurement of named rewards, loaded and ready.
+        """The measurement of named rewards, loaded and ready. The other arguments are those of the class.
 
         Args:
             rewards: names, import paths or urls (`etude.rewards.get`), or one of them.
             prompts: a source that `load_prompts` takes, or prompts; repeats in a list are dropped.
-            num_images: number of images under each sampler, spread evenly over the prompts.
-            seed: key of the noise.
-            batch_size: largest number of images in a network call.
-
-        Raises:
-            EtudeError: a reward or a prompt source that cannot be used.
         """
         if isinstance(prompts, str):
             prompts = load_prompts(prompts)
@@ -105,7 +100,7 @@ class Measurement:
             prompts = PromptSet(list(dict.fromkeys(prompts)))
         names = [rewards] if isinstance(rewards, str) else rewards
         score = WeightedRewards(dict.fromkeys(names, 1.0))
-        measurement = cls(prompts, score, num_images, seed, batch_size=batch_size)
+        measurement = cls(prompts, score, num_images, seed, batch_size=batch_size, with_base=with_base)
         score.load()
         return measurement
 
@@ -123,11 +118,8 @@ class Measurement:
         self, policy: Policy, sampler: Sampler, on_step: Progress = silent, samples: Sequence[int] | None = None
     ) -> Tensor:
         """Draw uint8 `[n, 3, h, w]`: all images, or those with the indices `samples`."""
-        chosen = range(self.num_images) if samples is None else samples
-        texts, noise = self.shown(chosen).texts, self.stream
-        return sampler.draw(
-            policy, texts, self.seed, samples=chosen, stream=noise, batch_size=self.batch_size, on_step=on_step
-        )
+        texts, stream, size = self.shown(samples).texts, self.stream, self.batch_size
+        return sampler.draw(policy, texts, self.seed, samples=samples, stream=stream, batch_size=size, on_step=on_step)
 
     def scores(self, images: Tensor, samples: Sequence[int] | None = None) -> Scores:
         """Score all images, or those with the indices `samples`, with every reward."""
@@ -138,14 +130,9 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One reward under two samplers of one model, and against its base model.
+    """One reward under two samplers of one model: the means of ODE, SDE and ODE minus SDE.
 
-    Attributes:
-        ode: mean under the ODE.
-        sde: mean under the SDE.
-        gap: mean of ODE minus SDE, image by image.
-        improvement: mean of ODE minus the base model's ODE, image by image. None where no base
-            model was measured.
+    `improvement` is the mean of ODE minus the base model's ODE, None where no base model was measured.
     """
 
     ode: Estimate
@@ -155,18 +142,14 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON: an estimate by quantity."""
-        estimates = {quantity: getattr(self, quantity) for quantity in QUANTITIES}
-        return {quantity: estimate.to_dict() for quantity, estimate in estimates.items() if estimate is not None}
+        estimates = ((quantity, getattr(self, quantity)) for quantity in QUANTITIES)
+        return {quantity: estimate.to_dict() for quantity, estimate in estimates if estimate is not None}
 
 
 def compare(ode: Scores, sde: Scores, base: Scores | None, clusters: list[int]) -> dict[str, Comparison]:
-    """Compare two samplers, and the base model where its scores are given, by reward.
+    """Compare two samplers, and the base model where its ODE scores are given, by reward.
 
-    Args:
-        ode: scores of the model's ODE images.
-        sde: scores of the model's SDE images from the same noise.
-        base: scores of the base model's ODE images from the same noise.
-        clusters: the prompt of each image.
+    All scores are of images from the same noise. `clusters` is the prompt of each image.
     """
     return {
         reward: Comparison(
@@ -180,25 +163,14 @@ def compare(ode: Scores, sde: Scores, base: Scores | None, clusters: list[int]) 
 
 
 def by_quantity(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, Any]]:
-    """Plain values for JSON, by quantity and then by reward:
-    `result["gap"]["colorfulness"]["mean"]`.
-    """
-    table: dict[str, dict[str, Any]] = {}
-    for reward, comparison in comparisons.items():
-        for quantity, estimate in comparison.to_dict().items():
-            table.setdefault(quantity, {})[reward] = estimate
-    return table
+    """Plain values for JSON, by quantity and then reward: `result["gap"]["colorfulness"]["mean"]`."""
+    rows = {reward: comparison.to_dict() for reward, comparison in comparisons.items()}
+    return {q: {reward: row[q] for reward, row in rows.items()} for q in next(iter(rows.values()), {})}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GapRow(Comparison):
-    """A comparison at one step count and eta.
-
-    Attributes:
-        num_steps: number of denoising steps of both samplers.
-        eta: stochasticity of the SDE, one number or one for each step.
-        reward: name of the reward.
-    """
+    """A comparison of a reward at one step count and eta."""
 
     num_steps: int
     eta: Eta
@@ -213,17 +185,15 @@ class GapRow(Comparison):
 class GapReport:
     """The result of `reward_gap`; `print` shows it as a table.
 
-    Attributes:
-        rows: one for each step count, eta and reward.
-        settings: everything needed to measure it again, as plain values.
+    There is a row for each step count, eta and reward. The settings are all that is needed to
+    measure again, as plain values.
     """
 
     rows: tuple[GapRow, ...]
     settings: dict[str, Any]
 
     def __getitem__(self, key: tuple[Any, ...]) -> GapRow:
-        """The row of a reward and an eta, `report["colorfulness", 1.2]`; with several step counts
-        also of its steps.
+        """The row of a reward and an eta, and of several step counts one: `report["alignment", 1.2, 20]`.
 
         Raises:
             EtudeError: no row was measured there, or several step counts were and none is named.
@@ -240,21 +210,16 @@ class GapReport:
 
     def table(self) -> Table:
         """The rows as a table for a rich console."""
-        from rich.table import Table
-
         quantities = [q for q in QUANTITIES if getattr(self.rows[0], q) is not None]
-        caption = "means with 95 % intervals, clustered by prompt"
-        titles = (QUANTITIES[q] for q in quantities)
+        titles, caption = (QUANTITIES[q] for q in quantities), "means with 95 % intervals, clustered by prompt"
         table = Table("steps", "eta", "reward", *titles, "pairs", box=None, caption=caption)
         for row in self.rows:
             cells = [getattr(row, q).format(signed=q in {"gap", "improvement"}) for q in quantities]
             table.add_row(str(row.num_steps), eta_text(row.eta), row.reward, *cells, str(row.gap.n))
         return table
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return plain_text(self.table())
-
-    __repr__ = __str__
 
     def to_json(self) -> str:
         """The settings and the rows as the text of a JSON file."""
@@ -266,12 +231,9 @@ def reward_gap(
     model: str | Path | ModelSource | Policy,
     rewards: str | Sequence[str] | None = None,
     etas: Sequence[Eta] | None = None,
-    steps: Sequence[int] | None = None,
     *,
-    sampler: SDE | None = None,
+    sampler: SDE | Sequence[SDE] | None = None,
     measurement: Measurement | None = None,
-    lora: str | Path | None = None,
-    compare_with_base: bool | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> GapReport:
     """Measure the reward gap of any model, base or tuned, with 95 % intervals.
@@ -287,14 +249,11 @@ def reward_gap(
         rewards: names, import paths or urls. Default: alignment. A measurement has its own.
         etas: stochasticities to compare with the ODE, in the kernel's own unit. Default: the
             sampler's.
-        steps: step counts, each for both samplers. Default: the sampler's.
-        sampler: the stochastic side: kernel, first_step and guidance, and eta and steps where they
-            are not listed. The ODE has the same guidance. Default: gDDIM at eta 1.2 in 20 steps.
+        sampler: the stochastic side: kernel, first_step, guidance and steps, and eta where none is
+            listed. The ODE has the same steps and guidance. Several samplers may differ in eta and
+            steps. Default: gDDIM at eta 1.2 in 20 steps.
         measurement: prompts, rewards, number of images and seed. Default:
             `Measurement.of(rewards)`, 128 images of emoji-eval.
-        lora: adapter to load on top of a model that is given by name.
-        compare_with_base: measure the improvement. True refuses a model without a base model.
-            Default: where there is one.
         on_progress: called with the number of images that just made one step, and the image steps
             of the whole measurement.
 
@@ -304,75 +263,60 @@ def reward_gap(
 
     Raises:
         EtudeError: an eta, a step count, a reward, a model or a prompt file that cannot be used; a
-            lora for a policy that is loaded already; rewards beside a measurement.
+            measurement with base of a model without one; rewards beside a measurement.
 
     Example:
         >>> import etude
         >>> policy = etude.load_policy("emoji-sd")
         >>> few = etude.Measurement.of(["colorfulness"], num_images=4)
-        >>> gap = etude.reward_gap(policy, etas=[0.0, 1.2], steps=[2], measurement=few)
+        >>> gap = etude.reward_gap(policy, etas=[0.0, 1.2], sampler=etude.SDE(1.2, steps=2), measurement=few)
         >>> print(gap["colorfulness", 0.0].gap)
         0 [0, 0]
     """
     if measurement is not None and rewards is not None:
         raise EtudeError("a measurement has its own rewards: leave out rewards, or give Measurement.of(rewards, ...).")
     measurement = measurement or Measurement.of(rewards or "alignment")
-    sampler = sampler or SDE(eta=1.2)
-    runs = [
-        (ODE(count, sampler.guidance), [replace(sampler, eta=eta, steps=count) for eta in etas or [sampler.eta]])
-        for count in steps or [sampler.steps]
-    ]
-    policy = _policy(model, lora)
+    samplers = list(sampler) if isinstance(sampler, Sequence) else [sampler or SDE(eta=1.2)]
+    if len({(each.kernel, each.first_step, each.guidance) for each in samplers}) != 1:
+        raise EtudeError("the samplers of one report differ in eta and steps alone: give the others to another call.")
+    runs: dict[ODE, list[SDE]] = {}
+    for each in samplers:
+        sdes = [replace(each, eta=eta) for eta in etas] if etas else [each]
+        runs.setdefault(ODE(each.steps, each.guidance), []).extend(sdes)
+    if isinstance(model, str | Path):
+        model = ModelSource(model)
+    policy = load_source(model) if isinstance(model, ModelSource) else model
     has_base = isinstance(policy, TrainablePolicy) and policy.has_reference
-    if compare_with_base and not has_base:
+    if measurement.with_base and not has_base:
+        source = getattr(policy, "source", None)
+        name = type(policy).__name__ if source is None else f"model '{source.name}'"
         raise EtudeError(
-            f"there is no base model to compare {_name(policy)} with, since it holds no adapter and keeps no model before "
-            "training: leave out compare_with_base, or load the base model with lora."
+            f"there is no base model to compare {name} with, since it holds no adapter and keeps no model before "
+            "training: leave out with_base, or load the base model with lora."
         )
-    with_base = has_base if compare_with_base is None else compare_with_base
-    for ode, sdes in runs:
-        for each in (ode, *sdes):
-            each.check(policy)
-    total = measurement.num_images * sum(ode.steps * (1 + with_base + len(sdes)) for ode, sdes in runs)
+    with_base = has_base if measurement.with_base is None else measurement.with_base
+    for ode, sdes in runs.items():
+        for checked in (ode, *sdes):
+            checked.check(policy)
+    total = measurement.num_images * sum(ode.steps * (1 + with_base + len(sdes)) for ode, sdes in runs.items())
 
     def scores(under: Sampler) -> Scores:
         return measurement.scores(measurement.images(policy, under, lambda done: on_progress(done, total)))
 
     rows = []
-    for ode, sdes in runs:
+    for ode, sdes in runs.items():
         tuned, base = scores(ode), None
         if with_base:
             assert isinstance(policy, TrainablePolicy)
             with policy.reference():
                 base = scores(ode)
         for sde in sdes:
-            compared = compare(tuned, scores(sde), base, measurement.clusters)
-            rows += [
-                GapRow(**vars(each), num_steps=sde.steps, eta=sde.eta, reward=reward)
-                for reward, each in compared.items()
-            ]
-    return GapReport(tuple(rows), _settings(policy, sampler, measurement))
-
-
-def _policy(model: str | Path | ModelSource | Policy, lora: str | Path | None) -> Policy:
-    """The model itself, or loaded."""
-    if isinstance(model, Policy | ModelSource) and lora is not None:
-        place = "ModelSource" if isinstance(model, ModelSource) else "load_policy"
-        raise EtudeError(
-            f"lora = '{lora}' is for a model that is given by name, and would not be loaded here: give it to {place}."
-        )
-    if isinstance(model, Policy):
-        return model
-    return load_source(model if isinstance(model, ModelSource) else ModelSource(model, lora=lora))
-
-
-def _name(policy: Policy) -> str:
-    source = getattr(policy, "source", None)
-    return type(policy).__name__ if source is None else f"model '{source.name}'"
+            for reward, compared in compare(tuned, scores(sde), base, measurement.clusters).items():
+                rows.append(GapRow(**vars(compared), num_steps=sde.steps, eta=sde.eta, reward=reward))
+    return GapReport(tuple(rows), _settings(policy, samplers[0], measurement))
 
 
 def _settings(policy: Policy, sampler: SDE, measurement: Measurement) -> dict[str, Any]:
-    """Everything needed to measure again, as plain values."""
     source: ModelSource | None = getattr(policy, "source", None)
     adapter: Path | None = getattr(policy, "adapter", None)
     return {
@@ -380,9 +324,7 @@ def _settings(policy: Policy, sampler: SDE, measurement: Measurement) -> dict[st
         "lora": None if adapter is None else str(adapter),
         "kernel": sampler.kernel if isinstance(sampler.kernel, str) else sampler.kernel.__name__,
         "first_step": sampler.first_step,
-        "shift": None if source is None else source.shift,
-        "resolution": None if source is None else source.resolution,
-        "dtype": None if source is None else source.dtype,
+        **{name: getattr(source, name, None) for name in ("shift", "resolution", "dtype")},
         "guidance_scale": sampler.guidance,
         "num_images": measurement.num_images,
         "prompts": measurement.prompts.texts,

@@ -7,8 +7,7 @@ For n values x_i in G clusters (prompts) of sizes n_g,
     bootstrap       m* = sum_j S_{g_j} / sum_j n_{g_j},          g_1..g_G drawn with replacement, S_g = sum_{i in g} x_i
 
 With one sample in each cluster, se is the usual s / sqrt(n). The interval takes quantiles of m*, at
-levels widened for the number of clusters: the expanded percentile interval of Hesterberg (arXiv
-1411.5279), because plain percentiles are too narrow when there are few clusters.
+levels widened for few clusters: the expanded percentile interval of Hesterberg (arXiv 1411.5279).
 """
 
 from __future__ import annotations
@@ -32,13 +31,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its 95 % interval.
+    """A mean with its 95 % bootstrap interval from `low` to `high`.
 
     Attributes:
-        mean: mean of the values.
         standard_error: standard error of the mean, robust to clusters.
-        low: lower end of the 95 % bootstrap interval.
-        high: upper end of the interval.
         n: number of values.
         clusters: number of distinct prompts.
         clustered: whether prompts were resampled. False where there is one prompt only: then values
@@ -85,7 +81,7 @@ def estimate_mean(
         values: `[n]`, one for each image, or for each pair of images from the same prompt and noise
             their difference. All zeros give exactly 0 [0, 0].
         clusters: `[n]`, the prompt of each value, as integers or strings.
-        seed: seed of the resampling; the result is a pure function of the arguments.
+        seed: seed of the resampling.
         resamples: number of bootstrap draws.
 
     Raises:
@@ -94,29 +90,17 @@ def estimate_mean(
     """
     x, group = _checked(values, clusters)
     prompts = int(group.max()) + 1
-    clustered = prompts > 1
-    if not clustered:
+    if prompts == 1:
         group = np.arange(len(x))
     origin = x[0]  # equal values then have exactly their value as mean, and an interval of no width
     x = x - origin
-    mean = x.mean()
-    sizes = np.bincount(group)
-    count = len(sizes)
-    residuals = np.bincount(group, weights=x - mean)
+    mean, sizes = x.mean(), np.bincount(group)
+    count, residuals = len(sizes), np.bincount(group, weights=x - mean)
     error = math.sqrt(count / (count - 1) * float(residuals @ residuals)) / len(x)
     sums = np.asarray(np.bincount(group, weights=x), dtype=np.float64)
-    means = _bootstrap(sums, sizes, resamples, np.random.default_rng(seed))
-    tail = _tail(count)
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Estimate(
-        mean=float(origin + mean),
-        standard_error=error,
-        low=float(origin + low),
-        high=float(origin + high),
-        n=len(x),
-        clusters=prompts,
-        clustered=clustered,
-    )
+    means, tail = _bootstrap(sums, sizes, resamples, np.random.default_rng(seed)), _tail(count)
+    low, high = (float(origin + end) for end in np.quantile(means, [tail, 1 - tail]))
+    return Estimate(float(origin + mean), error, low, high, n=len(x), clusters=prompts, clustered=prompts > 1)
 
 
 def format_interval(mean: float, low: float, high: float, signed: bool = True) -> str:
@@ -127,20 +111,16 @@ def format_interval(mean: float, low: float, high: float, signed: bool = True) -
     half = (high - low) / 2
     scale = half / 10 if half > 0 else abs(mean) / 1000
     decimals = max(0, -math.floor(math.log10(scale))) if scale > 0 else 0
-    texts = [_signed(value, decimals, signed) for value in (mean, low, high)]
-    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
+    def text(value: float) -> str:
+        rounded = round(value, decimals) or 0  # no minus zero
+        return f"{rounded:{'+' if signed and rounded else ''}.{decimals}f}"
 
-def _signed(value: float, decimals: int, signed: bool) -> str:
-    rounded = round(value, decimals)
-    if rounded == 0:
-        return f"{0:.{decimals}f}"
-    return f"{rounded:{'+' if signed else ''}.{decimals}f}"
+    return f"{text(mean)} [{text(low)}, {text(high)}]"
 
 
 def _checked(values: ArrayLike, clusters: Sequence[Any] | NDArray[Any]) -> tuple[Floats, NDArray[np.intp]]:
-    array = np.asarray(values, dtype=np.float64)
-    labels = np.asarray(clusters)
+    array, labels = np.asarray(values, dtype=np.float64), np.asarray(clusters)
     if array.ndim != 1 or labels.shape != array.shape:
         raise EtudeError(
             f"an interval needs one cluster per value, not {labels.shape} clusters for {array.shape} values."
@@ -154,12 +134,9 @@ def _checked(values: ArrayLike, clusters: Sequence[Any] | NDArray[Any]) -> tuple
 
 
 def _bootstrap(sums: Floats, sizes: NDArray[np.intp], resamples: int, rng: np.random.Generator) -> Floats:
-    """[resamples] means of G clusters drawn with replacement, as ratios of sums: a cluster weighs
-    what it holds.
-    """
-    count = len(sums)
+    """[resamples] means of G clusters drawn with replacement; a cluster weighs what it holds."""
+    count, means = len(sums), []
     rows = max(1, _BLOCK // count)
-    means = []
     for start in range(0, resamples, rows):
         drawn = rng.integers(count, size=(min(rows, resamples - start), count))
         means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
@@ -169,10 +146,9 @@ def _bootstrap(sums: Floats, sizes: NDArray[np.intp], resamples: int, rng: np.ra
 def _tail(count: int) -> float:
     """The level of the interval's lower end, 0.025 for large G: Phi(-sqrt(G / (G - 1)) t).
 
-    Here t is the 97.5 % quantile of Student's t with G - 1 degrees of freedom. The quantile is its
-    Cornish-Fisher expansion to third order: within 0.1 % from 6 clusters on. With 2 or 3 clusters
-    no bootstrap interval is trustworthy; the tail is then so small that the extremes of the
-    bootstrap are taken.
+    Here t is the 97.5 % quantile of Student's t with G - 1 degrees of freedom, by its Cornish-Fisher
+    expansion to third order: within 0.1 % from 6 clusters on. With 2 or 3 clusters no bootstrap
+    interval is trustworthy; the tail is then so small that the bootstrap's extremes are taken.
     """
     z, nu = NormalDist().inv_cdf(0.975), count - 1
     first = (z**3 + z) / 4

@@ -1,3 +1,1 @@
 """The directory of a run: its layout, its checkpoints, and how it is read."""
-
-from __future__ import annotations

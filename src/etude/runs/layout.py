@@ -15,10 +15,8 @@ BEST = "-best"
 
 
 def check_directory(out: Path, resume: bool) -> None:
-    """Refuses a directory that a run may not write to; two runs never share one.
-
-    The directory is created only when the run starts, so that a refused run leaves nothing behind.
-    Half-written files of a killed run (`.NAME.HOST-PID.writing`) count as nothing.
+    """Refuses a directory that a run may not write to. It is created only when the run starts, so that
+    a refused run leaves nothing behind.
 
     Raises:
         EtudeError: `out` is a file, is not empty without `resume`, or cannot be written.
@@ -38,9 +36,7 @@ def check_directory(out: Path, resume: bool) -> None:
 
 def holds_something(out: Path) -> bool:
     """Whether there is more than half-written files of a killed run (`.NAME.HOST-PID.writing`)."""
-    if not out.is_dir():
-        return out.exists()
-    return any(not _half_written(entry) for entry in out.iterdir())
+    return out.exists() if not out.is_dir() else not all(_half_written(entry) for entry in out.iterdir())
 
 
 def clear_half_written(out: Path) -> None:
@@ -57,15 +53,14 @@ def _half_written(entry: Path) -> bool:
 def truncate_metrics(path: Path, iteration: int) -> None:
     """Drops rows of a JSON-lines file with `"iteration"` above `iteration`, and a torn last line.
 
-    The file is replaced atomically. The other rows keep their bytes. A missing file stays missing.
+    The file is replaced atomically, and the other rows keep their bytes.
 
     Raises:
         EtudeError: a line before the last is not a JSON object with an integer `"iteration"`.
     """
     if not path.exists():
         return
-    data = path.read_bytes()
-    *lines, torn = data.split(b"\n")  # a killed run leaves text after the last line break
+    *lines, torn = path.read_bytes().split(b"\n")  # a killed run leaves text after the last line break
     remaining = []
     for number, line in enumerate(lines, start=1):
         row = _row(line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,25 +16,26 @@ Interval = dict[str, Any]  # mean, low, high and the other entries of `Estimate.
 GRIDS = ("before_ode", "after_ode", "before_sde", "after_sde")
 
 
-class _Estimate(BaseModel):
+class _Checked(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Estimate(_Checked):
     mean: float
     low: float
     high: float
 
 
-class _Evaluation(BaseModel):
-    model_config = ConfigDict(extra="allow", strict=True)
+class _Evaluation(_Checked):
     ode: dict[str, _Estimate] | None = None
     sde: dict[str, _Estimate] | None = None
     gap: dict[str, _Estimate] | None = None
     improvement: dict[str, _Estimate] | None = None
 
 
-class _Row(BaseModel):
+class _Row(_Checked):
     """The checked keys of a row of metrics.jsonl; all but `iteration` may be missing."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
     iteration: StrictInt
     eta: float | list[float] | None = None
     window: dict[Literal["start", "size"], StrictInt] | None = None
@@ -46,27 +46,16 @@ class _Row(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """The files of one run.
-
-    Attributes:
-        directory: directory of the run.
-        config_text: text of `config.yaml`.
-        config: content of `config.yaml`.
-        rows: rows of `metrics.jsonl`, one mapping per iteration.
-        torn: whether the last line of the metrics was incomplete and left out.
-        summary: content of `summary.json`; empty while the run goes on.
-        grids: PNG bytes of each of `GRIDS` that exists under `samples/`.
-        prompts: captions of the grids' cells.
-    """
+    """The files of one run."""
 
     directory: Path
-    config_text: str
-    config: dict[str, Any]
-    rows: list[dict[str, Any]]
-    torn: bool
-    summary: dict[str, Any]
-    grids: dict[str, bytes]
-    prompts: list[str]
+    config_text: str  # text of `config.yaml`
+    config: dict[str, Any]  # content of `config.yaml`
+    rows: list[dict[str, Any]]  # rows of `metrics.jsonl`, one mapping per iteration
+    torn: bool  # whether the last line of the metrics was incomplete and left out
+    summary: dict[str, Any]  # content of `summary.json`; empty while the run goes on
+    grids: dict[str, bytes]  # PNG bytes of each of `GRIDS` that exists under `samples/`
+    prompts: list[str]  # captions of the grids' cells
 
     @property
     def evaluations(self) -> list[tuple[int, dict[str, Any]]]:
@@ -82,8 +71,7 @@ class Run:
     def rewards(self) -> list[str]:
         """Names of all measured rewards, the trained ones first."""
         measured = [name for row in self.rows for name in row.get("reward") or {}]
-        for _, evaluation in self.evaluations:
-            measured += list(evaluation.get("ode") or {})
+        measured += [name for _, evaluation in self.evaluations for name in evaluation.get("ode") or {}]
         return [name for name in dict.fromkeys([*self.trained, *measured]) if name in measured]
 
     def setting(self, key: str, section: str | None = None) -> Any:
@@ -95,7 +83,7 @@ class Run:
 
     def series(self, *path: str) -> tuple[list[int], list[float]]:
         """Iterations whose row has a number under the keys `path`, and these numbers."""
-        values = [(row["iteration"], _follow(row, path)) for row in self.rows]
+        values = ((row["iteration"], _follow(row, path)) for row in self.rows)
         points = [(iteration, float(value)) for iteration, value in values if isinstance(value, int | float)]
         return [iteration for iteration, _ in points], [value for _, value in points]
 
@@ -109,45 +97,37 @@ def read_run(directory: Path) -> Run:
     """Reads a run directory.
 
     Raises:
-        EtudeError: `directory` is no run, or one of its files is invalid; the message names file
-            and line.
+        EtudeError: `directory` is no run, or a file is invalid; the message names file and line.
     """
     if not directory.is_dir():
         raise EtudeError(f"'{directory}' is not a directory: give the output directory of a run.")
     path = directory / "config.yaml"
     if not path.is_file():
         raise EtudeError(f"'{directory}' is not a run: it has no config.yaml; give the output directory of a run.")
-    config_text = read_yaml_text(path, f"'{path}'")
-    config = parse_yaml(config_text, f"'{path}'")
-    metrics = directory / "metrics.jsonl"
-    rows, torn = parse_metrics(_text(metrics), f"'{metrics}'") if metrics.is_file() else ([], False)
-    summary = _read_json(directory / "summary.json", {})
-    prompts = _read_json(directory / "samples" / "prompts.json", [])
-    files = {name: directory / "samples" / f"{name}.png" for name in GRIDS}
-    return Run(
-        directory=directory,
-        config_text=config_text,
-        config=_expect(config, dict, path),
-        rows=rows,
-        torn=torn,
-        summary=_expect(summary, dict, directory / "summary.json"),
-        grids={name: file.read_bytes() for name, file in files.items() if file.is_file()},
-        prompts=_expect(prompts, list, directory / "samples" / "prompts.json"),
+    metrics, samples, config_text = (
+        directory / "metrics.jsonl",
+        directory / "samples",
+        read_yaml_text(path, f"'{path}'"),
     )
+    config = _expect(parse_yaml(config_text, f"'{path}'"), dict, path)
+    rows, torn = parse_metrics(_text(metrics), f"'{metrics}'") if metrics.is_file() else ([], False)
+    files = {name: samples / f"{name}.png" for name in GRIDS}
+    grids = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    summary, prompts = _read_json(directory / "summary.json", {}), _read_json(samples / "prompts.json", [])
+    return Run(directory, config_text, config, rows, torn, summary, grids, prompts)
 
 
 def parse_metrics(text: str, place: str) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of `metrics.jsonl`, and whether a last line without its end was left out: a killed run may have been writing it.
+    """The rows of `metrics.jsonl`, and whether a torn last line, as a kill leaves it, was left out.
 
-    Raises:
-        EtudeError: a line is no row of metrics; `place` names the file.
+    `place` names the file in the error for a line that is no row of metrics.
     """
-    lines = text.split("\n")
-    torn = bool(lines.pop())
+    *lines, torn = text.split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line, parse_int=_number)
+            # An int of 300 digits or more may exceed every float.
+            row = json.loads(line, parse_int=lambda digits: int(digits) if len(digits) < 300 else float(digits))
         except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python reads
             raise EtudeError(
                 f"{place} line {number} is not valid JSON ({brief(error, 120)}): repair or delete that line."
@@ -155,29 +135,24 @@ def parse_metrics(text: str, place: str) -> tuple[list[dict[str, Any]], bool]:
         try:
             _Row.model_validate(row)
         except ValidationError as error:
-            raise EtudeError(f"{place} line {number} is not a row of metrics: {_problem(error)}.") from None
+            first = error.errors(include_url=False, include_input=False)[0]
+            key, problem = ".".join(map(str, first["loc"])), first["msg"][:1].lower() + first["msg"][1:]
+            told = f"{key!r}: {problem}" if key else problem
+            raise EtudeError(f"{place} line {number} is not a row of metrics: {told}.") from None
         rows.append(row)
-    return rows, torn
-
-
-def _number(digits: str) -> int | float:
-    """An int; from 300 digits on a float, since such an int may exceed every float."""
-    return int(digits) if len(digits) < 300 else float(digits)
-
-
-def _problem(error: ValidationError) -> str:
-    first: Mapping[str, Any] = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return f"{place and repr(place) + ': '}{first['msg'][:1].lower()}{first['msg'][1:]}"
+    return rows, bool(torn)
 
 
 def _read_json(path: Path, default: Any) -> Any:
+    """The content of a file, of the type of the default; the default if there is no file."""
     if not path.is_file():
         return default
+    text = _text(path)
     try:
-        return json.loads(_text(path))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise EtudeError(f"'{path}' is not valid JSON ({brief(error, 120)}): restore or delete it.") from None
+    return _expect(value, type(default), path)
 
 
 def _text(path: Path) -> str:

@@ -1,5 +1,4 @@
 """Fine-tuning: the loop (`trainer`), its evaluation, and the files that a run leaves.
 
-The formulas are elsewhere: `etude.sampling.rollout` draws images, and `etude.learning.advantages`
-and `etude.learning.objectives` give the loss.
+The formulas are elsewhere: `etude.sampling` draws images, and `etude.learning` gives the loss.
 """

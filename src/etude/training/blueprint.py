@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from etude.config import TrainConfig
@@ -11,64 +10,33 @@ from etude.learning.advantages import Advantage, make_advantage
 from etude.learning.objectives import Keep, Objective, make_objective
 from etude.learning.optimizers import check_optimizer
 from etude.policies import TrainablePolicy
-from etude.prompts import PromptSet, load_prompts
+from etude.prompts import load_prompts
 from etude.rewards import WeightedRewards
 from etude.runs.layout import check_directory
 from etude.training.schedule import PlanSchedule, check_sampling
 
 
 def make_algorithm(config: TrainConfig) -> tuple[Objective, Advantage]:
-    """Builds the objective and the advantage of a configuration, and checks that its sampling suits them.
-
-    No file is read and no model is loaded.
-
-    Raises:
-        EtudeError: one of them refuses its settings, or the sampling cannot be trained with.
-    """
+    """The objective and the advantage of a configuration, checked (EtudeError) without reading a file."""
     objective, advantage = make_objective(config.objective), make_advantage(config)
     check_sampling(config.sampling, objective.keep is Keep.TRANSITIONS)
     return objective, advantage
 
 
-@dataclass(frozen=True)
 class Blueprint:
-    """The parts of a run that need no model.
+    """The parts of a run that need no model, the rewards not yet loaded, each checked (EtudeError)."""
 
-    Attributes:
-        config: configuration of the run.
-        objective: loss of an optimiser step.
-        advantage: comparison of rewards.
-        rewards: trained and held-out rewards, not yet loaded.
-        prompts: training prompts.
-    """
-
-    config: TrainConfig
-    objective: Objective
-    advantage: Advantage
-    rewards: WeightedRewards
-    prompts: PromptSet
-
-    @classmethod
-    def of(cls, config: TrainConfig, out: Path, resume: bool = False) -> Blueprint:
-        """Builds the parts of a configuration and checks directory, optimiser and sampling.
-
-        Raises:
-            EtudeError: one of them cannot be used.
-        """
+    def __init__(self, config: TrainConfig, out: Path, resume: bool = False) -> None:
         check_directory(out, resume)
         check_optimizer(config.optimizer)
-        objective, advantage = make_algorithm(config)
-        rewards = WeightedRewards(
-            config.rewards, held_out=config.evaluation.held_out_rewards, offload=config.memory.offload
-        )
-        return cls(config, objective, advantage, rewards, load_prompts(config.prompts.train))
+        self.config = config
+        self.objective, self.advantage = make_algorithm(config)
+        held_out = config.evaluation.held_out_rewards
+        self.rewards = WeightedRewards(config.rewards, held_out, offload=config.memory.offload)
+        self.prompts = load_prompts(config.prompts.train)
 
     def check_groups(self, processes: int) -> None:
-        """Refuses a group that is cut between two processes if a reward compares the images of a group.
-
-        Raises:
-            EtudeError: the number of groups is not a multiple of the number of processes.
-        """
+        """Refuses a group that is cut between two processes if a reward compares the images of a group."""
         rollout = self.config.rollout
         groups = rollout.images_per_iteration // rollout.images_per_prompt
         if self.rewards.whole_groups and groups % processes:
@@ -79,15 +47,9 @@ class Blueprint:
 
     def schedule(self, policy: TrainablePolicy) -> PlanSchedule:
         """The plan of each iteration on the noise levels of a policy."""
-        config = self.config
-        return PlanSchedule(
-            config.sampling,
-            policy.grid(config.sampling.num_steps),
-            config.seed,
-            policy.device,
-            config.iterations,
-            self.objective.keep is Keep.TRANSITIONS,
-        )
+        config, trains_steps = self.config, self.objective.keep is Keep.TRANSITIONS
+        grid = policy.grid(config.sampling.num_steps)
+        return PlanSchedule(config.sampling, grid, config.seed, policy.device, config.iterations, trains_steps)
 
     def make_trainable(self, policy: TrainablePolicy) -> None:
         """Adds the adapter to a policy, or makes its whole network trainable."""

@@ -1,64 +1,47 @@
 """The cost of a run, counted before it starts: network evaluations, trained parameters and memory.
 
 One evaluation is the network's answer for one image at one step, with or without guidance. An
-iteration has n images, each with T steps (a compressed tail included). The first P steps are
-deterministic, and K steps are trained:
+iteration has n images, each with T steps. The first P are deterministic, and K are trained:
 
     rollout      n T, or g P + n (T - P) if the images of each of g groups share their initial noise
     reference    n K with a KL to the reference model
     replay       n max(1, round(timestep_fraction K)) num_inner_epochs
     evaluation   2 evaluation.num_images N, N steps of the ODE and of the SDE, where one is due
 
-Images with the same initial noise share steps only within a process; the counts are those of a run
-in one process.
+The counts are those of a run in one process: only there do images with the same noise share steps.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from etude.config import TrainConfig
 from etude.config.algorithm import essence
+from etude.learning.objectives import Objective
+from etude.policies import TrainablePolicy
+from etude.policies.loading import load_source
+from etude.policies.source import ModelSource
+from etude.prompts import load_prompts
+from etude.rewards.reward import CLOSED_FORMS, WEIGHTS_GB
+from etude.sampling.plans import StepTable
+from etude.training.blueprint import Blueprint
+from etude.training.evaluation import SamplerPair, count_trained
+from etude.training.memory_estimate import memory_estimate, readable
 
-if TYPE_CHECKING:
-    from etude.learning.objectives import Objective
-    from etude.policies import TrainablePolicy
-    from etude.sampling.plans import StepTable
 
-
-@dataclass(frozen=True)
-class ImageSteps:
-    """The steps of one image in training.
-
-    Attributes:
-        total: number of network evaluations.
-        prefix: number of deterministic steps before the first stochastic one.
-        trained: number of trained steps.
-    """
+class ImageSteps(NamedTuple):
+    """The numbers of an image's steps: all, those before the first stochastic one, and the trained ones."""
 
     total: int
     prefix: int
     trained: int
 
-    @classmethod
-    def of(cls, table: StepTable) -> ImageSteps:
-        """The steps of an image under a plan."""
-        return cls(table.num_evaluations, table.prefix_steps, len(table.trained_steps))
-
 
 def evaluations(config: TrainConfig, objective: Objective, steps: ImageSteps, columns: int) -> dict[str, int]:
-    """Network evaluations of one iteration by part, without its evaluation of the gap: see the module.
-
-    Args:
-        config: configuration of the run.
-        objective: loss of an optimiser step.
-        steps: steps of one image.
-        columns: number of columns of each image (`Objective.columns`).
-    """
+    """Network evaluations of one iteration by part, for `columns` columns an image (`Objective.columns`)."""
     images, settings = config.rollout.images_per_iteration, config.objective
     starts = images // config.rollout.images_per_prompt if config.rollout.shared_noise else images
     per_pass = images * max(1, round(settings.timestep_fraction * columns))
@@ -83,22 +66,17 @@ def run_evaluations(
 ) -> dict[str, tuple[int, int, int]]:
     """Network evaluations by part: fewest and most of an iteration, and the sum over the run.
 
-    Args:
-        config: configuration of the run.
-        objective: loss of an optimiser step.
-        table_at: plan of each iteration from 1 on; a window that moves changes it.
+    `table_at` is the plan of each iteration from 1 on; a window that moves changes it.
     """
-    tables = map(table_at, range(1, config.iterations + 1))
-    cases = Counter((ImageSteps.of(table), objective.columns(table)) for table in tables)
-    parts = [(evaluations(config, objective, *case), times) for case, times in cases.items()]
-    result = {
-        part: (
-            min(counts[part] for counts, _ in parts),
-            max(counts[part] for counts, _ in parts),
-            sum(counts[part] * times for counts, times in parts),
-        )
-        for part in parts[0][0]
-    }
+    cases: Counter[tuple[ImageSteps, int]] = Counter()
+    for table in map(table_at, range(1, config.iterations + 1)):
+        steps = ImageSteps(table.num_evaluations, table.prefix_steps, len(table.trained_steps))
+        cases[steps, objective.columns(table)] += 1
+    counts = {case: evaluations(config, objective, *case) for case in cases}
+    result = {}
+    for part in next(iter(counts.values())):
+        numbers = [count[part] for count in counts.values()]
+        result[part] = min(numbers), max(numbers), sum(counts[case][part] * times for case, times in cases.items())
     one = gap_evaluations(config)
     return result | {"evaluation": (one, one, one * len(evaluated(config)))}
 
@@ -107,23 +85,13 @@ def resolved(config: TrainConfig, out: Path, resume: bool = False, policy: Train
     """The resolved configuration as YAML, followed by the cost of the run as comments: itself a recipe.
 
     Args:
-        config: configuration of the run.
-        out: directory of the run.
         resume: whether the run would continue the one in `out`.
-        policy: model to count on. Default: an outline, which reads the model's configuration and
-            none of its weights.
+        policy: model to count on. Default: an outline, which reads no weights.
 
     Raises:
         EtudeError: the run would be refused.
     """
-    from etude.policies.loading import load_source
-    from etude.policies.source import ModelSource
-    from etude.prompts import load_prompts
-    from etude.training.blueprint import Blueprint
-    from etude.training.evaluation import SamplerPair, count_trained
-    from etude.training.memory_estimate import memory_estimate
-
-    blueprint = Blueprint.of(config, out, resume)
+    blueprint = Blueprint(config, out, resume)
     policy = policy or load_source(ModelSource.of(config), outline=True)
     schedule = blueprint.schedule(policy)
     SamplerPair(config).check(policy)
@@ -131,46 +99,42 @@ def resolved(config: TrainConfig, out: Path, resume: bool = False, policy: Train
     blueprint.make_trainable(policy)
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     whole = sum(parameter.numel() for parameter in policy.network.parameters())
-    counts = run_evaluations(config, blueprint.objective, schedule.table_at)
+    sizes = memory_estimate(blueprint, policy, schedule)
     lines = [
         essence(config),
         f"trained parameters: {trained:,} of the network's {whole:,}",
-        *_table(counts, len(evaluated(config)), config.iterations),
-        *_memory(memory_estimate(blueprint, policy, schedule)),
+        *_table(run_evaluations(config, blueprint.objective, schedule.table_at), config),
+        "memory of the accelerator, each process, without models of rewards",
+        *(f"  {line}" for line in _aligned([(name, readable(size)) for name, size in sizes.items()])),
         *_models_of_rewards([*config.rewards, *config.evaluation.held_out_rewards]),
     ]
     return config.to_yaml() + "".join(f"# {line}\n" for line in lines)
 
 
-def _table(counts: Mapping[str, tuple[int, int, int]], evaluated: int, iterations: int) -> list[str]:
+def _table(counts: Mapping[str, tuple[int, int, int]], config: TrainConfig) -> list[str]:
     """Rows of the parts that are not empty, and the sum over the run."""
     rows = [("network evaluations, one image at one step", "each", "times", "in all")]
     for part, (low, high, total) in counts.items():
         if total:
             each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-            rows.append((part, each, f"{evaluated if part == 'evaluation' else iterations:,}", f"{total:,}"))
+            times = len(evaluated(config)) if part == "evaluation" else config.iterations
+            rows.append((part, each, f"{times:,}", f"{total:,}"))
     rows.append(("total", "", "", f"{sum(total for _, _, total in counts.values()):,}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The rows as lines: the first column to the left, the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
         for row in rows
     ]
 
 
 def _models_of_rewards(names: list[str]) -> list[str]:
     """One line on the memory of the rewards' networks, as far as it is known; none without networks."""
-    from etude.rewards.reward import CLOSED_FORMS, WEIGHTS_GB
-
     networks = [name for name in dict.fromkeys(names) if name not in CLOSED_FORMS]
     sizes = {name: WEIGHTS_GB.get(name.partition(":")[0]) for name in networks}
     listed = ", ".join(f"{name} {f'{size:g} GB' if size else 'of unknown size'}" for name, size in sizes.items())
     return [f"models of rewards come on top, in float32: {listed}"] if listed else []
-
-
-def _memory(parts: Mapping[str, int]) -> list[str]:
-    from etude.training.memory_estimate import readable
-
-    rows = [(name, readable(size)) for name, size in parts.items()]
-    title = "memory of the accelerator, each process, without models of rewards"
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return [title, *(f"  {name.ljust(widths[0])}  {size.rjust(widths[1])}" for name, size in rows)]

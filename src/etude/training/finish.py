@@ -1,8 +1,7 @@
-"""The results of a run: exported weights, before / after pictures, summary, model cards, report."""
+"""The results of a run: exported weights, summary, model cards, report."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import platform
@@ -10,27 +9,28 @@ import resource
 import shutil
 import sys
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from etude.config import TrainConfig
 from etude.errors import EtudeError, brief
-from etude.files import atomic_write_bytes, atomic_write_text
-from etude.learning.objectives import Objective
+from etude.files import atomic_write_text
 from etude.policies import TrainablePolicy
+from etude.policies.sharding import assembled
+from etude.policies.trainable import swapped
 from etude.report import write_report
-from etude.report.grids import image_grid
 from etude.rewards import revisions
 from etude.runs.layout import BEST
-from etude.training.best import BestWeights
 from etude.training.card import deployment_advice, model_card, summary_of_the_best
-from etude.training.guards import explain_stop
+from etude.training.durability import RunState
+from etude.training.guards import confirmation, explain_stop
+from etude.training.supervision import Supervisor
 
+UTC = "%Y-%m-%d %H:%M:%S UTC"
 PACKAGES = ("etude", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -46,35 +46,18 @@ def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """A row of metrics as `a/b/c: number`, the form that trackers take; list entries count from 0."""
     flat: dict[str, float] = {}
     for key, value in row.items():
-        if isinstance(value, list):
-            value = {str(i): each for i, each in enumerate(value)}
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}/")
-        else:
-            flat[f"{prefix}{key}"] = value
+        tree = dict(enumerate(value)) if isinstance(value, list) else value
+        flat |= flatten(tree, f"{prefix}{key}/") if isinstance(tree, dict) else {f"{prefix}{key}": tree}
     return flat
-
-
-def write_grids(out: Path, when: str, ode: Tensor, sde: Tensor, prompts: list[str]) -> None:
-    """Writes `samples/{when}_ode.png`, `samples/{when}_sde.png`, and the captions in `prompts.json`."""
-    (out / "samples").mkdir(exist_ok=True)
-    for sampler, images in (("ode", ode), ("sde", sde)):
-        buffer = io.BytesIO()
-        image_grid(images, columns=8, scale=max(1, 96 // images.shape[-1]), labels=prompts).save(buffer, format="PNG")
-        atomic_write_bytes(out / "samples" / f"{when}_{sampler}.png", buffer.getvalue())
-    atomic_write_text(out / "samples" / "prompts.json", json.dumps(prompts, ensure_ascii=False))
 
 
 def export(policy: TrainablePolicy, out: Path, suffix: str = "") -> None:
     """Writes `out/lora`, or `out/model` after full fine-tuning, with `suffix` after the name.
 
     The directory is complete or absent, never half written.
-
-    Raises:
-        EtudeError: the weights cannot be written.
     """
-    final = out / f"{policy.export_name}{suffix}"
     out.mkdir(parents=True, exist_ok=True)
+    final = out / f"{policy.export_name}{suffix}"
     temporary = out / f".{final.name}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -94,100 +77,85 @@ def export(policy: TrainablePolicy, out: Path, suffix: str = "") -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def finish(
-    out: Path,
-    config: TrainConfig,
-    policy: TrainablePolicy,
-    objective: Objective,
-    evaluation: dict[str, Any],
-    started: float,
-    iterations: int,
-    best: BestWeights,
-    confirmation: dict[str, Any],
-) -> dict[str, Any]:
-    """Writes `summary.json`, the model cards beside the weights and `report.html`; returns the summary.
+def confirm_best(state: RunState, supervisor: Supervisor) -> dict[str, Any]:
+    """Measures best and last weights and base model from fresh noise (`confirmation`); empty without best."""
+    best, evaluation, parameters = state.best, state.evaluation, state.parameters
+    if not best.weights:
+        return {}
+    weights: dict[str, Any] = {"best": swapped(parameters, best.weights)}
+    if best.iteration != state.ledger.iteration:
+        weights["last"] = swapped(parameters, state.ema)
+    if evaluation.config.lora.rank or state.objective.needs_reference:  # otherwise there is no copy of the base model
+        weights["base"] = evaluation.policy.reference()
+    with supervisor.phase("confirmation", len(weights) * evaluation.work // 2):
+        scores = evaluation.again(weights, supervisor.advance)
+    return confirmation(scores, evaluation.measurement.clusters)
 
-    Args:
-        out: directory of the run.
-        config: configuration of the run.
-        policy: policy with the last weights.
-        objective: loss of the run.
-        evaluation: last evaluation.
-        started: start of this process's work, in seconds since the epoch.
-        iterations: number of finished iterations, fewer than planned if a reward fell.
-        best: best weights, exported beside the last ones.
-        confirmation: estimates of the best weights from fresh noise (`best.confirmation`).
+
+def finish(state: RunState, confirmed: dict[str, Any], started: float) -> dict[str, Any]:
+    """Writes the weights, and from the first process `summary.json`, the model cards and `report.html`.
+
+    `confirmed` is the result of `confirm_best`; `started` counts in seconds since the epoch.
+
+    Returns:
+        The summary; empty in every process but the first.
     """
+    best, objective, last = state.best, state.objective, state.evaluation.last
+    config, policy, out = state.evaluation.config, state.evaluation.policy, state.evaluation.out
+    first = state.evaluation.accelerator.is_main_process
+    exports = {"": state.ema} | ({BEST: best.weights} if best.weights else {})
+    for suffix, weights in exports.items():
+        with swapped(state.parameters, weights), assembled(policy.network):
+            if first:
+                export(policy, out, suffix)
+    if not first:
+        return {}
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    seconds: dict[str, float] = {}
+    seconds: Counter[str] = Counter()
     for row in rows:
-        for phase, value in row["seconds"].items():
-            seconds[phase] = seconds.get(phase, 0.0) + value
-    summary = {
+        seconds.update(row["seconds"])
+    iterations, schedule, place = state.ledger.iteration, config.sampling.eta_schedule, f"{policy.export_name}{BEST}"
+    chosen = {"reward": best.reward, "directory": place, **best.state(), "confirmation": confirmed}
+    summary: dict[str, Any] = {
         "model": config.model,
         "model_revision": policy.revision,
         "seed": config.seed,
         "eta": config.sampling.eta,
-        "eta_schedule": schedule.model_dump() if (schedule := config.sampling.eta_schedule) else None,
+        "eta_schedule": schedule.model_dump() if schedule else None,
         "num_steps": config.sampling.num_steps,
         "guidance_scale": config.sampling.guidance_scale,
         "rewards": list(config.rewards),
         "held_out_rewards": config.evaluation.held_out_rewards,
         "reward_revisions": revisions([*config.rewards, *config.evaluation.held_out_rewards]),
         "iterations": iterations,
-        "stopped": explain_stop(evaluation, config.evaluation.stop_on_fall, iterations, config.iterations),
-        "final": evaluation,
-        "best": _best(best, confirmation, policy) if best.weights else None,
-        "deploy": deployment_advice(config, policy, evaluation),
-        "seconds": seconds,
+        "stopped": explain_stop(last, config.evaluation.stop_on_fall, iterations, config.iterations),
+        "final": last,
+        "best": chosen if best.weights else None,
+        "deploy": deployment_advice(config, policy, last),
+        "seconds": dict(seconds),
         "peak_memory_mb": max(row["memory_mb"] for row in rows),
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
-        },
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),
             "processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
             "threads": torch.get_num_threads(),
-            "gpu": _gpu(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-        "started": _timestamp(started),
-        "finished": _timestamp(time.time()),
+        "started": time.strftime(UTC, time.gmtime(started)),
+        "finished": time.strftime(UTC, time.gmtime(time.time())),
     }
     atomic_write_text(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     atomic_write_text(out / policy.export_name / "README.md", model_card(summary, config, policy, objective))
     if best.weights:
         card = model_card(summary_of_the_best(summary, config, policy), config, policy, objective, BEST)
-        atomic_write_text(out / f"{policy.export_name}{BEST}" / "README.md", card)
+        atomic_write_text(out / place / "README.md", card)
     write_report(out)
     return summary
 
 
-def _best(best: BestWeights, confirmation: dict[str, Any], policy: TrainablePolicy) -> dict[str, Any]:
-    """The summary's entry on the best weights, with their directory."""
-    return {
-        "reward": best.reward,
-        "directory": f"{policy.export_name}{BEST}",
-        **best.state(),
-        "confirmation": confirmation,
-    }
-
-
-def _timestamp(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
-
-
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        if names:
-            return names[0]
-    return platform.processor() or platform.machine()
-
-
-def _gpu() -> str | None:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()

@@ -1,17 +1,15 @@
 """An estimate of a run's accelerator memory, before it starts: sizes are counted, activations simulated.
 
-The configuration determines the sizes of weights, gradients, optimiser state and stored trajectory.
-It does not determine those of activations. For them, one micro-batch of each phase runs on fake
-tensors, which have shapes and no numbers, and the largest number of bytes alive at once is
-recorded. That figure is rough: it leaves out the workspace of a device's kernels and the waste of
-its allocator, and a device may compute attention in another way. Models of rewards are not counted.
+For activations, one micro-batch of each phase runs on fake tensors, which have shapes and no
+numbers. That figure is rough: it leaves out the workspace of a device's kernels and the waste of its
+allocator, and a device may compute attention in another way. Models of rewards are not counted.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from etude.config import OptimizerConfig, TrainConfig
+from etude.policies import TrainablePolicy
 from etude.policies.loading import DTYPES
 from etude.policies.outline import fake_mode
 from etude.policies.pipeline import PipelinePolicy
+from etude.sampling.plans import StepTable
+from etude.training.blueprint import Blueprint
 from etude.training.schedule import PlanSchedule
-
-if TYPE_CHECKING:
-    from etude.policies import TrainablePolicy
-    from etude.sampling.plans import StepTable
-    from etude.training.blueprint import Blueprint
 
 FLOAT = 4
 """Bytes of a float32."""
@@ -39,32 +35,25 @@ EIGHT_BIT_LEAST, EIGHT_BIT_BLOCK = 4096, 256
 def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: PlanSchedule) -> dict[str, int]:
     """Bytes by part for a run in one process; the last entry is the sum. Empty parts are left out.
 
-    Args:
-        blueprint: parts of the run that need no model.
-        policy: outline of the model, made trainable.
-        schedule: plan of each iteration.
+    `policy` is an outline of the model, made trainable.
     """
     config, reference = blueprint.config, blueprint.objective.needs_reference
-    trained = list(policy.trainable().values())
-    trained_bytes = sum(parameter.nbytes for parameter in trained)
-    waiting = _waiting(policy)
-    images, prompt = config.rollout.images_per_iteration, blueprint.prompts.texts[:1]
-    conditioning = policy.encode(prompt).prompt.values()
+    parameters, prompt = list(policy.trainable().values()), blueprint.prompts.texts[:1]
+    trained, images = sum(parameter.nbytes for parameter in parameters), config.rollout.images_per_iteration
+    staying = [_bytes(part) for name, part in _parts(policy).items() if name not in _waiting(policy)]
     table = max((schedule.table_at(iteration) for iteration in range(1, config.iterations + 1)), key=_stored_levels)
     stored = trajectory_floats(table, policy.dimensions, reference) * FLOAT
-    copies = config.lora.rank == 0 and reference
-    frozen = sum(_bytes(part) for name, part in _parts(policy).items() if name not in waiting) - trained_bytes
     phases = activations(config, policy, schedule.table_at(1), prompt)
     largest = max(phases, key=phases.__getitem__)
     parts = {
-        "frozen weights": frozen,
-        "adapter" if config.lora.rank else "trained weights": trained_bytes,
-        "gradients": trained_bytes,
-        f"optimiser state ({config.optimizer.kind})": optimizer_bytes(trained, config.optimizer),
-        "moving average": trained_bytes if config.ema.decay else 0,
-        "copy of the model before training": trained_bytes if copies else 0,
+        "frozen weights": sum(staying) - trained,
+        "adapter" if config.lora.rank else "trained weights": trained,
+        "gradients": trained,
+        f"optimiser state ({config.optimizer.kind})": optimizer_bytes(parameters, config.optimizer),
+        "moving average": trained if config.ema.decay else 0,
+        "copy of the model before training": trained if config.lora.rank == 0 and reference else 0,
         f"trajectory of {images:,} images": images * stored,
-        f"prompts of {images:,} images": images * sum(rows.nbytes for rows in conditioning),
+        f"prompts of {images:,} images": images * sum(rows.nbytes for rows in policy.encode(prompt).prompt.values()),
         f"activations, roughly ({largest})": phases[largest],
     }
     parts = {name: size for name, size in parts.items() if size}
@@ -72,13 +61,9 @@ def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: Pla
 
 
 def trajectory_floats(table: StepTable, dimensions: int, with_reference: bool) -> int:
-    """Count of numbers that a rollout stores for one image: states, log-probabilities and latents.
-
-    The states are those at both ends of the trained steps. With the reference model, its means are
-    added.
-    """
+    """Count of a rollout's numbers for one image: states, log-probabilities, latents, and reference means."""
     steps = len(table.trained_steps)
-    return (_stored_levels(table) + 1 + (steps if with_reference else 0)) * dimensions + steps
+    return (_stored_levels(table) + 1 + with_reference * steps) * dimensions + steps
 
 
 def _stored_levels(table: StepTable) -> int:
@@ -86,27 +71,21 @@ def _stored_levels(table: StepTable) -> int:
 
 
 def optimizer_bytes(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> int:
-    """Bytes of AdamW's moments: float32, or for large parameters 8 bits with a scale a block."""
-
-    def moments(count: int) -> int:
-        if config.kind == "adamw" or count < EIGHT_BIT_LEAST:
-            return 2 * FLOAT * count
-        return 2 * (count + FLOAT * -(-count // EIGHT_BIT_BLOCK))
-
-    return sum(moments(parameter.numel()) for parameter in parameters)
+    """Bytes of AdamW's two moments: float32, or for large parameters 8 bits with a scale a block."""
+    counts = [parameter.numel() for parameter in parameters]
+    packed = [count for count in counts if config.kind != "adamw" and count >= EIGHT_BIT_LEAST]
+    scales = sum(-(-count // EIGHT_BIT_BLOCK) for count in packed)
+    return 2 * (FLOAT * (sum(counts) - sum(packed) + scales) + sum(packed))
 
 
 def activations(config: TrainConfig, policy: TrainablePolicy, table: StepTable, prompt: list[str]) -> dict[str, int]:
-    """The largest number of bytes alive at once in one micro-batch of each phase.
+    """The largest number of bytes alive at once in one micro-batch of each phase, beside what stays.
 
-    Weights, gradients and trajectory, which stay, are not included. An offloaded part counts in the
-    phase in which it is on the device.
+    An offloaded part counts in the phase in which it is on the device.
     """
     images, replay = config.rollout.images_per_iteration, config.objective.batch_size
-    sampled = min(config.rollout.batch_size, images)
-    trained = list(policy.trainable().values())
-    conditioning = policy.encode(prompt)
-    mode = fake_mode(policy)
+    sampled, dtype = min(config.rollout.batch_size, images), config.rollout.dtype
+    trained, conditioning, mode = list(policy.trainable().values()), policy.encode(prompt), fake_mode(policy)
 
     def predict(count: int) -> Tensor:
         x = torch.randn(count, *policy.latent_shape, device=policy.device)
@@ -114,32 +93,22 @@ def activations(config: TrainConfig, policy: TrainablePolicy, table: StepTable, 
         timesteps = table.timesteps[:1].to(policy.device)[rows]
         return policy.predict(x, timesteps, conditioning.take(rows), config.sampling.guidance_scale)
 
-    phases = {
-        f"replay of {replay}": peak_bytes(lambda: torch.autograd.grad(predict(replay).square().mean(), trained), mode),
-    }
-    with policy.precision(DTYPES[config.rollout.dtype] if config.rollout.dtype else None):
+    gradients = peak_bytes(lambda: torch.autograd.grad(predict(replay).square().mean(), trained), mode)
+    phases = {f"replay of {replay}": gradients}
+    with policy.precision(DTYPES[dtype] if dtype else None):
         phases[f"rollout of {sampled}"] = peak_bytes(torch.no_grad()(lambda: predict(sampled)), mode)
     if isinstance(policy, PipelinePolicy):
-        count, vae = min(policy.decode_batch.size, images), policy.pipeline.vae
-        waiting = _waiting(policy)
+        count, vae, waiting = min(policy.decode_batch.size, images), policy.pipeline.vae, _waiting(policy)
         latents = (count, *policy.latent_shape)
         decoding = peak_bytes(torch.no_grad()(lambda: policy.pictures(torch.randn(latents, device=vae.device))), mode)
         phases[f"decoding of {count}"] = decoding + (_bytes(vae) if "vae" in waiting else 0)
         if waiting:
-            parts = _parts(policy)
-            phases["encoding prompts"] = sum(_bytes(parts[name]) for name in waiting if name != "vae")
+            phases["encoding prompts"] = sum(_bytes(part) for name, part in waiting.items() if name != "vae")
     return phases
 
 
 def peak_bytes(work: Callable[[], Any], mode: FakeTensorMode | None = None) -> int:
-    """The largest number of bytes of tensors that `work` has alive at once.
-
-    `work` runs on fake tensors: no number is computed and no memory allocated.
-
-    Args:
-        work: function to run.
-        mode: mode of the fake tensors that `work` uses. Default: a new one.
-    """
+    """The largest number of bytes of tensors that `work` has alive at once, on fake tensors (of `mode`)."""
     with mode or FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
         work()
     return live.peak
@@ -163,12 +132,11 @@ class _Live(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, size)
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, key, size)
 
     def _remove(self, key: int, size: int) -> None:
         self._known.discard(key)
@@ -179,15 +147,14 @@ def _parts(policy: TrainablePolicy) -> dict[str, nn.Module]:
     """The networks by name; the denoiser itself, without a wrapper of Accelerate."""
     if not isinstance(policy, PipelinePolicy):
         return {"network": policy.network}
-    components = policy.pipeline.components.items()
-    return {name: part for name, part in components if isinstance(part, nn.Module)}
+    return {name: part for name, part in policy.pipeline.components.items() if isinstance(part, nn.Module)}
 
 
-def _waiting(policy: TrainablePolicy) -> set[str]:
-    """Names of the parts that are on the CPU while they are not used."""
+def _waiting(policy: TrainablePolicy) -> dict[str, nn.Module]:
+    """The networks that are on the CPU while they are not used."""
     if not (isinstance(policy, PipelinePolicy) and policy.offload):
-        return set()
-    return {name for name in _parts(policy) if name != policy.denoiser}
+        return {}
+    return {name: part for name, part in _parts(policy).items() if name != policy.denoiser}
 
 
 def _bytes(module: nn.Module) -> int:

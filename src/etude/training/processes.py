@@ -11,26 +11,18 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    gather_object,
-    get_int_from_env,
-    is_tensorboard_available,
-    is_trackio_available,
-    is_wandb_available,
-)
+from accelerate import Accelerator, utils
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief
-from etude.learning.exchange import gather
 
-TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available, "trackio": is_trackio_available}
+TRACKERS = {
+    "tensorboard": utils.is_tensorboard_available,
+    "wandb": utils.is_wandb_available,
+    "trackio": utils.is_trackio_available,
+}
 """Tracker to a function that says whether its package, of the same name, is installed."""
 LAUNCHED = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 """Environment variables with the number of processes of torchrun, `accelerate launch` or MPI."""
@@ -42,7 +34,7 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     """The accelerator of a run.
 
     Raises:
-        EtudeError: a tracker's package is missing, DeepSpeed is asked for, the launched processes
+        EtudeError: a tracker's package is missing, a strategy is not supported, the launched processes
             do not form one group, or the images of an iteration do not divide among them.
     """
     check_trackers(config.trackers)
@@ -51,7 +43,7 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
             "Accelerate's configuration asks for DeepSpeed, which is not supported: use FSDP2, which divides the network and the "
             "optimiser's moments among the processes (examples/accelerate/fsdp2.yaml)."
         )
-    launched = get_int_from_env(LAUNCHED, 1)
+    launched = utils.get_int_from_env(LAUNCHED, 1)
     # Explicit, so that no environment variable of a launcher scales the loss or changes the precision.
     accelerator = Accelerator(
         # Otherwise processes of torchrun without a GPU form no group: each is a run of its own.
@@ -59,12 +51,12 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
         log_with=list(config.trackers) or None,
         project_dir=out,
         mixed_precision="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
             # After the default time-out a process with a slow reward would count as lost.
-            InitProcessGroupKwargs(timeout=timedelta(seconds=config.rollout.reward_timeout) + SKEW),
+            utils.InitProcessGroupKwargs(timeout=timedelta(seconds=config.rollout.reward_timeout) + SKEW),
             # Buffers never change. Without their exchange, processes may differ in their calls.
-            DistributedDataParallelKwargs(broadcast_buffers=False),
+            utils.DistributedDataParallelKwargs(broadcast_buffers=False),
         ],
     )
     if accelerator.num_processes != launched:
@@ -73,9 +65,11 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
             "a run of its own: start one process, or set ACCELERATE_USE_CPU=true to let them share the work on the CPU."
         )
     if torch.distributed.is_initialized():
-        _keep_for_good(torch.distributed.group.WORLD)
-    _check_sharding(accelerator)
-    _check_division(config, accelerator.num_processes)
+        # Kept alive as long as the process. Gloo's destructor waits for its threads. If the model's wrapper drops the
+        # last reference, it does so while it holds Python's global lock. A thread that frees the tensors of the last
+        # exchange at that moment waits for the lock, so neither ever ends (seen with torch 2.13).
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(torch.distributed.group.WORLD))
+    _check(config, accelerator)
     return accelerator
 
 
@@ -94,9 +88,17 @@ def prepare(
     return network, prepared
 
 
-def _check_division(config: TrainConfig, processes: int) -> None:
-    """Refuses numbers that give the processes unequal shares of an optimiser step."""
+def _check(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Refuses FSDP on the CPU, where Accelerate would not divide the model, and unequal shares of a step."""
+    if accelerator.distributed_type == utils.DistributedType.MULTI_CPU and _asks_for("FSDP"):
+        raise EtudeError(
+            "Accelerate's configuration asks for FSDP, which divides a network among accelerators, and this machine has none: use "
+            "examples/accelerate/ddp.yaml."
+        )
+    if accelerator.distributed_type == utils.DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise EtudeError("FSDP's first version is not supported: set fsdp_version: 2 in Accelerate's configuration.")
     images, updates = config.rollout.images_per_iteration, config.objective.updates_per_epoch
+    processes = accelerator.num_processes
     if images % processes:
         raise EtudeError(f"rollout.images_per_iteration = {images} is not a multiple of the {processes} processes.")
     if processes > 1 and images % (processes * updates):
@@ -106,30 +108,9 @@ def _check_division(config: TrainConfig, processes: int) -> None:
         )
 
 
-def _check_sharding(accelerator: Accelerator) -> None:
-    """Refuses FSDP on the CPU, where Accelerate would not divide the model, and FSDP's first version."""
-    if accelerator.distributed_type == DistributedType.MULTI_CPU and _asks_for("FSDP"):
-        raise EtudeError(
-            "Accelerate's configuration asks for FSDP, which divides a network among accelerators, and this machine has none: use "
-            "examples/accelerate/ddp.yaml."
-        )
-    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise EtudeError("FSDP's first version is not supported: set fsdp_version: 2 in Accelerate's configuration.")
-
-
 def _asks_for(strategy: str) -> bool:
     """Whether the launcher's configuration asks for a strategy, FSDP or DEEPSPEED."""
     return os.environ.get(f"ACCELERATE_USE_{strategy}", "false").lower() == "true"
-
-
-def _keep_for_good(group: object) -> None:
-    """Keeps the process group alive as long as the process, to avoid a deadlock at its end.
-
-    Gloo's destructor waits for its threads. If the model's wrapper drops the last reference, it
-    does so while it holds Python's global lock. A thread that frees the tensors of the last
-    exchange at that moment waits for the lock, so neither ever ends (seen with torch 2.13).
-    """
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 class SharedFailureError(EtudeError):
@@ -140,72 +121,33 @@ class SharedFailureError(EtudeError):
 
 @contextmanager
 def failing_together(accelerator: Accelerator) -> Iterator[None]:
-    """Context in which a failure of one process ends all of them.
-
-    Otherwise the others would wait for the failed process in their next exchange until a time-out.
+    """Context in which a failure of one process ends all, which otherwise would wait for it in vain.
 
     Raises:
         SharedFailureError: in every process, if there are several. The message is that of the first
             process that failed, with its number.
     """
+    if accelerator.num_processes == 1:
+        yield
+        return
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    if accelerator.num_processes == 1:
-        if failure is not None:
-            raise failure
-        return
-    messages: list[str | None] = gather_object([None if failure is None else brief(failure, 1000)])
+    messages: list[str | None] = utils.gather_object([None if failure is None else brief(failure, 1000)])
     first = next(((i, message) for i, message in enumerate(messages) if message is not None), None)
     if first is not None:
         raise SharedFailureError(f"process {first[0]}: {first[1]}") from failure
-
-
-def is_of_a_lost_process(error: BaseException) -> bool:
-    """Whether an error of NCCL, the store or gloo says that another process is gone."""
-    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-
-
-def check_same_directory(accelerator: Accelerator, out: Path, iteration: int) -> None:
-    """Checks that all processes read the same checkpoint. All have read it when this returns.
-
-    Args:
-        accelerator: processes of the run.
-        out: directory of the run.
-        iteration: iteration of the checkpoint that this process read; -1 for none.
-
-    Raises:
-        EtudeError: they did not, since they do not share the directory `out`.
-    """
-    if accelerator.num_processes == 1:
-        return
-    iterations = gather(accelerator, torch.tensor([iteration]), accelerator.num_processes).tolist()
-    if len(set(iterations)) > 1:
-        raise EtudeError(
-            f"the processes do not find the same checkpoint in '{out}' (iterations {iterations}, -1 for none): give an --out that all "
-            "machines share."
-        )
-
-
-def tell_of_other_processes(before: int | None, now: int) -> None:
-    """Warns that results change by rounding if a run continues with another number of processes."""
-    if before is not None and before != now:
-        warnings.warn(
-            f"the run goes on with {now} process{'es' if now > 1 else ''} instead of {before}: prompts, noise and optimiser steps stay "
-            "the same, and the results to rounding, not to the bit",
-            stacklevel=2,
-        )
 
 
 def end_training(accelerator: Accelerator, dissolve: bool) -> None:
     """Closes the trackers and, with `dissolve`, the group of processes."""
     if dissolve:
         accelerator.end_training()
-        return
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    else:
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 def check_trackers(names: Iterable[str]) -> None:

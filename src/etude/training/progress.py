@@ -1,25 +1,22 @@
-"""The interface through which a run reports its progress, and the display that shows nothing."""
+"""The interface through which a run reports its progress."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 
-class Display(Protocol):
-    """An object that the trainer informs of its progress."""
+class Display:
+    """The interface: a context around the whole run, whose methods the trainer calls. It shows nothing."""
 
-    def __enter__(self) -> Any: ...
+    def __enter__(self) -> Any:
+        return self
 
-    def __exit__(self, *exception: Any) -> None: ...
+    def __exit__(self, *exception: Any) -> None:
+        """Called when the run ends, with its exception."""
 
     def phase(self, name: str, total: int | None = None) -> None:
-        """Called when a phase begins (rollout, rewards, update, evaluation, ...).
-
-        Args:
-            name: name of the phase.
-            total: units of work of the phase, if known.
-        """
+        """Called when a phase begins (rollout, rewards, update, ...); `total` is its work, if known."""
 
     def advance(self, n: int = 1) -> None:
         """Called when `n` units of the phase are done."""
@@ -31,23 +28,5 @@ class Display(Protocol):
         """Called when the run is complete, with the content of summary.json."""
 
 
-class SilentDisplay:
+class SilentDisplay(Display):
     """Shows nothing."""
-
-    def __enter__(self) -> SilentDisplay:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        """Does nothing: there is nothing to tidy."""
-
-    def phase(self, name: str, total: int | None = None) -> None:
-        """Shows nothing."""
-
-    def advance(self, n: int = 1) -> None:
-        """Shows nothing."""
-
-    def iteration(self, row: Mapping[str, Any]) -> None:
-        """Shows nothing."""
-
-    def summary_table(self, summary: Mapping[str, Any]) -> None:
-        """Shows nothing."""

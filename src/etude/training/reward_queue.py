@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, wait
 from itertools import groupby
 from typing import Any
@@ -21,12 +21,10 @@ TICK = 0.2
 
 
 class Scorer:
-    """Calls the rewards of a run and waits for them, but not forever.
+    """Calls the rewards of a run and waits for them, but not forever. A failure in the context ends them.
 
     Args:
-        rewards: rewards to call, on threads or by requests (`WeightedRewards.start`).
-        timeout: longest wait for the scores of one batch, in seconds; then the reward counts as
-            hung.
+        timeout: longest wait for the scores of one batch, in seconds.
         on_wait: called a few times a second while waiting. An exception from it ends the wait.
     """
 
@@ -36,7 +34,7 @@ class Scorer:
 
     @property
     def whole_groups(self) -> bool:
-        """Whether a reward compares the images of a group: `WeightedRewards.whole_groups`."""
+        """`WeightedRewards.whole_groups`."""
         return self.rewards.whole_groups
 
     def evaluate(
@@ -55,12 +53,10 @@ class Scorer:
         """A collector of the scores of an iteration's images, which arrive in batches.
 
         Args:
-            prompts: prompt of each image of this process.
             early: raise the failure of one batch when the next one arrives.
             first: number of this process's first image among those of all processes, for messages.
-            groups: group of each image; groups are consecutive and whole. If a reward compares the
-                images of a group, images wait here until their group is complete. Default: groups
-                of equal prompts.
+            groups: group of each image; groups are consecutive and whole. For a reward that compares
+                their images, these wait until their group is complete. Default: equal prompts.
         """
         self._pending = PendingScores(self, prompts, early, first, groups)
         return self._pending
@@ -69,13 +65,7 @@ class Scorer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Cancels running work after a failure."""
-        if kind is not None:
-            self.cancel()
-
-    def cancel(self) -> None:
-        """Ends running requests and drops work that has not begun."""
-        if self._pending is not None:
+        if kind is not None and self._pending is not None:
             self._pending.cancel()
 
     def result(self, scoring: Scoring) -> dict[str, Tensor]:
@@ -100,7 +90,7 @@ class PendingScores:
     """A collector of the scores of an iteration's images; see `Scorer.pending`."""
 
     def __init__(
-        self, scorer: Scorer, prompts: PromptSet, early: bool, first: int, groups: Sequence[int] | None = None
+        self, scorer: Scorer, prompts: PromptSet, early: bool, first: int, groups: Sequence[int] | None
     ) -> None:
         self._scorer, self._prompts, self._early, self._first = scorer, prompts, early, first
         self._groups = groups if scorer.whole_groups else None
@@ -108,11 +98,7 @@ class PendingScores:
         self._waiting: dict[int, Tensor] = {}
 
     def begin(self, rows: slice, images: Tensor) -> None:
-        """Begins to score the images of some rows, and returns at once.
-
-        Raises:
-            EtudeError: a reward has failed on an earlier batch.
-        """
+        """Begins to score the images of some rows, and returns at once. May raise an earlier batch's failure."""
         if self._early:
             for scoring in filter(_failed, self._batches.values()):
                 scoring.result(timeout=0)
@@ -133,26 +119,14 @@ class PendingScores:
         )
 
     def result(self) -> dict[str, Tensor]:
-        """Waits for all rows: scores float32 `[n]` by reward, in the order of the rows.
-
-        Raises:
-            EtudeError: a reward failed, or has not finished in time; the message names it.
-        """
+        """Waits for all rows as `Scorer.result`: scores float32 `[n]` by reward, in the order of the rows."""
         parts = [self._scorer.result(self._batches[start]) for start in sorted(self._batches)]
-        return _joined(parts)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def cancel(self) -> None:
         """Ends running requests and drops work that has not begun."""
         for scoring in self._batches.values():
             scoring.cancel()
-
-
-def _joined(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    columns: dict[str, list[Tensor]] = {}
-    for part in parts:
-        for name, values in part.items():
-            columns.setdefault(name, []).append(values)
-    return {name: torch.cat(values) for name, values in columns.items()}
 
 
 def _failed(scoring: Scoring) -> bool:

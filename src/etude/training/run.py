@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from etude.config import TrainConfig, load_config
@@ -19,7 +19,7 @@ from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
 from etude.sampling.etas import eta_text
 from etude.terminal import clock, plain_text
-from etude.training.best import explain_best
+from etude.training.guards import explain_best
 from etude.training.progress import Display
 from etude.training.trainer import Trainer
 
@@ -28,10 +28,8 @@ from etude.training.trainer import Trainer
 class Run:
     """A finished training run; `print` shows its final table.
 
-    Attributes:
-        directory: run directory with the metrics, checkpoints, weights, samples and report.html.
-        config: configuration of the run.
-        summary: contents of `summary.json`; empty in every process but the first.
+    `directory` holds the metrics, checkpoints, weights, samples and report.html. `summary` is that of
+    `summary.json`, empty in every process but the first.
     """
 
     directory: Path
@@ -85,9 +83,6 @@ def train(
         policy: model to train. Default: `model` of the configuration.
         display: receiver of the progress (`etude.training.progress.Display`). Default: nobody.
 
-    Returns:
-        The finished run.
-
     Raises:
         EtudeError: anything that the user can mend; what was finished before stays in `out`.
 
@@ -108,9 +103,8 @@ def train(
 def summary_blocks(summary: Mapping[str, Any]) -> Iterator[Table | Text]:
     """The last evaluation as a table, the advice that follows from it, and where the time went."""
     final = summary["final"]
-    table = estimates_table(
-        ["reward", "ODE", f"SDE, eta = {eta_text(final['eta'])}", "improvement (ODE)", "gap (ODE - SDE)", "pairs"]
-    )
+    side = f"SDE, eta = {eta_text(final['eta'])}"
+    table = estimates_table(["reward", "ODE", side, "improvement (ODE)", "gap (ODE - SDE)", "pairs"])
     for reward in final["ode"]:
         name = f"{reward} (held out)" if reward in summary.get("held_out_rewards", ()) else reward
         cells = [estimate_text(final, quantity, reward) for quantity in ("ode", "sde", "improvement", "gap")]
@@ -119,9 +113,7 @@ def summary_blocks(summary: Mapping[str, Any]) -> Iterator[Table | Text]:
     note = "means with 95 % intervals; improvement over the base model and gap are paired on prompt and noise"
     yield Text(note, style="dim")
     best = summary.get("best")
-    for text in (summary.get("stopped"), best and explain_best(best), summary.get("deploy")):
-        if text:
-            yield Text(text)
+    yield from map(Text, filter(None, (summary.get("stopped"), best and explain_best(best), summary.get("deploy"))))
     seconds = summary.get("seconds", {})
     if "total" in seconds:
         shares = ", ".join(f"{name} {clock(value)}" for name, value in seconds.items() if name != "total")
@@ -130,10 +122,10 @@ def summary_blocks(summary: Mapping[str, Any]) -> Iterator[Table | Text]:
 
 def estimates_table(columns: list[str]) -> Table:
     """An empty table whose first column is a name and whose others are figures."""
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    return table
+    headers = [
+        Column(name, justify="right" if place else "left", overflow="fold") for place, name in enumerate(columns)
+    ]
+    return Table(*headers, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
 
 
 def estimate_text(evaluation: Mapping[str, Any], quantity: str, reward: str) -> str:

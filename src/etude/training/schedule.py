@@ -1,7 +1,6 @@
 """The plan of each iteration: every step stochastic (DDPO, Flow-GRPO), or a moving window (MixGRPO).
 
-`etude.sampling.etas` gives the eta of each step: one number, a list over the steps, or a schedule
-over steps or iterations. The steps in a window keep their etas.
+The eta of each step is that of `etude.sampling.etas`, inside a window too.
 """
 
 from __future__ import annotations
@@ -22,22 +21,16 @@ from etude.sampling.windows import WindowSchedule, make_window, trainable_range
 def check_sampling(sampling: SamplingConfig, trains_steps: bool) -> None:
     """Refuses kernels, etas and windows that cannot be trained with, before a model is loaded.
 
-    Args:
-        sampling: settings of the training sampler.
-        trains_steps: whether the objective needs the log-probabilities of stochastic steps.
-
-    Raises:
-        EtudeError: the kernel does not exist or refuses an eta, some iteration has no stochastic
-            step, or there is a window although the objective trains no steps.
+    `trains_steps`: whether the objective needs the log-probabilities of stochastic steps.
     """
     for eta in sampling.all_etas:
         make_kernel(sampling.kernel, eta)
+    if not trains_steps and sampling.window is not None:
+        raise EtudeError(
+            "sampling.window is for objectives that train the steps of the sampler, and this one trains on final images: "
+            "set sampling.window to null."
+        )
     if not trains_steps:
-        if sampling.window is not None:
-            raise EtudeError(
-                "sampling.window is for objectives that train the steps of the sampler, and this one trains on final images: "
-                "set sampling.window to null."
-            )
         return
     if max(sampling.all_etas) == 0:
         raise EtudeError(
@@ -53,18 +46,12 @@ def check_sampling(sampling: SamplingConfig, trains_steps: bool) -> None:
 
 
 class PlanSchedule:
-    """The training sampler of each iteration.
-
-    The plan depends on the iteration alone, so all processes agree, and so does a resumed run.
+    """The training sampler of each iteration, a function of the iteration alone: all processes agree.
 
     Args:
-        sampling: kernel, eta and its schedule, steps, first step and window.
-        grid: noise levels of the `num_steps` steps.
         seed: seed of the random window.
-        device: device of the tables.
-        iterations: number of iterations of the run, over which a schedule of eta may extend.
-        trains_steps: whether the stochastic steps are trained. False: the rollout keeps final
-            images alone.
+        iterations: number of iterations over which a schedule of eta may extend.
+        trains_steps: whether the stochastic steps are trained, or final images alone.
 
     Raises:
         EtudeError: the kernel refuses eta at some level in some iteration, no step is stochastic,
@@ -107,40 +94,31 @@ class PlanSchedule:
 
     def _plan(self, iteration: int) -> SamplingPlan:
         """The plan of an iteration: the kernels of `_everywhere` inside the window, the ODE outside."""
-        sampling, window = self.sampling, self.window_at(iteration)
-        everywhere = self._everywhere(iteration)
+        sampling, plan, window = self.sampling, self._everywhere(iteration), self.window_at(iteration)
         if window is None or sampling.window is None:
-            return everywhere
-        kernels = [step.kernel for step in everywhere.steps[window["start"] :][: window["size"]]]
-        return SamplingPlan.window(
-            sampling.num_steps,
-            kernels,
-            **window,
-            first_step=sampling.first_step,
-            compression=sampling.window.compression,
-        )
+            return plan
+        start, size, compression = window["start"], window["size"], sampling.window.compression
+        kernels = [step.kernel for step in plan.steps[start : start + size]]
+        return SamplingPlan.window(sampling.num_steps, kernels, start, size, sampling.first_step, compression)
 
     def _everywhere(self, iteration: int) -> SamplingPlan:
-        etas, sampling = self.etas.at(iteration, self.sampling.num_steps), self.sampling
-        kernel = partial(make_kernel, sampling.kernel)
-        return SamplingPlan.from_etas(etas, kernel, self.trains_steps, sampling.first_step)
+        """The plan of an iteration without a window."""
+        etas, kernel = self.etas.at(iteration, self.sampling.num_steps), partial(make_kernel, self.sampling.kernel)
+        return SamplingPlan.from_etas(etas, kernel, self.trains_steps, self.sampling.first_step)
 
     def _check(self) -> StepTable:
-        """The table of the first iteration without a window, after a check of all iterations.
+        """The table of the first iteration without a window, after a check that all train the same steps.
 
-        All iterations must train the same steps. Two iterations stand for all: the etas of the
-        others lie between theirs, every kernel allows all etas from 0 to its largest, and its noise
-        grows with eta.
+        Two iterations stand for all: the etas of the others lie between theirs, every kernel allows
+        all etas from 0 to its largest, and its noise grows with eta.
         """
         tables = {k: self._everywhere(k).tabulate(self.grid) for k in self.etas.extremes}
         steps = {k: table.trained_steps for k, table in tables.items()}
-        if not self.trains_steps:
-            return tables[1]
-        if not steps[1]:
+        if self.trains_steps and not steps[1]:
             raise EtudeError(
                 f"sampling.num_steps = {self.sampling.num_steps} leaves no stochastic step to train: use more steps."
             )
-        if steps[1] != steps[max(steps)]:
+        if self.trains_steps and steps[1] != steps[max(steps)]:
             fewest = min(steps, key=lambda k: len(steps[k]))
             raise EtudeError(
                 f"eta = {self.etas.at(fewest, 1)[0]:g} in iteration {fewest} is so small that its noise rounds to 0: begin and end "
@@ -155,5 +133,5 @@ class PlanSchedule:
             return None
         trainable = trainable_range(everywhere)
         stop = trainable.stop if window.end is None else min(window.end, trainable.stop)
-        start = trainable.start if window.start is None else max(window.start, trainable.start)
+        start = max(window.start or 0, trainable.start)
         return make_window(window.strategy, {**window.settings(), "start": start, "stop": stop, "seed": seed})

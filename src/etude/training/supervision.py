@@ -2,35 +2,94 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch.distributed import DistError
 
 from etude.errors import EtudeError
-from etude.runs.checkpoint import Checkpoints
-from etude.training.interruption import Interrupted, Interruption
-from etude.training.ledger import Ledger
-from etude.training.processes import SharedFailureError, is_of_a_lost_process
+from etude.learning.exchange import gather
+from etude.training.durability import Durability
+from etude.training.processes import SharedFailureError
 from etude.training.progress import Display
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run ended because a signal asked for it. The message is one sentence that says how to continue."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.signum = signum  # the exit code is 128 + signum: 130 for SIGINT, 143 for SIGTERM
+
+
+class Interruption:
+    """Context in which the first SIGINT or SIGTERM is noted and the second ends the process at once.
+
+    A signal that the parent process had switched off (`nohup`, background jobs) stays off. Outside
+    the main thread, where Python cannot handle signals, nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.signum: int | None = None  # the signal that arrived, in this process or in another one of the run
+        self._received = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def arrived(self, accelerator: Accelerator) -> bool:
+        """Whether any process has received a signal. All must call this; all get the same answer."""
+        if accelerator.num_processes == 1:
+            return self.signum is not None
+        own = torch.tensor([self.signum or 0])
+        anywhere = int(gather(accelerator, own, accelerator.num_processes).max())
+        # A signal that arrives during the exchange is known here alone; the next exchange reports it.
+        self.signum = anywhere or self.signum
+        return anywhere > 0
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if self._received:
+            _say("ended at once; what is on the disk is intact, and --resume continues from it.\n")
+            os._exit(128 + signum)
+        # Only a signal to this process counts as the first. A launcher forwards one Ctrl-C to its
+        # processes in turn; the copy that arrives late must not be taken for a second Ctrl-C.
+        self._received, self.signum = True, signum
+        if sys.stderr is not None and sys.stderr.isatty():
+            _say("stopping where nothing is lost; once more ends at once.\n")
+
+
+def _say(text: str) -> None:
+    """Writes straight to the terminal: a handler may interrupt any code, also that of buffers."""
+    show_cursor = "\x1b[?25h" if os.isatty(2) else ""
+    with suppress(OSError):  # the terminal may be gone, and nobody is left to read it
+        os.write(2, f"{show_cursor}\n{text}".encode())
 
 
 class Supervisor:
-    """Times the phases of a run, ends it on a signal, and explains its failures.
+    """Times the phases of a run (`seconds`, by name), ends it on a signal, and explains its failures."""
 
-    Args:
-        accelerator: processes of the run.
-        ledger: stage of the run, which decides whether it may end.
-        checkpoints: checkpoints that the run can continue from.
-        display: display of the progress.
-
-    Attributes:
-        seconds: seconds of each phase of the present iteration.
-    """
-
-    def __init__(self, accelerator: Accelerator, ledger: Ledger, checkpoints: Checkpoints, display: Display) -> None:
-        self.accelerator, self.ledger, self.checkpoints, self.display = accelerator, ledger, checkpoints, display
+    def __init__(self, accelerator: Accelerator, durability: Durability, display: Display) -> None:
+        self.accelerator, self.durability, self.display = accelerator, durability, display
         self.interruption = Interruption()
         self.seconds: dict[str, float] = {}
 
@@ -49,55 +108,43 @@ class Supervisor:
         if self.accelerator.num_processes == 1:
             self.end_if_asked()  # several processes end only together: between phases and optimiser steps
 
-    def asked_to_end(self) -> bool:
-        """Whether any process has received a signal."""
-        if self.accelerator.num_processes > 1:
-            return self.interruption.share(self.accelerator)
-        return self.interruption.signum is not None
-
     def end_if_asked(self) -> None:
-        """Ends the run here if a signal asked for it and no finished iteration would be lost.
+        """Ends the run here (Interrupted) if a signal asked for it and no finished iteration would be lost.
 
         If the last finished iteration is not yet in a checkpoint and the weights have moved on, the
         run does not end here: the present iteration is finished and saved first.
-
-        Raises:
-            Interrupted: the run ends.
         """
-        may_stop = self.ledger.may_stop
-        if self.asked_to_end() and may_stop:
-            assert self.interruption.signum is not None
-            raise Interrupted(
-                f"interrupted by {self.interruption.name} in iteration {self.ledger.iteration}",
-                self.interruption.signum,
-            )
+        ledger, asked = self.durability.ledger, self.interruption.arrived(self.accelerator)
+        signum = self.interruption.signum
+        if asked and signum is not None and ledger.may_stop:
+            name = signal.Signals(signum).name
+            raise Interrupted(f"interrupted by {name} in iteration {ledger.iteration}", signum)
 
     @contextmanager
-    def failures_explained(self, save: Callable[[int], None], in_parts: bool) -> Iterator[None]:
-        """Context that saves an unsaved iteration after a failure and names the checkpoint that is left.
-
-        Args:
-            save: writes the checkpoint of an iteration.
-            in_parts: whether parameters are sharded, so that all processes must take part in
-                `save`.
-        """
+    def failures_explained(self) -> Iterator[None]:
+        """Context that saves an unsaved iteration after a failure and names the checkpoint that is left."""
+        checkpoints = self.durability.checkpoints
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
+            unsaved, known_to_all = self.durability.ledger.unsaved, isinstance(error, Interrupted | SharedFailureError)
             # Sharded tensors can only be assembled by all processes together.
-            reachable = not in_parts or isinstance(error, Interrupted | SharedFailureError)
-            if self.ledger.unsaved is not None and reachable:
-                save(self.ledger.unsaved)
-            if isinstance(error, Interrupted | SharedFailureError):
+            if unsaved is not None and (known_to_all or not self.durability.in_parts):
+                self.durability.save(unsaved)
+            if known_to_all:
                 self.accelerator.wait_for_everyone()  # a launcher ends all processes as soon as one has ended
             if isinstance(error, Interrupted):
-                raise Interrupted(f"{error}: {self.checkpoints.advice()}.", error.signum) from None
-            if self.accelerator.num_processes > 1 and is_of_a_lost_process(error):
+                raise Interrupted(f"{error}: {checkpoints.advice()}.", error.signum) from None
+            # The error of NCCL or the store, or of gloo, if another process is gone.
+            of_a_lost_process = isinstance(error, DistError) or (
+                isinstance(error, RuntimeError) and "gloo" in str(error)
+            )
+            if self.accelerator.num_processes > 1 and of_a_lost_process:
                 raise EtudeError(
                     "another process of the run has ended, and its own message or the launcher's says why "
-                    f"({self.checkpoints.remaining()})."
+                    f"({checkpoints.remaining()})."
                 ) from error
             if not isinstance(error, EtudeError):
                 raise
             kind = SharedFailureError if isinstance(error, SharedFailureError) else EtudeError
-            raise kind(f"{str(error).rstrip('.')} ({self.checkpoints.remaining()}).") from error
+            raise kind(f"{str(error).rstrip('.')} ({checkpoints.remaining()}).") from error
