@@ -29,14 +29,13 @@ def reward_gap(
     """Compute E r of the ODE sampler minus E r of the SDE_eta sampler, with the exact score.
 
     The gap of a Gaussian target is exact: a number, or an array where eta or T is one. The gap of a
-    mixture is an `Approximation` (`mixture_gap`).
+    mixture is an `Approximation` (`mixture_gap`). `eta`, `spacing` and `kernel` are those of
+    `finite_step_law`, with its errors. In continuous time the kernel only says the unit of eta.
 
     Args:
         path_or_schedule: a path, "sd", "ddpm" or "flow"; with N steps also a grid or a plan's
             `StepTable`.
         steps: N. Default: continuous time on a path, and the grid's own number on a grid.
-        eta, spacing, kernel: as in `finite_step_law`, and its errors. In continuous time the kernel
-            only says the unit of eta.
     """
     reward = as_reward(reward)
     if isinstance(target, GaussianMixture):

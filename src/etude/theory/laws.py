@@ -207,8 +207,9 @@ def finite_step_law(
         A = (c0 a c + c1 s) / (a^2 c + s^2),
         E x_u = c0 m + A (E x_t - a m),     Var x_u = A^2 Var x_t + std^2
 
+    `schedule`, `steps`, `spacing` and `prior_variance` are those of `levels`.
+
     Args:
-        schedule, steps, spacing, prior_variance: as in `levels`.
         eta: the stochasticity in the kernel's unit. Default: that of the kernel or of the table.
         kernel: a name of `etude.registry.KERNELS`, "euler-maruyama", an import path, or a `Kernel`.
         start: "prior", or "exact" for the law of x_T itself.

@@ -57,10 +57,10 @@ def recommended_eta(
     """Find the eta in [0, eta_max] whose sampler comes closest to the target.
 
     A large eta forgets the wrong start and corrects score errors; a small eta loses less to the
-    steps. The deployed ODE does not share the sampler's own error.
+    steps. The deployed ODE does not share the sampler's own error. `schedule`, `spacing`,
+    `score_error` and `kernel` are those of `finite_step_law`.
 
     Args:
-        schedule, spacing, score_error, kernel: as in `finite_step_law`.
         steps: N. Default: continuous time on a path, where the score error alone speaks against a
             large eta.
         eta_max: largest eta; lowered to the largest that the kernel has on the grid.
