@@ -143,6 +143,11 @@ class SamplingConfig(Section):
         "real step lengths (`etude theory peers`). A list of num_steps values gives each step its own eta. A step with eta 0 is an "
         "ODE step and is not trained.",
     )
+    solver: Literal["ddim", "euler", "heun", "dpmsolver++", "unipc"] | None = Field(
+        None,
+        description="Deterministic solver that draws the training images, for objectives on final images (nft, awm, dpo). kernel and eta "
+        "then describe the SDE side of the gap alone. null: the kernel at eta draws them.",
+    )
     eta_schedule: EtaScheduleConfig | None = Field(
         None,
         description="null: eta stays constant. A section: eta moves to another value, over the iterations or over the denoising steps.",
@@ -211,6 +216,8 @@ class SamplingConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> SamplingConfig:
+        if self.solver is not None and self.window is not None:
+            raise ValueError(f"solver = {self.solver} draws every step, so there is no window; set one of them to null")
         if isinstance(self.eta, list):
             if len(self.eta) != self.num_steps:
                 raise ValueError(
@@ -292,7 +299,11 @@ class ObjectiveConfig(Section):
         "ppo",
         description=f"Loss of an optimiser step: a name, or module:Class of your own. {OBJECTIVES.about()}.",
     )
-    options: dict[str, Any] = Field({}, description="Arguments of an objective of your own, by name. Default: none.")
+    options: dict[str, Any] = Field(
+        {},
+        description="Arguments of the objective by name: of nft, awm or dpo, ppo's ratio and kl_limit, or those of an objective of your own. "
+        "Default: none.",
+    )
     clip_range: float | None = Field(
         1e-4, gt=0, description="PPO clips the ratio to 1 +- clip_range. Give either clip_range or clip_nats."
     )

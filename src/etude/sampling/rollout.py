@@ -44,6 +44,7 @@ class Trajectory:
         level_index: the index in `states` of each trained step's source, int64 `[K]`; the target is
             at the next index.
         levels: the L levels that `states` holds.
+        mean: means of the trained steps, fp32 `[n, K, ...]`. Default: None, not kept.
         reference_mean: the reference model's means of the trained steps, fp32 `[n, K, ...]`.
             Default: None, not computed.
     """
@@ -56,12 +57,21 @@ class Trajectory:
     level_index: Tensor
     levels: tuple[int, ...]
     reference_mean: Tensor | None = None
+    mean: Tensor | None = None
 
-    def store(self, rows: slice, step: int, x: Tensor, target: Tensor, log_prob: Tensor) -> None:
-        """Writes one trained step of some rows: source state, target state and log-probability."""
+    @classmethod
+    def of_images(cls, latents: Tensor) -> Trajectory:
+        """A trajectory of final latents alone, without a trained step."""
+        none, steps = latents.new_empty(len(latents), 0), torch.zeros(0, dtype=torch.int64, device=latents.device)
+        return cls(latents, (), latents[:, None][:, :0], none, steps, steps, ())
+
+    def store(self, rows: slice, step: int, x: Tensor, target: Tensor, log_prob: Tensor, mean: Tensor) -> None:
+        """Writes one trained step of some rows: source state, target state, log-probability and mean."""
         level = self.levels.index(step)
         self.states[rows, level], self.states[rows, level + 1] = x, target
         self.log_prob[rows, self.steps.index(step)] = log_prob
+        if self.mean is not None:
+            self.mean[rows, self.steps.index(step)] = mean
 
 
 def denoise(
@@ -94,6 +104,7 @@ def rollout(
     prompts: Sequence[Hashable] | None = None,
     starts: int | None = None,
     on_rows: Callable[[slice, Tensor], None] | None = None,
+    keep_means: bool = False,
 ) -> Trajectory:
     """Samples one image per row of `conditioning`.
 
@@ -118,6 +129,7 @@ def rollout(
             copies to reach it. Default: one for each distinct start.
         on_rows: called with the rows of each micro-batch and their final latents as soon as these
             are known.
+        keep_means: keep the means of the trained steps. Default: False.
 
     Raises:
         EtudeError: `noise_samples` or `prompts` does not have one entry per row.
@@ -138,7 +150,7 @@ def rollout(
         raise EtudeError(f"{len(keys)} keys of the initial noise do not fit {len(samples)} samples: give one each.")
     if prompts is not None and len(prompts) != len(samples):
         raise EtudeError(f"{len(prompts)} prompts do not fit {len(samples)} samples: give one each.")
-    trajectory = _empty(policy, table, len(samples), reference is not None)
+    trajectory = _empty(policy, table, len(samples), reference is not None, keep_means)
     batches = MicroBatch.of(batch_size)
     origin = list(range(len(keys))) if prompts is None else origins(keys, prompts)
     # `trajectory.latents` first holds the state from which each row continues, then its final
@@ -156,7 +168,7 @@ def rollout(
                 z = noise.step(samples[rows], step, policy.latent_shape)
                 target = transition.sample(to_device(z, policy.device))
             if table.trained[step]:
-                trajectory.store(rows, step, x, target, transition.log_prob(target, reduction))
+                trajectory.store(rows, step, x, target, transition.log_prob(target, reduction), transition.mean)
             x = target
             report(len(x))
         if table.tail is not None:
@@ -198,7 +210,7 @@ def _refer(
             report(0)
 
 
-def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -> Trajectory:
+def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool, with_means: bool) -> Trajectory:
     """A trajectory of `count` images, not yet filled, with room for the trained steps only."""
     steps, shape, device = table.trained_steps, policy.latent_shape, policy.device
     levels = sorted({*steps, *(step + 1 for step in steps)})
@@ -215,6 +227,7 @@ def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -
         level_index=torch.tensor([levels.index(step) for step in steps], dtype=torch.int64, device=device),
         levels=tuple(levels),
         reference_mean=room(len(steps), *shape) if with_reference else None,
+        mean=room(len(steps), *shape) if with_means else None,
     )
 
 

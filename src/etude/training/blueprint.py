@@ -14,6 +14,7 @@ from etude.policies import TrainablePolicy
 from etude.prompts import PromptSet, load_prompts
 from etude.rewards import WeightedRewards
 from etude.runs.layout import check_directory
+from etude.training.offline import OfflinePairs
 from etude.training.schedule import PlanSchedule, check_sampling
 
 
@@ -27,6 +28,16 @@ def make_algorithm(config: TrainConfig) -> tuple[Objective, Advantage]:
     """
     objective, advantage = make_objective(config.objective), make_advantage(config)
     check_sampling(config.sampling, objective.keep is Keep.TRANSITIONS)
+    sampling = config.sampling
+    if objective.by_group and config.rollout.images_per_prompt < 2:
+        raise EtudeError(
+            f"objective.kind = {config.objective.kind} compares the images of a group: set rollout.images_per_prompt to at least 2, not "
+            f"{config.rollout.images_per_prompt}."
+        )
+    if config.rollout.shared_noise and (sampling.solver is not None or max(sampling.all_etas) == 0):
+        raise EtudeError(
+            "rollout.shared_noise = true makes the images of a group equal under a deterministic sampler: set it to false."
+        )
     return objective, advantage
 
 
@@ -40,6 +51,7 @@ class Blueprint:
         advantage: comparison of rewards.
         rewards: trained and held-out rewards, not yet loaded.
         prompts: training prompts.
+        offline: pairs of a file that take the place of rollouts and rewards. None: there is none.
     """
 
     config: TrainConfig
@@ -47,6 +59,7 @@ class Blueprint:
     advantage: Advantage
     rewards: WeightedRewards
     prompts: PromptSet
+    offline: OfflinePairs | None = None
 
     @classmethod
     def of(cls, config: TrainConfig, out: Path, resume: bool = False) -> Blueprint:
@@ -61,19 +74,21 @@ class Blueprint:
         rewards = WeightedRewards(
             config.rewards, held_out=config.evaluation.held_out_rewards, offload=config.memory.offload
         )
-        return cls(config, objective, advantage, rewards, load_prompts(config.prompts.train))
+        offline = OfflinePairs(objective.pairs, config) if objective.pairs else None
+        return cls(config, objective, advantage, rewards, load_prompts(config.prompts.train), offline)
 
     def check_groups(self, processes: int) -> None:
-        """Refuses a group that is cut between two processes if a reward compares the images of a group.
+        """Refuses a group that is cut between two processes if a reward or the objective compares its images.
 
         Raises:
             EtudeError: the number of groups is not a multiple of the number of processes.
         """
         rollout = self.config.rollout
         groups = rollout.images_per_iteration // rollout.images_per_prompt
-        if self.rewards.whole_groups and groups % processes:
+        if (self.rewards.whole_groups or self.objective.by_group) and groups % processes:
+            who = "the objective" if self.objective.by_group else "a reward"
             raise EtudeError(
-                f"a reward compares the images of a group, and the {groups} groups of an iteration do not divide among {processes} "
+                f"{who} compares the images of a group, and the {groups} groups of an iteration do not divide among {processes} "
                 "processes: change rollout.images_per_iteration, rollout.images_per_prompt or the number of processes."
             )
 

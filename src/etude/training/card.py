@@ -70,7 +70,7 @@ tags: [text-to-image, reinforcement-learning, etude]
 # {config.model} tuned on {", ".join(config.rewards)}
 
 Fine-tuned by etude {summary["versions"]["etude"]} with {algorithm(config.model_dump())} ({objective.label}) under the
-{config.sampling.kernel} sampler at eta = {config.sampling.eta_text}{_first_step(config)}{_window(config)}: {summary["iterations"]} iterations of
+{_rollout(config)}: {summary["iterations"]} iterations of
 {config.rollout.images_per_iteration} images, {config.sampling.num_steps} steps, guidance {config.sampling.guidance_scale:g}, seed {config.seed}.
 
 | reward | ODE | SDE, eta = {eta_text(final["eta"])} | improvement | gap |
@@ -114,6 +114,13 @@ def _stochastic(eta: Any, num_steps: int, config: TrainConfig, policy: Trainable
         policy, num_steps, sampling.guidance_scale, sampling.kernel, float(eta), sampling.first_step
     )
     return f"\nThe SDE of the table instead, after these lines:\n\n```python\n{lines}\n```\n"
+
+
+def _rollout(config: TrainConfig) -> str:
+    sampling = config.sampling
+    if sampling.solver is not None:
+        return f"deterministic solver {sampling.solver}"
+    return f"{sampling.kernel} sampler at eta = {sampling.eta_text}{_first_step(config)}{_window(config)}"
 
 
 def _first_step(config: TrainConfig) -> str:

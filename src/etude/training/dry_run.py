@@ -61,10 +61,15 @@ def evaluations(config: TrainConfig, objective: Objective, steps: ImageSteps, co
     """
     images, settings = config.rollout.images_per_iteration, config.objective
     starts = images // config.rollout.images_per_prompt if config.rollout.shared_noise else images
-    per_pass = images * max(1, round(settings.timestep_fraction * columns))
+    rows = images // config.rollout.images_per_prompt if objective.by_group else images
+    per_pass = rows * max(1, round(settings.timestep_fraction * columns))
     pairs = per_pass * settings.num_inner_epochs
     distinct = per_pass if settings.timestep_fraction == 1 else pairs
     rollout = starts * steps.prefix + images * (steps.total - steps.prefix)
+    if config.sampling.solver is not None:
+        from etude.sampling.solvers import SOLVERS
+
+        rollout = images * SOLVERS[config.sampling.solver].evaluations(config.sampling.num_steps)
     return {"rollout": rollout, **objective.evaluations(images, steps.trained, distinct, pairs)}
 
 

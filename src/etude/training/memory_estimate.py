@@ -51,7 +51,7 @@ def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: Pla
     images, prompt = config.rollout.images_per_iteration, blueprint.prompts.texts[:1]
     conditioning = policy.encode(prompt).prompt.values()
     table = max((schedule.table_at(iteration) for iteration in range(1, config.iterations + 1)), key=_stored_levels)
-    stored = trajectory_floats(table, policy.dimensions, reference) * FLOAT
+    stored = trajectory_floats(table, policy.dimensions, reference + blueprint.objective.keeps_means) * FLOAT
     copies = config.lora.rank == 0 and reference
     frozen = sum(_bytes(part) for name, part in _parts(policy).items() if name not in waiting) - trained_bytes
     phases = activations(config, policy, schedule.table_at(1), prompt)
@@ -71,14 +71,14 @@ def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: Pla
     return parts | {"in all, roughly": sum(parts.values())}
 
 
-def trajectory_floats(table: StepTable, dimensions: int, with_reference: bool) -> int:
+def trajectory_floats(table: StepTable, dimensions: int, means: int) -> int:
     """Count of numbers that a rollout stores for one image: states, log-probabilities and latents.
 
-    The states are those at both ends of the trained steps. With the reference model, its means are
-    added.
+    The states are those at both ends of the trained steps. Means of the trained steps are added,
+    those of the reference model and those of the policy, if they are kept.
     """
     steps = len(table.trained_steps)
-    return (_stored_levels(table) + 1 + (steps if with_reference else 0)) * dimensions + steps
+    return (_stored_levels(table) + 1 + means * steps) * dimensions + steps
 
 
 def _stored_levels(table: StepTable) -> int:

@@ -39,6 +39,11 @@ def check_sampling(sampling: SamplingConfig, trains_steps: bool) -> None:
                 "set sampling.window to null."
             )
         return
+    if sampling.solver is not None:
+        raise EtudeError(
+            f"sampling.solver = {sampling.solver} is deterministic, and this objective trains the sampler's stochastic steps: set "
+            "sampling.solver to null, or objective.kind to nft, awm or dpo."
+        )
     if max(sampling.all_etas) == 0:
         raise EtudeError(
             "sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)."
@@ -87,7 +92,12 @@ class PlanSchedule:
         self._last: tuple[SamplingPlan, StepTable] | None = None
 
     def eta_at(self, iteration: int) -> float | list[float]:
-        """The eta of an iteration's stochastic steps: a number, or a list by step where they differ."""
+        """The eta of an iteration's stochastic steps: a number, or a list by step where they differ.
+
+        It is 0 for a rollout by a solver.
+        """
+        if self.sampling.solver is not None:
+            return 0.0
         return compact(self.etas.at(iteration, self.sampling.num_steps))
 
     def window_at(self, iteration: int) -> dict[str, int] | None:

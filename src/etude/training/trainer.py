@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from etude.learning.exchange import gather
 from etude.learning.objectives import Samples
 from etude.learning.optimizers import make_optimizer
 from etude.learning.update import Learner
-from etude.policies import TrainablePolicy
+from etude.policies import Conditioning, TrainablePolicy
 from etude.policies.loading import DTYPES, load_source
 from etude.policies.sharding import assembled, sharded
 from etude.policies.source import ModelSource
@@ -34,7 +35,9 @@ from etude.runs.checkpoint import Checkpoints
 from etude.runs.layout import BEST, clear_half_written, truncate_metrics
 from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import StepTable
-from etude.sampling.rollout import rollout
+from etude.sampling.rollout import Trajectory, rollout
+from etude.sampling.solved_rollout import solved_rollout
+from etude.sampling.solvers import Solver
 from etude.training import finish
 from etude.training.best import BestWeights, confirmation
 from etude.training.blueprint import Blueprint
@@ -96,6 +99,8 @@ class Trainer:
         self.blueprint.check_groups(self.accelerator.num_processes)
         self.policy = policy or load_source(ModelSource.of(config), self.accelerator.device)
         self.schedule = self.blueprint.schedule(self.policy)
+        sampling = config.sampling
+        self.solver = Solver(sampling.solver, sampling.num_steps, sampling.guidance_scale) if sampling.solver else None
         self.rollout_dtype = DTYPES[config.rollout.dtype] if config.rollout.dtype else None
         self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size")
         self.evaluation = Evaluation(
@@ -183,9 +188,35 @@ class Trainer:
         """One rollout and its optimiser steps; returns the row of metrics."""
         iteration = self.ledger.draw()
         self.supervisor.seconds, table, batch = {}, self.schedule.table_at(iteration), self._draw(iteration)
+        samples, rewarded = self._paired(iteration, table, batch) or self._rewarded(iteration, table, batch)
+        passes = self.config.objective.num_inner_epochs
+        with self.supervisor.phase("update", len(self.learner.rows) * self.objective.columns(table) * passes):
+            metrics = self.learner.update(samples, iteration, self._after_step)
+        window = self.schedule.window_at(iteration)
+        return {
+            "iteration": iteration,
+            "eta": self.schedule.eta_at(iteration),
+            **({} if window is None else {"window": window}),
+            **rewarded,
+            **metrics,
+        }
+
+    def _paired(self, iteration: int, table: StepTable, batch: Draw) -> tuple[Samples, dict[str, Any]] | None:
+        """Samples from the file of pairs; None without one."""
+        offline = self.blueprint.offline
+        if offline is None:
+            return None
+        with self.supervisor.phase("pairs", len(batch.indices)), failing_together(self.accelerator):
+            samples = offline.samples(self.policy, table, iteration, batch.indices, self.supervisor.advance)
+        self.ledger.update()
+        return samples, {}
+
+    def _rewarded(self, iteration: int, table: StepTable, batch: Draw) -> tuple[Samples, dict[str, Any]]:
+        """Samples of a rollout with their advantages, and the rewards for the row of metrics."""
         groups, alone = batch.groups[batch.indices].tolist(), self.accelerator.num_processes == 1
         pending = self.scorer.pending(batch.own, alone, batch.indices[0], groups)
-        with self.supervisor.phase("rollout", len(batch.indices) * table.num_evaluations):
+        each = table.num_evaluations if self.solver is None else self.solver.evaluations
+        with self.supervisor.phase("rollout", len(batch.indices) * each):
             samples = self._rollout(iteration, table, batch, pending)
         with self.supervisor.phase("rewards"):
             with failing_together(self.accelerator):
@@ -193,19 +224,11 @@ class Trainer:
             scores = {name: gather(self.accelerator, values, len(batch.prompts)) for name, values in local.items()}
             self.ledger.update()
             advantages = self.advantage(scores, batch.prompts.texts, batch.groups).float()
-        samples = samples.judged(advantages[batch.indices].to(self.policy.device))
-        passes = self.config.objective.num_inner_epochs
-        with self.supervisor.phase("update", len(batch.indices) * self.objective.columns(table) * passes):
-            metrics = self.learner.update(samples, iteration, self._after_step)
-        window, has_groups = self.schedule.window_at(iteration), self.config.rollout.images_per_prompt > 1
+        has_groups = self.config.rollout.images_per_prompt > 1
         idle = zero_std_ratio(self.rewards.combine(scores), batch.groups, advantages) if has_groups else None
-        return {
-            "iteration": iteration,
-            "eta": self.schedule.eta_at(iteration),
-            **({} if window is None else {"window": window}),
+        return samples.judged(advantages[batch.indices].to(self.policy.device)), {
             "reward": {n: {"mean": v.mean().item(), "std": v.std(correction=0).item()} for n, v in scores.items()},
             **({} if idle is None else {"zero_std_ratio": idle}),
-            **metrics,
         }
 
     def _draw(self, iteration: int) -> Draw:
@@ -221,12 +244,13 @@ class Trainer:
 
         ahead = config.rollout.score_ahead and not config.memory.offload
         conditioning = self.policy.encode(own.texts)
+        drawing = NoiseSource(config.seed, "training", iteration)
         with self.policy.precision(self.rollout_dtype), self.objective.sampling(self.parameters):
-            trajectory = rollout(
+            trajectory = self._solve(conditioning, drawing, batch, score if ahead else None) or rollout(
                 self.policy,
                 table,
                 conditioning,
-                NoiseSource(config.seed, "training", iteration),
+                drawing,
                 batch.indices,
                 config.sampling.guidance_scale,
                 self.rollout_batches,
@@ -237,11 +261,26 @@ class Trainer:
                 on_rows=score if ahead else None,
                 prompts=own.texts,
                 starts=batch.starts,
+                keep_means=self.objective.keeps_means,
             )
         if not ahead:
             score(slice(0, len(batch.indices)), trajectory.latents)
         noise = NoiseSource(config.seed, "objective", iteration)
-        return Samples(table, trajectory, conditioning, config.sampling.guidance_scale, batch.indices, noise)
+        guidance, size = config.sampling.guidance_scale, config.rollout.images_per_prompt
+        return Samples(table, trajectory, conditioning, guidance, batch.indices, noise, size)
+
+    def _solve(
+        self,
+        conditioning: Conditioning,
+        noise: NoiseSource,
+        batch: Draw,
+        on_rows: Callable[[slice, Tensor], None] | None,
+    ) -> Trajectory | None:
+        """This process's images from `sampling.solver`; None without one."""
+        if self.solver is None:
+            return None
+        report, batches = self.supervisor.advance, self.rollout_batches
+        return solved_rollout(self.policy, self.solver, conditioning, noise, batch.noise_keys, batches, report, on_rows)
 
     def _after_step(self) -> None:
         """Updates the moving average after an optimiser step; obeys a signal to several processes."""
@@ -303,9 +342,10 @@ class Trainer:
     def _encode_ahead(self) -> None:
         """Encodes every prompt that this process will use; then text encoders are not needed."""
         self.display.phase("encoding")
+        offline = self.blueprint.offline
         texts = dict.fromkeys(self.evaluation.measurement.shown(self.evaluation.samples).texts)
         for iteration in range(self.ledger.iteration + 1, self.config.iterations + 1):
-            texts |= dict.fromkeys(self._draw(iteration).own.texts)
+            texts |= dict.fromkeys(self._draw(iteration).own.texts if offline is None else offline.captions(iteration))
         self.policy.encode_ahead(texts)
 
     def _finish(self, started: float) -> dict[str, Any]:

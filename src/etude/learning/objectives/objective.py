@@ -41,6 +41,7 @@ class Samples:
         guidance_scale: guidance of the rollout.
         indices: numbers of the images among those of all processes, the keys of their noise.
         noise: noise of this iteration for the objective's own draws.
+        images_per_prompt: size of a group; the images of a group are consecutive.
         advantages: advantages `[n]` on the policy's device; empty before the images are judged.
     """
 
@@ -50,6 +51,7 @@ class Samples:
     guidance_scale: float
     indices: list[int]
     noise: NoiseSource
+    images_per_prompt: int = 1
     advantages: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def judged(self, advantages: Tensor) -> Samples:
@@ -83,12 +85,17 @@ class Objective(ABC):
         title: published name of an algorithm with this objective. Empty: window and advantage name
             it.
         keep: data that the rollout keeps.
+        by_group: whether a row is a whole group instead of an image. The rows of a process are then the
+            groups of its images, numbered from 0.
+        pairs: file of preferences that takes the place of rollouts and rewards. Default: none.
         metrics: metrics of the objective, beside those of `etude.learning.metrics.COMMON`.
     """
 
     label: ClassVar[str]
     title: ClassVar[str] = ""
     keep: ClassVar[Keep] = Keep.TRANSITIONS
+    by_group: ClassVar[bool] = False
+    pairs: str | None = None
     metrics: ClassVar[tuple[Metric, ...]] = ()
 
     @classmethod
@@ -106,6 +113,11 @@ class Objective(ABC):
     @property
     def needs_reference(self) -> bool:
         """Whether the loss needs the model before training. Full fine-tuning must then keep a copy."""
+        return False
+
+    @property
+    def keeps_means(self) -> bool:
+        """Whether the rollout also keeps the means of the trained steps (`Trajectory.mean`)."""
         return False
 
     def columns(self, table: StepTable) -> int:
@@ -160,6 +172,9 @@ class Objective(ABC):
 
     def after_step(self, parameters: Mapping[str, nn.Parameter]) -> None:  # noqa: B027 - a hook
         """Work after each optimiser step, for example on an average of the weights. Default: nothing."""
+
+    def after_iteration(self, parameters: Mapping[str, nn.Parameter], iteration: int) -> None:  # noqa: B027 - a hook
+        """Work after the last optimiser step of an iteration. Default: nothing."""
 
     def evaluations(self, images: int, trained: int, distinct: int, pairs: int) -> dict[str, int]:
         """Network evaluations of one iteration beside its rollout, by part.

@@ -23,6 +23,7 @@ from etude.learning.objectives.policy_gradient import (
     clip_advantages,
     diagnostics,
 )
+from etude.learning.objectives.trust import divergence_masked, normalised_log_ratio
 from etude.policies import TrainablePolicy
 from etude.sampling.replay import replay_log_prob
 
@@ -34,11 +35,14 @@ class PPO(PolicyGradient):
         clip_range: c, in units of the ratio. Give this or `clip_nats`.
         clip_nats: clip range in nats of the whole image's log-probability; c = clip_nats / D under
             the mean over D dimensions.
+        ratio: `plain`, or `normalised`, GRPO-Guard's. The clip range then belongs to that ratio.
+        kl_limit: largest KL of a step to the weights that drew it, reduced like the log-probability.
+            Flow-DPPO's trust region then takes the place of the clip. Default: none.
         old_log_prob: "rollout" or "replay", the log-probabilities that the ratios compare with.
         common: arguments of `PolicyGradient`.
 
     Raises:
-        EtudeError: not exactly one of the two clip ranges is set.
+        EtudeError: not exactly one of the two clip ranges is set, or an option is out of its range.
     """
 
     label = "PPO's clipped ratio"
@@ -49,6 +53,8 @@ class PPO(PolicyGradient):
         clip_range: float | None = 1e-4,
         clip_nats: float | None = None,
         old_log_prob: Literal["rollout", "replay"] = "rollout",
+        ratio: Literal["plain", "normalised"] = "plain",
+        kl_limit: float | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -57,18 +63,35 @@ class PPO(PolicyGradient):
                 "objective: give exactly one of clip_range and clip_nats, and set the other to null, not "
                 f"{clip_range} and {clip_nats}."
             )
+        if ratio not in ("plain", "normalised") or (kl_limit is not None and not kl_limit > 0):
+            raise EtudeError(
+                f"objective.options: ratio = {ratio} must be plain or normalised, and kl_limit = {kl_limit} null or above 0."
+            )
+        if ratio == "normalised" and kl_limit is not None:
+            raise EtudeError(
+                "objective.options: ratio = normalised is for the clip, which kl_limit replaces: give one of them."
+            )
+        self.ratio, self.kl_limit = ratio, kl_limit
         self.range, self.nats, self.old_log_prob = clip_range, clip_nats, old_log_prob
 
     @classmethod
     def from_config(cls, config: ObjectiveConfig) -> PPO:
-        return cls(
-            config.clip_range,
-            config.clip_nats,
-            config.old_log_prob,
-            logprob_reduction=config.logprob_reduction,
-            adv_clip_max=config.adv_clip_max,
-            kl_coef=config.kl_coef,
-        )
+        try:
+            return cls(
+                config.clip_range,
+                config.clip_nats,
+                config.old_log_prob,
+                logprob_reduction=config.logprob_reduction,
+                adv_clip_max=config.adv_clip_max,
+                kl_coef=config.kl_coef,
+                **config.options,
+            )
+        except TypeError as error:
+            raise EtudeError(f"objective.options do not fit {cls.__name__}: {error}.") from error
+
+    @property
+    def keeps_means(self) -> bool:
+        return self.ratio == "normalised" or self.kl_limit is not None
 
     def clip_range(self, policy: TrainablePolicy) -> float:
         """c, the clip range of the ratio. In nats it depends on the policy's latent dimensions."""
@@ -81,6 +104,14 @@ class PPO(PolicyGradient):
         self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, policy: TrainablePolicy
     ) -> PolicyLoss:
         return ppo_loss(log_prob, old_log_prob, advantages, self.clip_range(policy), self.adv_clip_max)
+
+    def surrogate_of(
+        self, log_ratio: Tensor, kl: Tensor, std: Tensor, advantages: Tensor, policy: TrainablePolicy
+    ) -> PolicyLoss:
+        if self.kl_limit is not None:
+            advantages = clip_advantages(advantages, self.adv_clip_max, log_ratio)
+            return divergence_masked(log_ratio, kl, advantages, self.kl_limit)
+        return self.surrogate(normalised_log_ratio(log_ratio, kl, std), torch.zeros_like(log_ratio), advantages, policy)
 
     def prepare(
         self,

@@ -1,0 +1,181 @@
+"""The general bound of arXiv 2510.10767 (Theorem 4.1), with its dimension and its conditions explicit.
+
+Synchronous coupling of the ODE Z and the SDE Y from one start, in reverse time:
+
+    dY = [-f(Y) + (1 + eta^2)/2 g^2 score(Y)] dt + eta g dB,        dZ = [-f(Z) + 1/2 g^2 score(Z)] dt
+
+With `<f(x) - f(y), x - y> >= m |x - y|^2`, a score of Lipschitz constant L that vanishes at 0, and
+`eta^2 <u, v> <= eta^2 (|u|^2 / 4 + |v|^2)`,
+
+    d E|Y - Z|^2 / dt <= -kappa E|Y - Z|^2 + eta^2 g^2 (L^2 A + d),        kappa = 2 m - (L + eta^2 / 4) g^2
+
+where A bounds E|Y|^2. If kappa > 0 then for a reward of Lipschitz constant C
+
+    |gap| <= eta C g sqrt((L^2 A + d) (1 - exp(-kappa T)) / kappa).
+
+The theorem as published has 1 in the place of d. The condition kappa > 0 needs a forward drift that
+expands, m > 0: VE has m = 0 and VP m = -beta/2, so that neither has this bound at any eta. A path
+that has it is the contractive one of arXiv 2401.13115, up to a largest eta.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from etude.errors import EtudeError
+from etude.theory.arrays import Array, Numbers, positive
+from etude.theory.constants import INFINITE
+from etude.theory.continuous_paths import VE, VP, ContinuousPath, Start
+from etude.theory.exact_gap import reward_gap
+from etude.theory.reward_functions import QuadraticReward
+from etude.theory.targets import Gaussian
+from etude.theory.terminal_law import law_in_y
+
+LEVELS = 400
+
+
+class Contractive(ContinuousPath):
+    """A forward drift that expands: `f = theta`, `a = exp(theta t)`, `s^2 = g^2 (a^2 - 1) / (2 theta)`.
+
+    Its backward samplers contract (arXiv 2401.13115). They start from N(0, s(T)^2).
+
+    Args:
+        theta: rate of the expansion, above 0.
+        T: horizon.
+        g: diffusion.
+    """
+
+    name = "contractive"
+
+    def __init__(self, theta: float = 1.0, T: float = 2.0, g: float = 1.0) -> None:
+        self.theta, self.g = (float(positive(x, f"Contractive's {n}")) for x, n in ((theta, "theta"), (g, "g")))
+        self.T = positive(T, "Contractive's T")
+
+    def a(self, t: Numbers) -> Array:
+        return np.exp(self.theta * self.time(t))
+
+    def s(self, t: Numbers) -> Array:
+        return np.asarray(self.g * np.sqrt(np.expm1(2 * self.theta * self.time(t)) / (2 * self.theta)))
+
+    def f(self, t: Numbers) -> Array:
+        return np.full_like(self.time(t), self.theta)
+
+    def g2(self, t: Numbers) -> Array:
+        return np.full_like(self.time(t), self.g**2)
+
+    @property
+    def prior_variance(self) -> Array:
+        return np.asarray(self.s(self.T) ** 2)
+
+    def start(self) -> Start:
+        V = np.asarray(self.s(self.T) ** 2 / self.a(self.T) ** 2)
+        return Start(V=V, excess=np.zeros_like(V), a=self.a(self.T))
+
+    def at_level(self, v: Numbers) -> tuple[Array, Array]:
+        """`v^2 = g^2 (1 - a^-2) / (2 theta)`, below `g^2 / (2 theta)`."""
+        v = np.asarray(v, dtype=np.float64)
+        rest = 1 - 2 * self.theta * v**2 / self.g**2
+        if np.any(rest <= 0):
+            raise EtudeError(
+                f"level {float(np.max(v)):g} is beyond this path's end: its v stays below g / sqrt(2 theta)."
+            )
+        a = rest**-0.5
+        return a, v * a
+
+
+@dataclass(frozen=True)
+class Dissipative:
+    """Constants of the bound.
+
+    Attributes:
+        m: dissipativity of the forward drift; 0 or less where it does not expand.
+        g: largest diffusion.
+        L: largest Lipschitz constant of the score.
+        A: largest second moment of the SDE's states.
+        T: horizon.
+        d: number of dimensions.
+    """
+
+    m: float
+    g: float
+    L: float
+    A: float
+    T: float
+    d: int
+
+    @classmethod
+    def of(cls, target: Gaussian, path: ContinuousPath, eta: float) -> Dissipative:
+        """The constants of a Gaussian target, in coordinates centred at the mean of the path."""
+        t = np.linspace(0.0, float(path.T), LEVELS)
+        a, s = path.a(t), path.s(t)
+        score = 1 / (a**2 * target.spectrum.min() + s**2)
+        law = law_in_y(target, path.start(), eta, (s / a) ** 2)
+        moment = a**2 * (((law.mu - target.mu) ** 2).sum(-1) + law.spectrum.sum(-1))
+        drift, diffusion = path.f(t), path.g2(t)
+        return cls(
+            float(drift.min()),
+            float(diffusion.max() ** 0.5),
+            float(score.max()),
+            float(moment.max()),
+            float(path.T),
+            target.d,
+        )
+
+    def kappa(self, eta: float) -> float:
+        """The rate of contraction that is left at an eta."""
+        return 2 * self.m - (self.L + eta**2 / 4) * self.g**2
+
+    @property
+    def largest_eta(self) -> float:
+        """The eta up to which the bound exists, `2 sqrt(2 m / g^2 - L)`; 0 if there is none."""
+        return 2 * max(0.0, 2 * self.m / self.g**2 - self.L) ** 0.5
+
+
+def general_bound(k: Dissipative, lipschitz: float, eta: float, noise: float | None = None) -> float:
+    """The bound of the module; infinite where `kappa <= 0`.
+
+    Args:
+        k: constants.
+        lipschitz: Lipschitz constant C of the reward.
+        eta: gDDIM's eta.
+        noise: d, or 1 for the theorem as published. Default: d.
+    """
+    kappa = k.kappa(eta)
+    if kappa <= 0:
+        return INFINITE if eta > 0 else 0.0
+    spread = k.L**2 * k.A + (k.d if noise is None else noise)
+    return float(eta * lipschitz * k.g * (spread * -np.expm1(-kappa * k.T) / kappa) ** 0.5)
+
+
+def general_bound_rows(target: Gaussian, etas: list[float]) -> list[dict[str, Any]]:
+    """The bound for a reward of slope 1 beside the exact gap, for VE, VP and contractive paths.
+
+    The reward is linear, along the direction of the target's mean (of the first axis at mean 0). A
+    contractive path is scaled to the target, so that it has the bound at small eta.
+    """
+    axis = np.eye(target.d)[0] if not target.mu.any() else target.mu / np.linalg.norm(target.mu)
+    reward = QuadraticReward(0.0, linear=axis if target.d > 1 else float(axis[0]))
+    narrow = float(target.spectrum.min())
+    paths: dict[str, ContinuousPath] = {
+        "VE, T = 4": VE(T=4.0, sigma="sqrt"),
+        "VP, T = 4": VP(T=4.0),
+        "contractive, theta = 1 / c": Contractive(1 / narrow, 2 * narrow),
+        "contractive, theta = 2 / c": Contractive(2 / narrow, narrow),
+    }
+    rows = []
+    for name, path in paths.items():
+        for eta in (eta for eta in etas if eta > 0):
+            k = Dissipative.of(target, path, eta)
+            gap = abs(float(reward_gap(target, path, reward, eta)))
+            rows.append({
+                "path": name,
+                "eta": eta,
+                "largest_eta": k.largest_eta,
+                "gap": gap,
+                "published": general_bound(k, 1.0, eta, 1.0),
+                "bound": general_bound(k, 1.0, eta),
+            })  # fmt: skip
+    return rows
