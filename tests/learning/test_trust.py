@@ -76,8 +76,9 @@ def test_a_pair_is_left_out_only_where_it_leaves_the_trust_region() -> None:
     assert result.clipped.tolist() == [True, False, False, True, False]
 
 
-@pytest.mark.parametrize("old", ["rollout", "replay"])
-@pytest.mark.parametrize("options", [{"ratio": "normalised"}, {"kl_limit": 1e-4}])
+@pytest.mark.parametrize(
+    ("options", "old"), [({"ratio": "normalised"}, "rollout"), ({"kl_limit": 1e-4}, "replay")], ids=["guard", "dppo"]
+)
 def test_a_run_begins_with_ratios_of_one_and_no_kl(tmp_path: Path, options: dict[str, Any], old: str) -> None:
     tree = brief_settings(tmp_path)
     tree |= {"iterations": 1, "evaluation": {"every": 9, "num_images": 2, "grid_images": 2}}

@@ -48,12 +48,14 @@ def dance_sde(a_t, s_t, a_u, s_u, eta) -> Step:
 
 def precise(a_t, s_t, a_u, s_u, eta) -> Step:
     """arXiv 2605.23522: the share rho = (lam_u/lam_t)^(n^2/2) of the noise is kept."""
-    return _keeping(a_u, s_u, np.where(eta > 0, (s_u * a_t / (s_t * a_u)) ** (eta**2 / 2), 1.0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_rho = np.where(eta > 0, eta**2 / 2 * (np.log(s_u / a_u) - np.log(s_t / a_t)), 0.0)
+    return a_u, s_u * np.exp(log_rho), s_u * np.sqrt(-np.expm1(2 * log_rho))
 
 
 def dance_precise(a_t, s_t, a_u, s_u, eta) -> Step:
     """arXiv 2605.23522: rho = exp(-n^2/2 (1/sigma_u - 1/sigma_t)); no noise is left at the data."""
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         return _keeping(a_u, s_u, np.where(s_u > 0, np.exp(-(eta**2) / 2 * (1 / s_u - 1 / s_t)), 1.0))
 
 

@@ -80,7 +80,7 @@ def test_an_image_that_is_none_is_named_when_it_is_needed(tmp_path: Path) -> Non
         pair.images(8, 8)
 
 
-@fuzz("files of pairs", 60, text=st.text(max_size=60), key=st.sampled_from(["caption", "image_0", "jpg_0", "label_0"]))
+@fuzz("files of pairs", 30, text=st.text(max_size=60), key=st.sampled_from(["caption", "image_0", "jpg_0", "label_0"]))
 def test_any_line_is_read_or_refused_in_one_sentence(
     tmp_path_factory: pytest.TempPathFactory, text: str, key: str
 ) -> None:

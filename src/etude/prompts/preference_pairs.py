@@ -63,13 +63,13 @@ def load_pairs(source: str) -> list[Pair]:
         EtudeError: the file cannot be read, a line is no preference, or no preference is left.
     """
     path = Path(source).expanduser()
+    if "\0" in source or not path.is_file():
+        raise EtudeError(f"file of pairs '{source}' does not exist: give a JSONL file of preferences.")
+    if path.stat().st_size > LONGEST:
+        raise EtudeError(
+            f"file of pairs '{source}' is longer than {LONGEST >> 20} MiB: name images by image_0 and image_1."
+        )
     try:
-        if not path.is_file():
-            raise EtudeError(f"file of pairs '{source}' does not exist: give a JSONL file of preferences.")
-        if path.stat().st_size > LONGEST:
-            raise EtudeError(
-                f"file of pairs '{source}' is longer than {LONGEST >> 20} MiB: name images by image_0 and image_1."
-            )
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise EtudeError(f"file of pairs '{source}' cannot be read as UTF-8 text ({brief(error, 80)}).") from None
