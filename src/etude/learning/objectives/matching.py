@@ -14,6 +14,8 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import ClassVar, get_args
 
 import torch
@@ -176,9 +178,10 @@ class Matching(Objective):
         """
         assert self._at is not None
         keys = rows if keys is None else keys
+        pairs = zip(columns.tolist(), (samples.indices[key] for key in keys.tolist()), strict=True)
         drawn = [
-            samples.noise.step([samples.indices[key]], column, policy.latent_shape)
-            for key, column in zip(keys.tolist(), columns.tolist(), strict=True)
+            samples.noise.step([index for _, index in together], column, policy.latent_shape)
+            for column, together in groupby(pairs, key=itemgetter(0))
         ]
         at = keys, columns
         return Noised(
