@@ -60,10 +60,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "sampling": {"solver": "ddim"},
         "rollout": {"images_per_prompt": 2},
         "advantage": {"kind": "group"},
-        "objective": {"kind": "dpo", "options": {"levels": 2}, "clip_range": 1e-4, "clip_nats": None},
+        "objective": {"kind": "dpo", "options": {"levels": 2, "beta": 200.0}, "clip_range": 1e-4, "clip_nats": None},
     },
 }
-"""A prefix names the algorithm; `nft` and `dpo` take DDPO's settings but for their own, and `fsdp` is DDPO with the network in parts where there are several processes."""
+"""A prefix names the algorithm: `nft` and `dpo` take DDPO's settings but for their own, and `fsdp` is DDPO with the network in parts where
+there are several processes."""
 DDPO = {
     "model": "sd",
     "rollout": {"images_per_iteration": 8, "batch_size": 4},
