@@ -12,9 +12,9 @@ from torch import Tensor
 
 from etude.errors import EtudeError
 from etude.learning.objectives.awm import AWM, awm_loss
-from etude.learning.objectives.levels import draw_levels
 from etude.learning.objectives.matching import Matching, squared
 from etude.learning.objectives.nft import NFT, nft_loss
+from etude.learning.objectives.noise_levels import draw_levels
 from etude.learning.objectives.objective import Samples
 from etude.learning.objectives.old_policy import OldPolicy
 from etude.sampling.kernels import GDDIM

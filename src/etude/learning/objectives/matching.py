@@ -25,7 +25,7 @@ from etude.batching import MicroBatch, Progress
 from etude.config import ObjectiveConfig
 from etude.errors import EtudeError
 from etude.learning.metrics import Metric, Records, mean
-from etude.learning.objectives.levels import Levels, LevelSampling, draw_levels
+from etude.learning.objectives.noise_levels import Levels, LevelSampling, draw_levels
 from etude.learning.objectives.objective import Keep, Loss, Objective, Samples
 from etude.learning.objectives.old_policy import OldPolicy
 from etude.policies import Conditioning, TrainablePolicy
@@ -84,7 +84,7 @@ class Matching(Objective):
         levels: number of noise levels at which each image is trained in an iteration. Default: as
             many as the sampler has steps.
         level_sampling: draw of the levels, `steps`, `uniform` or `logit_normal`: see
-            `etude.learning.objectives.levels`.
+            `etude.learning.objectives.noise_levels`.
         old_rate: growth of the old policy's decay: see `OldPolicy`.
         old_most: largest decay of the old policy.
         kl_coef: weight of the distance to the reference model.
