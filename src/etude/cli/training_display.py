@@ -148,7 +148,9 @@ _PARTS = (("ode", "held-out ODE"), ("sde", "SDE"), ("gap", "gap"), ("improvement
 
 
 def _sampler(config: TrainConfig) -> str:
-    """Name of the training sampler: the SDE, or with a window the ODE with a few stochastic steps."""
+    """Name of the training sampler: a solver, the SDE, or with a window the ODE with a few stochastic steps."""
+    if config.sampling.solver is not None:
+        return config.sampling.solver
     return "SDE" if config.sampling.window is None else "SDE in the window"
 
 

@@ -4,7 +4,8 @@ One evaluation is the network's answer for one image at one step, with or withou
 iteration has n images, each with T steps (a compressed tail included). The first P steps are
 deterministic, and K steps are trained:
 
-    rollout      n T, or g P + n (T - P) if the images of each of g groups share their initial noise
+    rollout      n T, or g P + n (T - P) if the images of each of g groups share their initial noise;
+                 n times those of `sampling.solver`, if there is one; 0 for pairs of a file
     reference    n K with a KL to the reference model
     replay       n max(1, round(timestep_fraction K)) num_inner_epochs
     evaluation   2 evaluation.num_images N, N steps of the ODE and of the SDE, where one is due
@@ -66,7 +67,9 @@ def evaluations(config: TrainConfig, objective: Objective, steps: ImageSteps, co
     pairs = per_pass * settings.num_inner_epochs
     distinct = per_pass if settings.timestep_fraction == 1 else pairs
     rollout = starts * steps.prefix + images * (steps.total - steps.prefix)
-    if config.sampling.solver is not None:
+    if objective.pairs is not None:
+        rollout = 0
+    elif config.sampling.solver is not None:
         from etude.sampling.solvers import SOLVERS
 
         rollout = images * SOLVERS[config.sampling.solver].evaluations(config.sampling.num_steps)
