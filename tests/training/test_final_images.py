@@ -151,3 +151,11 @@ def test_settings_that_do_not_fit_are_one_sentence(
     with pytest.raises(EtudeError, match=says):
         trainer(settings, tmp_path / "run", "nft", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_advice_is_for_samplers_with_noise(settings: dict[str, Any], tmp_path: Path) -> None:
+    from etude.advice.adviser import Adviser
+    from etude.config import load_config
+
+    with pytest.raises(EtudeError, match=r"sampling\.solver = ddim draws without noise"):
+        Adviser(load_config("emoji-sd-nft"), 1.0, tmp_path / "advice")

@@ -3,7 +3,8 @@
 One evaluation is the network's answer for one image at one step, with or without guidance. An
 iteration has n images, each with T steps. The first P are deterministic, and K are trained:
 
-    rollout      n T, or g P + n (T - P) if the images of each of g groups share their initial noise
+    rollout      n T, or g P + n (T - P) if the images of each of g groups share their initial noise;
+                 n times those of `sampling.solver`, if there is one; 0 for pairs of a file
     reference    n K with a KL to the reference model
     replay       n max(1, round(timestep_fraction K)) num_inner_epochs
     evaluation   2 evaluation.num_images N, N steps of the ODE and of the SDE, where one is due
@@ -50,7 +51,9 @@ def evaluations(config: TrainConfig, objective: Objective, steps: ImageSteps, co
     pairs = per_pass * settings.num_inner_epochs
     distinct = per_pass if settings.timestep_fraction == 1 else pairs
     rollout = starts * steps.prefix + images * (steps.total - steps.prefix)
-    if config.sampling.solver is not None:
+    if objective.pairs is not None:
+        rollout = 0
+    elif config.sampling.solver is not None:
         rollout = images * Solver(config.sampling.solver, config.sampling.num_steps).evaluations
     return {"rollout": rollout, **objective.evaluations(images, steps.trained, distinct, pairs)}
 

@@ -218,7 +218,7 @@ class Matching(Objective):
         self.old.follow(parameters, iteration)
 
     def evaluations(self, images: int, trained: int, distinct: int, pairs: int) -> dict[str, int]:
-        """Those of one pass at least; the first optimiser step on current weights asks the old ones nothing."""
+        # A step on weights that still equal the old ones asks the old policy nothing, and so takes fewer.
         return {
             "old policy": pairs if self.asks_old else 0,
             "reference": pairs if self.needs_reference else 0,
