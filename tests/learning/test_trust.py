@@ -69,11 +69,11 @@ def test_a_pair_is_left_out_only_where_it_leaves_the_trust_region() -> None:
     advantages = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
     kl = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.1], dtype=torch.float64)
     result = divergence_masked(log_ratio, kl, advantages, 0.5)
-    result.loss.backward()
+    result.value.backward()
     e, f = math.exp(0.3), math.exp(-0.3)
     assert log_ratio.grad is not None
     assert log_ratio.grad.tolist() == pytest.approx([0.0, -f / 5, e / 5, 0.0, -e / 5])
-    assert result.clipped.tolist() == [True, False, False, True, False]
+    assert result.records["clipped"].tolist() == [True, False, False, True, False]
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_the_rollout_of_a_solver_is_the_samplers_images(settings: dict[str, Any]
 
     run = trainer(settings, tmp_path / "run", "nft")
     prompts, solver, seen = ["red heart", "pizza", "sun"], Solver("dpmsolver++", 3, 2.0), []
-    expected = solver.latents(run.policy, prompts, 5, stream="s", batch_size=2)
+    expected = solver.draw(run.policy, prompts, 5, stream="s", batch_size=2, decode=False)
     found = solved_rollout(
         run.policy,
         solver,
@@ -118,7 +118,12 @@ def test_an_iteration_keeps_no_trajectory_and_counts_its_network_calls(
         samples, _ = run._rewarded(1, table, batch)
         run.learner.update(samples, 1, lambda: None)
     assert samples.trajectory.states.numel() == 0
-    parts = evaluations(run.config, run.objective, ImageSteps.of(table), run.objective.columns(table))
+    parts = evaluations(
+        run.config,
+        run.objective,
+        ImageSteps(table.num_evaluations, table.prefix_steps, 0),
+        run.objective.columns(table),
+    )
     assert parts == {"rollout": 4 * 5, "old policy": 8, "reference": 8, "replay": 8}
     # The first of two optimiser steps is on-policy, and asks the old policy nothing.
     assert sum(calls) == sum(parts.values()) - 4
