@@ -157,6 +157,9 @@ KERNELS = Registry(
         "cps": Entry("etude.sampling.kernels:CPS", "any model, eta at most 1"),
         "flow_sde": Entry("etude.sampling.kernels:FlowSDE", "flow models, Flow-GRPO's"),
         "dance_sde": Entry("etude.sampling.kernels:DanceSDE", "flow models, DanceGRPO's"),
+        "precise": Entry("etude.sampling.published_kernels:Precise", "any model, gddim at eta / sqrt(2)"),
+        "dance_precise": Entry("etude.sampling.published_kernels:DancePrecise", "flow models, dance_sde's SDE exactly"),
+        "churn": Entry("etude.sampling.published_kernels:Churn", "any model, FDFO's"),
     },
     "module:Class, a subclass of etude.sampling.kernels.Kernel that is built from eta",
 )
@@ -211,6 +214,21 @@ OBJECTIVES = Registry(
     {
         "ppo": Entry("etude.learning.objectives.ppo:PPO", "clipped importance ratio"),
         "reinforce": Entry("etude.learning.objectives.reinforce:Reinforce", "-A log p, one optimiser step a rollout"),
+        "nft": Entry(
+            "etude.learning.objectives.nft:NFT",
+            "contrast of good and bad images under fresh noise, from any sampler",
+            title="DiffusionNFT",
+        ),
+        "awm": Entry(
+            "etude.learning.objectives.awm:AWM",
+            "matching error of images under fresh noise, weighted by advantage",
+            title="AWM",
+        ),
+        "dpo": Entry(
+            "etude.learning.objectives.dpo:DPO",
+            "preference for the better of two images, of a group or of a file of pairs",
+            title="Diffusion-DPO",
+        ),
     },
     "module:Class, a subclass of etude.learning.objectives.objective.Objective",
 )

@@ -118,7 +118,7 @@ def test_a_reward_by_import_path_can_be_set() -> None:
         ("sampling.num_steps=1.5", ["sampling.num_steps = 1.5", "integer"]),
         (
             "sampling.kernel=euler",
-            ["sampling.kernel = 'euler'", "the choices are cps, dance_sde, ddim, flow_sde, gddim"],
+            ["sampling.kernel = 'euler'", "the choices are churn, cps, dance_precise, dance_sde, ddim"],
         ),
         ("sampling.first_step=euler", ["sampling.first_step = 'euler'", "'ode', 'sde' or 'capped'"]),
         ("sampling.window.size=0", ["sampling.window.size = 0", "greater than or equal to 1"]),

@@ -107,6 +107,11 @@ class Adviser:
         etas: Sequence[float] | None = None,
         watcher: Watcher | None = None,
     ) -> None:
+        if config.sampling.solver is not None:
+            raise EtudeError(
+                f"advice chooses the eta of the training sampler, and sampling.solver = {config.sampling.solver} draws without noise: "
+                "take a recipe that trains the steps of its sampler."
+            )
         if etas is None and config.sampling.kernel != "gddim":
             raise EtudeError(
                 f"the recipe's kernel is {config.sampling.kernel}, whose eta has a unit of its own: give --eta several times, or "

@@ -32,7 +32,7 @@ class TrainingDisplay(Display):
         self._rewards: Mapping[str, Any] = {}
         self._evaluation: Mapping[str, Any] = {}
         self._eta = config.sampling.eta_text
-        self._sampler = "SDE" if config.sampling.window is None else "SDE in the window"
+        self._sampler = config.sampling.solver or ("SDE in the window" if config.sampling.window else "SDE")
         name, note = TextColumn("{task.description:<12}"), TextColumn("{task.fields[note]}")
         self._progress = Progress(name, BarColumn(), MofNCompleteColumn(), note, console=self.console)
         self._iterations = self._progress.add_task("iteration", total=config.iterations, note="")

@@ -105,6 +105,10 @@ class SamplingConfig(Section):
     at 0.5 in the limit of short steps, and at more than 0.5 at real step lengths (`etude theory
     peers`). A list of num_steps values gives each step its own eta. A step with eta 0 is an ODE
     step and is not trained."""
+    solver: Literal["ddim", "euler", "heun", "dpmsolver++", "unipc"] | None = None
+    """Deterministic solver that draws the training images, for objectives on final images (nft,
+    awm, dpo). kernel and eta then describe the SDE side of the gap alone. null: the kernel at eta
+    draws them."""
     eta_schedule: EtaScheduleConfig | None = None
     """null: eta stays constant. A section: eta moves to another value, over the iterations or over
     the denoising steps."""
@@ -158,6 +162,8 @@ class SamplingConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SamplingConfig:
         eta, steps, window = self.eta, self.num_steps, self.window
+        if self.solver is not None and window is not None:
+            raise ValueError(f"solver = {self.solver} draws every step, so there is no window; set one of them to null")
         if isinstance(eta, list) and len(eta) != steps:
             raise ValueError(
                 f"eta lists {len(eta)} values for num_steps = {steps}; give one a step, or one number for all"
@@ -229,7 +235,8 @@ class ObjectiveConfig(Section):
         "ppo", description=f"Loss of an optimiser step: a name, or module:Class of your own. {OBJECTIVES.about()}."
     )
     options: dict[str, Any] = {}
-    """Arguments of an objective of your own, by name. Default: none."""
+    """Arguments of the objective by name: of nft, awm or dpo, ppo's ratio and kl_limit, or those of
+    an objective of your own. Default: none."""
     clip_range: float | None = Field(1e-4, gt=0)
     """PPO clips the ratio to 1 +- clip_range. Give either clip_range or clip_nats."""
     clip_nats: float | None = Field(None, gt=0)

@@ -54,6 +54,8 @@ class Learner:
         dimensions = self.objective.averaged_dimensions(self.policy)
         self.loss_scale = LossScale(self.config.dtype == "float16", dimensions, self._everywhere)
         self.metrics = (*self.objective.metrics, *COMMON)
+        self.images_per_row = size = self.config.rollout.images_per_prompt if self.objective.by_group else 1
+        self.rows = [index // size for index in self.indices[::size]]
 
     def update(self, samples: Samples, iteration: int, after_step: Callable[[], None]) -> dict[str, float]:
         """Takes all optimiser steps of an iteration; returns the metrics over all processes.
@@ -77,6 +79,7 @@ class Learner:
             self.optimizer.zero_grad()
             self.objective.after_step(self.parameters)
             after_step()
+        self.objective.after_iteration(self.parameters, iteration)
         return self._sound(compute_all(self.metrics, records), iteration)
 
     def _sound(self, numbers: dict[str, float], iteration: int) -> dict[str, float]:
@@ -104,12 +107,12 @@ class Learner:
 
     def pairs(self, num_columns: int, iteration: int) -> list[Pairs]:
         """This process's pairs of each optimiser step of an iteration, on the device."""
-        objective, images = self.config.objective, self.config.rollout.images_per_iteration
+        objective, count = self.config.objective, self.config.rollout.images_per_iteration // self.images_per_row
         generator, pairs = keyed_generator(self.config.seed, "update", iteration), []
         for _ in range(objective.num_inner_epochs):
-            for chunk in split_samples(images, objective.updates_per_epoch, generator):
+            for chunk in split_samples(count, objective.updates_per_epoch, generator):
                 all_pairs = draw_pairs(chunk, num_columns, objective.timestep_fraction, generator)
-                rows, columns = own_pairs(all_pairs, self.indices)
+                rows, columns = own_pairs(all_pairs, self.rows)
                 pairs.append((rows.to(self.policy.device), columns.to(self.policy.device)))
         return pairs
 

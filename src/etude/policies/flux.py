@@ -61,6 +61,10 @@ class FluxPolicy(PipelinePolicy):
     def _unpack(self, latents: Tensor) -> Tensor:
         return FluxPipeline._unpack_latents(latents, *self.image_size, self.pipeline.vae_scale_factor)
 
+    def _pack(self, latents: Tensor) -> Tensor:
+        packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
+        return packed
+
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         embedding, pooled, _ = self.pipeline.encode_prompt(
             [prompt], device=self.device, max_sequence_length=self.max_sequence_length

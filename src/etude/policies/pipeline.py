@@ -295,6 +295,20 @@ class PipelinePolicy(TrainablePolicy):
         """Latents of the denoiser in the autoencoder's layout, `[n, c, h, w]`."""
         return latents
 
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents of images, uint8 `[n, 3, *image_size]`: the mean of the autoencoder's posterior, fp32."""
+        vae = self.pipeline.vae
+        with self._on_device(vae):
+            pixels = images.to(self.device, vae.dtype) / 127.5 - 1
+            mean = vae.encode(pixels).latent_dist.mode().float()
+        config = vae.config
+        return self._pack((mean - (config.get("shift_factor") or 0.0)) * config.scaling_factor)
+
+    def _pack(self, latents: Tensor) -> Tensor:
+        """The inverse of `_unpack`."""
+        return latents
+
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._trained_network.named_parameters() if p.requires_grad}
 

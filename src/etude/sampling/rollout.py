@@ -31,8 +31,9 @@ class Trajectory:
     `states`, fp32 `[n, L, ...]`, holds x at the source and target of each trained step, each of the
     L `levels` once. `step_index` and `level_index`, int64 `[K]` on the device, are the trained
     steps and the places in `states` of their sources; a target is in the next place. `log_prob` is
-    `[n, K]`. `reference_mean` `[n, K, ...]` are the reference model's means, if there is one. The
-    fields are fixed, but `rollout` and `replay_log_prob` write into the tensors.
+    `[n, K]`. `reference_mean` `[n, K, ...]` are the reference model's means, if there is one, and
+    `mean` the policy's, if they are kept. The fields are fixed, but `rollout` and `replay_log_prob`
+    write into the tensors.
     """
 
     latents: Tensor
@@ -43,6 +44,13 @@ class Trajectory:
     level_index: Tensor
     levels: tuple[int, ...]
     reference_mean: Tensor | None = None
+    mean: Tensor | None = None
+
+    @classmethod
+    def of_images(cls, latents: Tensor) -> Trajectory:
+        """A trajectory of final latents alone, without a trained step."""
+        none, steps = latents.new_empty(len(latents), 0), torch.zeros(0, dtype=torch.int64, device=latents.device)
+        return cls(latents, (), latents[:, None][:, :0], none, steps, steps, ())
 
 
 def denoise(
@@ -71,6 +79,7 @@ def rollout(
     prompts: Sequence[Hashable] | None = None,
     starts: int | None = None,
     on_rows: Callable[[slice, Tensor], None] | None = None,
+    keep_means: bool = False,
 ) -> Trajectory:
     """Samples one image per row of `conditioning`.
 
@@ -89,6 +98,7 @@ def rollout(
         starts: number of starting states to compute, with copies if need be: under FSDP every process
             must call the network equally often (`most_starts`). Default: one a distinct start.
         on_rows: called with the rows and the final latents of each micro-batch when it is done.
+        keep_means: whether the trajectory keeps the means of the trained steps.
 
     Example:
         >>> import etude
@@ -106,7 +116,8 @@ def rollout(
         raise EtudeError(f"{len(keys)} keys of the initial noise do not fit {len(samples)} samples: give one each.")
     if prompts is not None and len(prompts) != len(samples):
         raise EtudeError(f"{len(prompts)} prompts do not fit {len(samples)} samples: give one each.")
-    trajectory, batches = _empty(policy, table, len(samples), reference is not None), MicroBatch.of(batch_size)
+    trajectory = _empty(policy, table, len(samples), reference is not None, keep_means)
+    batches = MicroBatch.of(batch_size)
     latents = trajectory.latents  # first the states from which the rows continue on their own
 
     def begin() -> int:
@@ -153,6 +164,8 @@ def rollout(
                 level, column = trajectory.levels.index(step), trajectory.steps.index(step)
                 trajectory.states[rows, level], trajectory.states[rows, level + 1] = x, target
                 trajectory.log_prob[rows, column] = transition.log_prob(target, reduction)
+                if trajectory.mean is not None:
+                    trajectory.mean[rows, column] = transition.mean
             x = target
             report(len(x))
         if table.tail is not None:
@@ -176,7 +189,7 @@ def rollout(
     return trajectory
 
 
-def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -> Trajectory:
+def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool, with_means: bool) -> Trajectory:
     """A trajectory of `count` images, not yet filled, with room for the trained steps only."""
     steps, shape, device = table.trained_steps, policy.latent_shape, policy.device
     levels = sorted({*steps, *(step + 1 for step in steps)})
@@ -193,4 +206,5 @@ def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -
         level_index=torch.tensor([levels.index(step) for step in steps], dtype=torch.int64, device=device),
         levels=tuple(levels),
         reference_mean=room(len(steps), *shape) if with_reference else None,
+        mean=room(len(steps), *shape) if with_means else None,
     )

@@ -13,6 +13,7 @@ from etude.policies import TrainablePolicy
 from etude.prompts import load_prompts
 from etude.rewards import WeightedRewards
 from etude.runs.layout import check_directory
+from etude.training.offline import OfflinePairs
 from etude.training.schedule import PlanSchedule, check_sampling
 
 
@@ -20,6 +21,16 @@ def make_algorithm(config: TrainConfig) -> tuple[Objective, Advantage]:
     """The objective and the advantage of a configuration, checked (EtudeError) without reading a file."""
     objective, advantage = make_objective(config.objective), make_advantage(config)
     check_sampling(config.sampling, objective.keep is Keep.TRANSITIONS)
+    sampling = config.sampling
+    if objective.by_group and config.rollout.images_per_prompt < 2:
+        raise EtudeError(
+            f"objective.kind = {config.objective.kind} compares the images of a group: set rollout.images_per_prompt to at least 2, not "
+            f"{config.rollout.images_per_prompt}."
+        )
+    if config.rollout.shared_noise and (sampling.solver is not None or max(sampling.all_etas) == 0):
+        raise EtudeError(
+            "rollout.shared_noise = true makes the images of a group equal under a deterministic sampler: set it to false."
+        )
     return objective, advantage
 
 
@@ -34,14 +45,16 @@ class Blueprint:
         held_out = config.evaluation.held_out_rewards
         self.rewards = WeightedRewards(config.rewards, held_out, offload=config.memory.offload)
         self.prompts = load_prompts(config.prompts.train)
+        self.offline = OfflinePairs(self.objective.pairs, config) if self.objective.pairs else None
 
     def check_groups(self, processes: int) -> None:
-        """Refuses a group that is cut between two processes if a reward compares the images of a group."""
+        """Refuses a group that is cut between two processes if a reward or the objective compares its images."""
         rollout = self.config.rollout
         groups = rollout.images_per_iteration // rollout.images_per_prompt
-        if self.rewards.whole_groups and groups % processes:
+        if (self.rewards.whole_groups or self.objective.by_group) and groups % processes:
+            who = "the objective" if self.objective.by_group else "a reward"
             raise EtudeError(
-                f"a reward compares the images of a group, and the {groups} groups of an iteration do not divide among {processes} "
+                f"{who} compares the images of a group, and the {groups} groups of an iteration do not divide among {processes} "
                 "processes: change rollout.images_per_iteration, rollout.images_per_prompt or the number of processes."
             )
 

@@ -32,6 +32,11 @@ def check_sampling(sampling: SamplingConfig, trains_steps: bool) -> None:
         )
     if not trains_steps:
         return
+    if sampling.solver is not None:
+        raise EtudeError(
+            f"sampling.solver = {sampling.solver} is deterministic, and this objective trains the sampler's stochastic steps: set "
+            "sampling.solver to null, or objective.kind to nft, awm or dpo."
+        )
     if max(sampling.all_etas) == 0:
         raise EtudeError(
             "sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)."
@@ -74,7 +79,9 @@ class PlanSchedule:
         self._last: tuple[SamplingPlan, StepTable] | None = None
 
     def eta_at(self, iteration: int) -> float | list[float]:
-        """The eta of an iteration's stochastic steps: a number, or a list by step where they differ."""
+        """The eta of an iteration's steps, 0 under a solver: a number, or a list by step where they differ."""
+        if self.sampling.solver is not None:
+            return 0.0
         return compact(self.etas.at(iteration, self.sampling.num_steps))
 
     def window_at(self, iteration: int) -> dict[str, int] | None:

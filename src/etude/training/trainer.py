@@ -31,6 +31,8 @@ from etude.policies.trainable import swapped
 from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import StepTable
 from etude.sampling.rollout import rollout
+from etude.sampling.solved_rollout import solved_rollout
+from etude.sampling.solvers import Solver
 from etude.training import finish
 from etude.training.blueprint import Blueprint
 from etude.training.durability import Durability, RunState
@@ -83,6 +85,8 @@ class Trainer:
         self.blueprint.check_groups(self.accelerator.num_processes)
         self.policy = policy or load_source(ModelSource.of(config), self.accelerator.device)
         self.schedule = self.blueprint.schedule(self.policy)
+        solver, steps, guidance = config.sampling.solver, config.sampling.num_steps, config.sampling.guidance_scale
+        self.solver = Solver(solver, steps, guidance) if solver else None
         self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size")
         self.evaluation = Evaluation(
             config, self.policy, self.scorer, self.accelerator, self.out, self.rollout_batches, self.train_prompts
@@ -146,30 +150,43 @@ class Trainer:
         return summary
 
     def _iterate(self) -> dict[str, Any]:
-        """One rollout and its optimiser steps; returns the row of metrics."""
+        """One rollout, or the pairs of a file, and its optimiser steps; returns the row of metrics."""
         iteration, supervisor = self.ledger.draw(), self.supervisor
         supervisor.seconds, table, batch = {}, self.schedule.table_at(iteration), self._draw(iteration)
+        if (offline := self.blueprint.offline) is None:
+            samples, rewarded = self._rewarded(iteration, table, batch)
+        else:
+            with supervisor.phase("pairs", len(batch.indices)), failing_together(self.accelerator):
+                samples = offline.samples(self.policy, table, iteration, batch.indices, supervisor.advance)
+            self.ledger.update()
+            rewarded = {}
+        passes = self.config.objective.num_inner_epochs
+        with supervisor.phase("update", len(self.learner.rows) * self.objective.columns(table) * passes):
+            metrics = self.learner.update(samples, iteration, self._after_step)
+        row: dict[str, Any] = {"iteration": iteration, "eta": self.schedule.eta_at(iteration)}
+        if (window := self.schedule.window_at(iteration)) is not None:
+            row["window"] = window
+        return row | rewarded | metrics
+
+    def _rewarded(self, iteration: int, table: StepTable, batch: Draw) -> tuple[Samples, dict[str, Any]]:
+        """The samples of a rollout with their advantages, and the part of the row about their rewards."""
         groups, alone = batch.groups[batch.indices].tolist(), self.accelerator.num_processes == 1
         pending = self.scorer.pending(batch.own, alone, batch.indices[0], groups)
-        with supervisor.phase("rollout", len(batch.indices) * table.num_evaluations):
+        evaluations = table.num_evaluations if self.solver is None else self.solver.evaluations
+        with self.supervisor.phase("rollout", len(batch.indices) * evaluations):
             samples = self._rollout(iteration, table, batch, pending)
-        with supervisor.phase("rewards"):
+        with self.supervisor.phase("rewards"):
             with failing_together(self.accelerator):
                 local = pending.result()
             scores = {name: gather(self.accelerator, values, len(batch.prompts)) for name, values in local.items()}
             self.ledger.update()
             advantages = self.advantage(scores, batch.prompts.texts, batch.groups).float()
-        samples = samples.judged(advantages[batch.indices].to(self.policy.device))
-        passes = self.config.objective.num_inner_epochs
-        with supervisor.phase("update", len(batch.indices) * self.objective.columns(table) * passes):
-            metrics = self.learner.update(samples, iteration, self._after_step)
-        row: dict[str, Any] = {"iteration": iteration, "eta": self.schedule.eta_at(iteration)}
-        if (window := self.schedule.window_at(iteration)) is not None:
-            row["window"] = window
-        row["reward"] = {n: {"mean": v.mean().item(), "std": v.std(correction=0).item()} for n, v in scores.items()}
+        row: dict[str, Any] = {
+            "reward": {n: {"mean": v.mean().item(), "std": v.std(correction=0).item()} for n, v in scores.items()}
+        }
         if self.config.rollout.images_per_prompt > 1:
             row["zero_std_ratio"] = zero_std_ratio(self.rewards.combine(scores), batch.groups, advantages)
-        return row | metrics
+        return samples.judged(advantages[batch.indices].to(self.policy.device)), row
 
     def _draw(self, iteration: int) -> Draw:
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
@@ -185,27 +202,36 @@ class Trainer:
         ahead = config.rollout.score_ahead and not config.memory.offload
         dtype, guidance = config.rollout.dtype, config.sampling.guidance_scale
         conditioning = self.policy.encode(own.texts)
+        noise, advance = NoiseSource(config.seed, "training", iteration), self.supervisor.advance
+        on_rows, batches = score if ahead else None, self.rollout_batches
         with self.policy.precision(DTYPES[dtype] if dtype else None), self.objective.sampling(self.parameters):
-            trajectory = rollout(
-                self.policy,
-                table,
-                conditioning,
-                NoiseSource(config.seed, "training", iteration),
-                batch.indices,
-                guidance,
-                self.rollout_batches,
-                config.objective.logprob_reduction,
-                reference=self.policy.reference if self.objective.needs_reference else None,
-                on_step=self.supervisor.advance,
-                noise_samples=batch.noise_keys,
-                on_rows=score if ahead else None,
-                prompts=own.texts,
-                starts=batch.starts,
-            )
+            if self.solver is not None:
+                trajectory = solved_rollout(
+                    self.policy, self.solver, conditioning, noise, batch.noise_keys, batches, advance, on_rows
+                )
+            else:
+                trajectory = rollout(
+                    self.policy,
+                    table,
+                    conditioning,
+                    noise,
+                    batch.indices,
+                    guidance,
+                    batches,
+                    config.objective.logprob_reduction,
+                    reference=self.policy.reference if self.objective.needs_reference else None,
+                    on_step=advance,
+                    noise_samples=batch.noise_keys,
+                    on_rows=on_rows,
+                    prompts=own.texts,
+                    starts=batch.starts,
+                    keep_means=self.objective.keeps_means,
+                )
         if not ahead:
             score(slice(0, len(batch.indices)), trajectory.latents)
         noise = NoiseSource(config.seed, "objective", iteration)
-        return Samples(table, trajectory, conditioning, guidance, batch.indices, noise)
+        size = config.rollout.images_per_prompt
+        return Samples(table, trajectory, conditioning, guidance, batch.indices, noise, size)
 
     def _after_step(self) -> None:
         """Updates the moving average after an optimiser step; obeys a signal to several processes."""
@@ -237,7 +263,8 @@ class Trainer:
     def _encode_ahead(self) -> None:
         """Encodes every prompt that this process will use; then text encoders are not needed."""
         self.display.phase("encoding")
+        offline = self.blueprint.offline
         texts = dict.fromkeys(self.evaluation.measurement.shown(self.evaluation.samples).texts)
         for iteration in range(self.ledger.iteration + 1, self.config.iterations + 1):
-            texts |= dict.fromkeys(self._draw(iteration).own.texts)
+            texts |= dict.fromkeys(self._draw(iteration).own.texts if offline is None else offline.captions(iteration))
         self.policy.encode_ahead(texts)
