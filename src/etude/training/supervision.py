@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -74,7 +73,7 @@ class Interruption:
         # Only a signal to this process counts as the first. A launcher forwards one Ctrl-C to its
         # processes in turn; the copy that arrives late must not be taken for a second Ctrl-C.
         self._received, self.signum = True, signum
-        if sys.stderr is not None and sys.stderr.isatty():
+        if os.isatty(2):
             _say("stopping where nothing is lost; once more ends at once.\n")
 
 
