@@ -21,7 +21,8 @@ def make_console(stderr: bool = False) -> Console:
     in_ci = os.environ.get("CI", "").lower() not in {"", "0", "false"}
     if console.is_interactive and console.file.isatty() and not in_ci:
         return console
-    return Console(stderr=stderr, width=PLAIN_WIDTH, force_interactive=False)
+    # With a height rich asks no terminal: it takes a dumb one to have 80 columns.
+    return Console(stderr=stderr, width=PLAIN_WIDTH, height=25, force_interactive=False)
 
 
 def plain_text(*blocks: RenderableType) -> str:

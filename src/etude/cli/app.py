@@ -50,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 success, 1 failure, 2 misuse, 130 interrupted, 143 terminated. Errors are one sentence on stderr.",
+    epilog="Exit codes: 0 success, 1 failure, 2 misuse, 129 terminal closed, 130 interrupted, 143 terminated. Errors are one sentence on stderr.",
 )
 
 

@@ -107,7 +107,7 @@ class Trackio(Tracker):
     """trackio, whose run has the name of the run's directory."""
 
     def __init__(self, directory: Path, config: str) -> None:
-        trackio = _trackio_in(directory)
+        self.module = trackio = _trackio_in(directory)
         with redirect_stdout(io.StringIO()):  # an advertisement with colours
             self.run = trackio.init(
                 project=PROJECT,
@@ -123,7 +123,7 @@ class Trackio(Tracker):
 
     def finish(self, complete: bool) -> None:
         with redirect_stdout(io.StringIO()):
-            self.run.finish()
+            self.module.finish()
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}

@@ -54,7 +54,7 @@ class Trainer:
 
     Raises:
         EtudeError: for anything the user can mend; what was finished before stays in `out`.
-        Interrupted: from `train`, after SIGINT or SIGTERM, with every finished iteration saved.
+        Interrupted: from `train`, after SIGINT, SIGTERM or SIGHUP, with every finished iteration saved.
 
     Example:
         >>> import etude
