@@ -237,7 +237,7 @@ def test_a_tracker_that_dies_ends_no_run(tmp_path, monkeypatch, settings, undist
 def test_a_tracker_that_cannot_start_leaves_no_directory(tmp_path, monkeypatch, settings):
     remembering(monkeypatch, "start")
     trainer = Trainer(parse_config(settings | {"trackers": ["wandb"]}), tmp_path / "runs" / "run")
-    with pytest.raises(EtudeError, match="tracker wandb cannot be started .*died in start.*take it out of trackers"):
+    with pytest.raises(EtudeError, match=r"tracker wandb cannot be started .*died in start.*take it out of trackers"):
         trainer.train()
     assert not (tmp_path / "runs").exists()
 
