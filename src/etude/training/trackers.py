@@ -141,7 +141,7 @@ class Trackers:
         self.names, self.out = tuple(names), out
         self._open: dict[str, Tracker] = {}
         for name in self.names:
-            if importlib.util.find_spec(name) is None:
+            if not is_installed(name):
                 raise EtudeError(
                     f"trackers holds '{name}', whose package is not installed: pip install {name}, or take it out of trackers."
                 )
@@ -207,6 +207,11 @@ class Trackers:
         except Exception as error:
             del self._open[name]
             warn_that_it_failed(f"the tracker {name}", error)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported."""
+    return importlib.util.find_spec(package) is not None
 
 
 def flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
