@@ -11,13 +11,26 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from etude.errors import EtudeError
 
 PATIENCE = 10
 """Attempts to take a lock within half a second (`is_locked` elsewhere holds it for an instant)."""
+
+
+@contextmanager
+def made(directory: Path) -> Iterator[None]:
+    """Makes a directory and its parents; those that are then still empty are removed again."""
+    absent = [place for place in (directory, *directory.parents) if not place.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty, nor are its parents
+            for place in absent:
+                place.rmdir()
 
 
 @contextmanager

@@ -131,6 +131,14 @@ def test_the_second_signal_ends_the_process_at_once(signum):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signum
 
 
+def test_a_closed_terminal_ends_a_run_once_however_often_it_is_told():
+    with Interruption() as asked:
+        for _ in range(3):  # the shell and the kernel both tell it
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert asked.signum == signal.SIGHUP
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
 def test_a_signal_amid_an_exchange_is_told_to_all_in_the_next_one(monkeypatch):
     """One process alone must not end, and must not forget either."""
     coming = [True, False]

@@ -23,6 +23,7 @@ from etude.cli.options import option, path
 from etude.cli.runs import prepare_run
 from etude.cli.sample import sample
 from etude.cli.serving import serve_reward
+from etude.cli.streams import only_shows, outlast_readers
 from etude.cli.study import study
 from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.cli.watch import watch
@@ -31,6 +32,7 @@ from etude.errors import EtudeError
 
 def main() -> None:
     """The `etude` program."""
+    outlast_readers()
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
     try:
         app(prog_name="etude")
@@ -48,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 success, 1 failure, 2 misuse, 130 interrupted, 143 terminated. Errors are one sentence on stderr.",
+    epilog="Exit codes: 0 success, 1 failure, 2 misuse, 129 terminal closed, 130 interrupted, 143 terminated. Errors are one sentence on stderr.",
 )
 
 
@@ -121,6 +123,7 @@ def train(
     if dry_run:
         typer.echo(resolved(config, directory, resume), nl=False)
         return
+    only_shows()
     silent = quiet or os.environ.get("RANK", "0") != "0"
     display = SilentDisplay() if silent else TrainingDisplay(config)
     Trainer(config, out=directory, resume=resume, display=display).train()
@@ -168,6 +171,7 @@ def report(
 
     Example: `etude report runs/first`
     """
+    only_shows()
     file = directory / "study.yaml"
     with heavy_imports():
         from etude.report import write_report

@@ -36,7 +36,7 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, _ClickException, BrokenPipeError):
+        except (typer.Exit, typer.Abort, _ClickException):
             raise
         except KeyboardInterrupt as error:
             if _is_first_process():

@@ -382,7 +382,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     memory: MemoryConfig = MemoryConfig()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Accelerate trackers that receive the metrics, too: a name or a list of names."""
+    """Trackers that receive the metrics, too: a name or a list of names."""
 
     @field_validator("trackers", mode="before")
     @classmethod

@@ -15,6 +15,7 @@ from etude.rewards import WeightedRewards
 from etude.runs.layout import check_directory
 from etude.training.offline import OfflinePairs
 from etude.training.schedule import PlanSchedule, check_sampling
+from etude.training.trackers import Trackers
 
 
 def make_algorithm(config: TrainConfig) -> tuple[Objective, Advantage]:
@@ -40,7 +41,7 @@ class Blueprint:
     def __init__(self, config: TrainConfig, out: Path, resume: bool = False) -> None:
         check_directory(out, resume)
         check_optimizer(config.optimizer)
-        self.config = config
+        self.config, self.trackers = config, Trackers(config.trackers, out)
         self.objective, self.advantage = make_algorithm(config)
         held_out = config.evaluation.held_out_rewards
         self.rewards = WeightedRewards(config.rewards, held_out, offload=config.memory.offload)

@@ -42,15 +42,6 @@ def peak_memory_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """A row of metrics as `a/b/c: number`, the form that trackers take; list entries count from 0."""
-    flat: dict[str, float] = {}
-    for key, value in row.items():
-        tree = dict(enumerate(value)) if isinstance(value, list) else value
-        flat |= flatten(tree, f"{prefix}{key}/") if isinstance(tree, dict) else {f"{prefix}{key}": tree}
-    return flat
-
-
 def export(policy: TrainablePolicy, out: Path, suffix: str = "") -> None:
     """Writes `out/lora`, or `out/model` after full fine-tuning, with `suffix` after the name.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from etude.training.durability import Durability
 from etude.training.processes import SharedFailureError
 from etude.training.progress import Display
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,10 +33,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """Context in which the first SIGINT or SIGTERM is noted and the second ends the process at once.
+    """Context in which the first SIGINT, SIGTERM or SIGHUP is noted and the second ends the process at once.
 
-    A signal that the parent process had switched off (`nohup`, background jobs) stays off. Outside
-    the main thread, where Python cannot handle signals, nothing changes.
+    SIGHUP says that the terminal is closed; the shell and the kernel may both send it, so that it never
+    counts as the second. A signal that the parent process had switched off (`nohup`, background jobs)
+    stays off. Outside the main thread, where Python cannot handle signals, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -69,12 +69,14 @@ class Interruption:
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if self._received:
+            if signum == signal.SIGHUP:
+                return
             _say("ended at once; what is on the disk is intact, and --resume continues from it.\n")
             os._exit(128 + signum)
         # Only a signal to this process counts as the first. A launcher forwards one Ctrl-C to its
         # processes in turn; the copy that arrives late must not be taken for a second Ctrl-C.
         self._received, self.signum = True, signum
-        if sys.stderr is not None and sys.stderr.isatty():
+        if os.isatty(2):
             _say("stopping where nothing is lost; once more ends at once.\n")
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from etude.batching import MicroBatch
 from etude.config import TrainConfig
-from etude.files import locked
+from etude.files import locked, made
 from etude.learning.advantages import zero_std_ratio
 from etude.learning.draws import Draw, draw
 from etude.learning.exchange import gather
@@ -39,7 +39,7 @@ from etude.training.durability import Durability, RunState
 from etude.training.evaluation import Evaluation
 from etude.training.guards import BestWeights
 from etude.training.processes import end_training, failing_together, make_accelerator, prepare
-from etude.training.progress import Display, SilentDisplay
+from etude.training.progress import Display, OutlivedDisplay, SilentDisplay
 from etude.training.reward_queue import PendingScores, Scorer
 from etude.training.supervision import Supervisor
 
@@ -56,7 +56,7 @@ class Trainer:
 
     Raises:
         EtudeError: for anything the user can mend; what was finished before stays in `out`.
-        Interrupted: from `train`, after SIGINT or SIGTERM, with every finished iteration saved.
+        Interrupted: from `train`, after SIGINT, SIGTERM or SIGHUP, with every finished iteration saved.
 
     Example:
         >>> import etude
@@ -75,8 +75,10 @@ class Trainer:
         display: Display | None = None,
         policy: TrainablePolicy | None = None,
     ) -> None:
-        self.config, self.out, self.resume, self.display = config, Path(out), resume, display or SilentDisplay()
+        self.config, self.out, self.resume = config, Path(out), resume
+        self.display = OutlivedDisplay(display or SilentDisplay())
         self.blueprint = Blueprint(config, self.out, resume)
+        self.trackers = self.blueprint.trackers
         self.objective, self.advantage = self.blueprint.objective, self.blueprint.advantage
         self.rewards, self.train_prompts = self.blueprint.rewards, self.blueprint.prompts
         self.scorer = Scorer(self.rewards, config.rollout.reward_timeout, on_wait=lambda: self.supervisor.advance(0))
@@ -118,21 +120,21 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Runs to the end and returns the summary that is also written to `summary.json`."""
         started = time.time()
-        with ExitStack() as lock:
+        with ExitStack() as held:
             with failing_together(self.accelerator):
                 self.rewards.load()  # before anything is written: an unusable reward leaves no run behind
                 if self.accelerator.is_main_process:
-                    self.out.mkdir(parents=True, exist_ok=True)
-                    lock.enter_context(locked(self.out))
+                    held.enter_context(made(self.out))
+                    held.enter_context(locked(self.out))
+            self.durability.restore(self.resume)
+            with failing_together(self.accelerator):
+                if self.accelerator.is_main_process:
+                    held.enter_context(self.trackers.started(self.config.to_yaml()))
+                    self.durability.begin()
+                    self.trackers.catch_up(self.out / "metrics.jsonl")
             return self._train(started)
 
     def _train(self, started: float) -> dict[str, Any]:
-        self.durability.restore(self.resume)
-        with failing_together(self.accelerator):
-            if self.accelerator.is_main_process:
-                self.durability.begin()
-        if self.config.trackers:
-            self.accelerator.init_trackers("etude", config={"config": self.config.to_yaml()})
         supervisor, unevaluated = self.supervisor, self.ledger.unevaluated
         with self.display, supervisor.interruption, supervisor.failures_explained(), self.scorer:
             if self.config.memory.offload:
@@ -256,8 +258,7 @@ class Trainer:
         self.durability.write(
             row, last or iteration % config.checkpoint.every == 0 or supervisor.interruption.arrived(self.accelerator)
         )
-        if config.trackers:
-            self.accelerator.log(finish.flatten(row), step=iteration)
+        self.trackers.tell(row)
         self.display.iteration(row)
 
     def _encode_ahead(self) -> None:
