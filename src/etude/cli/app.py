@@ -19,6 +19,7 @@ from etude.cli import options
 from etude.cli.advise import advise
 from etude.cli.errors import CommandGroup, Debug, remember_debug
 from etude.cli.gap import gap
+from etude.cli.preferences import app as preferences_app
 from etude.cli.runs import prepare_run
 from etude.cli.sample import sample
 from etude.cli.serving import serve_reward
@@ -221,6 +222,7 @@ app.command("serve-reward")(serve_reward)
 app.command()(study)
 app.command()(watch)
 app.command()(advise)
+app.add_typer(preferences_app, name="preferences")
 
 
 @app.command(
