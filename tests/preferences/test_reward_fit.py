@@ -92,7 +92,7 @@ def test_the_components_are_those_within_prompts_and_pairs_differ_by_one() -> No
     f = np.column_stack([shared, rng.normal(size=(200, 5))]).astype(np.float32)
     left = np.arange(0, 200, 4)
     votes = Votes(left, left + 1, np.ones(50, np.int8), np.zeros(50, np.intp))
-    space = make_space(f, prompts, votes)
+    space = make_space(f, prompts, votes, (10, 5))
     x = space.z[votes.left] - space.z[votes.right]
     assert (x**2).sum(axis=1).mean() == pytest.approx(1.0)
     np.testing.assert_allclose(space.z, (f - space.mean) @ space.basis, atol=1e-9)
@@ -102,9 +102,34 @@ def test_the_components_are_those_within_prompts_and_pairs_differ_by_one() -> No
 class Colours:
     """A backbone of six numbers."""
 
-    def describe(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def describe(self, images: torch.Tensor, prompts: list[str]) -> list[torch.Tensor]:
         x = images.float() / 255
-        return torch.cat([x.mean((2, 3)), x.std((2, 3))], dim=1)
+        return [x.mean((2, 3)), x.std((2, 3))]
+
+
+def test_a_block_of_few_features_is_heard_beside_one_of_many() -> None:
+    """500 votes on a utility of one feature of 4, beside a block of 1,000 features of noise."""
+    rng = np.random.default_rng(5)
+    f = rng.normal(size=(400, 1004)).astype(np.float32)
+    prompts = np.repeat([f"p{i}" for i in range(100)], 4)
+    left = rng.integers(400, size=500)
+    right = (left // 4) * 4 + (left + rng.integers(1, 4, size=500)) % 4
+    y = davidson.simulate(1.5 * (f[left, 1000] - f[right, 1000]), -np.inf, rng)
+    votes, found = Votes(left, right, y, np.zeros(500, np.intp)), []
+    for blocks in ((1000, 4), (1004,)):
+        space = make_space(f, prompts, votes, blocks)
+        score = space.z @ minimise(space.z, votes, 1.0).w
+        found.append(np.corrcoef(score[left] - score[right], f[left, 1000] - f[right, 1000])[0, 1])
+    assert found[0] > 0.9
+    assert found[0] > found[1] + 0.2
+
+
+def test_the_statistics_are_those_of_numpy() -> None:
+    images = np.random.default_rng(6).integers(0, 256, (3, 3, 9, 7)).astype(np.uint8)
+    rows = features.statistics(torch.from_numpy(images)).numpy()
+    x = images / 255
+    np.testing.assert_allclose(rows[:, :3], x.mean((2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(rows[:, 8], (x[:, 0] - x[:, 1]).std((1, 2), ddof=1), rtol=1e-5)
 
 
 def red(pixels: np.ndarray) -> float:

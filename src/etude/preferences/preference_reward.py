@@ -167,7 +167,7 @@ class PreferenceReward:
     def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
         self.load()
         assert self.backbone is not None
-        features = self.backbone.describe(images, prompts)
+        features = torch.cat(self.backbone.describe(images, prompts), dim=1)
         if features.shape[1] != len(self.head.weight):
             raise EtudeError(
                 f"the backbone {self.head.backbone} gives {features.shape[1]} features, and the reward of "

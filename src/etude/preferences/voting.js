@@ -55,10 +55,7 @@ async function take(message, said) {
   $("prompt").textContent = pair.prompt;
   ["left", "right"].forEach((side, i) => {
     const image = $(side + "-image");
-    if (images[i]) {
-      image.src = images[i].src;
-      image.classList.toggle("small", images[i].naturalWidth < 256);
-    }
+    if (images[i]) image.src = images[i].src;
     const place = side === "left" ? "First image, left" : "Second image, right";
     image.alt = images[i] ? "" : place + ": it cannot be loaded";
     $(side).setAttribute("aria-label", place + ": choose it");
