@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 from pathlib import Path
@@ -95,6 +96,17 @@ def test_rows_of_pick_a_pic_and_images_without_a_vote_come_in(tmp_path: Path) ->
     (tmp_path / "a.png").write_bytes(encode_pictures(pictures(1, 24, 9))[0])
     (tmp_path / "images.jsonl").write_text('{"prompt": "a cat", "file": "a.png"}\n')
     assert import_votes(pool, tmp_path / "images.jsonl") == (0, 1)
+
+
+def test_images_in_base64_come_in(tmp_path: Path) -> None:
+    jpg = [base64.b64encode(data).decode() for data in encode_pictures(pictures(2, 24))]
+    row = {"caption": "a cat", "jpg_0": jpg[0], "jpg_1": jpg[1], "label_0": 1, "label_1": 0}
+    (tmp_path / "votes.jsonl").write_text(json.dumps(row))
+    pool = quick(tmp_path / "pool")
+    assert import_votes(pool, tmp_path / "votes.jsonl") == (1, 2)
+    (tmp_path / "votes.jsonl").write_text(json.dumps(row | {"jpg_0": "?"}))
+    with pytest.raises(EtudeError, match="line 1: jpg_0 is not base64"):
+        import_votes(pool, tmp_path / "votes.jsonl")
 
 
 def test_no_path_leads_out_of_the_files_folder(tmp_path: Path) -> None:

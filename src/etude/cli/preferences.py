@@ -251,10 +251,8 @@ def judge(
         if draw_only:
             typer.echo(f"judgement: {out}\nvote: etude preferences vote {out}")
             return
-        try:
-            _serve(pool, host, port, token_env, votes, None)
-        finally:
-            _print_verdict(pool, json)
+        _serve(pool, host, port, token_env, votes, None)
+        _print_verdict(pool, json)
 
 
 def _draw_sides(

@@ -95,8 +95,9 @@ def pool_features(pool: Pool, name: str, advance: Callable[[int, int], None] = l
     images = pool.images()
     numbers = np.array([image.id for image in images], np.int64)
     cached = read_tensors(path) if path.is_file() else {}
-    done: NDArray[np.int64] = cached["images"].numpy() if cached else np.zeros(0, np.int64)
-    if not np.array_equal(done, numbers[: len(done)]):
+    done: NDArray[np.int64] = cached["images"].numpy() if "images" in cached else np.zeros(0, np.int64)
+    whole = not cached or cached.keys() == {"images", "values", "blocks"}
+    if not whole or not np.array_equal(done, numbers[: len(done)]):
         raise EtudeError(f"the cache '{path}' is of other images: remove it, and it is computed anew.")
     values = [cached["values"].numpy()] if cached else []
     blocks = tuple(cached["blocks"].tolist()) if cached else ()

@@ -12,6 +12,7 @@ a fit without that prompt, at the strength that the other folds choose.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -242,7 +243,7 @@ def make_space(
     scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 1e-6 * (deviation.max() + 1e-12))
     ends = np.cumsum(blocks)
     for start, end in zip(ends - np.array(blocks), ends, strict=True):
-        scale[start:end] /= max(1, np.count_nonzero(scale[start:end])) ** 0.5
+        scale[start:end] /= math.sqrt(int((scale[start:end] != 0).sum()) or 1)
     within *= scale
     if len(within) < within.shape[1]:
         values, vectors = np.linalg.eigh(within @ within.T)

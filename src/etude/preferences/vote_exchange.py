@@ -2,7 +2,8 @@
 
     caption                      the prompt
     image_0, image_1             JSONL: paths beside the file; the left and the right image as shown
-    jpg_0, jpg_1                 Parquet: the images' files (PNG, under Pick-a-Pic's name)
+    jpg_0, jpg_1                 Parquet: the images' files (PNG, under Pick-a-Pic's name); a JSONL
+                                 file from elsewhere may hold them in base64
     image_0_uid, image_1_uid     SHA-256 of the images' files
     label_0, label_1             1 and 0, 0 and 1, or 1/2 and 1/2 for a tie
     has_label, are_different     whether there is a vote; whether it is no tie
@@ -15,6 +16,7 @@ after the data set of Kirstain et al. (arXiv 2305.01569). What is imported twice
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -39,7 +41,7 @@ from etude.preferences.pool import (
 
 IMPORTED = "imported"
 """Rater of votes that name none."""
-_LONGEST_LINE = 1 << 20
+_LONGEST_LINE = 1 << 28
 _LONGEST_FILE = 1 << 34
 Advance = Callable[[int, int], None]
 
@@ -171,6 +173,11 @@ class _Incoming:
 
     def _file(self, record: dict[str, Any], k: int, place: str) -> bytes:
         data = record.get(f"jpg_{k}")
+        if isinstance(data, str) and data:
+            try:
+                data = base64.b64decode(data, validate=True)
+            except ValueError:
+                raise EtudeError(f"{place}: jpg_{k} is not base64 of an image.") from None
         return data if isinstance(data, bytes) and data else self.read(record.get(f"image_{k}"), place)
 
 
@@ -247,7 +254,7 @@ def _records(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict):
-                raise EtudeError(f"'{source}', line {number}: it is no JSON object of at most 1 MiB.")
+                raise EtudeError(f"'{source}', line {number}: it is no JSON object of at most 256 MiB.")
             yield number, record
 
 

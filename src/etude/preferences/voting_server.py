@@ -304,4 +304,4 @@ def _equal(given: str, token: str) -> bool:
 
 
 def _hand_cookie(response: Response, token: str) -> None:
-    response.set_cookie(_COOKIE, token, httponly=True, samesite="strict", max_age=30 * 86400)
+    response.set_cookie(_COOKIE, token, httponly=True, samesite="lax", max_age=30 * 86400)
