@@ -186,6 +186,17 @@ def test_a_directory_with_other_files_is_no_place_for_a_pool(tmp_path: Path) -> 
         Pool(tmp_path / "torn")
 
 
+def test_a_pool_with_values_that_are_none_is_refused_in_a_sentence(pool: Pool) -> None:
+    pool._connection.execute("UPDATE makers SET settings = '{'")
+    pool._connection.execute("INSERT INTO facts VALUES ('sides', '[[')")
+    for read in (pool.makers, lambda: pool.fact("sides")):
+        with pytest.raises(EtudeError, match="which is no JSON"):
+            read()
+    pool._connection.execute("PRAGMA user_version = 9")
+    with pytest.raises(EtudeError, match="has version 9 of the layout"):
+        Pool(pool.root)
+
+
 def test_no_digest_and_no_link_leads_out_of_the_pool(pool: Pool, tmp_path: Path) -> None:
     secret = tmp_path / "secret.png"
     secret.write_bytes(b"secret")

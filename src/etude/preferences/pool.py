@@ -185,7 +185,7 @@ class Pool:
     def fact(self, name: str) -> Any:
         """A stored plain value, or None."""
         row = self._query("SELECT value FROM facts WHERE name = ?", name)
-        return json.loads(row[0][0]) if row else None
+        return self._plain(row[0][0]) if row else None
 
     def set_fact(self, name: str, value: Any) -> None:
         """Stores a plain value under a name."""
@@ -202,7 +202,7 @@ class Pool:
     def makers(self) -> dict[int, Maker]:
         """All makers by number."""
         rows = self._query("SELECT id, label, settings FROM makers ORDER BY id")
-        return {row[0]: Maker(row[0], row[1], json.loads(row[2])) for row in rows}
+        return {row[0]: Maker(row[0], str(row[1]), self._plain(row[2])) for row in rows}
 
     # Images
 
@@ -401,6 +401,12 @@ class Pool:
     def _place(self, digest: str) -> Path:
         assert _DIGEST.fullmatch(digest)
         return self.root / "images" / digest[:2] / f"{digest}.png"
+
+    def _plain(self, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, TypeError, RecursionError):
+            raise EtudeError(f"the pool '{self.root}' holds {brief_value(text)}, which is no JSON: restore it.") from None
 
     def _query(self, statement: str, *values: Any) -> list[Any]:
         with self._lock, self._explained():
