@@ -124,6 +124,21 @@ def test_a_block_of_few_features_is_heard_beside_one_of_many() -> None:
     assert found[0] > found[1] + 0.2
 
 
+def test_a_feature_that_hardly_varies_in_the_pool_gets_no_large_weight() -> None:
+    """Other images may show it: at the weight of a unit of variance they would get any score."""
+    rng = np.random.default_rng(7)
+    f = rng.normal(size=(200, 10)).astype(np.float32)
+    f[:, 9] *= 1e-5
+    prompts = np.repeat([f"p{i}" for i in range(50)], 4)
+    left = np.repeat(np.arange(0, 200, 4), 3)
+    votes = Votes(left, left + np.tile([1, 2, 3], 50), rng.choice([-1, 1], 150).astype(np.int8), np.zeros(150, np.intp))
+    space = make_space(f, prompts, votes, (10,))
+    weight = space.basis @ minimise(space.z, votes, 0.1).w
+    assert abs(weight[9]) < np.abs(weight[:9]).max()
+    f[:, :9] = 0  # and one that is constant counts for nothing
+    assert np.abs(make_space(f, prompts, votes, (9, 1)).basis[:9]).max() == 0
+
+
 def test_the_statistics_are_those_of_numpy() -> None:
     images = np.random.default_rng(6).integers(0, 256, (3, 3, 9, 7)).astype(np.uint8)
     rows = features.statistics(torch.from_numpy(images)).numpy()

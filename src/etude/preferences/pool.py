@@ -406,7 +406,9 @@ class Pool:
         try:
             return json.loads(text)
         except (ValueError, TypeError, RecursionError):
-            raise EtudeError(f"the pool '{self.root}' holds {brief_value(text)}, which is no JSON: restore it.") from None
+            raise EtudeError(
+                f"the pool '{self.root}' holds {brief_value(text)}, which is no JSON: restore it."
+            ) from None
 
     def _query(self, statement: str, *values: Any) -> list[Any]:
         with self._lock, self._explained():

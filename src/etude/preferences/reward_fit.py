@@ -38,6 +38,7 @@ RIDGES = tuple(float(10.0**power) for power in np.arange(1, -3.5, -0.5))
 FEWEST = 20
 """Decided votes that a fit needs."""
 _RATER_RIDGE, _COMMON_RIDGE = 1.0, 1e-4
+_LEAST_DEVIATION = 0.1  # of a feature, in root mean squares of its block
 _FRACTIONS = (0.125, 0.25, 0.5, 1.0)
 
 
@@ -230,8 +231,8 @@ def fit_reward(
 def make_space(
     features: NDArray[np.float32], prompts: NDArray[np.str_], votes: Votes, blocks: tuple[int, ...]
 ) -> Space:
-    """Scale the features within prompts to unit variance, and each block of them to an equal share;
-    keep the largest components.
+    """Scale the features within prompts to unit variance, a nearly constant one to less, and each
+    block of them to an equal share; keep the largest components.
     """
     f = features.astype(np.float64)
     group = np.unique(prompts, return_inverse=True)[1]
@@ -240,10 +241,13 @@ def make_space(
     np.add.at(means, group, f)
     within = f - (means / sizes[:, None])[group]
     deviation = np.sqrt((within**2).mean(axis=0))
-    scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 1e-6 * (deviation.max() + 1e-12))
+    scale = np.zeros_like(deviation)
     ends = np.cumsum(blocks)
     for start, end in zip(ends - np.array(blocks), ends, strict=True):
-        scale[start:end] /= math.sqrt(int((scale[start:end] != 0).sum()) or 1)
+        own = deviation[start:end]
+        # A feature that hardly varies in the pool may vary in other images: it must not be blown up.
+        floor = _LEAST_DEVIATION * math.sqrt(float((own**2).mean()))
+        scale[start:end] = 1 / np.maximum(own, floor or np.inf) / math.sqrt(end - start)
     within *= scale
     if len(within) < within.shape[1]:
         values, vectors = np.linalg.eigh(within @ within.T)
