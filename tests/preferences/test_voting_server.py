@@ -207,10 +207,10 @@ def _whatever_comes(action: partial) -> None:
 
 @pytest.mark.slow
 def test_a_kill_between_any_two_votes_loses_none_that_was_acknowledged(tmp_path: Path) -> None:
-    """Three servers in turn, each killed by SIGKILL after some votes while another request is under way."""
+    """Two servers in turn, each killed by SIGKILL after some votes while another request is under way."""
     fill(Pool(tmp_path / "pool", create=True), prompts=8, each=5).close()
     rater, acknowledged, doubtful = SimulatedRater(np.mean, sharpness=0.05), {}, set()
-    for votes in (1, 4, 3):
+    for votes in (2, 3):
         with serving(tmp_path / "pool") as (process, address), httpx2.Client(base_url=address, timeout=60) as client:
             voter = Voter(client, "ann")
             state = voter.ask("pairs")

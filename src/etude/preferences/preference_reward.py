@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -146,6 +147,11 @@ class PreferenceReward:
     def __init__(self, directory: str | Path) -> None:
         self.directory = str(directory)
         self.head = read_head(directory)
+        if not self.head.card.get("told_from_chance"):
+            warnings.warn(
+                f"the reward of '{directory}' cannot be told from chance on held-out votes: training on it may lead anywhere",
+                stacklevel=2,
+            )
         self.backbone: Backbone | None = None
 
     @classmethod
