@@ -192,6 +192,7 @@ REWARDS = Registry(
         "jpeg_compressibility": Entry("etude.rewards.jpeg:jpeg_compressibility"),
         "jpeg_incompressibility": Entry("etude.rewards.jpeg:jpeg_incompressibility"),
         "pickscore": Entry("etude.rewards.models.clip:PickScore"),
+        "preference": Entry("etude.preferences.preference_reward:PreferenceReward"),
     },
     "module:function, where function(images, prompts, **metadata) returns one float32 score per image",
 )

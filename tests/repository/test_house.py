@@ -19,7 +19,7 @@ FLOORS = (
     ("learning", "measuring"),
     ("report",),
     ("training",),
-    ("advice", "study"),
+    ("advice", "preferences", "study"),
     ("cli",),
 )
 """The rooms of `src/etude`, from the ground up. A room imports from lower floors only."""

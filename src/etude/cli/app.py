@@ -20,6 +20,7 @@ from etude.cli.advise import advise
 from etude.cli.errors import CommandGroup, Debug, remember_debug
 from etude.cli.gap import gap
 from etude.cli.options import option, path
+from etude.cli.preferences import app as preferences_app
 from etude.cli.runs import prepare_run
 from etude.cli.sample import sample
 from etude.cli.serving import serve_reward
@@ -205,6 +206,7 @@ app.command("serve-reward")(serve_reward)
 app.command()(study)
 app.command()(watch)
 app.command()(advise)
+app.add_typer(preferences_app, name="preferences")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
