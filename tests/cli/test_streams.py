@@ -110,10 +110,15 @@ def test_a_letter_that_the_encoding_lacks_is_written_as_its_number(descriptors, 
 
 
 def test_streams_of_the_program_last_and_know_what_they_are_for(monkeypatch):
-    for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="utf-8", line_buffering=True))
+    another = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", another)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO()))
+    outlast_readers()
+    only_shows()
+    assert sys.stdout is another  # a caller's own stream is left alone
     assert not reader_is_gone()
-    only_shows()  # streams of another program are left alone
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        monkeypatch.setattr(sys, name, open(number, "w", encoding="utf-8", buffering=1, closefd=False))  # noqa: SIM115
     outlast_readers()
     assert [sys.stdout.fileno(), sys.stderr.fileno()] == [1, 2]
     assert (sys.stdout.encoding, sys.stdout.line_buffering) == ("utf-8", True)

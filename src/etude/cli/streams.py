@@ -53,14 +53,19 @@ class LastingStream(io.FileIO):
 
 
 def outlast_readers() -> None:
-    """Puts streams that outlast their readers in the place of `sys.stdout` and `sys.stderr`."""
+    """Puts streams that outlast their readers in the place of `sys.stdout` and `sys.stderr`.
+
+    A stream that a caller has put there, and that is not the process's own, stays as it is.
+    """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:  # closed by the parent; otherwise the next file that is opened would get the number
             os.open(os.devnull, os.O_RDWR)
-    sys.stdout = _lasting(sys.stdout, 1, only_shows=False)
-    sys.stderr = _lasting(sys.stderr, 2, only_shows=True)
+    if _writes_to(sys.stdout, 1):
+        sys.stdout = _lasting(sys.stdout, 1, only_shows=False)
+    if _writes_to(sys.stderr, 2):
+        sys.stderr = _lasting(sys.stderr, 2, only_shows=True)
 
 
 def only_shows() -> None:
@@ -73,6 +78,14 @@ def reader_is_gone() -> bool:
     """Whether nobody reads the standard output any more."""
     raw = _raw(sys.stdout)
     return raw is not None and raw.gone
+
+
+def _writes_to(stream: Any, number: int) -> bool:
+    """Whether a stream is Python's own for a descriptor; it is None if the parent closed that."""
+    try:
+        return stream is None or (isinstance(stream, io.TextIOWrapper) and stream.fileno() == number)
+    except OSError:  # it has no descriptor
+        return False
 
 
 def _lasting(stream: Any, number: int, only_shows: bool) -> io.TextIOWrapper:
