@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from etude import terminal
 from etude.cli import options
 from etude.cli.advise import advise
 from etude.cli.errors import CommandGroup, Debug, remember_debug
@@ -31,6 +32,7 @@ from etude.errors import EtudeError
 
 def main() -> None:
     """The `etude` program."""
+    terminal.own_program = True
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
     try:
         app(prog_name="etude")
