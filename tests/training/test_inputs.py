@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from etude.config import TrainConfig, parse_config
 from etude.errors import EtudeError
+from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
 from etude.prompts import PromptSet, load_prompts
 from etude.registry import KERNELS, REWARDS
@@ -110,6 +111,16 @@ def test_a_resumed_run_whose_input_has_changed_is_refused_before_its_model_is_lo
     assert "its checkpoint of iteration 1, so that it would not go on as the same run" in str(refused.value)
     assert "`etude train --resume --accept-changes --out run`" in str(refused.value)
     assert contents(Path("run")) == before
+
+
+def test_a_policy_that_is_given_is_compared_with_the_model_that_the_run_began_with(config: TrainConfig) -> None:
+    shutil.copytree("sd", "same")
+    shutil.copytree("sd", "other")
+    train_weights(Path("other/unet/diffusion_pytorch_model.safetensors"))
+    same, other = (load_source(replace(ModelSource.of(config), name=name), outline=True) for name in ("same", "other"))
+    assert not Blueprint(config, Path("run"), resume=True, policy=same).inputs.accepted
+    with pytest.raises(EtudeError, match=r"unet/diffusion_pytorch_model\.safetensors of model 'sd' has changed"):
+        Blueprint(config, Path("run"), resume=True, policy=other)
 
 
 def test_what_a_run_does_not_read_may_change(config: TrainConfig) -> None:

@@ -58,13 +58,13 @@ class ModelSource:
         )
 
     def files(self) -> dict[str, dict[str, Path]]:
-        """The files of this machine that the model is read from: by setting (`model 'sd'`), then by path in it.
+        """The files of this machine that the model is read from: by `model`, `pipeline_config` and `adapter`, then by path in it.
 
         A repository of the hub has none here: its commit tells what it held.
         """
         named = {"model": self.name, "pipeline_config": self.pipeline_config, "adapter": self.lora}
-        found = {f"{what} '{name}'": _files(str(name), self.variant) for what, name in named.items() if name}
-        return {setting: files for setting, files in found.items() if files}
+        found = {what: _files(str(name), self.variant) for what, name in named.items() if name}
+        return {what: files for what, files in found.items() if files}
 
     @classmethod
     def tuned(cls, config: TrainConfig, run: Path, suffix: str = "") -> ModelSource:

@@ -76,11 +76,8 @@ class Inputs:
     def pinned(self, source: ModelSource) -> ModelSource:
         """The source, at the commit from which the run read it before if it comes from the hub."""
         commit = self._before.get(f"model '{source.name}'", {}).get(_COMMIT)
-        return (
-            source
-            if not isinstance(commit, str)
-            else replace(source, name=f"{split_revision(str(source.name))[0]}@{commit}")
-        )
+        name = split_revision(str(source.name))[0]
+        return replace(source, name=f"{name}@{commit}") if isinstance(commit, str) else source
 
     @property
     def number(self) -> int:
@@ -97,7 +94,9 @@ def digests_before_loading(
         f"prompts.train '{config.prompts.train}'": {"": prompts_digest(trained)},
         f"prompts.evaluation '{config.prompts.evaluation}'": {"": prompts_digest(evaluated)},
     }
-    read = {} if source is None else source.files()
+    # Named as in the configuration, also for a policy that was loaded from somewhere else.
+    titles = {"model": f"model '{config.model}'", "pipeline_config": f"pipeline_config '{config.pipeline_config}'"}
+    read = {} if source is None else {titles.get(what, what): paths for what, paths in source.files().items()}
     read |= {f"reward '{name}'": files(name) for name in _rewards(config)} | dict(_code(config))
     return found | {name: parts for name, paths in read.items() if (parts := fingerprints(paths))}
 
