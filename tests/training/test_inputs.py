@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -30,6 +31,7 @@ from etude.training.inputs import Inputs, prompts_digest
 from etude.training.trainer import Trainer
 from support.fuzzing import contents
 from support.small_runs import brief_settings, train_until
+from support.tiny import stable_diffusion
 
 REWARD = "from measured_helper import level\n\ndef bright(images, prompts, **metadata): return level(images)\n"
 HELPER = "def level(images): return images.float().mean((1, 2, 3)) / 255\n"
@@ -184,6 +186,41 @@ def test_a_model_of_the_hub_is_read_at_the_commit_that_the_run_began_with(tmp_pa
     resumed.take(inputs)
     with pytest.raises(EtudeError, match="commit of model 'owner/name@main' has changed"):
         resumed.take({"model 'owner/name@main'": {"commit": "b" * 40}})
+
+
+def test_a_resumed_run_does_not_follow_a_branch_of_the_hub_that_has_moved_on(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, commits = tmp_path / "models--owner--tiny", ("a" * 40, "b" * 40)
+    for seed, commit in enumerate(commits):
+        stable_diffusion(seed).save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    branch = repository / "refs" / "main"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    of_the_hub = config.model_copy(update={"model": "owner/tiny"})
+    branch.write_text(commits[0])
+    train_until(Trainer(of_the_hub, "hub"), 2)
+    branch.write_text(commits[1])
+    assert Trainer(of_the_hub, "another").policy.revision == commits[1]
+    resumed = Trainer(of_the_hub, "hub", resume=True)
+    assert resumed.train()["model_revision"] == commits[0]
+    pinned = stable_diffusion(0).unet.conv_in.weight
+    assert torch.equal(resumed.policy.pipeline.unet.conv_in.weight, pinned)
+
+
+def test_a_server_that_computes_another_reward_is_refused_before_anything_is_written(config: TrainConfig) -> None:
+    def distant(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return images.float().mean((1, 2, 3))
+
+    register("distant")(distant)
+    served = config.model_copy(update={"rewards": {"distant": 1.0}})
+    distant.served = "one"  # type: ignore[attr-defined]
+    train_until(Trainer(served, "served"), 1)
+    distant.served = "two"  # type: ignore[attr-defined]
+    before = contents(Path("served"))
+    with pytest.raises(EtudeError, match="what the server of reward 'distant' computes has changed"):
+        Trainer(served, "served", resume=True).train()
+    assert contents(Path("served")) == before
 
 
 def test_damaged_state_counts_as_no_checkpoint(config: TrainConfig) -> None:
