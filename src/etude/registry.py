@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
 from etude.errors import EtudeError, brief, unknown
@@ -80,6 +81,33 @@ class Registry:
         if name not in self.registered:
             self._imported[name] = self._import(name)
         return self.registered.get(name, self._imported.get(name))
+
+    def files(self, name: str) -> dict[str, Path]:
+        """Files with the code of a name, by their path from its directory.
+
+        They are those of its module, and of the modules in the same directory that it imports.
+        Empty for what is built in, was registered in this process, or has no file.
+        """
+        if name in self.registered or name in self.builtin:
+            return {}
+        thing = self.get(name)
+        home = sys.modules.get(name.partition(":")[0] if ":" in name else thing.__module__)
+        if home is None or home.__name__.partition(".")[0] in {"etude", *sys.stdlib_module_names}:
+            return {}
+        directory = Path(getattr(home, "__file__", None) or "").parent
+        found: dict[str, Path] = {}
+        modules: list[ModuleType | None] = [home]
+        while modules:
+            module = modules.pop()
+            path = Path(getattr(module, "__file__", None) or "")
+            if module is None or not path.is_relative_to(directory) or not path.is_file():
+                continue
+            place = path.relative_to(directory).as_posix()
+            if place not in found:
+                found[place] = path
+                code = [value for value in vars(module).values() if isinstance(value, ModuleType | type | FunctionType)]
+                modules += [v if isinstance(v, ModuleType) else sys.modules.get(v.__module__) for v in code]
+        return dict(sorted(found.items()))
 
     def title(self, name: str) -> str:
         """Published name of the choice: a built-in entry's, or the attribute `title` of another thing.

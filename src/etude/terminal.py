@@ -10,6 +10,8 @@ from rich.table import Table
 
 PLAIN_WIDTH = 200
 """Columns where there is no terminal to measure."""
+own_program = False
+"""Whether this process is the `etude` program, and not another one that calls the library, such as a notebook's kernel."""
 
 
 def make_console(stderr: bool = False) -> Console:

@@ -278,6 +278,23 @@ def test_a_resumed_run_takes_its_own_configuration(trainer: type[FakeTrainer], t
         assert trainer.made[1]["resume"] is True
 
 
+def test_a_resumed_run_may_have_more_iterations_and_not_fewer(trainer: type[FakeTrainer], tmp_path: Path) -> None:
+    config = stored(tmp_path / "a", "iterations=7")
+    assert run("train", "--set", "iterations=9", "--out", "a", "--resume", "--quiet").exit_code == 0
+    assert trainer.made[0] == config.model_copy(update={"iterations": 9})
+    message = sentence(run("train", "--set", "iterations=5", "--out", "a", "--resume"), 1)
+    assert "iterations is 7 in 'a/config.yaml' but 5 on the command line" in message
+
+
+def test_changed_inputs_are_accepted_of_a_resumed_run_alone(trainer: type[FakeTrainer], tmp_path: Path) -> None:
+    stored(tmp_path / "a")
+    for given in (False, True):
+        arguments = ["--accept-changes"] * given
+        assert run("train", "--out", "a", "--resume", "--quiet", *arguments).exit_code == 0
+        assert trainer.made[1]["accept_changes"] is given
+    assert "--accept-changes needs --resume" in sentence(run("train", "emoji-ddpo", "--accept-changes"), 2)
+
+
 def test_a_resumed_run_that_would_differ_names_the_first_key(trainer: type[FakeTrainer], tmp_path: Path) -> None:
     stored(tmp_path / "a", "seed=7")
     message = sentence(run("train", "--set", "sampling.eta=3", "--set", "lora.rank=1", "--out", "a", "--resume"), 1)

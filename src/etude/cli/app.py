@@ -15,9 +15,10 @@ from typing import Annotated
 
 import typer
 
+from etude import terminal
 from etude.cli import options
 from etude.cli.advise import advise
-from etude.cli.errors import CommandGroup, Debug, remember_debug
+from etude.cli.errors import CommandGroup, Debug, UsageError, remember_debug
 from etude.cli.gap import gap
 from etude.cli.options import option, path
 from etude.cli.preferences import app as preferences_app
@@ -34,6 +35,7 @@ from etude.errors import EtudeError
 def main() -> None:
     """The `etude` program."""
     outlast_readers()
+    terminal.own_program = True
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
     try:
         app(prog_name="etude")
@@ -91,6 +93,10 @@ def train(
     ] = None,
     out: Annotated[Path | None, path("Run directory, new or empty. Default: `runs/<recipe>-<time>`.")] = None,
     resume: Annotated[bool, option("Continue the run in --out from its last checkpoint.", "--resume")] = False,
+    accept_changes: Annotated[
+        bool,
+        option("With --resume: go on although a prompt file, the model or a reward has changed.", "--accept-changes"),
+    ] = False,
     quiet: Annotated[bool, option("Show no progress and no summary.", "--quiet")] = False,
     dry_run: Annotated[
         bool, option("Print the configuration and the cost of the run; write nothing.", "--dry-run")
@@ -114,6 +120,8 @@ def train(
     `etude train --resume --out runs/first`
     """
     first = [] if model is None else [f"model={dumps(model)}"]  # quoted, since YAML reads some names as values
+    if accept_changes and not resume:
+        raise UsageError("--accept-changes needs --resume, since a new run has nothing that could have changed")
     config, directory = prepare_run(recipe, [*first, *(overrides or [])], out, resume, reward)
     with heavy_imports():
         quiet_libraries()
@@ -122,12 +130,12 @@ def train(
         from etude.training.progress import SilentDisplay
         from etude.training.trainer import Trainer
     if dry_run:
-        typer.echo(resolved(config, directory, resume), nl=False)
+        typer.echo(resolved(config, directory, resume, accept_changes=accept_changes), nl=False)
         return
     only_shows()
     silent = quiet or os.environ.get("RANK", "0") != "0"
     display = SilentDisplay() if silent else TrainingDisplay(config)
-    Trainer(config, out=directory, resume=resume, display=display).train()
+    Trainer(config, out=directory, resume=resume, display=display, accept_changes=accept_changes).train()
     if not silent:
         typer.echo(f"run: {directory}\nreport: {directory / 'report.html'}")
 

@@ -19,7 +19,7 @@ _DEBUG = "etude.debug"
 
 
 class CommandGroup(TyperGroup):
-    """Commands that fail with 2 for misuse, 130 for Ctrl-C, 143 for SIGTERM, and 1 otherwise."""
+    """Commands that fail with 2 for misuse, 128 plus its number after a signal (130 for Ctrl-C), and 1 otherwise."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         if not options.get("standalone_mode", True):

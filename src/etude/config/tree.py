@@ -208,6 +208,18 @@ def difference(old: TrainConfig, new: TrainConfig) -> tuple[str, Any, Any] | Non
     return None
 
 
+def continuation(old: TrainConfig, new: TrainConfig) -> tuple[str, Any, Any] | None:
+    """As `difference`, for a run that goes on: it may have more `iterations` than before.
+
+    Where eta moves over the iterations, each would have had another one, so `iterations` must stay.
+    """
+    schedule = new.sampling.eta_schedule
+    fixed = schedule is not None and schedule.over == "iterations" and schedule.kind != "constant"
+    if new.iterations > old.iterations and not fixed:
+        old = old.model_copy(update={"iterations": new.iterations})
+    return difference(old, new)
+
+
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every setting, with the same keys for every configuration.
 

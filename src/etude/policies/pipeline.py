@@ -332,11 +332,12 @@ class PipelinePolicy(TrainablePolicy):
             torch.manual_seed(seed)
             network.add_adapter(lora, adapter_name=ADAPTER)
         cast_training_params(network, dtype=torch.float32)
+        self.in_training = True
 
     def train_everything(self, keep_reference: bool = True) -> None:
         if keep_reference:
             self._initial = copy.deepcopy(self._trained_network)
-        self._trains_everything = True
+        self._trains_everything = self.in_training = True
         self._trained_network.float().requires_grad_(True)
 
     @contextmanager

@@ -30,6 +30,7 @@ class TrainablePolicy(Policy):
         adapter: directory of the adapter that was loaded on top. None where there is none.
         shift: of a flow model's levels, where it is not the published pipeline's own; already part of `path`.
         revision: the commit of the hub repository that the model was read from; None for what was on disk.
+        in_training: whether it was made trainable: its weights need no longer be those that were loaded.
     """
 
     network: nn.Module
@@ -37,6 +38,7 @@ class TrainablePolicy(Policy):
     adapter: Path | None = None
     shift: float | None = None
     revision: str | None = None
+    in_training: bool = False
 
     @property
     @abstractmethod

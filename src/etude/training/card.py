@@ -88,7 +88,7 @@ intervals clustered by prompt, {config.evaluation.num_images} pairs of images of
 ```python
 {snippet}
 ```
-{_stochastic(final["eta"], num_steps, config, policy)}{_reward_models(summary)}"""
+{_stochastic(final["eta"], num_steps, config, policy)}{_reward_models(summary)}{_changed_inputs(summary)}"""
 
 
 def _reward_models(summary: dict[str, Any]) -> str:
@@ -99,6 +99,16 @@ def _reward_models(summary: dict[str, Any]) -> str:
         for name, commits in summary["reward_revisions"].items()
     ]
     return f"\nRewards: {'; '.join(sources)}.\n" if sources else ""
+
+
+def _changed_inputs(summary: dict[str, Any]) -> str:
+    """A line on the inputs that changed while the run was stopped; empty without any."""
+    changes = summary.get("changed_inputs", [])
+    return (
+        f"\nThe run went on with changed inputs, across which improvement compares: {'; '.join(changes)}.\n"
+        if changes
+        else ""
+    )
 
 
 def _stochastic(eta: Any, num_steps: int, config: TrainConfig, policy: TrainablePolicy) -> str:

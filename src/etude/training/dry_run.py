@@ -25,7 +25,6 @@ from etude.learning.objectives import Objective
 from etude.policies import TrainablePolicy
 from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
-from etude.prompts import load_prompts
 from etude.rewards.reward import CLOSED_FORMS, WEIGHTS_GB
 from etude.sampling.plans import StepTable
 from etude.sampling.solvers import Solver
@@ -88,21 +87,28 @@ def run_evaluations(
     return result | {"evaluation": (one, one, one * len(evaluated(config)))}
 
 
-def resolved(config: TrainConfig, out: Path, resume: bool = False, policy: TrainablePolicy | None = None) -> str:
+def resolved(
+    config: TrainConfig,
+    out: Path,
+    resume: bool = False,
+    policy: TrainablePolicy | None = None,
+    accept_changes: bool = False,
+) -> str:
     """The resolved configuration as YAML, followed by the cost of the run as comments: itself a recipe.
 
     Args:
         resume: whether the run would continue the one in `out`.
         policy: model to count on. Default: an outline, which reads no weights.
+        accept_changes: whether the run would go on with inputs that have changed.
 
     Raises:
         EtudeError: the run would be refused.
     """
-    blueprint = Blueprint(config, out, resume)
-    policy = policy or load_source(ModelSource.of(config), outline=True)
+    blueprint = Blueprint(config, out, resume, accept_changes, policy)
+    policy = policy or load_source(blueprint.inputs.pinned(ModelSource.of(config)), outline=True)
     schedule = blueprint.schedule(policy)
     SamplerPair(config).check(policy)
-    count_trained(load_prompts(config.prompts.evaluation).head(config.evaluation.num_images), blueprint.prompts)
+    count_trained(blueprint.evaluation_prompts.head(config.evaluation.num_images), blueprint.prompts)
     blueprint.make_trainable(policy)
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     whole = sum(parameter.numel() for parameter in policy.network.parameters())

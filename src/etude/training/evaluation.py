@@ -96,6 +96,7 @@ class Evaluation:
         batches: size of the micro-batches, shared with the rollout. Default: `rollout.batch_size`.
         trained: prompts of training. Evaluating on any of them gives a warning and is counted in
             every result.
+        prompts: prompts to evaluate on. Default: those of `config.prompts.evaluation`.
     """
 
     def __init__(
@@ -107,9 +108,10 @@ class Evaluation:
         out: Path,
         batches: MicroBatch | None = None,
         trained: PromptSet | None = None,
+        prompts: PromptSet | None = None,
     ) -> None:
         self.config, self.policy, self.accelerator, self.out = config, policy, accelerator, out
-        prompts, count = load_prompts(config.prompts.evaluation), config.evaluation.num_images
+        prompts, count = prompts or load_prompts(config.prompts.evaluation), config.evaluation.num_images
         batch_size = batches or config.rollout.batch_size
         self.measurement = Measurement(prompts, rewards.evaluate, count, config.seed, batch_size=batch_size)
         self.whole_groups = rewards.whole_groups

@@ -136,6 +136,8 @@ def finish(state: RunState, confirmed: dict[str, Any], started: float) -> dict[s
         "started": time.strftime(UTC, time.gmtime(started)),
         "finished": time.strftime(UTC, time.gmtime(time.time())),
     }
+    if state.inputs.changes:
+        summary["changed_inputs"] = state.inputs.changes
     atomic_write_text(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     atomic_write_text(out / policy.export_name / "README.md", model_card(summary, config, policy, objective))
     if best.weights:

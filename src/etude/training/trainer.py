@@ -38,6 +38,7 @@ from etude.training.blueprint import Blueprint
 from etude.training.durability import Durability, RunState
 from etude.training.evaluation import Evaluation
 from etude.training.guards import BestWeights
+from etude.training.inputs import digests_after_loading
 from etude.training.processes import end_training, failing_together, make_accelerator, prepare
 from etude.training.progress import Display, OutlivedDisplay, SilentDisplay
 from etude.training.reward_queue import PendingScores, Scorer
@@ -53,10 +54,13 @@ class Trainer:
         resume: continue the run that `out` holds.
         display: display of the progress. Default: none.
         policy: policy to train. Default: `config.model` is loaded.
+        accept_changes: when resuming, go on with a prompt file, a model or a reward that has changed,
+            with a warning. Default: refuse.
 
     Raises:
         EtudeError: for anything the user can mend; what was finished before stays in `out`.
-        Interrupted: from `train`, after SIGINT, SIGTERM or SIGHUP, with every finished iteration saved.
+        Interrupted: from `train`, after SIGINT or another signal of `etude.training.supervision`, with
+            every finished iteration saved.
 
     Example:
         >>> import etude
@@ -74,24 +78,26 @@ class Trainer:
         resume: bool = False,
         display: Display | None = None,
         policy: TrainablePolicy | None = None,
+        accept_changes: bool = False,
     ) -> None:
         self.config, self.out, self.resume = config, Path(out), resume
         self.display = OutlivedDisplay(display or SilentDisplay())
-        self.blueprint = Blueprint(config, self.out, resume)
-        self.trackers = self.blueprint.trackers
+        self.blueprint = Blueprint(config, self.out, resume, accept_changes, policy)
+        self.inputs, self.trackers = self.blueprint.inputs, self.blueprint.trackers
         self.objective, self.advantage = self.blueprint.objective, self.blueprint.advantage
         self.rewards, self.train_prompts = self.blueprint.rewards, self.blueprint.prompts
         self.scorer = Scorer(self.rewards, config.rollout.reward_timeout, on_wait=lambda: self.supervisor.advance(0))
         self.forms_group = not torch.distributed.is_initialized()  # then this run dissolves the process group
         self.accelerator = make_accelerator(config, self.out)
         self.blueprint.check_groups(self.accelerator.num_processes)
-        self.policy = policy or load_source(ModelSource.of(config), self.accelerator.device)
+        self.policy = policy or load_source(self.inputs.pinned(ModelSource.of(config)), self.accelerator.device)
         self.schedule = self.blueprint.schedule(self.policy)
         solver, steps, guidance = config.sampling.solver, config.sampling.num_steps, config.sampling.guidance_scale
         self.solver = Solver(solver, steps, guidance) if solver else None
         self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size")
+        prompts = self.train_prompts, self.blueprint.evaluation_prompts
         self.evaluation = Evaluation(
-            config, self.policy, self.scorer, self.accelerator, self.out, self.rollout_batches, self.train_prompts
+            config, self.policy, self.scorer, self.accelerator, self.out, self.rollout_batches, *prompts
         )
         self._prepare_training()
 
@@ -104,7 +110,8 @@ class Trainer:
         self.parameters = parameters = policy.trainable()  # `prepare` replaces sharded parameters
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema.decay else None
         best = BestWeights(config.checkpoint.best)
-        self.state = RunState(parameters, optimizer, self.ema, best, self.objective, self.advantage, self.evaluation)
+        parts = self.objective, self.advantage, self.evaluation, self.inputs
+        self.state = RunState(parameters, optimizer, self.ema, best, *parts)
         self.ledger = self.state.ledger
         self.durability = Durability(config, self.out, accelerator, self.state)
         self.supervisor = Supervisor(accelerator, self.durability, self.display)
@@ -123,6 +130,7 @@ class Trainer:
         with ExitStack() as held:
             with failing_together(self.accelerator):
                 self.rewards.load()  # before anything is written: an unusable reward leaves no run behind
+                self.inputs.take(digests_after_loading(self.config, self.policy))
                 if self.accelerator.is_main_process:
                     held.enter_context(made(self.out))
                     held.enter_context(locked(self.out))

@@ -7,7 +7,9 @@ known. At most `MAX_BODIES` requests are held in memory; the others wait unread.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import json
 import os
 import socket
 from collections.abc import Collection
@@ -17,9 +19,18 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from etude.errors import EtudeError
-from etude.rewards.remote.wire import TOKEN_VARIABLE, ScoreRequest, check_token, decode_images, explain, is_loopback
-from etude.rewards.reward import get
-from etude.rewards.scoring import score_one
+from etude.files import fingerprints
+from etude.rewards.remote.wire import (
+    SERVED,
+    TOKEN_VARIABLE,
+    ScoreRequest,
+    check_token,
+    decode_images,
+    explain,
+    is_loopback,
+)
+from etude.rewards.reward import files, get
+from etude.rewards.scoring import revisions, score_one
 
 if TYPE_CHECKING:
     import uvicorn
@@ -69,10 +80,12 @@ def build_app(
         if find_spec(module) is None:
             raise EtudeError(f"a reward server needs {module}: pip install 'etude[serve]'.")
     from starlette.applications import Starlette
+    from starlette.middleware import Middleware
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
     scorer = _Scorer(name, token, max_request_bytes, max_pixels)
+    served = json.dumps([name, fingerprints(files(name)), revisions([name])], sort_keys=True)
 
     async def score(request: Request) -> JSONResponse:
         _check_host(request, hosts)
@@ -87,7 +100,9 @@ def build_app(
         return JSONResponse({"error": str(refused)}, refused.status, headers)
 
     routes = [Route("/score", score, methods=["POST"]), Route("/health", health)]
-    return Starlette(routes=routes, exception_handlers={_RefusedError: refuse})
+    return Starlette(
+        routes=routes, middleware=[Middleware(_Signed, served)], exception_handlers={_RefusedError: refuse}
+    )
 
 
 def listen(host: str, port: int, token: str = "", insecure: bool = False) -> socket.socket:
@@ -140,6 +155,22 @@ def prepare(
     except BaseException:
         sock.close()
         raise
+
+
+class _Signed:
+    """Middleware that adds the header `SERVED` to every answer."""
+
+    def __init__(self, app: Any, served: str) -> None:
+        self.app = app
+        self.header = SERVED.lower().encode(), hashlib.sha256(served.encode()).hexdigest().encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def signed(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), self.header]
+            await send(message)
+
+        await self.app(scope, receive, signed)
 
 
 class _Scorer:
