@@ -90,11 +90,13 @@ class Blueprint:
         )
 
     def make_trainable(self, policy: TrainablePolicy) -> None:
-        """Adds the adapter to a policy, or makes its whole network trainable."""
+        """Adds the adapter to a policy, takes the one to train on from, or makes the whole network trainable."""
         config = self.config
         if config.memory.gradient_checkpointing:
             policy.enable_gradient_checkpointing()
-        if config.lora.rank:
+        if config.lora.init is not None:
+            policy.continue_lora(Path(config.lora.init).expanduser())
+        elif config.lora.rank:
             policy.add_lora(config.lora, config.seed)
         else:
             policy.train_everything(keep_reference=self.objective.needs_reference)

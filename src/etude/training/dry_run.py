@@ -100,7 +100,8 @@ def run_evaluations(
         for part in parts[0][0]
     }
     one = gap_evaluations(config)
-    return result | {"evaluation": (one, one, one * len(evaluated(config)))}
+    base = one // 2 if config.lora.init is not None else 0  # at first, images of the base model as well
+    return result | {"evaluation": (one, one + base, one * len(evaluated(config)) + base)}
 
 
 def resolved(config: TrainConfig, out: Path, resume: bool = False, policy: TrainablePolicy | None = None) -> str:

@@ -96,7 +96,7 @@ def count_trained(evaluated: PromptSet, trained: PromptSet, warn: bool = True) -
 
 
 class Evaluation:
-    """The evaluations of one run, which share prompts and noise; the first one is the base model's.
+    """The evaluations of one run, which share prompts and noise; the first one also measures the base model.
 
     Every process draws a share of the images and gets all results.
 
@@ -110,7 +110,7 @@ class Evaluation:
         samplers: the two samplers.
         measurement: prompts, rewards and noise of every evaluation.
         whole_groups: whether a reward compares the images of a prompt.
-        work: number of image steps that one evaluation costs this process.
+        work: number of image steps that the next evaluation costs this process.
         base_scores: rewards of the base model's ODE images by name, once measured.
         last: newest result.
     """
@@ -141,9 +141,17 @@ class Evaluation:
             self.measurement.prompts, trained or PromptSet([]), warn=accelerator.is_main_process
         )
         self.samples = share(evaluation.num_images, accelerator.num_processes, accelerator.process_index)
-        self.work = 2 * len(self.samples) * self.samplers.num_steps
         self.base_scores: dict[str, list[float]] | None = None
         self.last: dict[str, Any] = {}
+
+    @property
+    def measures_base(self) -> bool:
+        """Whether the next evaluation also draws with the base model: a new adapter changes nothing at first."""
+        return self.base_scores is None and self.config.lora.init is not None
+
+    @property
+    def work(self) -> int:
+        return (2 + self.measures_base) * len(self.samples) * self.samplers.num_steps
 
     @property
     def fallen(self) -> str | None:
@@ -171,7 +179,11 @@ class Evaluation:
         ode_images, ode = self._images(self.samplers.ode, on_step)
         sde_images, sde = self._images(self.samplers.sde(eta), on_step)
         if self.base_scores is None:
-            self.base_scores = {name: values.tolist() for name, values in ode.items()}
+            base_ode = ode
+            if self.measures_base:
+                with self.policy.reference():
+                    base_ode = self._images(self.samplers.ode, on_step)[1]
+            self.base_scores = {name: values.tolist() for name, values in base_ode.items()}
         base = {name: np.array(values) for name, values in self.base_scores.items()}
         estimates = by_quantity(compare(ode, sde, base, self.measurement.clusters))
         settings = {"eta": eta, "num_steps": self.samplers.num_steps, "prompts_trained_on": self.prompts_trained_on}
