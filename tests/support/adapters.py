@@ -162,6 +162,11 @@ def _renamed(pipe: Any, old: str, new: str) -> Tensors:
     return {name.replace(old, new): value for name, value in _with_text(pipe)[0].items()}
 
 
+def _with_alphas(tensors: Tensors) -> Tensors:
+    layers = sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
+    return tensors | {f"{layer}.alpha": torch.tensor(1.0 + number % 3) for number, layer in enumerate(layers)}
+
+
 def _one_file(pipe: Any, place: Path) -> Path:
     return (write(place, _with_text(pipe)[0]) / WEIGHTS).rename(place / "style.sft")
 
@@ -244,6 +249,20 @@ ROWS = [
         as_plain=False,
     ),
     AdapterRow(
+        "peft's names with alphas as tensors, SD",
+        "read, each layer at its own strength",
+        stable_diffusion,
+        lambda p, place: write(place, _with_alphas(_with_text(p, "text_encoder")[0])),
+        as_plain=False,
+    ),
+    AdapterRow(
+        "peft's names with alphas as tensors, FLUX",
+        "read, each layer at its own strength",
+        flux,
+        lambda p, place: write(place, _with_alphas(_with_text(p)[0])),
+        as_plain=False,
+    ),
+    AdapterRow(
         "diffusers' older names (attention processors)",
         "read",
         stable_diffusion,
@@ -309,3 +328,9 @@ ROWS = [
     ),
 ]
 """What etude does with an adapter. The tests run every row."""
+
+
+def table() -> str:
+    """The rows as a page shows them."""
+    rows = [f"| {row.what} | {row.outcome} |" for row in ROWS]
+    return "\n".join(["| input | etude |", "| --- | --- |", *rows]) + "\n"

@@ -106,12 +106,12 @@ class Adapter:
         match = _FACTOR.fullmatch(name)
         return None if match is None else (match[1], "A" if match[3] in ("A", "down") else "B")
 
-    def strength(self, name: str) -> float:
-        """alpha / rank of the layer of a factor A: 1 where the file holds no alpha, as in kohya's tools."""
+    def strength(self, name: str) -> float | None:
+        """alpha / rank of the layer of a factor A. None: the file holds no alpha for it, which kohya's tools take for 1."""
         layer, _ = self.factor(name) or (name, "")
         rank = self.tensors[name].shape[0]
         alpha = self.tensors.get(f"{layer}.alpha")
-        return 1.0 if alpha is None else float(alpha) / rank
+        return None if alpha is None else float(alpha) / rank
 
 
 def read_adapter(place: Path, option: str = "--lora") -> Adapter:

@@ -7,6 +7,8 @@ against what was taken, by layer and by kind of tensor, under any names.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,10 +28,11 @@ from etude.errors import EtudeError, brief
 from etude.policies.adapter_file import Adapter
 
 
-def adapted_parts(pipeline: Any, name: str) -> dict[str, nn.Module]:
-    """The networks of a pipeline that hold an adapter of that name."""
+def adapted_parts(pipeline: Any, name: str | None = None) -> dict[str, nn.Module]:
+    """The networks of a pipeline that hold an adapter of that name, or any."""
     parts = {part: network for part, network in pipeline.components.items() if isinstance(network, nn.Module)}
-    return {part: network for part, network in parts.items() if name in (getattr(network, "peft_config", None) or {})}
+    held = {part: getattr(network, "peft_config", None) or {} for part, network in parts.items()}
+    return {part: parts[part] for part, names in held.items() if (name in names if name else names)}
 
 
 def configuration(network: nn.Module, name: str) -> LoraConfig:
@@ -67,7 +70,9 @@ def _load(pipeline: Any, file: Adapter, name: str) -> dict[str, dict[str, Tensor
     translation = _Translation(pipeline, file)
     pipeline.lora_state_dict = translation  # `load_lora_weights` asks the pipeline itself
     try:
-        pipeline.load_lora_weights(dict(file.tensors), adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The following alpha_pattern keys")  # which `_set_strength` mends
+            pipeline.load_lora_weights(dict(file.tensors), adapter_name=name)
     finally:
         del pipeline.lora_state_dict
     parts = adapted_parts(pipeline, name)
@@ -79,12 +84,16 @@ def _load(pipeline: Any, file: Adapter, name: str) -> dict[str, dict[str, Tensor
         raise EtudeError(f"{file} does not fit its own configuration: it lacks {_named(missing[0], missing)}.")
     for part, network in parts.items():
         network.requires_grad_(False)
-        if not any(key.startswith(f"{part}.") for key in file.configuration or {}):
-            sources = {ours: translation.sources[theirs] for ours, theirs in origins[part].items()}
-            _set_strength(file, network, sources, loaded[part], name)
+        sources = {ours: translation.sources[theirs] for ours, theirs in origins[part].items()}
+        configured = any(key.startswith(f"{part}.") for key in file.configuration or {})
+        _set_strength(file, network, sources, loaded[part], name, configured)
     return {
         part: {ours: translation.tensors[theirs] for ours, theirs in names.items()} for part, names in origins.items()
     }
+
+
+_OF_A_LORA = re.compile(r".+\.(alpha|lora_magnitude_vector(\.weight)?|lora_(B|up)\.bias)")
+"""Tensors of a LoRA beside the two factors of a layer."""
 
 
 class _Traced(Tensor):
@@ -131,7 +140,12 @@ class _Translation:
 
     def __call__(self, tensors: Mapping[str, Tensor], **options: Any) -> Any:
         read: set[str] = set()
-        traced = {name: _Traced.of(name, tensor, read) for name, tensor in tensors.items()}
+        # Beside peft's names diffusers reads no alpha, or the most frequent one: `_set_strength` does.
+        starts = tuple(f"{part}." for part in self._parts)
+        layers = {factor[0] for factor in map(self._file.factor, tensors) if factor}
+        alphas = {f"{layer}.alpha" for layer in layers if layer.startswith(starts)} & tensors.keys()
+        read.update(alphas, self._other_kinds())
+        traced = {name: _Traced.of(name, tensor, read) for name, tensor in tensors.items() if name not in read}
         converted, *others, _ = self._convert(traced, **options)
         self.sources = {name: getattr(tensor, "sources", frozenset()) for name, tensor in converted.items()}
         beside = (value.sources for value in tree_leaves(others) if isinstance(value, _Traced))
@@ -147,6 +161,17 @@ class _Translation:
         own = {name.removeprefix(f"{part}."): name for name in self.sources if name.startswith(f"{part}.")}
         return _peft_names(network, own)
 
+    def _other_kinds(self) -> set[str]:
+        """Names of tensors that are none of a LoRA and change nothing; EtudeError for those that change something."""
+        file = self._file
+        other = {name for name in file.tensors if not (file.factor(name) or _OF_A_LORA.fullmatch(name))}
+        if changing := sorted(name for name in other if file.tensors[name].any()):
+            if scales := [name for name in changing if name.endswith("dora_scale")]:
+                remedy = "it reads DoRA in peft's names only, with lora_magnitude_vector"
+                raise EtudeError(f"{file}: diffusers would leave out {_named(scales[0], scales)}: {remedy}.")
+            raise EtudeError(f"{file}: only LoRAs are read, and {_named(changing[0], changing)} is of no LoRA.")
+        return other
+
     def _refuse_lost(self, lost: list[str]) -> None:
         """Refuses tensors that the translation has left out, unless the layer's change is zero."""
         file = self._file
@@ -157,14 +182,11 @@ class _Translation:
             name for names in layers.values() if not any(_is_zero(file, name) for name in names) for name in names
         ]
         if changing:
-            first = next((name for name in changing if name.endswith("dora_scale")), changing[0])
-            remedy = "save the adapter as a plain LoRA"
-            if first.endswith("dora_scale"):
-                remedy = "it reads DoRA in peft's names only, with lora_magnitude_vector"
-            raise EtudeError(f"{file}: diffusers would leave out {_named(first, changing)}: {remedy}.")
+            remedy = "it does not know these layers; save the adapter without them"
+            raise EtudeError(f"{file}: diffusers would leave out {_named(changing[0], changing)}: {remedy}.")
 
     def _refuse_foreign(self) -> None:
-        """Refuses names that belong to no part of the pipeline, or are none of a LoRA."""
+        """Refuses names that belong to no part of the pipeline."""
         starts = tuple(f"{part}." for part in self._parts)
         nowhere = sorted(name for name in self.sources if not name.startswith(starts))
         if nowhere:
@@ -172,11 +194,6 @@ class _Translation:
             raise EtudeError(
                 f"{self._file}: no part of the pipeline ({parts}) takes {_named(self.origin(nowhere[0]), nowhere)}: the file is "
                 "of another kind of model, or in names that diffusers does not read."
-            )
-        other = sorted(name for name in self.sources if ".lora" not in name and "_lora" not in name)
-        if other:
-            raise EtudeError(
-                f"{self._file}: only LoRAs are read, and {_named(self.origin(other[0]), other)} is of no LoRA."
             )
 
     def _refuse_unplaced(self) -> None:
@@ -207,8 +224,7 @@ def _named(first: str, names: list[str]) -> str:
 def _is_zero(file: Adapter, name: str) -> bool:
     """Whether a tensor makes its layer's change zero."""
     factor = file.factor(name)
-    whole = name.endswith((".diff", ".diff_b"))
-    return (whole or (factor is not None and factor[1] == "B")) and not bool(file.tensors[name].any())
+    return factor is not None and factor[1] == "B" and not bool(file.tensors[name].any())
 
 
 def _peft_names(network: nn.Module, names: dict[str, str]) -> dict[str, str]:
@@ -225,9 +241,18 @@ def _peft_names(network: nn.Module, names: dict[str, str]) -> dict[str, str]:
 
 
 def _set_strength(
-    file: Adapter, network: nn.Module, sources: Mapping[str, frozenset[str]], loaded: Mapping[str, Tensor], name: str
+    file: Adapter,
+    network: nn.Module,
+    sources: Mapping[str, frozenset[str]],
+    loaded: Mapping[str, Tensor],
+    name: str,
+    configured: bool,
 ) -> None:
-    """Gives each layer the strength that the file states, where the translation has not scaled a factor by it."""
+    """Gives each layer the strength that its alpha states, where the translation has not scaled a factor by it.
+
+    Raises:
+        EtudeError: an alpha contradicts a configuration of the part.
+    """
     modules, config = dict(network.named_modules()), configuration(network, name)
     changed = False
     for key, tensor in loaded.items():
@@ -235,11 +260,15 @@ def _set_strength(
         if layer == key or len(factor) != 1:
             continue
         (source,) = factor
-        if not torch.equal(file.tensors[source].to(tensor), tensor):
+        stated = file.strength(source)
+        if not torch.equal(file.tensors[source].to(tensor), tensor) or (configured and stated is None):
             continue
-        module, strength = modules[layer], file.strength(source)
+        module, strength = modules[layer], 1.0 if stated is None else stated
         assert isinstance(module, BaseTunerLayer)
         if module.scaling[name] != strength:
+            if configured:
+                own = f"its configuration gives '{layer}' the strength {module.scaling[name]:g}, its alpha {strength:g}"
+                raise EtudeError(f"{file} contradicts itself: {own}.")
             changed = True
             module.scaling[name], module.lora_alpha[name] = strength, strength * module.r[name]
     if changed:

@@ -224,7 +224,7 @@ class PipelinePolicy(TrainablePolicy):
     def _encode_key(self, prompt: Key) -> dict[str, Tensor]:
         """Conditioning of one prompt, and under names with `BASE` that of encoders without their adapter."""
         rows = self._encode_nothing() if prompt is None else self._encode(prompt)
-        adapted = [part for name, part in adapted_parts(self.pipeline, ADAPTER).items() if name != self.denoiser]
+        adapted = [part for name, part in adapted_parts(self.pipeline).items() if name != self.denoiser]
         if not adapted:
             return rows
         for part in adapted:
@@ -369,7 +369,7 @@ class PipelinePolicy(TrainablePolicy):
 
     @property
     def has_reference(self) -> bool:
-        return self._initial is not None or bool(adapted_parts(self.pipeline, ADAPTER))
+        return self._initial is not None or bool(adapted_parts(self.pipeline))
 
     @property
     def export_name(self) -> str:
