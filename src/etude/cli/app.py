@@ -87,6 +87,9 @@ def train(
             "Reward in place of the recipe's: a name, module:function or url; may be repeated.", metavar="NAME[=WEIGHT]"
         ),
     ] = None,
+    init_lora: Annotated[
+        Path | None, path("Adapter to train on from: a run's `lora/`, or a safetensors file. Default: a new one.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         option("Change one key; may be repeated. `etude recipes --keys` lists them.", "--set", metavar="KEY=VALUE"),
@@ -117,9 +120,12 @@ def train(
 
     `etude train emoji-ddpo --reward my_module:function --reward alignment=0.5`
 
+    `etude train emoji-ddpo --init-lora runs/first/lora --out runs/second`
+
     `etude train --resume --out runs/first`
     """
     first = [] if model is None else [f"model={dumps(model)}"]  # quoted, since YAML reads some names as values
+    first += [] if init_lora is None else [f"lora.init={dumps(str(init_lora))}"]
     if accept_changes and not resume:
         raise UsageError("--accept-changes needs --resume, since a new run has nothing that could have changed")
     config, directory = prepare_run(recipe, [*first, *(overrides or [])], out, resume, reward)

@@ -211,6 +211,10 @@ class LoraConfig(Section):
     """LoRA alpha: the update is scaled by alpha / rank."""
     targets: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
     """Names of the layers that get an adapter (suffix match, as in peft)."""
+    init: str | None = None
+    """Adapter to train on from: a directory that a run exported, or a safetensors file. Ranks,
+    alphas and layers are then the file's, and rank, alpha and targets are not read. The base model
+    stays the model without it. null: a new adapter, which changes nothing at first."""
 
 
 class OptimizerConfig(Section):
@@ -396,6 +400,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"rollout.images_per_iteration = {rollout.images_per_iteration} is not a multiple of "
                 f"rollout.images_per_prompt = {rollout.images_per_prompt}"
+            )
+        if self.lora.init is not None and self.lora.rank == 0:
+            raise ValueError(
+                f"lora.init = {self.lora.init!r} is an adapter to train on from, but lora.rank = 0 trains the whole network; "
+                "leave lora.rank at its default, or set lora.init to null"
             )
         if rollout.shared_noise and rollout.images_per_prompt < 2:
             raise ValueError("rollout.shared_noise needs rollout.images_per_prompt of at least 2")

@@ -125,14 +125,7 @@ def load_source(
         )
     policy.source, policy.shift, policy.revision = source, source.shift, commit
     if source.lora is not None:
-        directory = Path(expanduser(source.lora))
-        try:
-            policy.load_lora(directory)
-        except EtudeError:
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {brief(error)}"
-            raise EtudeError(f"--lora '{directory}' does not fit the model: {reason}") from error
+        policy.load_lora(Path(expanduser(source.lora)))
     return policy
 
 

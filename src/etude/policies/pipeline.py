@@ -12,20 +12,26 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers.training_utils import cast_training_params
+from diffusers.utils.peft_utils import set_adapter_layers
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from etude.batching import MicroBatch, Progress
 from etude.config import LoraConfig
 from etude.errors import EtudeError
-from etude.policies.adapter_file import WEIGHTS, check_loaded, read_adapter
+from etude.policies.adapter_file import WEIGHTS, read_adapter, sort_header
+from etude.policies.adapter_loading import adapted_parts, configuration, load_adapter
+from etude.policies.kohya import KOHYA_WEIGHTS, kohya_tensors
 from etude.policies.prompt_cache import Key, PromptCache
 from etude.policies.trainable import TrainablePolicy
 from etude.sampling.model import Conditioning
 from etude.sampling.paths import FlowPath, VPPath
 
 ADAPTER = "default"
+BASE = "base."
+"""Prefix of the conditioning that text encoders give without their adapter."""
 DECODED_PIXELS = 2**21
 """Pixels decoded at a time, whose activations take as much memory as those of a large denoiser."""
 PROMPT_CACHE_MB = 4096
@@ -114,7 +120,7 @@ class PipelinePolicy(TrainablePolicy):
         self.decode_batch = MicroBatch(decode_batch_size or at_a_time, "memory.decode_batch_size")
         self._encoded = PromptCache(prompt_cache_mb * 2**20)
         self._initial: nn.Module | None = None
-        self._trains_everything = False
+        self._trains_everything = self._is_reference = False
 
     def _default_size(self) -> tuple[int, int]:
         """`(h, w)` of the latents that the pipeline makes by default."""
@@ -216,7 +222,27 @@ class PipelinePolicy(TrainablePolicy):
                 self._encoded.add(prompt, self._encode_key(prompt))
 
     def _encode_key(self, prompt: Key) -> dict[str, Tensor]:
-        return self._encode_nothing() if prompt is None else self._encode(prompt)
+        """Conditioning of one prompt, and under names with `BASE` that of encoders without their adapter."""
+        rows = self._encode_nothing() if prompt is None else self._encode(prompt)
+        adapted = [part for name, part in adapted_parts(self.pipeline).items() if name != self.denoiser]
+        if not adapted:
+            return rows
+        for part in adapted:
+            set_adapter_layers(part, enabled=False)
+        try:
+            base = self._encode_nothing() if prompt is None else self._encode(prompt)
+        finally:
+            for part in adapted:
+                set_adapter_layers(part, enabled=True)
+                part.requires_grad_(False)  # enabling an adapter makes it trainable
+        return rows | {f"{BASE}{name}": tensor for name, tensor in base.items()}
+
+    def _in_force(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The denoiser's arguments: those of the encoders' adapters or, in the reference model, of the base."""
+        base = {name.removeprefix(BASE): tensor for name, tensor in rows.items() if name.startswith(BASE)}
+        if base and self._is_reference:
+            return base
+        return {name: tensor for name, tensor in rows.items() if not name.startswith(BASE)}
 
     @contextmanager
     def _on_device(self, *modules: nn.Module) -> Iterator[None]:
@@ -243,9 +269,9 @@ class PipelinePolicy(TrainablePolicy):
 
     def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
         guided = self.classifier_free and guidance_scale > 1
-        inputs, arguments = x.to(self.dtype), conditioning.prompt
+        inputs, arguments = x.to(self.dtype), self._in_force(conditioning.prompt)
         if guided:
-            empty = conditioning.unconditional
+            empty = self._in_force(conditioning.unconditional)
             inputs, timesteps = torch.cat([inputs, inputs]), torch.cat([timesteps, timesteps])
             arguments = {name: torch.cat([empty[name].expand_as(rows), rows]) for name, rows in arguments.items()}
         # Adapters stay float32 beside half-precision weights.
@@ -352,36 +378,51 @@ class PipelinePolicy(TrainablePolicy):
             elif getattr(self._trained_network, "peft_config", None):
                 afterwards.callback(self._trained_network.enable_adapters)
                 self._trained_network.disable_adapters()
+            afterwards.callback(setattr, self, "_is_reference", self._is_reference)
+            self._is_reference = True
             yield
 
     @property
     def has_reference(self) -> bool:
-        return self._initial is not None or bool(getattr(self._trained_network, "peft_config", None))
+        return self._initial is not None or bool(adapted_parts(self.pipeline))
 
     @property
     def export_name(self) -> str:
         return "model" if self._trains_everything else "lora"
 
     def export(self, directory: Path) -> None:
-        """Writes the adapter, or after full fine-tuning the whole pipeline with its frozen parts."""
+        """Writes the adapter, or after full fine-tuning the whole pipeline with its frozen parts.
+
+        The adapter is written twice: for diffusers and, where its names have a place for it, for
+        kohya's tools and ComfyUI.
+        """
         if self._trains_everything:
             self.pipeline.save_pretrained(directory)
             return
-        network = self._trained_network
-        layers = get_peft_model_state_dict(network, adapter_name=ADAPTER)  # peft's names: older ones lose mixed targets
-        metadata = network.peft_config[ADAPTER].to_dict()
-        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set in peft, ordered anew by each process
-        named = {f"{self.denoiser}_lora_layers": layers, f"{self.denoiser}_lora_adapter_metadata": metadata}
+        named: dict[str, Any] = {}
+        for part, network in adapted_parts(self.pipeline, ADAPTER).items():
+            # peft's names: older ones lose mixed targets
+            named[f"{part}_lora_layers"] = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+            metadata = configuration(network, ADAPTER).to_dict()
+            metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, ordered anew by each process
+            named[f"{part}_lora_adapter_metadata"] = metadata
         self.pipeline.save_lora_weights(directory, **named)
+        sort_header(directory / WEIGHTS)
+        if (others := kohya_tensors(self.pipeline, ADAPTER)) is not None:
+            save_file(others, directory / KOHYA_WEIGHTS, metadata={"format": "pt"})
 
     def load_lora(self, directory: Path) -> None:
-        stored = read_adapter(directory)
-        self.pipeline.load_lora_weights(
-            directory, weight_name=WEIGHTS, adapter_name=ADAPTER, local_files_only=True, use_safetensors=True
-        )
-        network = self._trained_network
-        has_adapter = ADAPTER in getattr(network, "peft_config", {})
-        loaded = get_peft_model_state_dict(network, adapter_name=ADAPTER) if has_adapter else {}
-        check_loaded(stored, loaded, self.denoiser, directory)
-        network.requires_grad_(False)
+        load_adapter(self.pipeline, read_adapter(directory), ADAPTER)
+        self._encoded.clear()
         self.adapter = directory
+
+    def continue_lora(self, place: Path) -> None:
+        file = read_adapter(place, "lora.init")
+        tensors = load_adapter(self.pipeline, file, ADAPTER)
+        self._encoded.clear()
+        if self.denoiser not in tensors:
+            raise EtudeError(f"{file} holds nothing for the {self.denoiser}, which is what a run trains.")
+        network = self._trained_network
+        set_adapter_layers(network, enabled=True)  # which makes it trainable
+        cast_training_params(network, dtype=torch.float32)
+        set_peft_model_state_dict(network, tensors[self.denoiser], adapter_name=ADAPTER)  # unrounded

@@ -28,6 +28,8 @@ def is_single_file(model: str) -> bool:
     path = Path(model)
     if path.suffix in PICKLES and not path.is_dir():
         raise EtudeError(f"model '{model}' is a pickled checkpoint, which can run code: give its .safetensors version.")
+    if path.suffix == ".sft":
+        raise EtudeError(f"model '{model}' is named .sft, which diffusers does not read: rename it to .safetensors.")
     if path.suffix != ".safetensors":
         return False
     if not path.is_file():

@@ -85,6 +85,14 @@ class TrainablePolicy(Policy):
     def add_lora(self, config: LoraConfig, seed: int) -> None:
         """Freezes the pipeline and adds a trainable float32 adapter, initialised from `seed`."""
 
+    def continue_lora(self, place: Path) -> None:
+        """Loads an adapter as `load_lora` does, and makes the network's part trainable, in float32.
+
+        The parts of the adapter on text encoders stay as they are. The reference model is the model
+        without any of it. Default: EtudeError.
+        """
+        raise EtudeError(f"{type(self).__name__} cannot train on from an adapter: leave out lora.init.")
+
     @abstractmethod
     def train_everything(self, keep_reference: bool = True) -> None:
         """Makes every weight of the network trainable, in float32: full fine-tuning.

@@ -79,7 +79,7 @@ class Blueprint:
         return PlanSchedule(config.sampling, grid, config.seed, policy.device, config.iterations, trains_steps)
 
     def make_trainable(self, policy: TrainablePolicy) -> None:
-        """Adds the adapter to a policy, or makes its whole network trainable.
+        """Adds the adapter to a policy, takes the one to train on from, or makes the whole network trainable.
 
         Raises:
             EtudeError: the policy was made trainable before, so its weights are not the base model's.
@@ -92,7 +92,9 @@ class Blueprint:
             )
         if config.memory.gradient_checkpointing:
             policy.enable_gradient_checkpointing()
-        if config.lora.rank:
+        if config.lora.init is not None:
+            policy.continue_lora(Path(config.lora.init).expanduser())
+        elif config.lora.rank:
             policy.add_lora(config.lora, config.seed)
         else:
             policy.train_everything(keep_reference=self.objective.needs_reference)

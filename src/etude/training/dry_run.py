@@ -84,7 +84,8 @@ def run_evaluations(
         numbers = [count[part] for count in counts.values()]
         result[part] = min(numbers), max(numbers), sum(counts[case][part] * times for case, times in cases.items())
     one = gap_evaluations(config)
-    return result | {"evaluation": (one, one, one * len(evaluated(config)))}
+    base = one // 2 if config.lora.init is not None else 0  # at first, images of the base model as well
+    return result | {"evaluation": (one, one + base, one * len(evaluated(config)) + base)}
 
 
 def resolved(
