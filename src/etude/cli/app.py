@@ -5,7 +5,6 @@ Help is shown without any heavy import.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import warnings
@@ -17,7 +16,7 @@ import typer
 
 from etude.cli import options
 from etude.cli.advise import advise
-from etude.cli.errors import CommandGroup, Debug, remember_debug
+from etude.cli.errors import CommandGroup, Debug, is_first_process, remember_debug
 from etude.cli.gap import gap
 from etude.cli.runs import prepare_run
 from etude.cli.sample import sample
@@ -128,7 +127,9 @@ def train(
 
     `etude train --resume --out runs/first`
     """
-    first = [] if model is None else [f"model={dumps(model)}"]  # quoted, since YAML reads some names as values
+    first = (
+        [] if model is None else [f"model={dumps(model, ensure_ascii=False)}"]
+    )  # quoted, since YAML reads some names as values
     config, directory = prepare_run(recipe, [*first, *(overrides or [])], out, resume, reward)
     with heavy_imports():
         quiet_libraries()
@@ -139,7 +140,7 @@ def train(
     if dry_run:
         typer.echo(resolved(config, directory, resume), nl=False)
         return
-    silent = quiet or os.environ.get("RANK", "0") != "0"
+    silent = quiet or not is_first_process()
     display = SilentDisplay() if silent else TrainingDisplay(config, config.iterations)
     Trainer(config, out=directory, resume=resume, display=display).train()
     if not silent:

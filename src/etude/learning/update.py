@@ -26,6 +26,7 @@ from etude.learning.objectives import Objective, Samples
 from etude.policies import TrainablePolicy
 from etude.policies.sharding import held_here, whole
 from etude.sampling.noise import keyed_generator
+from etude.undisturbed import undisturbed
 
 Pairs = tuple[Tensor, Tensor]
 """Rows and columns of some (sample, column) pairs, int64 `[m]` each."""
@@ -85,17 +86,21 @@ class Learner:
         """
         self.loss_scale.begin_iteration()
         steps = self.pairs(self.objective.columns(samples.table), iteration)
-        records = self.objective.prepare(self.policy, samples, self._distinct(steps), self.micro_batches, self.on_step)
+        first = self._distinct(steps)
+        with undisturbed():
+            records = self.objective.prepare(self.policy, samples, first, self.micro_batches, self.on_step)
         for number, (rows, columns) in enumerate(steps):
             step_records = self._accumulate(samples, rows, columns)
             _extend(records, step_records)
             if number == 0:  # no weight has moved yet
-                _extend(records, self.objective.after_first_step(step_records))
+                with undisturbed():
+                    _extend(records, self.objective.after_first_step(step_records))
             norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
             records.setdefault("grad_norm", []).append(whole(torch.as_tensor(norm)).detach().to(self.policy.device))
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.objective.after_step(self.parameters)
+            with undisturbed():
+                self.objective.after_step(self.parameters)
             after_step()
         return self._sound(compute_all(self.metrics, records), iteration)
 
@@ -108,7 +113,9 @@ class Learner:
         numbers[LARGEST_WEIGHT.name] = self._largest_weight()
         processes = self.accelerator.num_processes
         if processes > 1:
-            columns = gather(self.accelerator, torch.tensor([list(numbers.values())]), processes).unbind(1)
+            columns = gather(
+                self.accelerator, torch.tensor([list(numbers.values())], dtype=torch.float32), processes
+            ).unbind(1)
             numbers = merge(self.metrics, dict(zip(numbers, columns, strict=True)))
         broken = beyond_limit(self.metrics, numbers)
         if broken is not None:
@@ -174,7 +181,7 @@ class Learner:
         Processes exchange gradients once an optimiser step, in its last micro-batch: see
         `rehearsals`.
         """
-        size, total = self.micro_batches.size, torch.zeros((), device=self.policy.device)
+        size, total = self.micro_batches.size, torch.zeros((), dtype=torch.float32, device=self.policy.device)
         starts = range(0, len(rows), size)
         if self.rehearsals and len(starts) == 1:
             with self._exchange(False):
@@ -210,7 +217,8 @@ class Learner:
         self, samples: Samples, rows: Tensor, columns: Tensor, share_of_step: float
     ) -> tuple[Mapping[str, Tensor], Tensor]:
         """Adds the gradients of one micro-batch; returns its records and its part of the step's loss."""
-        loss = self.objective.loss(self.policy, samples, rows, columns)
+        with undisturbed():
+            loss = self.objective.loss(self.policy, samples, rows, columns)
         weighted = loss.value * share_of_step
         self.accelerator.backward(weighted * self.loss_scale.value)
         return loss.records, weighted.detach()

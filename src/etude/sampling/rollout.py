@@ -204,7 +204,7 @@ def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -
     levels = sorted({*steps, *(step + 1 for step in steps)})
 
     def room(*middle: int) -> Tensor:
-        return torch.empty((count, *middle), device=device)
+        return torch.empty((count, *middle), dtype=torch.float32, device=device)
 
     return Trajectory(
         latents=room(*shape),
@@ -251,7 +251,7 @@ def _begin(
         heads = list(range(len(origin)))
     images = [sharers[head] * (i == 0 or heads[i - 1] != head) if shared else 1 for i, head in enumerate(heads)]
     first = table.prefix_steps if shared else 0
-    states = torch.empty((len(heads), *out.shape[1:]), device=out.device) if shared else out
+    states = torch.empty((len(heads), *out.shape[1:]), dtype=out.dtype, device=out.device) if shared else out
 
     def begin(rows: slice, report: Progress) -> None:
         some = heads[rows]

@@ -15,6 +15,7 @@ from etude.prompts import PromptSet, load_prompts
 from etude.rewards import WeightedRewards
 from etude.runs.layout import check_directory
 from etude.training.schedule import PlanSchedule, check_sampling
+from etude.undisturbed import undisturbed
 
 
 def make_algorithm(config: TrainConfig) -> tuple[Objective, Advantage]:
@@ -25,7 +26,8 @@ def make_algorithm(config: TrainConfig) -> tuple[Objective, Advantage]:
     Raises:
         EtudeError: one of them refuses its settings, or the sampling cannot be trained with.
     """
-    objective, advantage = make_objective(config.objective), make_advantage(config)
+    with undisturbed():
+        objective, advantage = make_objective(config.objective), make_advantage(config)
     check_sampling(config.sampling, objective.keep is Keep.TRANSITIONS)
     return objective, advantage
 

@@ -52,6 +52,7 @@ from etude.training.progress import Display, SilentDisplay
 from etude.training.reward_queue import PendingScores, Scorer
 from etude.training.state import RunState
 from etude.training.supervision import Supervisor
+from etude.undisturbed import undisturbed
 
 
 class Trainer:
@@ -192,7 +193,9 @@ class Trainer:
                 local = pending.result()
             scores = {name: gather(self.accelerator, values, len(batch.prompts)) for name, values in local.items()}
             self.ledger.update()
-            advantages = self.advantage(scores, batch.prompts.texts, batch.groups).float()
+            with undisturbed():  # and on copies, since the metrics need the scores
+                own = {name: values.clone() for name, values in scores.items()}
+                advantages = self.advantage(own, [*batch.prompts.texts], batch.groups.clone()).float()
         samples = samples.judged(advantages[batch.indices].to(self.policy.device))
         passes = self.config.objective.num_inner_epochs
         with self.supervisor.phase("update", len(batch.indices) * self.objective.columns(table) * passes):

@@ -50,7 +50,7 @@ class Samples:
     guidance_scale: float
     indices: list[int]
     noise: NoiseSource
-    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
 
     def judged(self, advantages: Tensor) -> Samples:
         """The same samples with their advantages."""
