@@ -69,8 +69,8 @@ def _takes_truth(annotation: Any) -> bool:
 class PromptsConfig(Section):
     train: str = Field(
         "emoji-train",
-        description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`, `animals-eval`), a file (text, JSON, JSON lines, CSV "
-        "or TSV), package.module:function, or hub:dataset. After any of them, `#train` takes nine tenths of it and `#eval` the rest.",
+        description="Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`, `animals-eval`), a file (text, JSON, JSON lines, "
+        "CSV or TSV), package.module:function, or hub:dataset. After any of them, `#train` takes nine tenths of it and `#eval` the rest.",
     )
     evaluation: str = Field(
         "emoji-eval", description="Prompts for the held-out evaluation of the gap: any source that `train` takes."
