@@ -7,9 +7,11 @@ in, and what installed packages offer. Any `package.module:attribute` is a name,
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -18,6 +20,7 @@ from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
 from etude.errors import EtudeError, brief, unknown
+from etude.undisturbed import undisturbed
 
 ThingT = TypeVar("ThingT", bound=Callable[..., Any])
 _PATH = re.compile(r"[\w.]+:[\w.]+")
@@ -136,7 +139,8 @@ class Registry:
         place = f"{self.kind} '{name}' of the package '{owners[0]}' ({plugins[0].value})"
         remedy = "update or uninstall that package."
         try:
-            thing = plugins[0].load()
+            with undisturbed():
+                thing = plugins[0].load()
         except Exception as error:  # the package's code runs at import: whatever it raises has to say whose it is
             raise EtudeError(
                 f"{place} cannot be imported ({type(error).__name__}: {brief(error)}): {remedy}"
@@ -154,7 +158,8 @@ def import_callable(path: str, kind: str, wanted: str) -> Any:
         kind: noun for errors, as `wanted`: "reward", "prompts".
 
     Raises:
-        EtudeError: the module cannot be imported, or the attribute is missing or not callable.
+        EtudeError: the module cannot be imported, another one hides the file of that name in the
+            working directory, or the attribute is missing or not callable.
     """
     module_name, _, attribute = path.partition(":")
     try:
@@ -163,17 +168,35 @@ def import_callable(path: str, kind: str, wanted: str) -> Any:
         here = str(Path.cwd())
         if here not in sys.path:
             sys.path.append(here)
-        thing: Any = import_module(module_name)
+        own = module_name.partition(".")[0] == "etude"  # whose modules change nothing, and may load without torch
+        with nullcontext() if own or module_name in sys.modules else undisturbed():
+            thing: Any = import_module(module_name)
     except (Exception, SystemExit) as error:  # the user's code runs at import: it may raise anything
         problem = f"module '{module_name}' cannot be imported ({type(error).__name__}: {brief(error)})"
         remedy = "install it, or run from the directory that holds it"
         raise EtudeError(f"{kind} '{path}': {problem}; {remedy}.") from error
+    if not own:
+        _check_not_hidden(module_name, f"{kind} '{path}'")
+    module, place = thing, getattr(thing, "__file__", None) or "built into Python"
     for part in attribute.split("."):
         thing = getattr(thing, part, None)
     if not callable(thing):
         problem = "has no attribute" if thing is None else "holds something that is not callable as"
-        raise EtudeError(f"{kind} '{path}': module '{module_name}' {problem} '{attribute}'; give {wanted}.")
+        raise EtudeError(
+            f"{kind} '{path}': module '{module.__name__}' ({place}) {problem} '{attribute}'; give {wanted}."
+        )
     return thing
+
+
+def _check_not_hidden(module_name: str, subject: str) -> None:
+    """Refuses a module in whose place a file of the working directory was meant."""
+    name = module_name.partition(".")[0]
+    here, used = Path.cwd(), getattr(sys.modules.get(name), "__file__", None)
+    for file in (here / name / "__init__.py", here / f"{name}.py"):
+        if file.is_file() and not (used and os.path.exists(used) and os.path.samefile(file, used)):
+            place = f"'{used}'" if used else "built into Python"
+            remedy = f"rename '{file}', or run from another directory"
+            raise EtudeError(f"{subject}: module '{name}' is {place}, not '{file}': {remedy}.")
 
 
 KERNELS = Registry(

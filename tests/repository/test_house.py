@@ -10,7 +10,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "etude"
 FLOORS = (
-    ("errors",),
+    ("errors", "undisturbed"),
     ("registry", "files", "batching", "terminal"),
     ("sampling", "prompts", "zoo"),
     ("rewards",),

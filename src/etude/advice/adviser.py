@@ -168,7 +168,7 @@ class Adviser:
             "theory": base["theory"],
             "iterations": iterations,
             "images": self.measurement.num_images,
-            "prompts": len(self.measurement.prompts),
+            "prompts": len(set(self.measurement.clusters)),
             "budget_minutes": self.minutes,
             "minutes": sum(part["seconds_spent"] for part in (base, sized, deployment, *runs.values())) / 60,
         }

@@ -5,7 +5,6 @@ Help is shown without any heavy import.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import warnings
@@ -18,7 +17,7 @@ import typer
 from etude import terminal
 from etude.cli import options
 from etude.cli.advise import advise
-from etude.cli.errors import CommandGroup, Debug, UsageError, remember_debug
+from etude.cli.errors import CommandGroup, Debug, UsageError, is_first_process, remember_debug
 from etude.cli.gap import gap
 from etude.cli.options import option, path
 from etude.cli.preferences import app as preferences_app
@@ -124,8 +123,10 @@ def train(
 
     `etude train --resume --out runs/first`
     """
-    first = [] if model is None else [f"model={dumps(model)}"]  # quoted, since YAML reads some names as values
-    first += [] if init_lora is None else [f"lora.init={dumps(str(init_lora))}"]
+    first = (
+        [] if model is None else [f"model={dumps(model, ensure_ascii=False)}"]
+    )  # quoted, since YAML reads some names as values
+    first += [] if init_lora is None else [f"lora.init={dumps(str(init_lora), ensure_ascii=False)}"]
     if accept_changes and not resume:
         raise UsageError("--accept-changes needs --resume, since a new run has nothing that could have changed")
     config, directory = prepare_run(recipe, [*first, *(overrides or [])], out, resume, reward)
@@ -139,7 +140,7 @@ def train(
         typer.echo(resolved(config, directory, resume, accept_changes=accept_changes), nl=False)
         return
     only_shows()
-    silent = quiet or os.environ.get("RANK", "0") != "0"
+    silent = quiet or not is_first_process()
     display = SilentDisplay() if silent else TrainingDisplay(config)
     Trainer(config, out=directory, resume=resume, display=display, accept_changes=accept_changes).train()
     if not silent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,6 @@ def _resumed_config(recipe: str | None, overrides: list[str], weights: dict[str,
         key, old, new = change
         raise EtudeError(
             f"--resume: {key} is {old!r} in '{stored}' but {new!r} on the command line: continue that run with "
-            f"`etude train --resume --out {out}`, or start another one in another --out."
+            f"`etude train --resume --out {shlex.quote(str(out))}`, or start another one in another --out."
         )
     return requested

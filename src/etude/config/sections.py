@@ -7,12 +7,12 @@ hyper-parameters) unless the help line says otherwise.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, field_validator, model_validator
 
+from etude.config.yaml_text import Word, dump_yaml
 from etude.registry import ADVANTAGES, KERNELS, OBJECTIVES, POLICIES, WINDOWS
 from etude.rewards.reward import WEIGHTED_SUM
 from etude.sampling.etas import Etas, setting_text
@@ -28,12 +28,35 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        return _check_truth(value, cls.model_fields[info.field_name or ""].annotation)
+
+
+def _check_truth(value: Any, annotation: Any) -> Any:
+    """The value of a field, after a look for truth values where the field holds none, and for words of YAML 1.1."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    for each in inside:
+        if isinstance(each, bool) and not _takes_truth(annotation):
+            raise ValueError("true and false are no numbers and no texts; write the number, or the text in quotes")
+        if isinstance(each, Word) and "Any" in str(annotation):
+            raise ValueError(f"{each} may mean a truth value or a text; write true or false, or the text in quotes")
+    return value
+
+
+def _takes_truth(annotation: Any) -> bool:
+    """Whether a field of this type may hold true or false, or a section, which checks its own fields."""
+    if annotation in (bool, Any) or (isinstance(annotation, type) and issubclass(annotation, Section)):
+        return True
+    return any(_takes_truth(part) for part in get_args(annotation))
+
 
 class PromptsConfig(Section):
     train: str = "emoji-train"
     """Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`, `animals-eval`),
-    a text or JSONL file, package.module:function, or hub:dataset. After any of them, `#train` takes
-    nine tenths of it and `#eval` the rest."""
+    a file (text, JSON, JSON lines, CSV or TSV), package.module:function, or hub:dataset. After any
+    of them, `#train` takes nine tenths of it and `#eval` the rest."""
     evaluation: str = "emoji-eval"
     """Prompts for the held-out evaluation of the gap: any source that `train` takes."""
 
@@ -133,6 +156,7 @@ class SamplingConfig(Section):
     @field_validator("eta", mode="before")
     @classmethod
     def _a_number_or_one_a_step(cls, value: Any) -> Any:
+        _check_truth(value, float)
         try:
             if isinstance(value, list | tuple):
                 return [_ETA.validate_python(each) for each in value]
@@ -438,4 +462,4 @@ class TrainConfig(Section):
         return self
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from etude.errors import EtudeError, brief
 from etude.registry import REWARDS, import_callable
+from etude.undisturbed import undisturbed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,7 +100,8 @@ def get(name: str) -> Reward:
     """
     if name not in _loaded:
         try:
-            _loaded[name] = _build(name)
+            with undisturbed():
+                _loaded[name] = _build(name)
         except EtudeError:
             raise
         except Exception as error:  # a user's constructor raises anything; the error names the reward

@@ -145,7 +145,9 @@ class VPPath:
         says nothing about x0 there.
         """
         timesteps = self.timesteps(num_steps, spacing)
-        alpha = torch.cat([self.alphas_cumprod[timesteps], torch.tensor([self.final_alpha_cumprod]).double()])
+        alpha = torch.cat(
+            [self.alphas_cumprod[timesteps], torch.tensor([self.final_alpha_cumprod], dtype=torch.float32).double()]
+        )
         a, s = alpha.sqrt(), (1 - alpha).sqrt()
         if bool((s[:-1] == 0).any()):
             raise EtudeError("the schedule has a training timestep without noise (beta 0): start its betas above 0.")

@@ -133,7 +133,11 @@ def rollout(
             heads = list(range(len(origin)))
         images = [sharers[head] * (i == 0 or heads[i - 1] != head) if shared else 1 for i, head in enumerate(heads)]
         first = table.prefix_steps if shared else 0
-        states = torch.empty((len(heads), *latents.shape[1:]), device=latents.device) if shared else latents
+        states = (
+            torch.empty((len(heads), *latents.shape[1:]), dtype=latents.dtype, device=latents.device)
+            if shared
+            else latents
+        )
 
         def walk_together(rows: slice, report: Progress) -> None:
             some = heads[rows]
@@ -195,7 +199,7 @@ def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool, w
     levels = sorted({*steps, *(step + 1 for step in steps)})
 
     def room(*middle: int) -> Tensor:
-        return torch.empty((count, *middle), device=device)
+        return torch.empty((count, *middle), dtype=torch.float32, device=device)
 
     return Trajectory(
         latents=room(*shape),

@@ -18,11 +18,13 @@ from etude.training.inputs import Inputs, digests_before_loading
 from etude.training.offline import OfflinePairs
 from etude.training.schedule import PlanSchedule, check_sampling
 from etude.training.trackers import Trackers
+from etude.undisturbed import undisturbed
 
 
 def make_algorithm(config: TrainConfig) -> tuple[Objective, Advantage]:
     """The objective and the advantage of a configuration, checked (EtudeError) without reading a file."""
-    objective, advantage = make_objective(config.objective), make_advantage(config)
+    with undisturbed():
+        objective, advantage = make_objective(config.objective), make_advantage(config)
     check_sampling(config.sampling, objective.keep is Keep.TRANSITIONS)
     sampling = config.sampling
     if objective.by_group and config.rollout.images_per_prompt < 2:

@@ -16,6 +16,7 @@ from etude.sampling.kernels import make_kernel
 from etude.sampling.paths import Grid
 from etude.sampling.plans import SamplingPlan, StepTable
 from etude.sampling.windows import WindowSchedule, make_window, trainable_range
+from etude.undisturbed import undisturbed
 
 
 def check_sampling(sampling: SamplingConfig, trains_steps: bool) -> None:
@@ -63,6 +64,7 @@ class PlanSchedule:
             or the window does not fit the stochastic steps.
     """
 
+    @undisturbed()
     def __init__(
         self,
         sampling: SamplingConfig,
@@ -92,6 +94,7 @@ class PlanSchedule:
             raise EtudeError(f"iteration {iteration} has no window: training counts its iterations from 1.")
         return {"start": self.schedule.start_at(iteration), "size": self.schedule.size}
 
+    @undisturbed()
     def table_at(self, iteration: int) -> StepTable:
         """The coefficients of an iteration's plan, on the device."""
         plan = self._plan(iteration)

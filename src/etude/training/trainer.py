@@ -43,6 +43,7 @@ from etude.training.processes import end_training, failing_together, make_accele
 from etude.training.progress import Display, OutlivedDisplay, SilentDisplay
 from etude.training.reward_queue import PendingScores, Scorer
 from etude.training.supervision import Supervisor
+from etude.undisturbed import undisturbed
 
 
 class Trainer:
@@ -190,7 +191,9 @@ class Trainer:
                 local = pending.result()
             scores = {name: gather(self.accelerator, values, len(batch.prompts)) for name, values in local.items()}
             self.ledger.update()
-            advantages = self.advantage(scores, batch.prompts.texts, batch.groups).float()
+            with undisturbed():  # and on copies, since the metrics need the scores
+                own = {name: values.clone() for name, values in scores.items()}
+                advantages = self.advantage(own, [*batch.prompts.texts], batch.groups.clone()).float()
         row: dict[str, Any] = {
             "reward": {n: {"mean": v.mean().item(), "std": v.std(correction=0).item()} for n, v in scores.items()}
         }

@@ -46,7 +46,7 @@ class Samples:
     indices: list[int]
     noise: NoiseSource
     images_per_prompt: int = 1
-    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
 
     def judged(self, advantages: Tensor) -> Samples:
         """The same samples with their advantages."""

@@ -105,7 +105,7 @@ class ModelReward(ABC):
         self.load()
         device = self._place(images)
         self.network.to(device)
-        scores = torch.zeros(len(prompts))
+        scores = torch.zeros(len(prompts), dtype=torch.float32)
 
         def work(rows: slice, _: Progress) -> None:
             scores[rows] = self._score(images[rows].cpu(), prompts[rows], device).float().cpu()

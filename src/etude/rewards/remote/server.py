@@ -13,6 +13,7 @@ import json
 import os
 import socket
 from collections.abc import Collection
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from pydantic import ValidationError
 
 from etude.errors import EtudeError
 from etude.files import fingerprints
+from etude.rewards.background import LOCAL
 from etude.rewards.remote.wire import (
     SERVED,
     TOKEN_VARIABLE,
@@ -177,9 +179,9 @@ class _Scorer:
     def __init__(self, name: str, token: str, max_request_bytes: int, max_pixels: int) -> None:
         import anyio
 
-        self.name, self.reward = name, get(name)
+        self.name, self.reward = name, LOCAL.call(get, name)
         if hasattr(self.reward, "load"):
-            self.reward.load()
+            LOCAL.call(self.reward.load)
         self.token, self.max_request_bytes, self.max_pixels = token.encode(), max_request_bytes, max_pixels
         # Memory is bounded by MAX_BODIES bodies and one batch at a time.
         self.bodies, self.turn = anyio.Semaphore(MAX_BODIES), anyio.Lock()
@@ -235,7 +237,8 @@ class _Scorer:
             if groups is None and getattr(self.reward, "whole_groups", False):
                 problem = f"the reward '{self.name}' compares the images of a group and was told no groups"
                 raise EtudeError(f"{problem}: name it with #whole_groups=1 after the url.")
-            scores = score_one(self.name, self.reward, images, prompts, metadata, groups=groups)
+            score = partial(score_one, self.name, self.reward, images, prompts, metadata, groups=groups)
+            scores = LOCAL.call(score)
         except EtudeError as error:
             raise _RefusedError(422, str(error)) from error
         return list(scores.tolist())

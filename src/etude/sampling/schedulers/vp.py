@@ -75,7 +75,7 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         self._plan(1)  # refuses a bad eta, kernel or first_step now, not at set_timesteps
         path = self.path
         self.alphas_cumprod = path.alphas_cumprod.float()
-        self.final_alpha_cumprod = torch.tensor(path.final_alpha_cumprod)
+        self.final_alpha_cumprod = torch.tensor(path.final_alpha_cumprod, dtype=torch.float32)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(path.num_train_timesteps).flip(0)
