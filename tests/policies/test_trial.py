@@ -127,7 +127,9 @@ def test_a_prediction_that_is_not_finite_ends_every_sampler_and_names_the_step(
 def test_an_encoded_prompt_that_is_not_finite_is_named() -> None:
     policy = StableDiffusionPolicy(stable_diffusion())
     with torch.no_grad():
-        policy.pipeline.text_encoder.get_input_embeddings().weight[:, 0] = float("inf")
+        letter = policy.pipeline.tokenizer("red heart").input_ids[1]
+        policy.pipeline.text_encoder.get_input_embeddings().weight[letter, 0] = float("inf")
+    policy.encode(["pizza"])
     with pytest.raises(
         EtudeError, match="the text encoders' encoder_hidden_states at the prompt 'red heart' in float32"
     ):

@@ -122,11 +122,13 @@ def load_source(
         elif single:
             pipeline = load_single_file(name, location, pipeline_class, adapter.denoiser, index, parts, dtype)
         else:
-            which = {"variant": source.variant, "use_safetensors": True, **at}
+            which = {"variant": source.variant, **at}
             if not Path(location).is_dir() and hasattr(pipeline_class, "download"):
-                location = pipeline_class.download(location, **which, **parts)
+                location = pipeline_class.download(location, use_safetensors=True, **which, **parts)
             read = _read_folders(location, networks_of(index, parts), source.variant, dtype=dtype)
-            pipeline = pipeline_class.from_pretrained(location, dtype=dtype, **which, **parts, **read)
+            pipeline = pipeline_class.from_pretrained(
+                location, dtype=dtype, use_safetensors=True, **which, **parts, **read
+            )
         tell_of_scheduler(str(model), type(pipeline.scheduler).__name__)
         if source.shift is not None:
             _shift(pipeline, source.shift, model)
@@ -167,11 +169,11 @@ def _read_folders(
     parts = {}
     for name, (library, cls) in networks.items():
         folder = str(Path(location, name))
-        which: dict[str, Any] = {"variant": variants[name], "use_safetensors": True, "output_loading_info": True}
+        which: dict[str, Any] = {"variant": variants[name], "output_loading_info": True}
         if library == "transformers":  # lists tensors of another shape, where diffusers names one in an error
             which["ignore_mismatched_sizes"] = True
         try:
-            parts[name], keys = cls.from_pretrained(folder, **which, **how)
+            parts[name], keys = cls.from_pretrained(folder, use_safetensors=True, **which, **how)
         except ValueError as error:
             shape = re.search(r"because (\S+ expected shape .*?, but got torch\.Size\(\[[\d, ]*\]\))", str(error))
             if shape is None:

@@ -75,8 +75,11 @@ def check_index(
 def _needed(kind: Any) -> list[str]:
     """The parts that a pipeline's class takes, those for pictures as input apart; empty if it does not say."""
     signature = getattr(kind, "_get_signature_keys", None)
-    unused = {"feature_extractor", "image_encoder", "safety_checker"}
-    return [] if signature is None else sorted(set(signature(kind)[0]) - unused)
+    if signature is None:
+        return []
+    # SDXL's class calls its text encoders optional, since a caller may pass encoded prompts.
+    free = {part for part in kind._optional_components if not part.startswith(("text_encoder", "tokenizer"))}
+    return sorted(set(signature(kind)[0]) - free - {"feature_extractor", "image_encoder", "safety_checker"})
 
 
 def tell_of_scheduler(model: str, name: str) -> None:
