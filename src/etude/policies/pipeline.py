@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -17,21 +18,25 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from etude.batching import MicroBatch, Progress
 from etude.config import LoraConfig
-from etude.errors import EtudeError
+from etude.errors import EtudeError, brief_value
 from etude.policies.adapter_file import WEIGHTS, read_adapter, sort_header
 from etude.policies.adapter_loading import adapted_parts, configuration, load_adapter
 from etude.policies.kohya import KOHYA_WEIGHTS, kohya_tensors
 from etude.policies.prompt_cache import Key, PromptCache
 from etude.policies.trainable import TrainablePolicy
+from etude.sampling.finite import all_finite, not_finite
 from etude.sampling.model import Conditioning
 from etude.sampling.paths import FlowPath, VPPath
 
 ADAPTER = "default"
 BASE = "base."
 """Prefix of the conditioning that text encoders give without their adapter."""
+Agreement = tuple[tuple[str, int | None], tuple[str, int | None]]
+"""Two numbers of a model's configurations that must be equal, each with its name; None where it has none."""
 DECODED_PIXELS = 2**21
 """Pixels decoded at a time, whose activations take as much memory as those of a large denoiser."""
 PROMPT_CACHE_MB = 4096
@@ -61,9 +66,9 @@ class PipelinePolicy(TrainablePolicy):
     """
 
     path_class: ClassVar[type[VPPath] | type[FlowPath]]
-    denoiser: ClassVar[str]
+    denoiser: str
     """Name of the pipeline's component that is trained."""
-    classifier_free: ClassVar[bool] = True
+    classifier_free: bool = True
     """Whether guidance takes a second evaluation. False: the scale is an input of the network."""
     load_arguments: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
     """Arguments of `from_pretrained` beside the dtype; components that read pictures are left out."""
@@ -120,6 +125,7 @@ class PipelinePolicy(TrainablePolicy):
         self.decode_batch = MicroBatch(decode_batch_size or at_a_time, "memory.decode_batch_size")
         self._encoded = PromptCache(prompt_cache_mb * 2**20)
         self._initial: nn.Module | None = None
+        self._told_of_cut = False
         self._trains_everything = self._is_reference = False
 
     def _default_size(self) -> tuple[int, int]:
@@ -132,6 +138,17 @@ class PipelinePolicy(TrainablePolicy):
     def _shape(self) -> tuple[int, ...]:
         """Shape of one sample for the denoiser. Default: the autoencoder's latents, `[c, h, w]`."""
         return (self._trained_network.config.in_channels, *self.latent_size)
+
+    def agreements(self) -> list[Agreement]:
+        """Numbers of the parts' configurations that must be equal. Default: none are known."""
+        return []
+
+    def _channels(self, patch: int = 1) -> list[Agreement]:
+        """The denoiser reads and predicts the autoencoder's channels, `patch` latents in a token."""
+        config, channels = self._trained_network.config, self.pipeline.vae.config.get("latent_channels")
+        wanted = f"{patch} x vae.latent_channels" if patch > 1 else "vae.latent_channels"
+        needed = (wanted, None if channels is None else patch * channels)
+        return [((f"{self.denoiser}.{name}", config.get(name)), needed) for name in ("in_channels", "out_channels")]
 
     @abstractmethod
     def _encode(self, prompt: str) -> dict[str, Tensor]:
@@ -157,6 +174,10 @@ class PipelinePolicy(TrainablePolicy):
     @property
     def denoiser_names(self) -> tuple[str, str]:
         return self.denoiser, type(self._trained_network).__name__
+
+    def networks(self) -> dict[str, str]:
+        parts = self.pipeline.components.items()
+        return {name: type(part).__name__ for name, part in parts if isinstance(part, nn.Module)}
 
     def loading_arguments(self) -> dict[str, Any]:
         return {name: None for name in self.optional if getattr(self.pipeline, name) is None}
@@ -219,7 +240,9 @@ class PipelinePolicy(TrainablePolicy):
             for prompt in new:  # one by one: in a batch, the last bits of a row can depend on the other rows
                 if until_full and self._encoded.full:
                     return
+                self._tell_of_cut(prompt)
                 self._encoded.add(prompt, self._encode_key(prompt))
+                self._check_encoding(prompt)
 
     def _encode_key(self, prompt: Key) -> dict[str, Tensor]:
         """Conditioning of one prompt, and under names with `BASE` that of encoders without their adapter."""
@@ -243,6 +266,29 @@ class PipelinePolicy(TrainablePolicy):
         if base and self._is_reference:
             return base
         return {name: tensor for name, tensor in rows.items() if not name.startswith(BASE)}
+
+    def _tell_of_cut(self, prompt: Key) -> None:
+        """Tells once of a prompt that a text encoder does not read to its end."""
+        if self._told_of_cut or not prompt:
+            return
+        for name, words in self.pipeline.components.items():
+            if not name.startswith("tokenizer") or words is None:
+                continue
+            longest = self.max_sequence_length if self.t5 and name == self.t5[0] else words.model_max_length
+            count = len(words(prompt, truncation=False, verbose=False).input_ids)
+            if count > longest:
+                self._told_of_cut = True
+                encoder = name.replace("tokenizer", "text_encoder")
+                warnings.warn(
+                    f"the prompt {brief_value(prompt)} has {count} tokens, of which the {encoder} reads {longest}: the rest "
+                    "changes nothing there (said once)",
+                    stacklevel=2,
+                )
+
+    def _check_encoding(self, prompt: Key) -> None:
+        for name, rows in self._encoded.get(prompt).items():
+            if not isinstance(rows, FakeTensor) and not all_finite(rows):
+                raise not_finite(f"the text encoders' {name}", f"the prompt {brief_value(prompt or '')}", self.dtype)
 
     @contextmanager
     def _on_device(self, *modules: nn.Module) -> Iterator[None]:
@@ -283,6 +329,10 @@ class PipelinePolicy(TrainablePolicy):
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
 
+    @property
+    def computing_dtype(self) -> torch.dtype:
+        return self._computing
+
     @contextmanager
     def precision(self, dtype: torch.dtype | None) -> Iterator[None]:
         before, self._computing = self._computing, dtype or self.dtype
@@ -304,13 +354,20 @@ class PipelinePolicy(TrainablePolicy):
 
     def pictures(self, latents: Tensor) -> Tensor:
         """uint8 images of one micro-batch; the autoencoder must be on the device of the latents."""
-        return self.decoded(latents).mul(255).round().to(torch.uint8).cpu()
+        vae = self.pipeline.vae
+        decoded = self._decoder_output(latents)
+        finite, images = all_finite(decoded), _in_range(decoded).mul(255).round().to(torch.uint8).cpu()
+        if not isinstance(finite, FakeTensor) and not finite:  # read here, where the device has been waited for
+            raise not_finite("the vae's image", "decoding", vae.dtype)
+        return images
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Images of one micro-batch in float32, in [0, 1]."""
+        return _in_range(self._decoder_output(latents))
+
+    def _decoder_output(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        decoded = vae.decode(self._unscaled(self._unpack(latents)).to(vae.dtype), return_dict=False)[0].float()
-        return (decoded / 2 + 0.5).clamp(0, 1)
+        return vae.decode(self._unscaled(self._unpack(latents)).to(vae.dtype), return_dict=False)[0].float()
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Input of the autoencoder's decoder: `latents / scaling_factor + shift_factor`."""
@@ -426,3 +483,8 @@ class PipelinePolicy(TrainablePolicy):
         set_adapter_layers(network, enabled=True)  # which makes it trainable
         cast_training_params(network, dtype=torch.float32)
         set_peft_model_state_dict(network, tensors[self.denoiser], adapter_name=ADAPTER)  # unrounded
+
+
+def _in_range(decoded: Tensor) -> Tensor:
+    """An autoencoder's output, from [-1, 1] to [0, 1]."""
+    return (decoded / 2 + 0.5).clamp(0, 1)

@@ -55,6 +55,10 @@ class TrainablePolicy(Policy):
         """Name of the denoiser in the pipeline, and name of its class in diffusers."""
         return "unet", "UNet2DConditionModel"
 
+    def networks(self) -> dict[str, str]:
+        """Name of the class of each part with weights, by the part's name in the pipeline."""
+        return dict([self.denoiser_names])
+
     def loading_arguments(self) -> dict[str, Any]:
         """Arguments that the plain pipeline's `from_pretrained` needs beside the model's name."""
         return {}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from etude.batching import MicroBatch, Progress
 from etude.errors import EtudeError
+from etude.sampling.finite import FiniteMarks
 from etude.sampling.kernels import Transition
 from etude.sampling.model import Conditioning, Policy
 from etude.sampling.noise import NoiseSource, to_device
@@ -118,6 +119,7 @@ def rollout(
         raise EtudeError(f"{len(prompts)} prompts do not fit {len(samples)} samples: give one each.")
     trajectory = _empty(policy, table, len(samples), reference is not None, keep_means)
     batches = MicroBatch.of(batch_size)
+    finite = FiniteMarks(policy.denoiser, policy.computing_dtype, table.num_evaluations)
     latents = trajectory.latents  # first the states from which the rows continue on their own
 
     def begin() -> int:
@@ -145,6 +147,7 @@ def rollout(
             own = conditioning.take(to_device(torch.tensor(some), policy.device)) if first else conditioning
             for step in range(first):
                 x = denoise(policy, table, step, x, own, guidance_scale).mean
+                finite.add(x, step)
                 report(sum(images[rows]))
             states[rows] = x
 
@@ -171,11 +174,14 @@ def rollout(
                 if trajectory.mean is not None:
                     trajectory.mean[rows, column] = transition.mean
             x = target
+            finite.add(x, step)
             report(len(x))
         if table.tail is not None:
             x = multistep_tail(policy, table.tail, own, x, guidance_scale, report)
+            finite.add(x, table.num_evaluations - 1)
         latents[rows] = x
         if on_rows is not None:
+            finite.check()  # the images that follow wait for the device, too
             on_rows(rows, x)
         if reference is None or trajectory.reference_mean is None:
             return
@@ -190,6 +196,7 @@ def rollout(
                 report(0)
 
     batches.run(len(samples), walk, on_step)
+    finite.check()
     return trajectory
 
 
