@@ -25,7 +25,7 @@ from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 from etude.sampling.sampler import ODE
 from etude.training.dry_run import resolved
 from etude.training.trainer import Trainer
-from support.adapters import ROWS, AdapterRow, kohya, kohya_text, peft, rand, write
+from support.adapters import ROWS, AdapterRow, kohya, kohya_text, peft, rand, table, write
 from support.tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 POLICIES: dict[Any, type[PipelinePolicy]] = {
@@ -416,3 +416,8 @@ def test_a_run_from_an_adapter_that_does_not_fit_is_refused_alike_by_its_dry_run
 def test_an_adapter_to_train_on_from_and_full_fine_tuning_contradict_one_another():
     with pytest.raises(EtudeError, match=r"lora\.init = .x. .* lora\.rank = 0"):
         parse_config({"lora": {"init": "x", "rank": 0}})
+
+
+def test_the_page_shows_the_table() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "what-etude-reads.md"
+    assert table() in page.read_text(encoding="utf-8")

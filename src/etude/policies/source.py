@@ -63,7 +63,7 @@ class ModelSource:
         A repository of the hub has none here: its commit tells what it held.
         """
         named = {"model": self.name, "pipeline_config": self.pipeline_config, "adapter": self.lora}
-        found = {what: _files(str(name), self.variant) for what, name in named.items() if name}
+        found = {what: source_files(str(name), self.variant) for what, name in named.items() if name}
         return {what: files for what, files in found.items() if files}
 
     @classmethod
@@ -75,7 +75,7 @@ class ModelSource:
         return replace(base, name=run / f"model{suffix}", pipeline_config=None, variant=None)
 
 
-def _files(name: str, variant: str | None) -> dict[str, Path]:
+def source_files(name: str, variant: str | None = None) -> dict[str, Path]:
     """The files of a pipeline's directory, of an adapter's, or a single file; empty where there is none."""
     place = zoo.path(name) if name in zoo.names() else Path(expanduser(name))
     if place.is_file():

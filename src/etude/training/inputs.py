@@ -19,7 +19,7 @@ from etude.errors import EtudeError
 from etude.files import fingerprints
 from etude.policies import TrainablePolicy
 from etude.policies.loading import split_revision
-from etude.policies.source import ModelSource
+from etude.policies.source import ModelSource, source_files
 from etude.prompts import PromptSet
 from etude.registry import ADVANTAGES, KERNELS, OBJECTIVES, POLICIES, WINDOWS
 from etude.rewards import files, get, revisions
@@ -97,6 +97,8 @@ def digests_before_loading(
     # Named as in the configuration, also for a policy that was loaded from somewhere else.
     titles = {"model": f"model '{config.model}'", "pipeline_config": f"pipeline_config '{config.pipeline_config}'"}
     read = {} if source is None else {titles.get(what, what): paths for what, paths in source.files().items()}
+    if config.lora.init is not None:
+        read |= {f"lora.init '{config.lora.init}'": source_files(config.lora.init)}
     read |= {f"reward '{name}'": files(name) for name in _rewards(config)} | dict(_code(config))
     return found | {name: parts for name, paths in read.items() if (parts := fingerprints(paths))}
 
