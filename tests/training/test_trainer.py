@@ -314,6 +314,7 @@ def test_neither_is_one_that_was_made_trainable_by_hand(settings, tmp_path):
         Trainer(config, tmp_path / "run", policy=policy)
 
 
+@pytest.mark.parametrize("missing", ["base_scores", "last_evaluation", "advantage"])
 def test_a_checkpoint_without_its_state_is_one_clear_error(settings, tmp_path, missing):
     trainer = Trainer(parse_config({**settings, "advantage": {"kind": "per_prompt"}}), tmp_path / "run", resume=True)
     trainer.durability.save(0)
