@@ -21,6 +21,7 @@ from benchmarks import (
 )
 from benchmarks.against_trl import Comparison, Work
 from benchmarks.results import RESULTS, Headline, Result
+from etude.cli.streams import only_shows, outlast_readers
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,4 +156,6 @@ def _show(title: str, columns: list[str], rows: list[list[str]], headlines: Sequ
 
 
 if __name__ == "__main__":
+    outlast_readers()
+    only_shows()  # the results are files
     raise SystemExit(main())

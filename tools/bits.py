@@ -351,12 +351,14 @@ def _read_export(place: Path, folder: Path) -> Bits:
 
 
 def _read_checkpoint(folder: Path) -> Bits:
-    """Hash a checkpoint: its state, and its tensors by kind (weights, optimizer, ema, best)."""
+    """Hash a checkpoint: its state less the digests of inputs, and its tensors by kind (weights, optimizer, ema, best)."""
     kinds: dict[str, list[str]] = {}
     for name, value in sorted(tensor_digests(folder / "tensors.safetensors").items()):
         kinds.setdefault(name.partition("/")[0], []).append(f"{name} {value}")
     bits = {f"{folder.name}, {kind}": text_digest("\n".join(lines)) for kind, lines in kinds.items()}
-    return bits | {f"{folder.name}, state.json": json_file(folder / "state.json")}
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    own = {name: value for name, value in state.items() if name not in {"inputs", "changed_inputs"}}
+    return bits | {f"{folder.name}, state.json": json_digest(own)}
 
 
 def read_study(place: Path) -> Bits:

@@ -7,17 +7,36 @@ not at all. A lock ends with the process that holds it, however that ends.
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from etude.errors import EtudeError
 
 PATIENCE = 10
 """Attempts to take a lock within half a second (`is_locked` elsewhere holds it for an instant)."""
+WHOLE = 1 << 26
+"""Largest size in bytes of a file that `fingerprint` reads as a whole."""
+SAMPLE, STRIDE = 1 << 12, 1 << 24
+"""Bytes of a sample of a larger file, and the longest way in bytes from one sample to the next."""
+
+
+@contextmanager
+def made(directory: Path) -> Iterator[None]:
+    """Makes a directory and its parents; those that are then still empty are removed again."""
+    absent = [place for place in (directory, *directory.parents) if not place.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not empty, nor are its parents
+            for place in absent:
+                place.rmdir()
 
 
 @contextmanager
@@ -116,6 +135,52 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 that tells whether a file has changed, in hexadecimal digits.
+
+    Up to `WHOLE` bytes it is that of the content. Of a larger file the size is read, the header of
+    a safetensors file, and a sample of `SAMPLE` bytes at the beginning, the middle and the end of
+    each tensor and wherever `STRIDE` bytes have gone by: 15 MB in 4,200 reads for FLUX's 24 GB. Training or
+    merging changes a tensor all over and is seen; a change of a few bytes in a large file need not be.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for place, length in _samples(file.fileno(), size):
+            digest.update(os.pread(file.fileno(), length, place))
+    return digest.hexdigest()
+
+
+def fingerprints(files: Mapping[str, Path]) -> dict[str, str]:
+    """`fingerprint` of each file, by its name here. A file that cannot be read is left out."""
+    found = {}
+    for name, path in files.items():
+        with suppress(OSError):
+            found[name] = fingerprint(path)
+    return found
+
+
+def _samples(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """(place, length) of what is read of a large file of `size` bytes."""
+    header, ends = 8 + int.from_bytes(os.pread(descriptor, 8, 0), "little"), {size}  # as safetensors begins
+    try:
+        entries = json.loads(os.pread(descriptor, header - 8, 8)).items() if header <= WHOLE else ()
+        offsets = [header + int(entry["data_offsets"][1]) for name, entry in entries if name != "__metadata__"]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError):
+        offsets = []  # another format, or damage that the loader will name
+    if offsets:
+        yield 0, header
+        ends |= {end for end in offsets if header < end < size}
+    begin = header if offsets else 0
+    for end in sorted(ends):
+        for place in range(begin, end, max(1, min(STRIDE, (end - begin) // 2))):
+            yield place, min(SAMPLE, end - place)
+        yield max(begin, end - SAMPLE), min(SAMPLE, end - begin)
+        begin = end
 
 
 def reason(error: Exception) -> str:

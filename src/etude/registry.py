@@ -7,16 +7,20 @@ in, and what installed packages offer. Any `package.module:attribute` is a name,
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any, TypeVar
 
 from etude.errors import EtudeError, brief, unknown
+from etude.undisturbed import undisturbed
 
 ThingT = TypeVar("ThingT", bound=Callable[..., Any])
 _PATH = re.compile(r"[\w.]+:[\w.]+")
@@ -81,6 +85,33 @@ class Registry:
             self._imported[name] = self._import(name)
         return self.registered.get(name, self._imported.get(name))
 
+    def files(self, name: str) -> dict[str, Path]:
+        """Files with the code of a name, by their path from its directory.
+
+        They are those of its module, and of the modules in the same directory that it imports.
+        Empty for what is built in, was registered in this process, or has no file.
+        """
+        if name in self.registered or name in self.builtin:
+            return {}
+        thing = self.get(name)
+        home = sys.modules.get(name.partition(":")[0] if ":" in name else thing.__module__)
+        if home is None or home.__name__.partition(".")[0] in {"etude", *sys.stdlib_module_names}:
+            return {}
+        directory = Path(getattr(home, "__file__", None) or "").parent
+        found: dict[str, Path] = {}
+        modules: list[ModuleType | None] = [home]
+        while modules:
+            module = modules.pop()
+            path = Path(getattr(module, "__file__", None) or "")
+            if module is None or not path.is_relative_to(directory) or not path.is_file():
+                continue
+            place = path.relative_to(directory).as_posix()
+            if place not in found:
+                found[place] = path
+                code = [value for value in vars(module).values() if isinstance(value, ModuleType | type | FunctionType)]
+                modules += [v if isinstance(v, ModuleType) else sys.modules.get(v.__module__) for v in code]
+        return dict(sorted(found.items()))
+
     def title(self, name: str) -> str:
         """Published name of the choice: a built-in entry's, or the attribute `title` of another thing.
 
@@ -108,7 +139,8 @@ class Registry:
         place = f"{self.kind} '{name}' of the package '{owners[0]}' ({plugins[0].value})"
         remedy = "update or uninstall that package."
         try:
-            thing = plugins[0].load()
+            with undisturbed():
+                thing = plugins[0].load()
         except Exception as error:  # the package's code runs at import: whatever it raises has to say whose it is
             raise EtudeError(
                 f"{place} cannot be imported ({type(error).__name__}: {brief(error)}): {remedy}"
@@ -126,7 +158,8 @@ def import_callable(path: str, kind: str, wanted: str) -> Any:
         kind: noun for errors, as `wanted`: "reward", "prompts".
 
     Raises:
-        EtudeError: the module cannot be imported, or the attribute is missing or not callable.
+        EtudeError: the module cannot be imported, another one hides the file of that name in the
+            working directory, or the attribute is missing or not callable.
     """
     module_name, _, attribute = path.partition(":")
     try:
@@ -135,17 +168,35 @@ def import_callable(path: str, kind: str, wanted: str) -> Any:
         here = str(Path.cwd())
         if here not in sys.path:
             sys.path.append(here)
-        thing: Any = import_module(module_name)
+        own = module_name.partition(".")[0] == "etude"  # whose modules change nothing, and may load without torch
+        with nullcontext() if own or module_name in sys.modules else undisturbed():
+            thing: Any = import_module(module_name)
     except (Exception, SystemExit) as error:  # the user's code runs at import: it may raise anything
         problem = f"module '{module_name}' cannot be imported ({type(error).__name__}: {brief(error)})"
         remedy = "install it, or run from the directory that holds it"
         raise EtudeError(f"{kind} '{path}': {problem}; {remedy}.") from error
+    if not own:
+        _check_not_hidden(module_name, f"{kind} '{path}'")
+    module, place = thing, getattr(thing, "__file__", None) or "built into Python"
     for part in attribute.split("."):
         thing = getattr(thing, part, None)
     if not callable(thing):
         problem = "has no attribute" if thing is None else "holds something that is not callable as"
-        raise EtudeError(f"{kind} '{path}': module '{module_name}' {problem} '{attribute}'; give {wanted}.")
+        raise EtudeError(
+            f"{kind} '{path}': module '{module.__name__}' ({place}) {problem} '{attribute}'; give {wanted}."
+        )
     return thing
+
+
+def _check_not_hidden(module_name: str, subject: str) -> None:
+    """Refuses a module in whose place a file of the working directory was meant."""
+    name = module_name.partition(".")[0]
+    here, used = Path.cwd(), getattr(sys.modules.get(name), "__file__", None)
+    for file in (here / name / "__init__.py", here / f"{name}.py"):
+        if file.is_file() and not (used and os.path.exists(used) and os.path.samefile(file, used)):
+            place = f"'{used}'" if used else "built into Python"
+            remedy = f"rename '{file}', or run from another directory"
+            raise EtudeError(f"{subject}: module '{name}' is {place}, not '{file}': {remedy}.")
 
 
 KERNELS = Registry(
@@ -157,6 +208,9 @@ KERNELS = Registry(
         "cps": Entry("etude.sampling.kernels:CPS", "any model, eta at most 1"),
         "flow_sde": Entry("etude.sampling.kernels:FlowSDE", "flow models, Flow-GRPO's"),
         "dance_sde": Entry("etude.sampling.kernels:DanceSDE", "flow models, DanceGRPO's"),
+        "precise": Entry("etude.sampling.published_kernels:Precise", "any model, gddim at eta / sqrt(2)"),
+        "dance_precise": Entry("etude.sampling.published_kernels:DancePrecise", "flow models, dance_sde's SDE exactly"),
+        "churn": Entry("etude.sampling.published_kernels:Churn", "any model, FDFO's"),
     },
     "module:Class, a subclass of etude.sampling.kernels.Kernel that is built from eta",
 )
@@ -189,6 +243,7 @@ REWARDS = Registry(
         "jpeg_compressibility": Entry("etude.rewards.jpeg:jpeg_compressibility"),
         "jpeg_incompressibility": Entry("etude.rewards.jpeg:jpeg_incompressibility"),
         "pickscore": Entry("etude.rewards.models.clip:PickScore"),
+        "preference": Entry("etude.preferences.preference_reward:PreferenceReward"),
     },
     "module:function, where function(images, prompts, **metadata) returns one float32 score per image",
 )
@@ -211,6 +266,21 @@ OBJECTIVES = Registry(
     {
         "ppo": Entry("etude.learning.objectives.ppo:PPO", "clipped importance ratio"),
         "reinforce": Entry("etude.learning.objectives.reinforce:Reinforce", "-A log p, one optimiser step a rollout"),
+        "nft": Entry(
+            "etude.learning.objectives.nft:NFT",
+            "contrast of good and bad images under fresh noise, from any sampler",
+            title="DiffusionNFT",
+        ),
+        "awm": Entry(
+            "etude.learning.objectives.awm:AWM",
+            "matching error of images under fresh noise, weighted by advantage",
+            title="AWM",
+        ),
+        "dpo": Entry(
+            "etude.learning.objectives.dpo:DPO",
+            "preference for the better of two images, of a group or of a file of pairs",
+            title="Diffusion-DPO",
+        ),
     },
     "module:Class, a subclass of etude.learning.objectives.objective.Objective",
 )

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import io
+import os
 
 from rich.console import Console, RenderableType
 from rich.table import Table
 
 PLAIN_WIDTH = 200
 """Columns where there is no terminal to measure."""
+own_program = False
+"""Whether this process is the `etude` program, and not another one that calls the library, such as a notebook's kernel."""
 
 
 def make_console(stderr: bool = False) -> Console:
-    """A console that never folds tables to 80 columns where there is no terminal to measure."""
+    """A console of a standard stream. Bars that move (`is_interactive`) are for a terminal with a cursor
+    and a person before it: not for a file or pipe, even with FORCE_COLOR, a dumb terminal or a CI log.
+    There, tables are as wide as they like.
+    """
     console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=PLAIN_WIDTH)
+    in_ci = os.environ.get("CI", "").lower() not in {"", "0", "false"}
+    if console.is_interactive and console.file.isatty() and not in_ci:
+        return console
+    # With a height rich asks no terminal: it takes a dumb one to have 80 columns.
+    return Console(stderr=stderr, width=PLAIN_WIDTH, height=25, force_interactive=False)
 
 
 def plain_text(*blocks: RenderableType) -> str:

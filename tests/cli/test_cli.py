@@ -262,6 +262,27 @@ def test_only_the_first_of_several_processes_prints(
     assert "several processes need --out" in sentence(run("train", "emoji-ddpo"), 2)
 
 
+def test_a_lone_process_speaks_whatever_number_is_left_in_the_environment(
+    trainer: type[FakeTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert "run: runs/a" in run("train", "emoji-ddpo", "--out", "runs/a").output
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "run: runs/b" in run("train", "emoji-ddpo", "--out", "runs/b").output
+
+
+def test_a_command_that_an_error_names_can_be_pasted(trainer: type[FakeTrainer], tmp_path: Path) -> None:
+    stored(tmp_path / "ru ns" / "x", "seed=7")
+    message = sentence(run("train", "--set", "seed=8", "--out", "ru ns/x", "--resume"), 1)
+    assert "`etude train --resume --out 'ru ns/x'`" in message
+
+
+def test_a_model_may_be_called_by_a_number(trainer: type[FakeTrainer]) -> None:
+    for name in ("1000", "no", "1e5", "\U0001f600 #1"):
+        run("train", "emoji-ddpo", "--model", name, "--out", f"runs/{name}")
+        assert trainer.made[0].model == name
+
+
 def stored(directory: Path, *overrides: str) -> TrainConfig:
     config = load_config("emoji-ddpo", list(overrides))
     directory.mkdir(parents=True, exist_ok=True)
@@ -276,6 +297,23 @@ def test_a_resumed_run_takes_its_own_configuration(trainer: type[FakeTrainer], t
         assert result.exit_code == 0, result.output
         assert trainer.made == (config, trainer.made[1])
         assert trainer.made[1]["resume"] is True
+
+
+def test_a_resumed_run_may_have_more_iterations_and_not_fewer(trainer: type[FakeTrainer], tmp_path: Path) -> None:
+    config = stored(tmp_path / "a", "iterations=7")
+    assert run("train", "--set", "iterations=9", "--out", "a", "--resume", "--quiet").exit_code == 0
+    assert trainer.made[0] == config.model_copy(update={"iterations": 9})
+    message = sentence(run("train", "--set", "iterations=5", "--out", "a", "--resume"), 1)
+    assert "iterations is 7 in 'a/config.yaml' but 5 on the command line" in message
+
+
+def test_changed_inputs_are_accepted_of_a_resumed_run_alone(trainer: type[FakeTrainer], tmp_path: Path) -> None:
+    stored(tmp_path / "a")
+    for given in (False, True):
+        arguments = ["--accept-changes"] * given
+        assert run("train", "--out", "a", "--resume", "--quiet", *arguments).exit_code == 0
+        assert trainer.made[1]["accept_changes"] is given
+    assert "--accept-changes needs --resume" in sentence(run("train", "emoji-ddpo", "--accept-changes"), 2)
 
 
 def test_a_resumed_run_that_would_differ_names_the_first_key(trainer: type[FakeTrainer], tmp_path: Path) -> None:
@@ -420,6 +458,7 @@ def test_a_failure_of_all_processes_is_told_once(
         raise (SharedFailureError if shared else EtudeError)("process 1: no.")
 
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("etude.report.write_report", fail)
     result = run("report", tmp_path)
     assert result.exit_code == 1

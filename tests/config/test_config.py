@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from etude.config import (
     recipe_names,
     recipe_text,
 )
+from etude.config.yaml_text import dump_yaml, parse_yaml
 from etude.errors import EtudeError
 
 
@@ -111,14 +114,14 @@ def test_a_reward_by_import_path_can_be_set() -> None:
         ("smapling.eta=1", ["unknown key 'smapling'", "did you mean 'sampling'?"]),
         ("lora.rnk=1", ["unknown key 'lora.rnk'", "did you mean 'lora.rank'?"]),
         ("sampling.eta=-1", ["sampling.eta = -1", "greater than or equal to 0"]),
-        ("sampling.eta=nan", ["sampling.eta = nan", "finite"]),
+        ("sampling.eta=nan", ["sampling.eta = 'nan'", "finite"]),
         ("sampling.eta=.inf", ["sampling.eta = inf", "finite"]),
         ("sampling.eta=much", ["sampling.eta = 'much'", "valid number"]),
         ("sampling.num_steps=0", ["sampling.num_steps = 0", "greater than or equal to 1"]),
         ("sampling.num_steps=1.5", ["sampling.num_steps = 1.5", "integer"]),
         (
             "sampling.kernel=euler",
-            ["sampling.kernel = 'euler'", "the choices are cps, dance_sde, ddim, flow_sde, gddim"],
+            ["sampling.kernel = 'euler'", "the choices are churn, cps, dance_precise, dance_sde, ddim"],
         ),
         ("sampling.first_step=euler", ["sampling.first_step = 'euler'", "'ode', 'sde' or 'capped'"]),
         ("sampling.window.size=0", ["sampling.window.size = 0", "greater than or equal to 1"]),
@@ -149,6 +152,85 @@ def test_a_reward_by_import_path_can_be_set() -> None:
 def test_a_bad_override_is_one_sentence_with_the_remedy(override: str, parts: list[str]) -> None:
     message = failure("sd15-ddpo", override)
     assert [part for part in parts if part not in message] == []
+
+
+LOOKS = {
+    "010": 10, "008": 8, "-07": -7, "1_000": 1000, "0x1F": 31, "1e-4": 1e-4, "1e5": 1e5, ".5": 0.5, "012.5": 12.5, "1_0.5": 10.5,
+    "-.inf": -math.inf, "true": True, "False": False, "null": None, "~": None, "": None, "!!int 010": 10, "!!float 010": 10.0,
+    **{text: text for text in ("0o10", "0b11", "1:30", "190:20:30", "1:30.5", "2026-01-02", "2026-01-02 03:04:05", "=", "1__0", "_1")},
+    **{text: text for text in ("yes", "no", "on", "off", "Yes", "OFF", "y", "n", "nan", "inf", "1e", "0x", "+", ".")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "value"), LOOKS.items())
+def test_a_value_without_quotes_is_what_it_looks_like(text: str, value: object) -> None:
+    read = parse_yaml(f"key: {text}", "the file")["key"]
+    assert (read, isinstance(read, bool), isinstance(read, str)) == (
+        value,
+        isinstance(value, bool),
+        isinstance(value, str),
+    )
+
+
+@pytest.mark.parametrize("text", [*LOOKS, "a # b", "#", "- a", "{a", "<<", "'", "!!int 3", "\u00e9"])
+def test_a_text_keeps_its_look_in_a_written_file_whatever_reads_it(text: str) -> None:
+    written = dump_yaml({"key": text, text: "key"})
+    assert parse_yaml(written, "the file") == {"key": text, text: "key"}
+    assert yaml.safe_load(written) == {"key": text, text: "key"}
+
+
+@pytest.mark.parametrize("text", ["!!int 1:30", "!!bool yes", "!!float 1:30", "!!int yes"])
+def test_a_tag_makes_no_number_of_what_looks_like_none(text: str) -> None:
+    with pytest.raises(EtudeError, match="is no"):
+        parse_yaml(f"key: {text}", "the file")
+
+
+@pytest.mark.parametrize("text", ["yes", "on", "true", "1:30", "2026-01-02", "0o10", "1 # one", "1 2"])
+@pytest.mark.parametrize("key", ["seed", "sampling.eta", "iterations", "rollout.reward_timeout", "lora.rank"])
+def test_nothing_but_a_number_is_a_number(key: str, text: str, tmp_path: Path) -> None:
+    assert "--set" in failure("sd15-ddpo", f"{key}={text}") or key in failure("sd15-ddpo", f"{key}={text}")
+    if "#" not in text:
+        section, _, leaf = key.rpartition(".")
+        (tmp_path / "mine.yaml").write_text(f"{section}:\n  {leaf}: {text}\n" if section else f"{leaf}: {text}\n")
+        assert key in failure(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("override", ["rewards={a: true}", "lora.targets=[yes, true]", "sampling.eta=[1, true]"])
+def test_true_is_no_number_and_no_text_inside_a_list_or_a_mapping(override: str) -> None:
+    assert "true and false are no numbers" in failure("sd15-ddpo", override)
+
+
+def test_padded_seeds_are_different_runs() -> None:
+    seeds = [load_config("sd15-ddpo", [f"seed={seed:03d}"]).seed for seed in range(12)]
+    assert seeds == list(range(12))
+
+
+@pytest.mark.parametrize("word", ["yes", "no", "on", "off"])
+def test_a_word_that_was_a_truth_value_is_one_where_only_that_can_be_meant(word: str) -> None:
+    config = load_config("emoji-mixgrpo", [f"sampling.window.roll_back={word}"])
+    assert config.sampling.window is not None
+    assert config.sampling.window.roll_back is (word in {"yes", "on"})
+    assert load_config("sd15-ddpo", [f"model={word}"]).model == word
+    assert "write true or false" in failure("sd15-ddpo", f"objective.options={{flag: {word}}}")
+    assert load_config("sd15-ddpo", [f"objective.options={{flag: '{word}'}}"]).objective.options == {"flag": word}
+
+
+@pytest.mark.parametrize(
+    "text", ["1000", "010", "1e5", "no", "2026-01-02", "my #1 list.txt", "[a].txt", "a: b", "@a", "#"]
+)
+def test_set_takes_a_text_as_it_stands(text: str) -> None:
+    for key in ("model", "prompts.train", "pipeline_config"):
+        config = load_config("sd15-ddpo", [f"{key}={text}"]).model_dump()
+        for part in key.split("."):
+            config = config[part]
+        assert config == text
+    assert load_config("sd15-ddpo", [f"model={json.dumps(text)}"]).model == text
+    assert load_config("sd15-ddpo", ["pipeline_config=x", "pipeline_config=null"]).pipeline_config is None
+
+
+@pytest.mark.parametrize("override", ["seed=1 # x", "rewards={a: 1} # b", "lora.targets=[to_q] #", "dtype=float32 # x"])
+def test_set_cuts_nothing_off_a_value(override: str) -> None:
+    assert "which YAML takes for a comment" in failure("sd15-ddpo", override)
 
 
 def test_several_mistakes_are_counted(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_aliases_cannot_stand_for_more_values_than_a_file_may_hold(place: Path) 
         ("a: " + "[" * (DEEPEST + 5) + "]" * (DEEPEST + 5), f"deeper than {DEEPEST} levels"),
         ("a" * (LONGEST + 1), "longer than"),
         ("seed: !!python/object/apply:os.system [id]", "is no setting"),
-        ("seed: 2001-01-01", "write a number, or a text in quotes"),
+        ("seed: !!timestamp 2001-01-01", "write a number, or a text in quotes"),
         ('seed: !!int ""', "is not valid YAML"),
         ("seed: !!bool maybe", "is not valid YAML"),
         ("seed: " + "9" * 5000, "is not valid YAML"),

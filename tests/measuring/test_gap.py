@@ -41,6 +41,17 @@ def measurement(rewards=("brightness",), **values) -> Measurement:
     return Measurement.of(rewards, **{"prompts": PROMPTS, "num_images": 8, **values})
 
 
+def test_a_prompt_that_its_source_repeats_is_one_cluster(policy, tmp_path):
+    (tmp_path / "repeated.txt").write_text("moon\nred heart\nMoon\nred  heart\n" * 2)
+    repeated = Measurement.of(["brightness"], str(tmp_path / "repeated.txt"), num_images=16)
+    assert repeated.clusters == [0, 1] * 8
+    assert measurement().clusters == [0, 1, 2, 3] * 2
+    estimate = gap(policy, repeated, etas=[1.2])["brightness", 1.2].ode
+    assert (estimate.clusters, estimate.n) == (2, 16)
+    scores = repeated.scores(repeated.images(policy, ODE(4)))["brightness"]
+    assert estimate.standard_error == pytest.approx(abs(scores[::2].mean() - scores[1::2].mean()) / 2)  # of two means
+
+
 def gap(policy, on=None, steps=(4,), **kwargs):
     samplers = [SDE(1.2, count) for count in steps]
     return reward_gap(policy, **{"sampler": samplers, "measurement": on or measurement(), **kwargs})

@@ -46,6 +46,28 @@ def dance_sde(a_t, s_t, a_u, s_u, eta) -> Step:
     return _flow_step(s_t, s_u, eta**2 + 0.0 * s_t)
 
 
+def precise(a_t, s_t, a_u, s_u, eta) -> Step:
+    """arXiv 2605.23522: the share rho = (lam_u/lam_t)^(n^2/2) of the noise is kept."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_rho = np.where(eta > 0, eta**2 / 2 * (np.log(s_u / a_u) - np.log(s_t / a_t)), 0.0)
+    return a_u, s_u * np.exp(log_rho), s_u * np.sqrt(-np.expm1(2 * log_rho))
+
+
+def dance_precise(a_t, s_t, a_u, s_u, eta) -> Step:
+    """arXiv 2605.23522: rho = exp(-n^2/2 (1/sigma_u - 1/sigma_t)); no noise is left at the data."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _keeping(a_u, s_u, np.where(s_u > 0, np.exp(-(eta**2) / 2 * (1 / s_u - 1 / s_t)), 1.0))
+
+
+def churn(a_t, s_t, a_u, s_u, eta) -> Step:
+    """arXiv 2603.12893: noise of variance (1 + gamma)^2 - 1 is added to the present unit before the ODE's step."""
+    return _keeping(a_u, s_u, 1 / (1 + eta) + 0.0 * s_u)
+
+
+def _keeping(a_u, s_u, rho) -> Step:
+    return a_u, s_u * rho, s_u * np.sqrt(1 - rho**2)
+
+
 def _flow_step(sigma_t, sigma_u, g2) -> Step:
     """x_u = x - h (eps_hat - x0_hat) - h g^2 eps_hat / (2 sigma) + g sqrt(h) z; without noise where it ends at the data."""
     g2, h = np.where(sigma_u > 0, g2, 0.0), sigma_t - sigma_u
@@ -59,6 +81,9 @@ FORMULAS: dict[str, Callable[..., Step]] = {
     "cps": cps,
     "flow_sde": flow_sde,
     "dance_sde": dance_sde,
+    "precise": precise,
+    "dance_precise": dance_precise,
+    "churn": churn,
 }
 
 

@@ -63,13 +63,15 @@ def test_full_fine_tuning_is_reckoned_from_the_outline_too(tmp_path: Path) -> No
     assert said[0] == said[1]
 
 
-def test_an_outline_reads_no_weights_and_a_directory_without_them_is_named(tmp_path: Path) -> None:
+def test_an_outline_reads_headers_alone_and_a_directory_without_weights_is_named(tmp_path: Path) -> None:
     place = save_stable_diffusion(tmp_path / "model")
     weights = place / "unet" / "diffusion_pytorch_model.safetensors"
     with safe_open(weights, framework="pt") as file:
         count = sum(torch.Size(file.get_slice(name).get_shape()).numel() for name in list(file.keys()))
-    weights.write_bytes(b"never read")
     assert sum(p.numel() for p in load_policy(place, outline=True).network.parameters()) == count
+    weights.write_bytes(b"not a header")
+    with pytest.raises(EtudeError, match="cannot be loaded"):
+        load_policy(place, outline=True)
     weights.unlink()
     with pytest.raises(EtudeError, match="no safetensors weights of its unet"):
         load_policy(place, outline=True)

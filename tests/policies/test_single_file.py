@@ -92,6 +92,7 @@ def test_parts_that_neither_file_nor_configuration_hold_are_asked_for(tmp_path):
     [
         ("absent.safetensors", None, "there is no such file"),
         ("old.ckpt", b"", "pickled checkpoint"),
+        ("flux.sft", b"", "rename it to .safetensors"),
         ("torn.safetensors", b"not a header", "cannot be loaded"),
     ],
 )

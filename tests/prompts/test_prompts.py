@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from etude.errors import EtudeError
-from etude.prompts import PromptSet, load_prompts, overlap, part_of, prompt_set_names
+from etude.prompts import PromptSet, clusters, load_prompts, overlap, part_of, prompt_set_names
 
 
 def test_every_built_in_set_holds_distinct_lower_case_prompts() -> None:
@@ -243,3 +243,82 @@ def test_selected_prompts_keep_their_metadata() -> None:
     assert prompts.head(9) == prompts
     with pytest.raises(EtudeError, match="3 prompts but 2 entries in 'tag'"):
         PromptSet(["a", "b", "c"], {"tag": [1, 2]})
+
+
+TWO = PromptSet(["a cat", "two\ndogs, 4k"], {"tag": ["one", "two"]})
+OBJECTS = [{"prompt": "a cat", "tag": "one"}, {"prompt": "two\ndogs, 4k", "tag": "two"}]
+ROWS = 'prompt,tag\na cat,one\n\n"two\ndogs, 4k",two\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "prompts"),
+    [
+        ("set.json", json.dumps(OBJECTS), TWO),
+        ("set.json", json.dumps(OBJECTS, indent=2), TWO),
+        ("set.JSON", json.dumps(OBJECTS), TWO),
+        ("set.json", "".join(json.dumps(each) + "\n" for each in OBJECTS), TWO),
+        ("set.ndjson", "".join(json.dumps(each) + "\n\n" for each in OBJECTS), TWO),
+        ("set.txt", json.dumps(OBJECTS, indent=2), TWO),
+        ("set", "\ufeff\n" + "".join(json.dumps(each) + "\n" for each in OBJECTS), TWO),
+        ("set.json", json.dumps(TWO.texts), PromptSet(TWO.texts)),
+        ("set.txt", json.dumps(TWO.texts, indent=1), PromptSet(TWO.texts)),
+        ("set.json", '{"prompt": "a cat"}', PromptSet(["a cat"])),
+        ("set.csv", ROWS, TWO),
+        ("set.csv", ROWS.replace("\n", "\r\n"), PromptSet(["a cat", "two\r\ndogs, 4k"], TWO.metadata)),
+        ("set.tsv", "tag\tprompt\none\ta cat\n", PromptSet(["a cat"], {"tag": ["one"]})),
+        ("set.txt", "[photo] a cat\n{x}\n", PromptSet(["[photo] a cat", "{x}"])),
+        ("set.txt", "prompt,tag\na, b\n", PromptSet(["prompt,tag", "a, b"])),
+    ],
+)
+def test_a_structured_file_is_read_as_what_it_is(tmp_path: Path, name: str, text: str, prompts: PromptSet) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    assert load_prompts(str(tmp_path / name)) == prompts
+    assert load_prompts(f"{tmp_path / name}#train").texts == [t for t in prompts.texts if part_of(t) == "train"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("set.parquet", b"PAR1\x15\x04\x00PAR1", "is Parquet, which is not read: .*hub: and its directory"),
+        ("set.txt", b"PAR1\x15\x04\x00PAR1", "is Parquet, which is not read"),
+        ("set.arrow", b"ARROW1\0\0", "is Arrow"),
+        ("set.xlsx", b"PK\x03\x04..", "is Excel"),
+        ("set.zip", b"PK\x03\x04..", "is ZIP"),
+        ("set.jsonl.gz", b"\x1f\x8b\x08..", "is gzip"),
+        ("set.txt", b"\x28\xb5\x2f\xfd..", "is Zstandard"),
+        ("set.npy", b"\x93NUMPY", "is NumPy"),
+        ("set.pkl", b"\x80\x04.", "is pickle"),
+        ("set.db", b"SQLite format 3\0", "is SQLite"),
+        ("set.yaml", b"- a cat\n- a dog\n", "is YAML, which is not read: write one prompt per line, a JSON list"),
+        ("set.YML", b"prompts: [a cat]\n", "is YAML"),
+        ("set.toml", b'prompts = ["a cat"]\n', "is TOML"),
+        ("set.txt", b'<?xml version="1.0"?>\n<p>a cat</p>', "is XML"),
+        ("set.html", b"<p>a cat</p>", "is HTML"),
+        ("set.json", b'["a cat",\n', "is not JSON"),
+        ("set.json", b"a cat\n", "is not JSON"),
+        ("set.json", b"3", "holds int: give a JSON list"),
+        ("set.json", b'{"prompts": ["a cat"]}', "holds an object of 'prompts': give a JSON list"),
+        ("set.txt", b'{"prompt": ["a cat"], "tag": [1]}', "holds an object of 'prompt', 'tag'"),
+        ("set.json", b'["a cat", 3]', "entry 1: its prompt is 3"),
+        ("set.json", b'["a cat", ""]', "entry 1: its prompt is ''"),
+        ("set.json", b"[]", "holds no prompt"),
+        ("set.json", b"[" * 100_000, "is not JSON"),
+        ("set.csv", b"a cat\na dog\n", "its first line names the columns 'a cat'; .* 'prompt'"),
+        ("set.csv", b"prompt;tag\na;b\n", "names the columns 'prompt;tag'"),
+        ("set.csv", b"prompt,prompt\na,b\n", "a name of its own"),
+        ("set.csv", b"prompt,tag\na cat, in the sea,1\n", "line 2: it has 3 of 2 cells"),
+        ("set.csv", b'prompt\n"a cat\n', "line 2: it is no row of a table"),
+        ("set.csv", b"prompt,tag\n,b\n", "line 2: its prompt is ''"),
+        ("set.csv", b"prompt\n", "holds no prompt"),
+    ],
+)
+def test_a_file_of_another_format_is_named(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EtudeError, match=reason) as caught:
+        load_prompts(str(tmp_path / name))
+    assert f"'{tmp_path / name}'" in str(caught.value)
+
+
+def test_repeated_prompts_are_one_cluster_whatever_their_case_and_blanks() -> None:
+    assert clusters(["moon", "a cat", "Moon ", "sea", "a  CAT", "moon"]) == [0, 1, 0, 3, 1, 0]
+    assert clusters(load_prompts("emoji-eval").texts) == list(range(64))

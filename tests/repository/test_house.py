@@ -10,7 +10,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "etude"
 FLOORS = (
-    ("errors",),
+    ("errors", "undisturbed"),
     ("registry", "files", "batching", "terminal"),
     ("sampling", "prompts", "zoo"),
     ("rewards",),
@@ -19,7 +19,7 @@ FLOORS = (
     ("learning", "measuring"),
     ("report",),
     ("training",),
-    ("advice", "study"),
+    ("advice", "preferences", "study"),
     ("cli",),
 )
 """The rooms of `src/etude`, from the ground up. A room imports from lower floors only."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -356,6 +357,17 @@ def test_load_is_content_with_any_answer() -> None:
     with scripted(lambda message, number: ok([])) as (url, handler):
         RemoteReward(url).load()
         assert handler.seen == []
+
+
+def test_a_server_says_which_reward_it_computes(checksum: str) -> None:
+    served = []
+    for name in (checksum, checksum, "colorfulness"):
+        with serving(name) as url:
+            reward = RemoteReward(url)
+            reward.load()
+            served.append(reward.served)
+    assert served[0] == served[1] != served[2]
+    assert all(re.fullmatch("[0-9a-f]{64}", str(text)) for text in served)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_a_spoiled_adapter_is_refused_in_a_sentence_or_finite(
     (place / WEIGHTS).write_bytes(spoiled((adapter / WEIGHTS).read_bytes(), changes, cut))
 
     def read() -> None:
-        assert all(tensor.isfinite().all() for tensor in read_adapter(place).values())
+        assert all(tensor.isfinite().all() for tensor in read_adapter(place).tensors.values())
 
     refused(read)
     refused(lambda: read_tensors(weights_of(place)))

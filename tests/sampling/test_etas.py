@@ -20,8 +20,8 @@ from etude.sampling.kernels import GDDIM, make_kernel
 from etude.sampling.paths import FlowPath, Grid
 from etude.sampling.plans import SamplingPlan, StepTable
 from etude.sampling.sampler import SDE
-from etude.training.finish import flatten
 from etude.training.schedule import PlanSchedule, check_sampling
+from etude.training.trackers import flatten
 from etude.training.trainer import Trainer
 from support.gaussian_policy import GaussianPolicy, read, sd_path
 from support.small_runs import metrics, train_until, weights

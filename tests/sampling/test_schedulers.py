@@ -153,9 +153,25 @@ def test_any_eta_keeps_the_marginals_of_the_true_pair(eta):
         assert abs(float(x.var()) / noise_var - 1) < 5 * (2 / 50_000) ** 0.5
 
 
-def test_step_has_no_eta_argument_because_pipelines_would_set_it_to_zero():
+def test_the_eta_that_pipelines_pass_never_replaces_the_configs():
+    scheduler = GDDIMScheduler(**SD, eta=1.2)
+    scheduler.set_timesteps(4)
+    x, t, output = torch.ones(1, 1, 2, 2), scheduler.timesteps[0], torch.zeros(1, 1, 2, 2)
+    plain = scheduler.step(output, t, x, generator=generator()).prev_sample
+    for same in (0, 0.0, 1.2):
+        assert torch.equal(scheduler.step(output, t, x, generator=generator(), eta=same).prev_sample, plain)
+    with pytest.raises(EtudeError, match=r"eta = 0\.7 was given to the pipeline, but the scheduler's own is 1\.2"):
+        scheduler.step(output, t, x, generator=generator(), eta=0.7)
+
+
+def test_betas_and_alphas_are_those_of_diffusers():
+    ours, theirs = GDDIMScheduler(**SD), DDIMScheduler(**SD)
+    torch.testing.assert_close(ours.betas, theirs.betas, atol=2e-7, rtol=1e-3)
+    torch.testing.assert_close(ours.alphas, theirs.alphas, atol=2e-7, rtol=1e-6)
+
+
+def test_step_takes_what_diffusers_pipelines_pass():
     parameters = inspect.signature(GDDIMScheduler.step).parameters
-    assert "eta" not in parameters
     assert list(parameters)[1:] == [
         "model_output",
         "timestep",
@@ -163,6 +179,7 @@ def test_step_has_no_eta_argument_because_pipelines_would_set_it_to_zero():
         "generator",
         "variance_noise",
         "return_dict",
+        "eta",
     ]
 
 
@@ -394,7 +411,8 @@ def test_a_whole_pipeline_run_equals_diffusers_ddim(name, eta, request):
     got = sample(pipe, ours, **size)
     assert got.shape == (2, 4, 8, 8)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    assert torch.equal(sample(pipe, ours, eta=0.3, **size), got)
+    with pytest.raises(EtudeError, match=r"eta = 0\.3 was given to the pipeline"):
+        sample(pipe, ours, eta=0.3, **size)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])

@@ -45,8 +45,27 @@ RUNS: dict[str, dict[str, Any]] = {
     "ddpo-signalled": {"lora": {"rank": 4}, "checkpoint": {"every": 5}},
     "fsdp-lora": {"lora": {"rank": 4}, "iterations": 2, "ema": {"decay": 0.5}, "checkpoint": {"best": "bright"}},
     "fsdp-full": {"lora": {"rank": 0}, "iterations": 2, "objective": {"kl_coef": 0.1}},
+    "nft-lora": {
+        "iterations": 3,
+        "sampling": {"solver": "ddim"},
+        "objective": {
+            "kind": "nft",
+            "options": {"beta": 0.5, "levels": 2, "old_rate": 0.2},
+            "clip_range": 1e-4,
+            "clip_nats": None,
+            "kl_coef": 0.1,
+        },
+    },
+    "dpo-lora": {
+        "iterations": 2,
+        "sampling": {"solver": "ddim"},
+        "rollout": {"images_per_prompt": 2},
+        "advantage": {"kind": "group"},
+        "objective": {"kind": "dpo", "options": {"levels": 2, "beta": 200.0}, "clip_range": 1e-4, "clip_nats": None},
+    },
 }
-"""A prefix names the algorithm; `fsdp` is DDPO with the network in parts where there are several processes."""
+"""A prefix names the algorithm: `nft` and `dpo` take DDPO's settings but for their own, and `fsdp` is DDPO with the network in parts where
+there are several processes."""
 DDPO = {
     "model": "sd",
     "rollout": {"images_per_iteration": 8, "batch_size": 4},

@@ -43,7 +43,8 @@ GRIDS = {
     "flow": FLOW,
     "one step": levels("sd", 1),
 }
-ANY_PATH, FLOW_ONLY = ("gddim", "ddim", "cps", "euler-maruyama"), ("flow_sde", "dance_sde")
+ANY_PATH = "gddim", "ddim", "cps", "euler-maruyama", "precise", "churn"
+FLOW_ONLY = "flow_sde", "dance_sde", "dance_precise"
 CASES = [
     *((kernel, grid, eta) for kernel in ANY_PATH for grid in GRIDS for eta in (0.0, 1e-4, 0.4, 1.0)),
     *((kernel, "flow", eta) for kernel in FLOW_ONLY for eta in (0.0, 0.3, 0.7, 1.2)),

@@ -15,9 +15,7 @@ from etude.policies.flux import FluxPolicy
 from etude.prompts import PromptSet
 from etude.rewards import WeightedRewards, register
 from etude.sampling.sampler import SDE
-from etude.training import processes
 from etude.training.evaluation import Evaluation
-from etude.training.processes import check_trackers
 from support.tiny import flux
 
 PROMPTS = ["red heart", "pizza", "tiger"]
@@ -138,11 +136,3 @@ def test_an_eta_that_the_evaluations_levels_do_not_allow_is_refused_at_once(poli
     wrong = config(tmp_path, sampling={"kernel": "ddim", "eta": 1.9}, evaluation={"num_steps": 9})
     with pytest.raises(EtudeError, match="eta"):
         evaluation(wrong, policy, tmp_path)
-
-
-def test_a_tracker_without_its_package_is_an_error_that_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(processes.TRACKERS, "wandb", lambda: False)
-    monkeypatch.setitem(processes.TRACKERS, "tensorboard", lambda: True)
-    check_trackers(["tensorboard"])
-    with pytest.raises(EtudeError, match="pip install wandb"):
-        check_trackers(["tensorboard", "wandb"])

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from etude import terminal
 from etude.config import parse_config
 from etude.training import supervision
 from etude.training.progress import SilentDisplay
-from etude.training.supervision import Interrupted, Interruption
+from etude.training.supervision import COMMANDS, WARNINGS, Interrupted, Interruption
 from etude.training.trainer import Trainer
 from support.small_runs import metrics, same, weights
 from support.tiny import save_stable_diffusion
@@ -68,25 +69,26 @@ def whole(settings, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("phase", "count", "every", "saved"),
+    ("phase", "count", "every", "saved", "signum"),
     [
-        ("rollout", 3, 1, 2),
-        ("rollout", 3, 9, 2),  # nothing has changed since iteration 2, which is saved now
-        ("update", 2, 1, 1),  # iteration 1 is on the disk: 2 is broken off
-        ("update", 2, 9, 2),  # iteration 1 is not, so that 2 is finished first
-        ("evaluation", 2, 1, 3),  # only the figures are missing, which the resumed run measures
+        ("rollout", 3, 1, 2, signal.SIGTERM),
+        ("rollout", 3, 9, 2, signal.SIGUSR1),  # nothing has changed since iteration 2, which is saved now
+        ("update", 2, 1, 1, signal.SIGTERM),  # iteration 1 is on the disk: 2 is broken off
+        ("update", 2, 9, 2, signal.SIGHUP),  # iteration 1 is not, so that 2 is finished first
+        ("evaluation", 2, 1, 3, signal.SIGTERM),  # only the figures are missing, which the resumed run measures
     ],
 )
-@pytest.mark.parametrize("signum", [signal.SIGTERM])
 def test_a_signal_saves_what_is_finished_and_the_resumed_run_ends_with_the_same_bits(
     settings, whole, tmp_path, phase, count, every, saved, signum
 ):
     config = parse_config({**settings, "checkpoint": {"every": every}})
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(Interrupted, match=f"SIGTERM.* continues from the checkpoint of iteration {saved}") as caught:
+    handlers = [signal.getsignal(number) for number in (*COMMANDS, *WARNINGS)]
+    with pytest.raises(
+        Interrupted, match=f"{signum.name}.* continues from the checkpoint of iteration {saved}"
+    ) as caught:
         Trainer(config, tmp_path / "run", display=SignalAt(phase, count, signum)).train()
     assert caught.value.signum == signum
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in (*COMMANDS, *WARNINGS)] == handlers
     assert max((tmp_path / "run" / "checkpoints").iterdir()).name == f"iteration-{saved:06d}"
     resumed = Trainer(config, tmp_path / "run", resume=True)
     resumed.train()
@@ -120,15 +122,59 @@ def test_a_signal_while_the_results_are_written_lets_a_finished_run_finish(setti
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_the_second_signal_ends_the_process_at_once(signum):
+def test_the_second_signal_ends_the_etude_program_at_once(signum):
     child = os.fork()
     if child == 0:
+        terminal.own_program = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         with Interruption():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signum)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signum
+
+
+def test_the_second_sigint_in_another_program_is_its_keyboard_interrupt():
+    with Interruption():
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert not isinstance(caught.value, Interrupted)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_second_sigterm_in_another_program_is_for_its_own_handler():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    try:
+        with Interruption() as asked:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+        assert asked.signum == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("signum", WARNINGS)
+def test_a_warning_may_come_several_times_and_the_command_after_it_is_the_first(signum):
+    with Interruption() as asked:
+        for _ in range(3):
+            os.kill(os.getpid(), signum)
+        assert asked.signum == signum
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.signum == signal.SIGTERM
+
+
+def test_a_warning_for_which_the_program_has_a_handler_stays_the_programs():
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda signum, frame: heard.append(signum))
+    try:
+        with Interruption() as asked:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert (heard, asked.signum) == ([signal.SIGUSR1], None)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_signal_amid_an_exchange_is_told_to_all_in_the_next_one(monkeypatch):

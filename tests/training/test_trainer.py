@@ -8,11 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from etude.config import parse_config
+from etude.config import continuation, load_config, parse_config
 from etude.errors import EtudeError
 from etude.learning.objectives.ppo import PPO
+from etude.policies.loading import load_source
+from etude.policies.source import ModelSource
 from etude.rewards import register
 from etude.runs.checkpoint import save_checkpoint
+from etude.training.progress import SilentDisplay
 from etude.training.trainer import Trainer
 from support.small_runs import metrics, redness, same, weights
 from support.tiny import save_stable_diffusion
@@ -76,8 +79,6 @@ def test_a_run_leaves_everything_its_user_came_for(settings, tmp_path):
 
 
 def test_the_resolved_configuration_reproduces_the_run(settings, tmp_path):
-    from etude.config import load_config
-
     first, _ = train(settings, tmp_path / "first")
     again = Trainer(load_config(str(tmp_path / "first" / "config.yaml")), tmp_path / "again")
     again.train()
@@ -257,6 +258,60 @@ def test_a_checkpoint_continues_only_the_run_that_wrote_it(settings, tmp_path):
     with pytest.raises(EtudeError, match="seed = 0, but 5 was given"):
         train(settings, tmp_path / "run", iterations=1, resume=True, seed=5)
     assert "seed: 0" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("missing", ["base_scores", "last_evaluation", "advantage"])
+class Watching(SilentDisplay):
+    """Notes which of the files exist whenever an iteration is finished."""
+
+    def __init__(self, *files):
+        self.files, self.seen = files, []
+
+    def iteration(self, row):
+        self.seen.append([file.exists() for file in self.files])
+
+
+def test_a_finished_run_that_trains_on_is_the_run_of_that_many_iterations(settings, tmp_path):
+    whole, _ = train(settings, tmp_path / "whole", iterations=3)
+    train(settings, tmp_path / "run", iterations=2)
+    watching = Watching(tmp_path / "run" / "summary.json")
+    longer = parse_config({**settings, "iterations": 3})
+    further = Trainer(longer, tmp_path / "run", resume=True, display=watching)
+    assert further.train()["iterations"] == 3
+    assert watching.seen == [[False]]  # a run that goes on is not a finished one
+    assert same(weights(further), weights(whole))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert load_config(str(tmp_path / "run" / "config.yaml")).iterations == 3
+
+
+def test_a_run_trains_on_only_where_every_iteration_stays_what_it_was(settings):
+    run, moving = parse_config(settings), {"end": 0.5, "over": "iterations"}
+    schedules = [None, moving, {**moving, "over": "steps"}, {**moving, "kind": "constant"}]
+    expected = [None, ("iterations", 2, 3), None, None]
+    for schedule, change in zip(schedules, expected, strict=True):
+        sampling = {**settings["sampling"], "eta_schedule": schedule}
+        two, three = (parse_config({**settings, "sampling": sampling, "iterations": n}) for n in (2, 3))
+        assert continuation(two, three) == change
+        assert continuation(three, two) == ("iterations", 3, 2)
+    assert continuation(run, run.model_copy(update={"iterations": 9, "seed": 1})) == ("seed", 0, 1)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_policy_that_was_trained_is_no_base_model_for_a_second_run(settings, tmp_path, rank):
+    config = parse_config({**settings, "lora": {"rank": rank}})
+    policy = load_source(ModelSource.of(config))
+    Trainer(config, tmp_path / "first", policy=policy)
+    with pytest.raises(EtudeError, match=r"has been made trainable before.*load another policy"):
+        Trainer(config, tmp_path / "second", policy=policy)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_neither_is_one_that_was_made_trainable_by_hand(settings, tmp_path):
+    config = parse_config({**settings, "lora": {"rank": 0}})
+    policy = load_source(ModelSource.of(config))
+    policy.add_lora(config.lora.model_copy(update={"rank": 2}), seed=0)
+    with pytest.raises(EtudeError, match="has been made trainable before"):
+        Trainer(config, tmp_path / "run", policy=policy)
 
 
 @pytest.mark.parametrize("missing", ["base_scores", "last_evaluation", "advantage"])

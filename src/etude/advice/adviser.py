@@ -20,7 +20,7 @@ from etude.measuring.gap import Measurement
 from etude.measuring.statistics import Estimate, estimate_mean
 from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
-from etude.policies.trainable import swapped
+from etude.policies.trainable import TrainablePolicy, swapped
 from etude.prompts import load_prompts
 from etude.rewards import WEIGHTED_SUM, WeightedRewards
 from etude.runs.layout import holds_something
@@ -31,6 +31,8 @@ from etude.training.progress import Display, SilentDisplay
 from etude.training.trainer import Trainer
 
 Row = dict[str, Any]
+REQUEST = "request.json"
+"""The file that says what a directory holds advice on."""
 ETAS = (0.5, 1.0, 1.5, 2.0)
 """Default etas of the pilots in gDDIM's unit; the theory's recommendation is added."""
 STREAM = "advice"
@@ -107,6 +109,11 @@ class Adviser:
         etas: Sequence[float] | None = None,
         watcher: Watcher | None = None,
     ) -> None:
+        if config.sampling.solver is not None:
+            raise EtudeError(
+                f"advice chooses the eta of the training sampler, and sampling.solver = {config.sampling.solver} draws without noise: "
+                "take a recipe that trains the steps of its sampler."
+            )
         if etas is None and config.sampling.kernel != "gddim":
             raise EtudeError(
                 f"the recipe's kernel is {config.sampling.kernel}, whose eta has a unit of its own: give --eta several times, or "
@@ -129,9 +136,14 @@ class Adviser:
         """Run what is not done yet; return the advice, which is also written to `advice.json`."""
         started = time.monotonic()
         self.rewards.load()  # first: a reward that cannot be used leaves nothing to clear away
-        self._check_directory()
+        request = self._check_directory()
+        # Before anything is written, too: a model that is refused leaves nothing.
+        policy = None if (self.out / "base.json").is_file() else load_source(ModelSource.of(self.config))
+        self.out.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(self.out / REQUEST, request)
         config, clusters, seed = self.config, self.measurement.clusters, self.config.seed
-        base = self._kept("base.json", self._measure_base)
+        base = self._kept("base.json", lambda: self._measure_base(policy))
+        policy = None
         sized = self._kept("sizes.json", lambda: self._size(base, started))
         iterations, etas = sized["iterations"], [float(eta) for eta in sized["etas"]]
         total = rules.pilots(len(etas))
@@ -163,18 +175,18 @@ class Adviser:
             "theory": base["theory"],
             "iterations": iterations,
             "images": self.measurement.num_images,
-            "prompts": len(self.measurement.prompts),
+            "prompts": len(set(self.measurement.clusters)),
             "budget_minutes": self.minutes,
             "minutes": sum(part["seconds_spent"] for part in (base, sized, deployment, *runs.values())) / 60,
         }
         atomic_write_text(self.out / "advice.json", json.dumps(advice, indent=2) + "\n")
         return advice
 
-    def _check_directory(self) -> None:
-        """Make the directory, or check that it holds the same request."""
+    def _check_directory(self) -> str:
+        """Check that the directory is empty or holds the same request; returns the request's text."""
         etas, config = self.etas and list(self.etas), self.config.model_dump(mode="json")
         asked = {"config": config, "etas": etas, "minutes": self.minutes}
-        file = self.out / "request.json"
+        file = self.out / REQUEST
         if file.is_file():
             before = json.loads(file.read_text(encoding="utf-8"))
             stored = parse_config(before["config"], f"the configuration in '{file}'")
@@ -186,8 +198,7 @@ class Adviser:
                 )
         elif holds_something(self.out):
             raise EtudeError(f"--out '{self.out}' holds something else: give a new or empty directory.")
-        self.out.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(file, json.dumps(asked, indent=2) + "\n")
+        return json.dumps(asked, indent=2) + "\n"
 
     def _kept(self, name: str, make: Any) -> Row:
         """Read a file of the directory; where there is none, write the result of `make` first."""
@@ -199,9 +210,10 @@ class Adviser:
             atomic_write_text(file, json.dumps(result, indent=2) + "\n")
         return json.loads(file.read_text(encoding="utf-8"))
 
-    def _measure_base(self) -> Row:
+    def _measure_base(self, policy: TrainablePolicy | None) -> Row:
         """The base model's scores under the ODE, their cost, and the theory's advice."""
-        policy, of = load_source(ModelSource.of(self.config)), self.measurement
+        assert policy is not None
+        of = self.measurement
         theory, texts = None, of.shown().texts
         policy.encode_ahead(texts)  # which is not part of the time
         started = time.monotonic()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from etude.cli import options
 from etude.cli.errors import Debug
 from etude.cli.options import option, path
+from etude.cli.streams import only_shows
 from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.training.progress import SilentDisplay
 
@@ -59,6 +60,8 @@ def advise(
     Example: `etude advise emoji-sd --reward colorfulness --budget 15 --out runs/advice --json
     advice.json` """  # fmt: skip
     options.check_target(json, "--json")
+    if json is not None:
+        only_shows()
     with heavy_imports():
         quiet_libraries()
         from json import dumps
@@ -132,14 +135,14 @@ class _Progress:
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.console = console
-        self.bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.bars = Progress(*columns, console=console, transient=True, disable=not console.is_interactive)
         self.pilots = self.bars.add_task("getting ready", total=None)
         self.inner = self.bars.add_task("iterations", total=None, visible=False)
 
     def note(self, text: str) -> None:
         self.bars.update(self.pilots, description=text)
         self.bars.update(self.inner, visible=False)
-        if not self.console.is_terminal:
+        if not self.console.is_interactive:
             self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def pilot(self, label: str, done: int, total: int, iterations: int) -> SilentDisplay:

@@ -5,7 +5,6 @@ Help is shown without any heavy import.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import warnings
@@ -15,14 +14,17 @@ from typing import Annotated
 
 import typer
 
+from etude import terminal
 from etude.cli import options
 from etude.cli.advise import advise
-from etude.cli.errors import CommandGroup, Debug, remember_debug
+from etude.cli.errors import CommandGroup, Debug, UsageError, is_first_process, remember_debug
 from etude.cli.gap import gap
 from etude.cli.options import option, path
+from etude.cli.preferences import app as preferences_app
 from etude.cli.runs import prepare_run
 from etude.cli.sample import sample
 from etude.cli.serving import serve_reward
+from etude.cli.streams import only_shows, outlast_readers
 from etude.cli.study import study
 from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.cli.watch import watch
@@ -31,6 +33,8 @@ from etude.errors import EtudeError
 
 def main() -> None:
     """The `etude` program."""
+    outlast_readers()
+    terminal.own_program = True
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
     try:
         app(prog_name="etude")
@@ -48,7 +52,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 success, 1 failure, 2 misuse, 130 interrupted, 143 terminated. Errors are one sentence on stderr.",
+    epilog="Exit codes: 0 success, 1 failure, 2 misuse, 129 terminal closed, 130 interrupted, 143 terminated. Errors are one sentence on stderr.",
 )
 
 
@@ -82,12 +86,19 @@ def train(
             "Reward in place of the recipe's: a name, module:function or url; may be repeated.", metavar="NAME[=WEIGHT]"
         ),
     ] = None,
+    init_lora: Annotated[
+        Path | None, path("Adapter to train on from: a run's `lora/`, or a safetensors file. Default: a new one.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         option("Change one key; may be repeated. `etude recipes --keys` lists them.", "--set", metavar="KEY=VALUE"),
     ] = None,
     out: Annotated[Path | None, path("Run directory, new or empty. Default: `runs/<recipe>-<time>`.")] = None,
     resume: Annotated[bool, option("Continue the run in --out from its last checkpoint.", "--resume")] = False,
+    accept_changes: Annotated[
+        bool,
+        option("With --resume: go on although a prompt file, the model or a reward has changed.", "--accept-changes"),
+    ] = False,
     quiet: Annotated[bool, option("Show no progress and no summary.", "--quiet")] = False,
     dry_run: Annotated[
         bool, option("Print the configuration and the cost of the run; write nothing.", "--dry-run")
@@ -108,9 +119,16 @@ def train(
 
     `etude train emoji-ddpo --reward my_module:function --reward alignment=0.5`
 
+    `etude train emoji-ddpo --init-lora runs/first/lora --out runs/second`
+
     `etude train --resume --out runs/first`
     """
-    first = [] if model is None else [f"model={dumps(model)}"]  # quoted, since YAML reads some names as values
+    first = (
+        [] if model is None else [f"model={dumps(model, ensure_ascii=False)}"]
+    )  # quoted, since YAML reads some names as values
+    first += [] if init_lora is None else [f"lora.init={dumps(str(init_lora), ensure_ascii=False)}"]
+    if accept_changes and not resume:
+        raise UsageError("--accept-changes needs --resume, since a new run has nothing that could have changed")
     config, directory = prepare_run(recipe, [*first, *(overrides or [])], out, resume, reward)
     with heavy_imports():
         quiet_libraries()
@@ -119,11 +137,12 @@ def train(
         from etude.training.progress import SilentDisplay
         from etude.training.trainer import Trainer
     if dry_run:
-        typer.echo(resolved(config, directory, resume), nl=False)
+        typer.echo(resolved(config, directory, resume, accept_changes=accept_changes), nl=False)
         return
-    silent = quiet or os.environ.get("RANK", "0") != "0"
+    only_shows()
+    silent = quiet or not is_first_process()
     display = SilentDisplay() if silent else TrainingDisplay(config)
-    Trainer(config, out=directory, resume=resume, display=display).train()
+    Trainer(config, out=directory, resume=resume, display=display, accept_changes=accept_changes).train()
     if not silent:
         typer.echo(f"run: {directory}\nreport: {directory / 'report.html'}")
 
@@ -168,6 +187,7 @@ def report(
 
     Example: `etude report runs/first`
     """
+    only_shows()
     file = directory / "study.yaml"
     with heavy_imports():
         from etude.report import write_report
@@ -201,6 +221,7 @@ app.command("serve-reward")(serve_reward)
 app.command()(study)
 app.command()(watch)
 app.command()(advise)
+app.add_typer(preferences_app, name="preferences")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})

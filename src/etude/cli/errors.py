@@ -19,7 +19,7 @@ _DEBUG = "etude.debug"
 
 
 class CommandGroup(TyperGroup):
-    """Commands that fail with 2 for misuse, 130 for Ctrl-C, 143 for SIGTERM, and 1 otherwise."""
+    """Commands that fail with 2 for misuse, 128 plus its number after a signal (130 for Ctrl-C), and 1 otherwise."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         if not options.get("standalone_mode", True):
@@ -36,15 +36,15 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, _ClickException, BrokenPipeError):
+        except (typer.Exit, typer.Abort, _ClickException):
             raise
         except KeyboardInterrupt as error:
-            if _is_first_process():
+            if is_first_process():
                 usual = "interrupted; what was saved stays, and `etude train --resume --out DIR` continues a run."
                 complain(str(error) or usual)
             raise typer.Exit(128 + getattr(error, "signum", signal.SIGINT)) from None
         except EtudeError as error:
-            if error.shared and not _is_first_process():
+            if error.shared and not is_first_process():
                 raise typer.Exit(1) from None
             _fail(ctx, str(error))
         except Exception as error:
@@ -67,8 +67,12 @@ def complain(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def _is_first_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def is_first_process() -> bool:
+    """Whether this process speaks for the run: the only one, or the first of those launched together.
+
+    A number of a process counts beside a number of processes alone: one may be left in a shell.
+    """
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") in ("", "1")
 
 
 def _fail(ctx: Any, message: str) -> NoReturn:

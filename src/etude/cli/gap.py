@@ -10,6 +10,7 @@ from etude.cli import options
 from etude.cli.errors import Debug
 from etude.cli.options import option, path
 from etude.cli.run_settings import choose_settings
+from etude.cli.streams import only_shows
 from etude.cli.waiting import heavy_imports, progress, quiet_libraries
 from etude.terminal import make_console
 
@@ -28,7 +29,7 @@ def gap(
     reward: Annotated[
         list[str] | None, option("Name, module:function or url; may be repeated. Default: alignment.")
     ] = None,
-    prompts: Annotated[str, option("Built-in set, text or JSONL file, module:function or hub:dataset.")] = "emoji-eval",
+    prompts: Annotated[str, option("Built-in set, file, module:function or hub:dataset.")] = "emoji-eval",
     samples: Annotated[int, option("Images per sampler, spread over the prompts; at least 2.")] = 128,
     guidance: options.Guidance = None,
     kernel: options.Kernel = None,
@@ -54,6 +55,8 @@ def gap(
     Example: `etude gap emoji-sd --lora runs/first/lora --eta 0.5 --eta 1.2 --json gap.json`
     """
     options.check_target(json, "--json")
+    if json is not None:
+        only_shows()
     with heavy_imports():
         quiet_libraries()
         from etude.files import atomic_write_text

@@ -56,7 +56,7 @@ Variant = Annotated[
 Lora = Annotated[
     Path | None,
     path(
-        "Adapter that a run exported, for example runs/first/lora. The options below then default to the run's settings."
+        "Adapter: what a run exported, for example runs/first/lora, or a safetensors file. The options below then default to the run's settings."
     ),
 ]
 Guidance = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,8 +37,8 @@ def prepare_run(
 
 
 def _resumed_config(recipe: str | None, overrides: list[str], weights: dict[str, float], out: Path) -> TrainConfig:
-    """The configuration of the run in `out`, with which all other arguments must agree."""
-    from etude.config import difference, load_config
+    """The configuration of the run in `out`, with which all other arguments must agree, more `iterations` apart."""
+    from etude.config import continuation, load_config
     from etude.runs.layout import holds_something
 
     stored = out / "config.yaml"
@@ -51,11 +52,11 @@ def _resumed_config(recipe: str | None, overrides: list[str], weights: dict[str,
         )
     config = load_config(str(stored))
     requested = load_config(recipe if recipe is not None else str(stored), overrides, weights)
-    change = difference(config, requested)
+    change = continuation(config, requested)
     if change is not None:
         key, old, new = change
         raise EtudeError(
             f"--resume: {key} is {old!r} in '{stored}' but {new!r} on the command line: continue that run with "
-            f"`etude train --resume --out {out}`, or start another one in another --out."
+            f"`etude train --resume --out {shlex.quote(str(out))}`, or start another one in another --out."
         )
-    return config
+    return requested

@@ -13,6 +13,7 @@ from etude.cli import options
 from etude.cli.errors import Debug, UsageError
 from etude.cli.options import option, path
 from etude.cli.run_settings import choose_settings
+from etude.cli.streams import only_shows
 from etude.cli.waiting import heavy_imports, progress, quiet_libraries
 
 
@@ -52,6 +53,7 @@ def sample(
 
     Example: `etude sample emoji-sd --prompt "red heart" --eta 0 --eta 1.2 --out grid.png`
     """
+    only_shows()
     options.check_target(out, "--out")
     if solver is not None and any(eta or []):
         raise UsageError(f"--solver {solver} is deterministic: leave out --eta, or --solver to draw with noise")

@@ -8,6 +8,7 @@ import typer
 
 from etude.cli.errors import Debug
 from etude.cli.options import option
+from etude.cli.streams import only_shows
 from etude.cli.waiting import heavy_imports, quiet_libraries
 
 
@@ -39,6 +40,7 @@ def serve_reward(
 
     `etude train emoji-ddpo --reward http://127.0.0.1:8000/score`
     """
+    only_shows()
     with heavy_imports():
         quiet_libraries()
         from etude.rewards.remote.server import address, prepare, server_token

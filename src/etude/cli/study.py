@@ -9,6 +9,7 @@ import typer
 
 from etude.cli.errors import Debug, UsageError
 from etude.cli.options import option
+from etude.cli.streams import only_shows
 from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.errors import EtudeError
 
@@ -68,6 +69,7 @@ def study(
             table.add_row(cell.slug, cell.grid, state, f"{progress.iteration}/{cell.config.iterations}", time)
         make_console().print(table)
         return
+    only_shows()
     if pack:
         count, path = pack_cells(cells, directory), directory.archive
         if not quiet:

@@ -23,7 +23,13 @@ def print_report(report: dict[str, Any]) -> None:
         f"ODE samplers ({settings['schedule']}, continuous time{_exact_score(settings)})\n",
         highlight=False,
     )
-    for table in (_rate_table(report), _split_table(report), _bound_table(report), _eta_table(report)):
+    for table in (
+        _rate_table(report),
+        _split_table(report),
+        _bound_table(report),
+        _general_table(report),
+        _eta_table(report),
+    ):
         console.print(table)
         console.print()
     if report["mixture_skipped"]:
@@ -95,6 +101,20 @@ def _bound_table(report: dict[str, Any]) -> Table:
         gap = f"{row['gap']:+.4f} ± {row['error']:.0e}"
         tightness = _tightness(row["best"], row["ratio"])
         table.add_row(f"two modes, {row['path']}", f"{row['eta']:g}", gap, *tightness, row["best_name"])
+    return table
+
+
+def _general_table(report: dict[str, Any]) -> Table:
+    title = "The general bound of arXiv 2510.10767, Theorem 4.1, for a linear reward of slope 1"
+    columns = ("path", "eta", "exists to eta", "gap", "as published", "with the dimension", "bound / gap", "ours / gap")
+    table = _table(title, *columns)
+    for row in report["general_bound"]:
+        exists = f"{row['largest_eta']:.2f}" if row["largest_eta"] else "none"
+        bounds = ("-" if row[key] is None else f"{row[key]:.3e}" for key in ("published", "bound"))
+        ratios = (
+            "-" if not row["gap"] or row[key] is None else f"{row[key] / row['gap']:.2f}" for key in ("bound", "ours")
+        )
+        table.add_row(row["path"], f"{row['eta']:g}", exists, f"{row['gap']:.3e}", *bounds, *ratios)
     return table
 
 

@@ -32,7 +32,7 @@ class TrainingDisplay(Display):
         self._rewards: Mapping[str, Any] = {}
         self._evaluation: Mapping[str, Any] = {}
         self._eta = config.sampling.eta_text
-        self._sampler = "SDE" if config.sampling.window is None else "SDE in the window"
+        self._sampler = config.sampling.solver or ("SDE in the window" if config.sampling.window else "SDE")
         name, note = TextColumn("{task.description:<12}"), TextColumn("{task.fields[note]}")
         self._progress = Progress(name, BarColumn(), MofNCompleteColumn(), note, console=self.console)
         self._iterations = self._progress.add_task("iteration", total=config.iterations, note="")
@@ -40,13 +40,13 @@ class TrainingDisplay(Display):
         self._live = Live(console=self.console, get_renderable=self._render, refresh_per_second=4)
 
     def __enter__(self) -> TrainingDisplay:
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self._live.start()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._progress.update(self._phase, visible=False)
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self._live.stop()
 
     def phase(self, name: str, total: int | None = None) -> None:
@@ -64,7 +64,7 @@ class TrainingDisplay(Display):
         self._evaluation = row.get("evaluation", self._evaluation)
         self._eta = eta_text(row["eta"]) if "eta" in row else self._eta
         self._progress.update(self._iterations, completed=row["iteration"], note=self._left())
-        if not self.console.is_terminal:
+        if not self.console.is_interactive:
             self.console.print(" | ".join(self._plain(row)), soft_wrap=True, highlight=False, markup=False)
 
     def summary_table(self, summary: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ def heavy_imports() -> Iterator[None]:
     from etude.terminal import make_console
 
     console = make_console(stderr=True)
-    with console.status("loading") if console.is_terminal else nullcontext():
+    with console.status("loading") if console.is_interactive else nullcontext():
         yield
 
 
@@ -38,6 +38,6 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     from etude.terminal import make_console
 
     console = make_console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_interactive) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, total=total, advance=done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import typer
 
 from etude.cli.errors import Debug
 from etude.cli.options import expanded, option
+from etude.cli.streams import reader_is_gone
 from etude.errors import EtudeError
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ def watch(
         console.print(view(state))
         return
     try:
-        if console.is_terminal:
+        if console.is_interactive:
             with Live(console=console, auto_refresh=False) as live:
                 for state in _looks(directory, every):
                     live.update(view(state), refresh=True)
@@ -64,6 +66,8 @@ def watch(
             state = _lines(directory, every, console)
     except KeyboardInterrupt:  # the usual way to end it, so no error
         raise typer.Exit(130) from None
+    if reader_is_gone():  # nothing is left to do
+        raise typer.Exit(128 + signal.SIGPIPE)
     if not state.finished:
         raise EtudeError(f"the run in '{directory}' is broken off: {_continues(directory)}.")
 
@@ -141,11 +145,11 @@ def view(state: State) -> Group:
 
 
 def _looks(directory: Path, every: float) -> Iterator[State]:
-    """One state after another, until the run is over."""
+    """One state after another, until the run is over or nobody reads."""
     while True:
         state = look(directory)
         yield state
-        if state.over:
+        if state.over or reader_is_gone():
             return
         time.sleep(every)
 

@@ -17,6 +17,7 @@ from etude.config.sections import (
     WindowConfig,
 )
 from etude.config.tree import (
+    continuation,
     describe_fields,
     difference,
     leaves,
@@ -36,6 +37,7 @@ __all__ = [
     "Section",
     "TrainConfig",
     "WindowConfig",
+    "continuation",
     "describe_fields",
     "difference",
     "leaves",

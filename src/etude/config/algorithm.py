@@ -32,7 +32,8 @@ def essence(config: TrainConfig) -> str:
     """A run on one line: algorithm, model, kernel, eta and rewards."""
     sampling, rewards = config.sampling, config.rewards
     weighted = ", ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in rewards.items())
+    rollout = f"rollouts by {sampling.solver}, gap of " if sampling.solver else ""
     return (
-        f"{algorithm(config.model_dump())} on {config.model}, {sampling.kernel} at eta {sampling.eta_text}, "
+        f"{algorithm(config.model_dump())} on {config.model}, {rollout}{sampling.kernel} at eta {sampling.eta_text}, "
         f"reward{'s' if len(rewards) > 1 else ''}: {weighted}"
     )

@@ -7,12 +7,12 @@ hyper-parameters) unless the help line says otherwise.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
 from pydantic.functional_validators import AfterValidator, field_validator, model_validator
 
+from etude.config.yaml_text import Word, dump_yaml
 from etude.registry import ADVANTAGES, KERNELS, OBJECTIVES, POLICIES, WINDOWS
 from etude.rewards.reward import WEIGHTED_SUM
 from etude.sampling.etas import Etas, setting_text
@@ -28,12 +28,35 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        return _check_truth(value, cls.model_fields[info.field_name or ""].annotation)
+
+
+def _check_truth(value: Any, annotation: Any) -> Any:
+    """The value of a field, after a look for truth values where the field holds none, and for words of YAML 1.1."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    for each in inside:
+        if isinstance(each, bool) and not _takes_truth(annotation):
+            raise ValueError("true and false are no numbers and no texts; write the number, or the text in quotes")
+        if isinstance(each, Word) and "Any" in str(annotation):
+            raise ValueError(f"{each} may mean a truth value or a text; write true or false, or the text in quotes")
+    return value
+
+
+def _takes_truth(annotation: Any) -> bool:
+    """Whether a field of this type may hold true or false, or a section, which checks its own fields."""
+    if annotation in (bool, Any) or (isinstance(annotation, type) and issubclass(annotation, Section)):
+        return True
+    return any(_takes_truth(part) for part in get_args(annotation))
+
 
 class PromptsConfig(Section):
     train: str = "emoji-train"
     """Prompts to train on: a built-in set (`emoji-train`, `emoji-eval`, `animals`, `animals-eval`),
-    a text or JSONL file, package.module:function, or hub:dataset. After any of them, `#train` takes
-    nine tenths of it and `#eval` the rest."""
+    a file (text, JSON, JSON lines, CSV or TSV), package.module:function, or hub:dataset. After any
+    of them, `#train` takes nine tenths of it and `#eval` the rest."""
     evaluation: str = "emoji-eval"
     """Prompts for the held-out evaluation of the gap: any source that `train` takes."""
 
@@ -105,6 +128,10 @@ class SamplingConfig(Section):
     at 0.5 in the limit of short steps, and at more than 0.5 at real step lengths (`etude theory
     peers`). A list of num_steps values gives each step its own eta. A step with eta 0 is an ODE
     step and is not trained."""
+    solver: Literal["ddim", "euler", "heun", "dpmsolver++", "unipc"] | None = None
+    """Deterministic solver that draws the training images, for objectives on final images (nft,
+    awm, dpo). kernel and eta then describe the SDE side of the gap alone. null: the kernel at eta
+    draws them."""
     eta_schedule: EtaScheduleConfig | None = None
     """null: eta stays constant. A section: eta moves to another value, over the iterations or over
     the denoising steps."""
@@ -129,6 +156,7 @@ class SamplingConfig(Section):
     @field_validator("eta", mode="before")
     @classmethod
     def _a_number_or_one_a_step(cls, value: Any) -> Any:
+        _check_truth(value, float)
         try:
             if isinstance(value, list | tuple):
                 return [_ETA.validate_python(each) for each in value]
@@ -158,6 +186,8 @@ class SamplingConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> SamplingConfig:
         eta, steps, window = self.eta, self.num_steps, self.window
+        if self.solver is not None and window is not None:
+            raise ValueError(f"solver = {self.solver} draws every step, so there is no window; set one of them to null")
         if isinstance(eta, list) and len(eta) != steps:
             raise ValueError(
                 f"eta lists {len(eta)} values for num_steps = {steps}; give one a step, or one number for all"
@@ -205,6 +235,10 @@ class LoraConfig(Section):
     """LoRA alpha: the update is scaled by alpha / rank."""
     targets: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
     """Names of the layers that get an adapter (suffix match, as in peft)."""
+    init: str | None = None
+    """Adapter to train on from: a directory that a run exported, or a safetensors file. Ranks,
+    alphas and layers are then the file's, and rank, alpha and targets are not read. The base model
+    stays the model without it. null: a new adapter, which changes nothing at first."""
 
 
 class OptimizerConfig(Section):
@@ -229,7 +263,8 @@ class ObjectiveConfig(Section):
         "ppo", description=f"Loss of an optimiser step: a name, or module:Class of your own. {OBJECTIVES.about()}."
     )
     options: dict[str, Any] = {}
-    """Arguments of an objective of your own, by name. Default: none."""
+    """Arguments of the objective by name: of nft, awm or dpo, ppo's ratio and kl_limit, or those of
+    an objective of your own. Default: none."""
     clip_range: float | None = Field(1e-4, gt=0)
     """PPO clips the ratio to 1 +- clip_range. Give either clip_range or clip_nats."""
     clip_nats: float | None = Field(None, gt=0)
@@ -375,7 +410,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     memory: MemoryConfig = MemoryConfig()
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Accelerate trackers that receive the metrics, too: a name or a list of names."""
+    """Trackers that receive the metrics, too: a name or a list of names."""
 
     @field_validator("trackers", mode="before")
     @classmethod
@@ -389,6 +424,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"rollout.images_per_iteration = {rollout.images_per_iteration} is not a multiple of "
                 f"rollout.images_per_prompt = {rollout.images_per_prompt}"
+            )
+        if self.lora.init is not None and self.lora.rank == 0:
+            raise ValueError(
+                f"lora.init = {self.lora.init!r} is an adapter to train on from, but lora.rank = 0 trains the whole network; "
+                "leave lora.rank at its default, or set lora.init to null"
             )
         if rollout.shared_noise and rollout.images_per_prompt < 2:
             raise ValueError("rollout.shared_noise needs rollout.images_per_prompt of at least 2")
@@ -422,4 +462,4 @@ class TrainConfig(Section):
         return self
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.model_dump(mode="json"))

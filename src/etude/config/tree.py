@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,6 +20,8 @@ from etude.errors import EtudeError, brief_value, unknown
 _BY_REWARD = ("rewards", "evaluation.stop_on_fall")
 """Keys whose value maps names of rewards to numbers."""
 _RECIPES = resources.files("etude.config") / "recipes"
+_NOT_QUOTED = re.compile(r"(?!\s*(?:[\"']|!!|(?:~|null|Null|NULL)?\s*\Z))")
+"""The start of a text that YAML would not have to read: neither null, nor in quotes, nor tagged."""
 
 
 def load_config(
@@ -118,15 +121,37 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
     key, equals, text = item.rpartition("=") if by_reward else item.partition("=")
     if not equals or not key:
         raise EtudeError(f"--set takes key=value, for example sampling.eta=1.2, not '{item}'.")
+    if _takes_text(_split_key(key)) and _NOT_QUOTED.match(text):
+        set_key(tree, key, text.strip(), f"--set {item}")  # as it stands: a path may look like a number or a list
+        return
     try:
-        value = parse_yaml(text, "the value")
+        value = parse_yaml(text, "the value", comments=False)
     except EtudeError as error:
         raise EtudeError(
             f"--set {item[:200]}: it is not a YAML value that can be used ({str(error).rstrip('.')}); quote it."
         ) from None
-    with suppress(ValueError):  # YAML 1.1 reads 1e-4 as text
-        value = float(value) if isinstance(value, str) else value
     set_key(tree, key, value, f"--set {item}")
+
+
+def _takes_text(location: list[str]) -> bool:
+    """Whether the key at `location` holds a text, or a text or null."""
+    model: type[Section] = TrainConfig
+    *sections, leaf = location
+    for name in sections:
+        inner = _section(model.model_fields[name].annotation) if name in model.model_fields else None
+        if inner is None:
+            return False
+        model = inner
+    return leaf in model.model_fields and _alternatives(model.model_fields[leaf].annotation) <= {str, type(None)}
+
+
+def _alternatives(annotation: Any) -> set[Any]:
+    """The types that a field may hold, without their constraints."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_alternatives, get_args(annotation)))
+    return {annotation}
 
 
 def set_key(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
@@ -137,9 +162,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
     Raises:
         EtudeError: a part of the key names a value, not a section; the message begins with `place`.
     """
-    # A reward's name is one part: package.module:function.
-    section = next((each for each in _BY_REWARD if key.startswith(f"{each}.")), None)
-    *parents, leaf = key.split(".") if section is None else [*section.split("."), key.removeprefix(f"{section}.")]
+    *parents, leaf = _split_key(key)
     for name in parents:
         if tree.get(name) is None:
             tree[name] = {}
@@ -151,6 +174,12 @@ def set_key(tree: dict[str, Any], key: str, value: Any, place: str) -> None:
     if alternative is not None and value is not None:
         tree[alternative] = None
     tree[leaf] = value
+
+
+def _split_key(key: str) -> list[str]:
+    """The parts of a dotted key. A reward's name is one part: package.module:function."""
+    section = next((each for each in _BY_REWARD if key.startswith(f"{each}.")), None)
+    return key.split(".") if section is None else [*section.split("."), key.removeprefix(f"{section}.")]
 
 
 def explain(error: ValidationError, place: str, model: type[Section] = TrainConfig) -> EtudeError:
@@ -206,6 +235,18 @@ def difference(old: TrainConfig, new: TrainConfig) -> tuple[str, Any, Any] | Non
             return f"{key}.{inner}", before[inner], after[inner]
         return key, before, after
     return None
+
+
+def continuation(old: TrainConfig, new: TrainConfig) -> tuple[str, Any, Any] | None:
+    """As `difference`, for a run that goes on: it may have more `iterations` than before.
+
+    Where eta moves over the iterations, each would have had another one, so `iterations` must stay.
+    """
+    schedule = new.sampling.eta_schedule
+    fixed = schedule is not None and schedule.over == "iterations" and schedule.kind != "constant"
+    if new.iterations > old.iterations and not fixed:
+        old = old.model_copy(update={"iterations": new.iterations})
+    return difference(old, new)
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

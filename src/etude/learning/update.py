@@ -23,6 +23,7 @@ from etude.learning.objectives import Objective, Samples
 from etude.policies import TrainablePolicy
 from etude.policies.sharding import held_here, whole
 from etude.sampling.noise import keyed_generator
+from etude.undisturbed import undisturbed
 
 Pairs = tuple[Tensor, Tensor]
 """Rows and columns of some (sample, column) pairs, int64 `[m]` each."""
@@ -54,6 +55,8 @@ class Learner:
         dimensions = self.objective.averaged_dimensions(self.policy)
         self.loss_scale = LossScale(self.config.dtype == "float16", dimensions, self._everywhere)
         self.metrics = (*self.objective.metrics, *COMMON)
+        self.images_per_row = size = self.config.rollout.images_per_prompt if self.objective.by_group else 1
+        self.rows = [index // size for index in self.indices[::size]]
 
     def update(self, samples: Samples, iteration: int, after_step: Callable[[], None]) -> dict[str, float]:
         """Takes all optimiser steps of an iteration; returns the metrics over all processes.
@@ -65,18 +68,23 @@ class Learner:
         distinct = steps
         if self.config.objective.timestep_fraction == 1:  # all passes train the same pairs
             distinct = steps[: len(steps) // self.config.objective.num_inner_epochs]
-        records = self.objective.prepare(self.policy, samples, distinct, self.micro_batches, self.on_step)
+        with undisturbed():
+            records = self.objective.prepare(self.policy, samples, distinct, self.micro_batches, self.on_step)
         for number, (rows, columns) in enumerate(steps):
             step_records = self._accumulate(samples, rows, columns)
             _extend(records, step_records)
             if number == 0:  # no weight has moved yet
-                _extend(records, self.objective.after_first_step(step_records))
+                with undisturbed():
+                    _extend(records, self.objective.after_first_step(step_records))
             norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.optimizer.max_grad_norm)
             records.setdefault("grad_norm", []).append(whole(torch.as_tensor(norm)).detach().to(self.policy.device))
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.objective.after_step(self.parameters)
+            with undisturbed():
+                self.objective.after_step(self.parameters)
             after_step()
+        with undisturbed():
+            self.objective.after_iteration(self.parameters, iteration)
         return self._sound(compute_all(self.metrics, records), iteration)
 
     def _sound(self, numbers: dict[str, float], iteration: int) -> dict[str, float]:
@@ -85,7 +93,9 @@ class Learner:
         numbers[LARGEST_WEIGHT.name] = float(torch.stack([p.abs().max().float() for p in local if p.numel()]).max())
         processes = self.accelerator.num_processes
         if processes > 1:
-            columns = gather(self.accelerator, torch.tensor([list(numbers.values())]), processes).unbind(1)
+            columns = gather(
+                self.accelerator, torch.tensor([list(numbers.values())], dtype=torch.float32), processes
+            ).unbind(1)
             numbers = merge(self.metrics, dict(zip(numbers, columns, strict=True)))
         broken = beyond_limit(self.metrics, numbers)
         if broken is not None:
@@ -104,12 +114,12 @@ class Learner:
 
     def pairs(self, num_columns: int, iteration: int) -> list[Pairs]:
         """This process's pairs of each optimiser step of an iteration, on the device."""
-        objective, images = self.config.objective, self.config.rollout.images_per_iteration
+        objective, count = self.config.objective, self.config.rollout.images_per_iteration // self.images_per_row
         generator, pairs = keyed_generator(self.config.seed, "update", iteration), []
         for _ in range(objective.num_inner_epochs):
-            for chunk in split_samples(images, objective.updates_per_epoch, generator):
+            for chunk in split_samples(count, objective.updates_per_epoch, generator):
                 all_pairs = draw_pairs(chunk, num_columns, objective.timestep_fraction, generator)
-                rows, columns = own_pairs(all_pairs, self.indices)
+                rows, columns = own_pairs(all_pairs, self.rows)
                 pairs.append((rows.to(self.policy.device), columns.to(self.policy.device)))
         return pairs
 
@@ -129,7 +139,7 @@ class Learner:
 
     def _backward(self, samples: Samples, rows: Tensor, columns: Tensor, records: Records, done: list[int]) -> None:
         """Adds the gradients by micro-batch; processes exchange them in the last one (see `rehearsals`)."""
-        size, total = self.micro_batches.size, torch.zeros((), device=self.policy.device)
+        size, total = self.micro_batches.size, torch.zeros((), dtype=torch.float32, device=self.policy.device)
         starts = range(0, len(rows), size)
         if self.rehearsals and len(starts) == 1:
             with self._exchange(False):
@@ -162,7 +172,8 @@ class Learner:
         self, samples: Samples, rows: Tensor, columns: Tensor, share_of_step: float
     ) -> tuple[Mapping[str, Tensor], Tensor]:
         """Adds the gradients of one micro-batch; returns its records and its part of the step's loss."""
-        loss = self.objective.loss(self.policy, samples, rows, columns)
+        with undisturbed():
+            loss = self.objective.loss(self.policy, samples, rows, columns)
         weighted = loss.value * share_of_step
         self.accelerator.backward(weighted * self.loss_scale.value)
         return loss.records, weighted.detach()

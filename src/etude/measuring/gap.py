@@ -25,7 +25,7 @@ from etude.measuring.statistics import Estimate, estimate_mean
 from etude.policies import Policy, TrainablePolicy
 from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
-from etude.prompts import PromptSet, load_prompts
+from etude.prompts import PromptSet, clusters, load_prompts
 from etude.rewards import WeightedRewards
 from etude.sampling.etas import Eta, eta_text
 from etude.sampling.sampler import ODE, SDE, STREAM, Sampler
@@ -42,8 +42,8 @@ class Measurement:
     """Prompts, scores and noise: everything that two samplers must share to be compared.
 
     Args:
-        prompts: distinct prompts, of which the first `num_images` are used; image i shows prompt i
-            modulo their number.
+        prompts: prompts, of which the first `num_images` are used; image i shows prompt i modulo
+            their number.
         score: function from images, prompts and their metadata to every reward's scores.
         num_images: number of images under each sampler.
         seed: key of the noise.
@@ -111,8 +111,8 @@ class Measurement:
 
     @property
     def clusters(self) -> list[int]:
-        """The index of each image's prompt: images of one prompt are one cluster."""
-        return [i % len(self.prompts) for i in range(self.num_images)]
+        """The index of each image's prompt: images of one prompt are one cluster, also if its source repeats it."""
+        return clusters(self.shown().texts)
 
     def images(
         self, policy: Policy, sampler: Sampler, on_step: Progress = silent, samples: Sequence[int] | None = None

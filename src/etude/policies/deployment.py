@@ -9,8 +9,9 @@ from typing import Any
 from etude import zoo
 from etude.policies import TrainablePolicy
 from etude.policies.loading import split_revision
-from etude.policies.single_file import configuration, holds_pipeline, is_single_file
+from etude.policies.single_file import absent_parts, configuration, is_single_file
 from etude.policies.source import ModelSource
+from etude.policies.trial import OWN_SCHEDULERS
 from etude.sampling.paths import VPPath
 
 
@@ -47,6 +48,8 @@ def deployment_snippet(
     imports, scheduler = _ode_scheduler(policy, num_steps)
     names = sorted([*classes, *(name for name, package in imports.items() if package == "diffusers")])
     head = ["import torch", f"from diffusers import {', '.join(names)}"]
+    if policy.scheduler_config["_class_name"] in OWN_SCHEDULERS and "GDDIMScheduler" not in imports:
+        head.append("import etude  # whose scheduler the saved pipeline names")
     head += ["from etude import zoo"] if embedded else []
     head += [f"from {package} import {name}" for name, package in imports.items() if package != "diffusers"]
     return "\n".join([*head, "", *load, *scheduler, _picture(policy, num_steps, guidance_scale)])
@@ -80,12 +83,21 @@ def _single_file(
     policy: TrainablePolicy, model: str, pipeline_config: str | None, loading: dict[str, Any]
 ) -> tuple[list[str], list[str]]:
     """The diffusers classes and the lines that load a single file as etude does."""
-    pipeline = policy.pipeline_name
-    if holds_pipeline(model):
-        config = {"config": repr(pipeline_config)} if pipeline_config else {}
-        return [pipeline], [f"pipe = {_loaded(pipeline, repr(model), config | loading, 'from_single_file')}"]
-    place, (part, network) = repr(configuration(model, pipeline_config)), policy.denoiser_names
+    pipeline, (part, network), networks = policy.pipeline_name, policy.denoiser_names, policy.networks()
+    absent = absent_parts(model, networks, part)
     precision = {name: value for name, value in loading.items() if name == "torch_dtype"}
+    if set(absent) != networks.keys() - {part}:
+        config = {"config": repr(pipeline_config)} if pipeline_config else {}
+        # The pipeline's class finds text encoders in the configuration itself, but no autoencoder.
+        names = {name: networks[name] for name in absent if name == "vae"}
+        place = repr(configuration(model, pipeline_config)) if names else ""
+        lines = [
+            f"{name} = {_loaded(kind, place, {'subfolder': repr(name)} | precision)}" for name, kind in names.items()
+        ]
+        arguments = config | {name: name for name in names} | loading
+        lines.append(f"pipe = {_loaded(pipeline, repr(model), arguments, 'from_single_file')}")
+        return [*names.values(), pipeline], lines
+    place = repr(configuration(model, pipeline_config))
     of_part = {"config": place, "subfolder": repr(part)} | precision
     return [network, pipeline], [
         f"{part} = {_loaded(network, repr(model), of_part, 'from_single_file')}",
@@ -144,14 +156,7 @@ def _flow_levels(policy: TrainablePolicy) -> dict[str, Any]:
 
 def _vp_levels(path: VPPath, policy: TrainablePolicy) -> dict[str, Any]:
     """Settings that give a VP scheduler the path's levels and switch clipping and thresholding off."""
-    # Spelt out, since a scheduler of another class may have other defaults.
-    settings = {
-        "clip_sample": False,
-        "set_alpha_to_one": path.final_alpha_cumprod == 1,
-        "timestep_spacing": path.timestep_spacing,
-        "steps_offset": path.steps_offset,
-    }
-    return settings | ({"thresholding": False} if policy.scheduler_config.get("thresholding") else {})
+    return path.scheduler_settings() | ({"thresholding": False} if policy.scheduler_config.get("thresholding") else {})
 
 
 def ddim_visits(path: VPPath, num_steps: int) -> bool:

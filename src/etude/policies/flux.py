@@ -10,7 +10,7 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from etude.errors import EtudeError
-from etude.policies.pipeline import PipelinePolicy
+from etude.policies.pipeline import Agreement, PipelinePolicy
 from etude.sampling.paths import FlowPath, Grid
 
 
@@ -23,7 +23,8 @@ class FluxPolicy(PipelinePolicy):
 
     Latents are packed, `[tokens, c]`: each token is a 2 x 2 patch of the autoencoder's latents. T5
     reads at most 512 tokens, or the limit of its tokenizer if that is lower. Without a resolution,
-    images have the autoencoder's `sample_size` (1024 pixels in FLUX.1).
+    images have the autoencoder's `sample_size` (1024 pixels in FLUX.1), or the pipeline's size
+    where the autoencoder has none (AutoencoderTiny).
     """
 
     path: FlowPath
@@ -52,7 +53,19 @@ class FluxPolicy(PipelinePolicy):
         return 2 * int(self.pipeline.vae_scale_factor)
 
     def _default_size(self) -> tuple[int, int]:
-        return self._size_of(self.pipeline.vae.config.sample_size)
+        return self._size_of(self.pipeline.vae.config.get("sample_size") or self.pipeline_size()[0])
+
+    def agreements(self) -> list[Agreement]:
+        parts, network = self.pipeline, self.pipeline.transformer.config
+        pooled, states = parts.text_encoder.config.hidden_size, parts.text_encoder_2.config.d_model
+        return [
+            *self._channels(patch=4),
+            (
+                ("transformer.pooled_projection_dim", network.pooled_projection_dim),
+                ("text_encoder.hidden_size", pooled),
+            ),
+            (("transformer.joint_attention_dim", network.joint_attention_dim), ("text_encoder_2.d_model", states)),
+        ]
 
     def _shape(self) -> tuple[int, ...]:
         height, width = self.latent_size
@@ -60,6 +73,10 @@ class FluxPolicy(PipelinePolicy):
 
     def _unpack(self, latents: Tensor) -> Tensor:
         return FluxPipeline._unpack_latents(latents, *self.image_size, self.pipeline.vae_scale_factor)
+
+    def _pack(self, latents: Tensor) -> Tensor:
+        packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
+        return packed
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         embedding, pooled, _ = self.pipeline.encode_prompt(

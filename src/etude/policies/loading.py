@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os.path import expanduser
@@ -13,12 +14,14 @@ from huggingface_hub import try_to_load_from_cache
 
 from etude import zoo
 from etude.batching import is_out_of_memory
-from etude.errors import EtudeError, brief, brief_value, unknown
+from etude.errors import EtudeError, brief, unknown
 from etude.policies.outline import outline_pipeline
 from etude.policies.pipeline import PipelinePolicy
-from etude.policies.single_file import configuration, is_single_file, load_single_file
+from etude.policies.single_file import check_single_file, configuration, is_single_file, load_single_file
 from etude.policies.source import ModelSource
 from etude.policies.trainable import TrainablePolicy
+from etude.policies.trial import check_agreement, check_index, networks_of, tell_of_scheduler, try_out
+from etude.policies.weight_files import check_folders, check_keys
 from etude.registry import POLICIES
 from etude.sampling.paths import is_flow_config
 
@@ -108,32 +111,69 @@ def load_source(
         pipeline_name = str(index.get("_class_name"))
         adapter = _adapter(source.family or pipeline_name, model)
         parts = adapter.load_arguments | {part: None for part in adapter.optional if index.get(part, [None])[0] is None}
-        _check_libraries(model, index, parts)
         pipeline_class = adapter.pipeline_class(pipeline_name)
+        check_index(str(model), index, pipeline_class, parts, adapter.optional)
+        if single:
+            check_single_file(name, location, index, adapter.denoiser, parts)
         if outline:
-            pipeline = outline_pipeline(location, index, pipeline_class, dtype, parts, single, at)
+            networks = {} if single else networks_of(index, parts)
+            _read_folders(location, networks, source.variant, device_map="meta")
+            pipeline = outline_pipeline(location, index, pipeline_class, dtype, parts, at)
         elif single:
-            pipeline = load_single_file(name, location, pipeline_class, adapter.denoiser, parts, dtype)
+            pipeline = load_single_file(name, location, pipeline_class, adapter.denoiser, index, parts, dtype)
         else:
             which = {"variant": source.variant, **at}
-            pipeline = pipeline_class.from_pretrained(location, dtype=dtype, use_safetensors=True, **which, **parts)
+            if not Path(location).is_dir() and hasattr(pipeline_class, "download"):
+                location = pipeline_class.download(location, use_safetensors=True, **which, **parts)
+            read = _read_folders(location, networks_of(index, parts), source.variant, dtype=dtype)
+            pipeline = pipeline_class.from_pretrained(
+                location, dtype=dtype, use_safetensors=True, **which, **parts, **read
+            )
+        tell_of_scheduler(str(model), type(pipeline.scheduler).__name__)
         if source.shift is not None:
             _shift(pipeline, source.shift, model)
         limits = {} if source.prompt_cache_mb is None else {"prompt_cache_mb": source.prompt_cache_mb}
-        policy: TrainablePolicy = adapter(
-            pipeline, dtype, target, source.resolution, source.decode_batch_size, source.offload, **limits
-        )
+        policy = adapter(pipeline, dtype, target, source.resolution, source.decode_batch_size, source.offload, **limits)
+        check_agreement(str(model), policy)
+        try_out(str(model), policy)
     policy.source, policy.shift, policy.revision = source, source.shift, commit
     if source.lora is not None:
-        directory = Path(expanduser(source.lora))
-        try:
-            policy.load_lora(directory)
-        except EtudeError:
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {brief(error)}"
-            raise EtudeError(f"--lora '{directory}' does not fit the model: {reason}") from error
+        policy.load_lora(Path(expanduser(source.lora)))
     return policy
+
+
+def _read_folders(
+    location: str, networks: Mapping[str, tuple[str, Any]], variant: str | None, **how: Any
+) -> dict[str, Any]:
+    """Load the networks of a local directory, each complete; of a hub id none, which has no files here.
+
+    Args:
+        location: directory of the pipeline, or a hub id.
+        networks: library and class of each part.
+        variant: suffix of the weight files.
+        how: arguments of the parts' `from_pretrained`; `device_map="meta"` reads names and shapes alone.
+
+    Raises:
+        EtudeError: a part has no weights, is quantised, or lacks a tensor.
+    """
+    if not Path(location).is_dir():
+        return {}
+    variants = check_folders(Path(location), {name: library for name, (library, _) in networks.items()}, variant)
+    parts = {}
+    for name, (library, cls) in networks.items():
+        folder = str(Path(location, name))
+        which: dict[str, Any] = {"variant": variants[name], "output_loading_info": True}
+        if library == "transformers":  # lists tensors of another shape, where diffusers names one in an error
+            which["ignore_mismatched_sizes"] = True
+        try:
+            parts[name], keys = cls.from_pretrained(folder, use_safetensors=True, **which, **how)
+        except ValueError as error:
+            shape = re.search(r"because (\S+ expected shape .*?, but got torch\.Size\(\[[\d, ]*\]\))", str(error))
+            if shape is None:
+                raise
+            keys = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [shape[1]]}
+        check_keys(folder, name, keys["missing_keys"], keys["unexpected_keys"], keys["mismatched_keys"])
+    return parts
 
 
 def _shift(pipeline: Any, shift: float, model: str | Path) -> None:
@@ -202,14 +242,3 @@ def _explained(model: str | Path) -> Iterator[None]:
         away = isinstance(error, OSError) and not Path(expanduser(str(model))).exists()
         text = f"{message}: {type(error).__name__}: {brief(error)}"
         raise EtudeError(f"{text} {remedy}" if away else text) from error
-
-
-def _check_libraries(model: str | Path, index: Mapping[str, Any], left_out: Mapping[str, Any]) -> None:
-    """Refuse parts of other libraries: any module that the file names would be imported."""
-    for name, value in index.items():
-        listed = isinstance(value, list | tuple) and len(value) == 2 and not name.startswith("_")
-        if listed and name not in left_out and value[0] not in (None, "diffusers", "transformers"):
-            raise EtudeError(
-                f"model '{model}' takes its {name} from {brief_value(value[0])}, where code of its own would run: only parts from "
-                "diffusers and transformers are supported."
-            )

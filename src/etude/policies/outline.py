@@ -9,14 +9,11 @@ import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from etude.errors import EtudeError
 
 if TYPE_CHECKING:
     from etude.policies.trainable import TrainablePolicy
@@ -28,7 +25,6 @@ def outline_pipeline(
     kind: Any,
     dtype: torch.dtype,
     left_out: Mapping[str, Any],
-    single: bool = False,
     at: Mapping[str, str] | None = None,
 ) -> Any:
     """The outline of a pipeline, on the CPU; all fake tensors belong to one mode.
@@ -38,8 +34,6 @@ def outline_pipeline(
             fetched, but no weights.
         index: content of its model_index.json, whose libraries are diffusers and transformers alone.
         left_out: arguments for the pipeline's class; components named here are not built.
-        single: whether the weights are in a single file. Otherwise a local directory without any is
-            an EtudeError.
         at: revision of a hub id, as a keyword argument.
     """
     parts: dict[str, Any] = dict(left_out)
@@ -51,20 +45,17 @@ def outline_pipeline(
         parts[name] = value
         if isinstance(value, list | tuple) and len(value) == 2:
             library, cls = str(value[0]), str(value[1])
-            parts[name] = None if None in value else _component(location, name, library, cls, single, at or {})
+            parts[name] = None if None in value else _component(location, name, library, cls, at or {})
         if isinstance(parts[name], nn.Module):
             _fill(parts[name], dtype, mode)
     return kind(**parts)
 
 
-def _component(location: str, name: str, library: str, kind: str, single: bool, at: Mapping[str, str]) -> Any:
+def _component(location: str, name: str, library: str, kind: str, at: Mapping[str, str]) -> Any:
     cls: Any = getattr(importlib.import_module(library), kind)
     is_network = isinstance(cls, type) and issubclass(cls, nn.Module)
     if not is_network:  # a scheduler or tokenizer, which has no weights
         return cls.from_pretrained(location, subfolder=name, **at)
-    folder = Path(location, name)
-    if folder.is_dir() and not single and not any(folder.glob("*.safetensors")):
-        raise EtudeError(f"'{location}' has no safetensors weights of its {name}: '{folder}' holds none.")
     with torch.device("meta"):
         if library == "diffusers":
             return cls.from_config(cls.load_config(location, subfolder=name, **at))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -12,20 +13,30 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils.memory import clear_device_cache
 from diffusers.training_utils import cast_training_params
+from diffusers.utils.peft_utils import set_adapter_layers
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from etude.batching import MicroBatch, Progress
 from etude.config import LoraConfig
-from etude.errors import EtudeError
-from etude.policies.adapter_file import WEIGHTS, check_loaded, read_adapter
+from etude.errors import EtudeError, brief_value
+from etude.policies.adapter_file import WEIGHTS, read_adapter, sort_header
+from etude.policies.adapter_loading import adapted_parts, configuration, load_adapter
+from etude.policies.kohya import KOHYA_WEIGHTS, kohya_tensors
 from etude.policies.prompt_cache import Key, PromptCache
 from etude.policies.trainable import TrainablePolicy
+from etude.sampling.finite import all_finite, not_finite
 from etude.sampling.model import Conditioning
 from etude.sampling.paths import FlowPath, VPPath
 
 ADAPTER = "default"
+BASE = "base."
+"""Prefix of the conditioning that text encoders give without their adapter."""
+Agreement = tuple[tuple[str, int | None], tuple[str, int | None]]
+"""Two numbers of a model's configurations that must be equal, each with its name; None where it has none."""
 DECODED_PIXELS = 2**21
 """Pixels decoded at a time, whose activations take as much memory as those of a large denoiser."""
 PROMPT_CACHE_MB = 4096
@@ -55,9 +66,9 @@ class PipelinePolicy(TrainablePolicy):
     """
 
     path_class: ClassVar[type[VPPath] | type[FlowPath]]
-    denoiser: ClassVar[str]
+    denoiser: str
     """Name of the pipeline's component that is trained."""
-    classifier_free: ClassVar[bool] = True
+    classifier_free: bool = True
     """Whether guidance takes a second evaluation. False: the scale is an input of the network."""
     load_arguments: ClassVar[dict[str, Any]] = {"image_encoder": None, "feature_extractor": None}
     """Arguments of `from_pretrained` beside the dtype; components that read pictures are left out."""
@@ -114,7 +125,8 @@ class PipelinePolicy(TrainablePolicy):
         self.decode_batch = MicroBatch(decode_batch_size or at_a_time, "memory.decode_batch_size")
         self._encoded = PromptCache(prompt_cache_mb * 2**20)
         self._initial: nn.Module | None = None
-        self._trains_everything = False
+        self._told_of_cut = False
+        self._trains_everything = self._is_reference = False
 
     def _default_size(self) -> tuple[int, int]:
         """`(h, w)` of the latents that the pipeline makes by default."""
@@ -126,6 +138,17 @@ class PipelinePolicy(TrainablePolicy):
     def _shape(self) -> tuple[int, ...]:
         """Shape of one sample for the denoiser. Default: the autoencoder's latents, `[c, h, w]`."""
         return (self._trained_network.config.in_channels, *self.latent_size)
+
+    def agreements(self) -> list[Agreement]:
+        """Numbers of the parts' configurations that must be equal. Default: none are known."""
+        return []
+
+    def _channels(self, patch: int = 1) -> list[Agreement]:
+        """The denoiser reads and predicts the autoencoder's channels, `patch` latents in a token."""
+        config, channels = self._trained_network.config, self.pipeline.vae.config.get("latent_channels")
+        wanted = f"{patch} x vae.latent_channels" if patch > 1 else "vae.latent_channels"
+        needed = (wanted, None if channels is None else patch * channels)
+        return [((f"{self.denoiser}.{name}", config.get(name)), needed) for name in ("in_channels", "out_channels")]
 
     @abstractmethod
     def _encode(self, prompt: str) -> dict[str, Tensor]:
@@ -151,6 +174,10 @@ class PipelinePolicy(TrainablePolicy):
     @property
     def denoiser_names(self) -> tuple[str, str]:
         return self.denoiser, type(self._trained_network).__name__
+
+    def networks(self) -> dict[str, str]:
+        parts = self.pipeline.components.items()
+        return {name: type(part).__name__ for name, part in parts if isinstance(part, nn.Module)}
 
     def loading_arguments(self) -> dict[str, Any]:
         return {name: None for name in self.optional if getattr(self.pipeline, name) is None}
@@ -213,10 +240,55 @@ class PipelinePolicy(TrainablePolicy):
             for prompt in new:  # one by one: in a batch, the last bits of a row can depend on the other rows
                 if until_full and self._encoded.full:
                     return
+                self._tell_of_cut(prompt)
                 self._encoded.add(prompt, self._encode_key(prompt))
+                self._check_encoding(prompt)
 
     def _encode_key(self, prompt: Key) -> dict[str, Tensor]:
-        return self._encode_nothing() if prompt is None else self._encode(prompt)
+        """Conditioning of one prompt, and under names with `BASE` that of encoders without their adapter."""
+        rows = self._encode_nothing() if prompt is None else self._encode(prompt)
+        adapted = [part for name, part in adapted_parts(self.pipeline).items() if name != self.denoiser]
+        if not adapted:
+            return rows
+        for part in adapted:
+            set_adapter_layers(part, enabled=False)
+        try:
+            base = self._encode_nothing() if prompt is None else self._encode(prompt)
+        finally:
+            for part in adapted:
+                set_adapter_layers(part, enabled=True)
+                part.requires_grad_(False)  # enabling an adapter makes it trainable
+        return rows | {f"{BASE}{name}": tensor for name, tensor in base.items()}
+
+    def _in_force(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The denoiser's arguments: those of the encoders' adapters or, in the reference model, of the base."""
+        base = {name.removeprefix(BASE): tensor for name, tensor in rows.items() if name.startswith(BASE)}
+        if base and self._is_reference:
+            return base
+        return {name: tensor for name, tensor in rows.items() if not name.startswith(BASE)}
+
+    def _tell_of_cut(self, prompt: Key) -> None:
+        """Tells once of a prompt that a text encoder does not read to its end."""
+        if self._told_of_cut or not prompt:
+            return
+        for name, words in self.pipeline.components.items():
+            if not name.startswith("tokenizer") or words is None:
+                continue
+            longest = self.max_sequence_length if self.t5 and name == self.t5[0] else words.model_max_length
+            count = len(words(prompt, truncation=False, verbose=False).input_ids)
+            if count > longest:
+                self._told_of_cut = True
+                encoder = name.replace("tokenizer", "text_encoder")
+                warnings.warn(
+                    f"the prompt {brief_value(prompt)} has {count} tokens, of which the {encoder} reads {longest}: the rest "
+                    "changes nothing there (said once)",
+                    stacklevel=2,
+                )
+
+    def _check_encoding(self, prompt: Key) -> None:
+        for name, rows in self._encoded.get(prompt).items():
+            if not isinstance(rows, FakeTensor) and not all_finite(rows):
+                raise not_finite(f"the text encoders' {name}", f"the prompt {brief_value(prompt or '')}", self.dtype)
 
     @contextmanager
     def _on_device(self, *modules: nn.Module) -> Iterator[None]:
@@ -243,9 +315,9 @@ class PipelinePolicy(TrainablePolicy):
 
     def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
         guided = self.classifier_free and guidance_scale > 1
-        inputs, arguments = x.to(self.dtype), conditioning.prompt
+        inputs, arguments = x.to(self.dtype), self._in_force(conditioning.prompt)
         if guided:
-            empty = conditioning.unconditional
+            empty = self._in_force(conditioning.unconditional)
             inputs, timesteps = torch.cat([inputs, inputs]), torch.cat([timesteps, timesteps])
             arguments = {name: torch.cat([empty[name].expand_as(rows), rows]) for name, rows in arguments.items()}
         # Adapters stay float32 beside half-precision weights.
@@ -256,6 +328,10 @@ class PipelinePolicy(TrainablePolicy):
             return output
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    @property
+    def computing_dtype(self) -> torch.dtype:
+        return self._computing
 
     @contextmanager
     def precision(self, dtype: torch.dtype | None) -> Iterator[None]:
@@ -278,13 +354,20 @@ class PipelinePolicy(TrainablePolicy):
 
     def pictures(self, latents: Tensor) -> Tensor:
         """uint8 images of one micro-batch; the autoencoder must be on the device of the latents."""
-        return self.decoded(latents).mul(255).round().to(torch.uint8).cpu()
+        vae = self.pipeline.vae
+        decoded = self._decoder_output(latents)
+        finite, images = all_finite(decoded), _in_range(decoded).mul(255).round().to(torch.uint8).cpu()
+        if not isinstance(finite, FakeTensor) and not finite:  # read here, where the device has been waited for
+            raise not_finite("the vae's image", "decoding", vae.dtype)
+        return images
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Images of one micro-batch in float32, in [0, 1]."""
+        return _in_range(self._decoder_output(latents))
+
+    def _decoder_output(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        decoded = vae.decode(self._unscaled(self._unpack(latents)).to(vae.dtype), return_dict=False)[0].float()
-        return (decoded / 2 + 0.5).clamp(0, 1)
+        return vae.decode(self._unscaled(self._unpack(latents)).to(vae.dtype), return_dict=False)[0].float()
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Input of the autoencoder's decoder: `latents / scaling_factor + shift_factor`."""
@@ -293,6 +376,20 @@ class PipelinePolicy(TrainablePolicy):
 
     def _unpack(self, latents: Tensor) -> Tensor:
         """Latents of the denoiser in the autoencoder's layout, `[n, c, h, w]`."""
+        return latents
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Latents of images, uint8 `[n, 3, *image_size]`: the mean of the autoencoder's posterior, fp32."""
+        vae = self.pipeline.vae
+        with self._on_device(vae):
+            pixels = images.to(self.device, vae.dtype) / 127.5 - 1
+            mean = vae.encode(pixels).latent_dist.mode().float()
+        config = vae.config
+        return self._pack((mean - (config.get("shift_factor") or 0.0)) * config.scaling_factor)
+
+    def _pack(self, latents: Tensor) -> Tensor:
+        """The inverse of `_unpack`."""
         return latents
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -318,11 +415,12 @@ class PipelinePolicy(TrainablePolicy):
             torch.manual_seed(seed)
             network.add_adapter(lora, adapter_name=ADAPTER)
         cast_training_params(network, dtype=torch.float32)
+        self.in_training = True
 
     def train_everything(self, keep_reference: bool = True) -> None:
         if keep_reference:
             self._initial = copy.deepcopy(self._trained_network)
-        self._trains_everything = True
+        self._trains_everything = self.in_training = True
         self._trained_network.float().requires_grad_(True)
 
     @contextmanager
@@ -337,36 +435,56 @@ class PipelinePolicy(TrainablePolicy):
             elif getattr(self._trained_network, "peft_config", None):
                 afterwards.callback(self._trained_network.enable_adapters)
                 self._trained_network.disable_adapters()
+            afterwards.callback(setattr, self, "_is_reference", self._is_reference)
+            self._is_reference = True
             yield
 
     @property
     def has_reference(self) -> bool:
-        return self._initial is not None or bool(getattr(self._trained_network, "peft_config", None))
+        return self._initial is not None or bool(adapted_parts(self.pipeline))
 
     @property
     def export_name(self) -> str:
         return "model" if self._trains_everything else "lora"
 
     def export(self, directory: Path) -> None:
-        """Writes the adapter, or after full fine-tuning the whole pipeline with its frozen parts."""
+        """Writes the adapter, or after full fine-tuning the whole pipeline with its frozen parts.
+
+        The adapter is written twice: for diffusers and, where its names have a place for it, for
+        kohya's tools and ComfyUI.
+        """
         if self._trains_everything:
             self.pipeline.save_pretrained(directory)
             return
-        network = self._trained_network
-        layers = get_peft_model_state_dict(network, adapter_name=ADAPTER)  # peft's names: older ones lose mixed targets
-        metadata = network.peft_config[ADAPTER].to_dict()
-        metadata["target_modules"] = sorted(metadata["target_modules"])  # a set in peft, ordered anew by each process
-        named = {f"{self.denoiser}_lora_layers": layers, f"{self.denoiser}_lora_adapter_metadata": metadata}
+        named: dict[str, Any] = {}
+        for part, network in adapted_parts(self.pipeline, ADAPTER).items():
+            # peft's names: older ones lose mixed targets
+            named[f"{part}_lora_layers"] = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+            metadata = configuration(network, ADAPTER).to_dict()
+            metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, ordered anew by each process
+            named[f"{part}_lora_adapter_metadata"] = metadata
         self.pipeline.save_lora_weights(directory, **named)
+        sort_header(directory / WEIGHTS)
+        if (others := kohya_tensors(self.pipeline, ADAPTER)) is not None:
+            save_file(others, directory / KOHYA_WEIGHTS, metadata={"format": "pt"})
 
     def load_lora(self, directory: Path) -> None:
-        stored = read_adapter(directory)
-        self.pipeline.load_lora_weights(
-            directory, weight_name=WEIGHTS, adapter_name=ADAPTER, local_files_only=True, use_safetensors=True
-        )
-        network = self._trained_network
-        has_adapter = ADAPTER in getattr(network, "peft_config", {})
-        loaded = get_peft_model_state_dict(network, adapter_name=ADAPTER) if has_adapter else {}
-        check_loaded(stored, loaded, self.denoiser, directory)
-        network.requires_grad_(False)
+        load_adapter(self.pipeline, read_adapter(directory), ADAPTER)
+        self._encoded.clear()
         self.adapter = directory
+
+    def continue_lora(self, place: Path) -> None:
+        file = read_adapter(place, "lora.init")
+        tensors = load_adapter(self.pipeline, file, ADAPTER)
+        self._encoded.clear()
+        if self.denoiser not in tensors:
+            raise EtudeError(f"{file} holds nothing for the {self.denoiser}, which is what a run trains.")
+        network = self._trained_network
+        set_adapter_layers(network, enabled=True)  # which makes it trainable
+        cast_training_params(network, dtype=torch.float32)
+        set_peft_model_state_dict(network, tensors[self.denoiser], adapter_name=ADAPTER)  # unrounded
+
+
+def _in_range(decoded: Tensor) -> Tensor:
+    """An autoencoder's output, from [-1, 1] to [0, 1]."""
+    return (decoded / 2 + 0.5).clamp(0, 1)

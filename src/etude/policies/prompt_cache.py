@@ -44,6 +44,9 @@ class PromptCache:
         self._rows[prompt] = self._rows.pop(prompt)
         return self._rows[prompt]
 
+    def clear(self) -> None:
+        self._rows, self.size = {}, 0
+
     def trim(self) -> None:
         """Drops prompts until the cache is within its limit."""
         while self.size > self.limit and self._rows:

@@ -1,22 +1,29 @@
 """Models in one safetensors file, in the layouts that diffusers' `from_single_file` reads.
 
 A file holds weights and no configuration. FLUX and SD3.5 files also lack text encoders and often
-the autoencoder. Configuration, tokenizers and missing parts come from `pipeline_config`.
+the autoencoder. Configuration, tokenizers and missing parts come from `pipeline_config`; whatever
+part the file holds comes from the file.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from etude.errors import EtudeError, brief
+from etude.policies.trial import networks_of
+from etude.policies.weight_files import Header, check_folders, check_keys, check_markers, check_no_meta
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 AUTOENCODER = ("first_stage_model.", "vae.")
 """Prefixes of the names of an autoencoder's weights in a file that holds one."""
+TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.", "text_encoder.", "te.")
+"""Prefixes of the names of a text encoder's weights."""
 
 
 def is_single_file(model: str) -> bool:
@@ -28,6 +35,8 @@ def is_single_file(model: str) -> bool:
     path = Path(model)
     if path.suffix in PICKLES and not path.is_dir():
         raise EtudeError(f"model '{model}' is a pickled checkpoint, which can run code: give its .safetensors version.")
+    if path.suffix == ".sft":
+        raise EtudeError(f"model '{model}' is named .sft, which diffusers does not read: rename it to .safetensors.")
     if path.suffix != ".safetensors":
         return False
     if not path.is_file():
@@ -50,9 +59,7 @@ def configuration(model: str, given: str | Path | None) -> str:
             problem = "is not a diffusers pipeline directory: it has no model_index.json"
             raise EtudeError(f"pipeline_config '{given}' {problem}.")
         return str(given)
-    with safe_open(model, framework="pt") as file:
-        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in list(file.keys())}
-    inferred = str(fetch_diffusers_config(shapes)["pretrained_model_name_or_path"])
+    inferred = str(fetch_diffusers_config(_shapes(Header.of(Path(model))))["pretrained_model_name_or_path"])
     try:
         diffusers.DiffusionPipeline.load_config(inferred)
     except (OSError, ValueError) as error:
@@ -63,35 +70,142 @@ def configuration(model: str, given: str | Path | None) -> str:
     return inferred
 
 
-def holds_pipeline(model: str) -> bool:
-    """Whether a file holds a whole pipeline: it does if it has an autoencoder beside the denoiser."""
-    with safe_open(model, framework="pt") as file:
-        return any(name.startswith(AUTOENCODER) for name in list(file.keys()))
+def absent_parts(model: str, networks: Iterable[str], denoiser: str) -> list[str]:
+    """The parts of a pipeline that a file has no weights of."""
+    names = list(Header.of(Path(model)).shapes)
+    autoencoder, text = (any(name.startswith(prefix) for name in names) for prefix in (AUTOENCODER, TEXT_ENCODERS))
+    absent = []
+    for part in networks:
+        held = autoencoder if part == "vae" else text if part.startswith("text_encoder") else part == denoiser
+        absent += [] if held else [part]
+    return absent
+
+
+def _shapes(header: Header) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(shape, device="meta") for name, shape in header.shapes.items()}
+
+
+def check_single_file(
+    model: str, location: str, index: Mapping[str, Any], denoiser: str, left_out: Mapping[str, Any]
+) -> None:
+    """Checks a file by its header: complete, of plain weights, and in agreement with its configuration.
+
+    Args:
+        location: directory or hub id of its configuration, from `configuration`.
+        index: model_index.json of the configuration.
+        denoiser: name of the denoiser in it.
+        left_out: parts that are not read.
+
+    Raises:
+        EtudeError: the file lacks a tensor, its weights are quantised, it says that it predicts
+            something else than the configuration's scheduler says, or neither has a part.
+    """
+    import diffusers
+
+    header = Header.of(Path(model))
+    header.check_plain()
+    if isinstance(index.get("scheduler"), list | tuple):
+        check_markers(header, location, diffusers.DDIMScheduler.load_config(location, subfolder="scheduler"))
+    networks = networks_of(index, left_out)
+    absent = absent_parts(model, networks, denoiser)
+    if Path(location).is_dir():
+        try:
+            check_folders(Path(location), {part: networks[part][0] for part in absent}, None)
+        except EtudeError as error:
+            what = " and ".join(absent)
+            raise EtudeError(
+                f"model '{model}' does not hold every part of a {index.get('_class_name')}, its {what} is to come from pipeline_config: "
+                f"{error}"
+            ) from error
+    for part in networks.keys() - set(absent):
+        library, kind = networks[part]
+        if library == "diffusers":
+            _check_part(model, _shapes(header), location, part, kind)
+
+
+def _check_part(model: str, checkpoint: dict[str, torch.Tensor], location: str, part: str, kind: Any) -> None:
+    """Compares the tensors that diffusers would take for a part with those that the part has."""
+    from diffusers.loaders import single_file_model
+
+    loadable = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
+    name = single_file_model._get_single_file_loadable_mapping_class(kind)
+    if name is None:
+        raise EtudeError(
+            f"model '{model}': diffusers reads no {kind.__name__} from a single file; give a diffusers directory."
+        )
+    config = kind.load_config(location, subfolder=part)
+    with torch.device("meta"):
+        expected = kind.from_config(config).state_dict()
+    tensors = checkpoint
+    if single_file_model._should_convert_state_dict_to_diffusers(expected, checkpoint):
+        try:
+            tensors = loadable[name]["checkpoint_mapping_fn"](config=config, checkpoint=dict(checkpoint))
+        except KeyError as error:
+            raise EtudeError(
+                f"'{model}' lacks {error} of the {part}: give the complete file, or the configuration that it belongs to."
+            ) from error
+    if not tensors:
+        raise EtudeError(f"'{model}' holds no weights of the {part} ({kind.__name__}): give a file that does.")
+    wrong = [
+        f"{key} is {list(tensors[key].shape)} in the file and {list(value.shape)} in the configuration"
+        for key, value in expected.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    ignored = AUTOENCODER + TEXT_ENCODERS + ("model_ema.", "model.diffusion_model.")
+    unused = [key for key in tensors.keys() - expected.keys() if not key.startswith(ignored)]
+    check_keys(model, part, expected.keys() - tensors.keys(), unused, wrong)
 
 
 def load_single_file(
-    model: str, location: str, kind: Any, denoiser: str, parts: dict[str, Any], dtype: torch.dtype
+    model: str,
+    location: str,
+    kind: Any,
+    denoiser: str,
+    index: Mapping[str, Any],
+    parts: dict[str, Any],
+    dtype: torch.dtype,
 ) -> Any:
     """Loads a pipeline of class `kind` with the weights of a file, often the denoiser's alone.
 
     Args:
         location: directory or hub id of its configuration, from `configuration`.
+        denoiser: name of the denoiser in it.
+        index: model_index.json of the configuration.
         parts: arguments of `from_pretrained` beside the dtype: components that are left out.
 
     Raises:
         EtudeError: a component is neither in the file nor at `location`.
     """
-    import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
+    networks = networks_of(index, parts)
+    absent = absent_parts(model, networks, denoiser)
     try:
-        if holds_pipeline(model):
-            return kind.from_single_file(model, config=location, torch_dtype=dtype, **parts)
-        network_class = getattr(diffusers, diffusers.DiffusionPipeline.load_config(location)[denoiser][1])
-        network = network_class.from_single_file(model, config=location, subfolder=denoiser, torch_dtype=dtype)
-        return kind.from_pretrained(location, torch_dtype=dtype, use_safetensors=True, **parts, **{denoiser: network})
+        with _without_deprecations():
+            if set(absent) == networks.keys() - {denoiser}:
+                network = networks[denoiser][1].from_single_file(
+                    model, config=location, subfolder=denoiser, dtype=dtype
+                )
+                own = {denoiser: network}
+                pipeline = kind.from_pretrained(location, dtype=dtype, use_safetensors=True, **parts, **own)
+            else:
+                given = {
+                    part: networks[part][1].from_pretrained(location, subfolder=part, dtype=dtype, use_safetensors=True)
+                    for part in absent
+                }
+                pipeline = kind.from_single_file(model, config=location, dtype=dtype, **parts, **given)
     except SingleFileComponentError as error:
         raise EtudeError(
             f"model '{model}' does not hold every part of a {kind.__name__} ({brief(error)}); "
             "give pipeline_config a local diffusers directory that has the weights of the others."
         ) from error
+    check_no_meta(model, pipeline.components)
+    return pipeline
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """Context without diffusers' advice to itself: its single files still pass `torch_dtype` on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch_dtype. is deprecated", category=FutureWarning)
+        yield

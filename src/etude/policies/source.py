@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 
+from etude import zoo
 from etude.config import TrainConfig
+
+_READ = (".json", ".jinja", ".model", ".safetensors", ".txt")
+"""Endings of the files that a pipeline's parts are read from."""
+_VARIANT = re.compile(r"[^.]+\.([\w-]+?)(-\d+-of-\d+)?\.safetensors|.+\.safetensors\.index\.([\w-]+)\.json")
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,15 @@ class ModelSource:
             family=config.family,
         )
 
+    def files(self) -> dict[str, dict[str, Path]]:
+        """The files of this machine that the model is read from: by `model`, `pipeline_config` and `adapter`, then by path in it.
+
+        A repository of the hub has none here: its commit tells what it held.
+        """
+        named = {"model": self.name, "pipeline_config": self.pipeline_config, "adapter": self.lora}
+        found = {what: source_files(str(name), self.variant) for what, name in named.items() if name}
+        return {what: files for what, files in found.items() if files}
+
     @classmethod
     def tuned(cls, config: TrainConfig, run: Path, suffix: str = "") -> ModelSource:
         """The model with the weights that a run exported to `lora` or `model`, with the suffix."""
@@ -56,3 +73,24 @@ class ModelSource:
         if config.lora.rank:
             return replace(base, lora=run / f"lora{suffix}")
         return replace(base, name=run / f"model{suffix}", pipeline_config=None, variant=None)
+
+
+def source_files(name: str, variant: str | None = None) -> dict[str, Path]:
+    """The files of a pipeline's directory, of an adapter's, or a single file; empty where there is none."""
+    place = zoo.path(name) if name in zoo.names() else Path(expanduser(name))
+    if place.is_file():
+        return {place.name: place}
+    index = place / "model_index.json"
+    try:
+        folders = [place / part for part in json.loads(index.read_bytes()) if re.fullmatch(r"[a-z]\w*", part)]
+    except (OSError, ValueError, TypeError, RecursionError):  # no pipeline, or one that the loader refuses
+        folders = [place]
+    inside = [index, *(path for folder in folders for path in sorted(folder.glob("*.*")))]
+    chosen = [path for path in inside if path.suffix in _READ and path.is_file() and _is_read(path.name, variant)]
+    return {path.relative_to(place).as_posix(): path for path in chosen}
+
+
+def _is_read(name: str, variant: str | None) -> bool:
+    """Whether a file has no suffix of a variant, or that of this one."""
+    match = _VARIANT.fullmatch(name)
+    return match is None or (match[1] or match[3]) == variant

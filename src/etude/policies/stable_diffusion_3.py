@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from etude.errors import EtudeError
-from etude.policies.pipeline import PipelinePolicy
+from etude.policies.pipeline import Agreement, PipelinePolicy
 from etude.sampling.paths import FlowPath, Grid
 
 
@@ -30,6 +30,19 @@ class StableDiffusion3Policy(PipelinePolicy):
         patch = self.pipeline.transformer.config.patch_size
         tokens = (self.latent_size[0] // patch) * (self.latent_size[1] // patch)
         return self.path.grid(num_steps, mu=self._mu(tokens, 1.16))
+
+    def agreements(self) -> list[Agreement]:
+        parts, network = self.pipeline, self.pipeline.transformer.config
+        pooled = parts.text_encoder.config.projection_dim + parts.text_encoder_2.config.projection_dim
+        t5 = None if parts.text_encoder_3 is None else parts.text_encoder_3.config.d_model
+        return [
+            *self._channels(),
+            (
+                ("transformer.pooled_projection_dim", network.pooled_projection_dim),
+                ("the sum of the text encoders' projection_dim", pooled),
+            ),
+            (("transformer.joint_attention_dim", network.joint_attention_dim), ("text_encoder_3.d_model", t5)),
+        ]
 
     def _size_of(self, resolution: int) -> tuple[int, int]:
         largest = self.pipeline.transformer.config.pos_embed_max_size * self._side_multiple

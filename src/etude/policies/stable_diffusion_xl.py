@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from etude.errors import EtudeError, brief
-from etude.policies.pipeline import PipelinePolicy
+from etude.policies.pipeline import Agreement, PipelinePolicy
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 
 
@@ -41,8 +41,15 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
         except ValueError as error:
             raise EtudeError(f"this SDXL model contradicts itself: {brief(error)}") from error
         self._time_ids = ids.to(self.device)
-        if self.dtype == torch.float16 and self.pipeline.vae.config.force_upcast:
+        if self.dtype == torch.float16 and self.pipeline.vae.config.get("force_upcast"):
             self.pipeline.vae.float()
+
+    def agreements(self) -> list[Agreement]:
+        parts, unet = self.pipeline, self.pipeline.unet.config
+        width = parts.text_encoder.config.hidden_size + parts.text_encoder_2.config.hidden_size
+        read = unet.cross_attention_dim if isinstance(unet.cross_attention_dim, int) else None
+        text = (("unet.cross_attention_dim", read), ("the sum of the text encoders' hidden_size", width))
+        return [*self._channels(), text]
 
     def _unscaled(self, latents: Tensor) -> Tensor:
         config = self.pipeline.vae.config
@@ -66,5 +73,8 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     def _forward(self, x: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor], guidance_scale: float) -> Tensor:
         added = {"text_embeds": conditioning["text_embeds"], "time_ids": self._time_ids.expand(len(x), -1)}
-        states = conditioning["encoder_hidden_states"]
-        return self.network(x, timesteps, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)[0]
+        arguments = {
+            "encoder_hidden_states": conditioning["encoder_hidden_states"],
+            "timestep_cond": self._guidance(x, guidance_scale),
+        }
+        return self.network(x, timesteps, added_cond_kwargs=added, return_dict=False, **arguments)[0]

@@ -30,6 +30,7 @@ class TrainablePolicy(Policy):
         adapter: directory of the adapter that was loaded on top. None where there is none.
         shift: of a flow model's levels, where it is not the published pipeline's own; already part of `path`.
         revision: the commit of the hub repository that the model was read from; None for what was on disk.
+        in_training: whether it was made trainable: its weights need no longer be those that were loaded.
     """
 
     network: nn.Module
@@ -37,6 +38,7 @@ class TrainablePolicy(Policy):
     adapter: Path | None = None
     shift: float | None = None
     revision: str | None = None
+    in_training: bool = False
 
     @property
     @abstractmethod
@@ -52,6 +54,10 @@ class TrainablePolicy(Policy):
     def denoiser_names(self) -> tuple[str, str]:
         """Name of the denoiser in the pipeline, and name of its class in diffusers."""
         return "unet", "UNet2DConditionModel"
+
+    def networks(self) -> dict[str, str]:
+        """Name of the class of each part with weights, by the part's name in the pipeline."""
+        return dict([self.denoiser_names])
 
     def loading_arguments(self) -> dict[str, Any]:
         """Arguments that the plain pipeline's `from_pretrained` needs beside the model's name."""
@@ -82,6 +88,14 @@ class TrainablePolicy(Policy):
     @abstractmethod
     def add_lora(self, config: LoraConfig, seed: int) -> None:
         """Freezes the pipeline and adds a trainable float32 adapter, initialised from `seed`."""
+
+    def continue_lora(self, place: Path) -> None:
+        """Loads an adapter as `load_lora` does, and makes the network's part trainable, in float32.
+
+        The parts of the adapter on text encoders stay as they are. The reference model is the model
+        without any of it. Default: EtudeError.
+        """
+        raise EtudeError(f"{type(self).__name__} cannot train on from an adapter: leave out lora.init.")
 
     @abstractmethod
     def train_everything(self, keep_reference: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Prompt sets: the built-in ones, a text or JSONL file, a function, or a dataset.
+"""Prompt sets: the built-in ones, a file, a function, or a dataset.
 
 `animals` is the set of DDPO (arXiv 2305.13301); `animals-eval` lists other animals. The emoji sets
 are Unicode CLDR English short names; `emoji-train` and `emoji-eval` have no name in common.
@@ -6,25 +6,24 @@ are Unicode CLDR English short names; `emoji-train` and `emoji-eval` have no nam
 
 from __future__ import annotations
 
+import copy
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from etude.errors import EtudeError, brief, brief_value, unknown
-from etude.files import reason
+from etude.prompts.prompt_file import REMEDY, read_entries
 from etude.registry import import_callable
+from etude.undisturbed import undisturbed
 
 _SETS = Path(__file__).parent / "sets"
 _HUB = "hub:"
 _HUB_OPTIONS = ("column", "config", "metadata", "revision", "split")
-LONGEST = 1 << 28
-"""Largest size of a file of prompts in bytes, enough for a few million prompts."""
 PARTS = ("train", "eval")
 """Parts of a source, named after a `#`: nine tenths of its prompts, and the rest."""
 _RESERVED = {"groups", "images", "prompts", "self"}  # names of a reward's own arguments
@@ -80,6 +79,8 @@ def load_prompts(source: str) -> PromptSet:
     | --- | --- |
     | `emoji-train` | a built-in set; it wins over a file of the same name (write `./name` for the file) |
     | `set.jsonl` | UTF-8, one JSON object per line: its field `prompt`, and its other fields as metadata |
+    | `set.json` | a list of texts, or of such objects; JSON is known by its content, too |
+    | `set.csv`, `set.tsv` | a table: its column `prompt`, and its other columns as metadata |
     | `set.txt`, any other file | UTF-8, one prompt per line; blank lines and lines that begin with `#` are skipped |
     | `package.module:function` | the function's return value: strings, or dicts like the objects of a JSONL file |
     | `hub:owner/name?split=train&column=prompt&metadata=tag` | a dataset of `datasets.load_dataset`, from the hub or a directory |
@@ -101,19 +102,16 @@ def load_prompts(source: str) -> PromptSet:
             )
         return selection
     if source in prompt_set_names():
-        return PromptSet(_lines((_SETS / f"{source}.txt").read_text(encoding="utf-8")))
+        return _from_entries(read_entries(str(_SETS / f"{source}.txt")))
     if source.startswith(_HUB):
         prompts = _from_hub(source)
     elif re.fullmatch(r"[\w.]+:[\w.]+", source) and not is_file:
         prompts = _from_function(source)
-    elif source.endswith(".jsonl"):
-        prompts = _from_jsonl(_read(source), source)
     else:
-        prompts = PromptSet(_lines(_read(source)))
+        prompts = _from_file(source)
     if not prompts.texts:
-        raise EtudeError(
-            f"prompt source '{source}' holds no prompt: give at least one (in a text file one per line; blank lines and # comments are skipped)."
-        )
+        remedy = "in a text file one per line; blank lines and # comments are skipped"
+        raise EtudeError(f"prompt source '{source}' holds no prompt: give at least one ({remedy}).")
     return prompts
 
 
@@ -132,37 +130,43 @@ def overlap(trained: PromptSet, evaluated: PromptSet) -> list[str]:
     return list(dict.fromkeys(text for text in evaluated.texts if _words(text) in known))
 
 
+def clusters(texts: Iterable[str]) -> list[int]:
+    """For each prompt, the index of the first that repeats it; case and blanks do not count.
+
+    Images of one prompt are not independent, wherever it stands in its source.
+    """
+    first: dict[str, int] = {}
+    return [first.setdefault(_words(text), i) for i, text in enumerate(texts)]
+
+
 def _words(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _lines(text: str) -> list[str]:
-    lines = (line.strip() for line in text.split("\n"))
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def _from_jsonl(text: str, source: str) -> PromptSet:
-    lines = {f"prompt file '{source}', line {i}": line for i, line in enumerate(text.split("\n"), 1) if line.strip()}
-    records = []
-    for place, line in lines.items():
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            problem, remedy = brief(error, 80), 'write one object per line, {"prompt": "a cat"}'
-            raise EtudeError(f"{place}: it is not JSON ({problem}); {remedy}.") from None
-    return _from_records(records, list(lines))
+def _from_file(source: str) -> PromptSet:
+    if not source:
+        raise unknown("prompt set or file", source, prompt_set_names())
+    try:
+        return _from_entries(read_entries(source))
+    except FileNotFoundError:
+        if Path(source).suffix or len(Path(source).parts) > 1:
+            known = ", ".join(prompt_set_names())
+            remedy = f"give a file ({REMEDY}), or a built-in set ({known})"
+            raise EtudeError(f"prompt file '{source}' does not exist: {remedy}.") from None
+        raise unknown("prompt set or file", source, prompt_set_names()) from None
 
 
 def _from_function(source: str) -> PromptSet:
     wanted = "module:function, where function() returns a list of strings, or of dicts with a field 'prompt'"
     function = import_callable(source, "prompts", wanted)
     try:
-        records = function()
+        with undisturbed():
+            records = copy.deepcopy(function())  # the function's module may change its own later
     except Exception as error:  # a user's code raises anything; the error names the function
         raise EtudeError(f"prompts '{source}' failed: {type(error).__name__}: {brief(error)}") from error
     if isinstance(records, (str, bytes, dict)) or not isinstance(records, Sequence):
         raise EtudeError(f"prompts '{source}' returned {type(records).__name__}; give {wanted}.")
-    return _from_records(records, [f"prompts '{source}', entry {i}" for i in range(len(records))])
+    return _from_entries({f"prompts '{source}', entry {i}": record for i, record in enumerate(records)})
 
 
 def _from_hub(source: str) -> PromptSet:
@@ -191,10 +195,10 @@ def _from_hub(source: str) -> PromptSet:
     return PromptSet(texts, {name: list(dataset[name]) for name in extra})
 
 
-def _from_records(records: Sequence[Any], places: list[str]) -> PromptSet:
-    """The prompts in strings, or in dicts with a field `prompt`; errors name the `places`."""
+def _from_entries(entries: Mapping[str, Any]) -> PromptSet:
+    """The prompts in strings, or in dicts with a field `prompt`, by place; errors name the place."""
     texts, extras = [], []
-    for record, place in zip(records, places, strict=True):
+    for place, record in entries.items():
         fields = record if isinstance(record, dict) else {"prompt": record}
         texts.append(_text(fields.get("prompt"), place))
         extras.append({name: value for name, value in fields.items() if name != "prompt"})
@@ -210,36 +214,3 @@ def _text(value: Any, place: str) -> str:
         problem = "half of a surrogate pair; give whole characters" if half else "a NUL character; remove it"
         raise EtudeError(f"{place}: its prompt {brief_value(value)} holds {problem}.")
     return value.strip()
-
-
-def _read(source: str) -> str:
-    if not source:
-        raise unknown("prompt set or file", source, prompt_set_names())
-    path, place = Path(os.path.expanduser(source)), f"prompt file '{source}'"
-    if os.path.isdir(path):
-        raise EtudeError(f"prompts '{source}' is a directory: give a text file with one prompt per line.")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise EtudeError(f"prompts '{source}' is a device or a pipe, which need not end: give a text file.")
-    try:
-        with open(path, "rb") as file:
-            data = file.read(LONGEST + 1)
-    except FileNotFoundError:
-        if path.suffix or len(path.parts) > 1:
-            known = ", ".join(prompt_set_names())
-            remedy = f"give a text file with one prompt per line, or a built-in set ({known})"
-            raise EtudeError(f"{place} does not exist: {remedy}.") from None
-        raise unknown("prompt set or file", source, prompt_set_names()) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise EtudeError(f"{place} cannot be read ({reason(error)}): check its name and permissions.") from None
-    if len(data) > LONGEST:
-        raise EtudeError(f"{place} is longer than {LONGEST >> 20} MiB: split it, or give a dataset (hub:directory).")
-    remedy = "save the prompts as UTF-8 text, one per line"
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
-        raise EtudeError(f"{place}, line {line}: byte 0x{byte:02x} is not UTF-8; {remedy}.") from None
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise EtudeError(f"{place}, line {line}: it holds a NUL byte, so it is not text; {remedy}.")
-    return text

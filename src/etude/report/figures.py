@@ -91,7 +91,7 @@ def line_figure(
         if zero:
             axes.axhline(0, **_DASHED)
         for line in lines:
-            _draw_line(axes, line)
+            draw_line(axes, line)
         if from_zero:
             top = max((value for line in lines for value in line.y if math.isfinite(value)), default=0)
             axes.set_ylim(*((0, 1.08 * top) if top > 0 else (-0.02, 1)))
@@ -150,7 +150,7 @@ def bar_figure(x: Sequence[float], parts: Mapping[str, Sequence[float]], alt: st
     return figure(draw, alt)
 
 
-def _draw_line(axes: Axes, line: Line) -> None:
+def draw_line(axes: Axes, line: Line) -> None:
     colour = COLOURS[line.colour]
     marker: dict[str, Any] = {"marker": "o", "markersize": 3.2} if line.marks or len(line.x) == 1 else {}
     if line.low is not None and line.high is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from etude.errors import EtudeError, brief
 from etude.registry import REWARDS, import_callable
+from etude.undisturbed import undisturbed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,12 +100,23 @@ def get(name: str) -> Reward:
     """
     if name not in _loaded:
         try:
-            _loaded[name] = _build(name)
+            with undisturbed():
+                _loaded[name] = _build(name)
         except EtudeError:
             raise
         except Exception as error:  # a user's constructor raises anything; the error names the reward
             raise EtudeError(f"reward '{name}' could not be built: {type(error).__name__}: {brief(error)}") from error
     return _loaded[name]
+
+
+def files(name: str) -> dict[str, Path]:
+    """The files of this machine that make up a reward, by name: its code, and weights that it reads from the disk.
+
+    Empty for a reward that was registered in this process.
+    """
+    base = name.partition(":")[0]
+    is_code = base not in REWARDS.builtin and base.lower() not in {"http", "https"}
+    return {**(REWARDS.files(name) if is_code else {}), **getattr(get(name), "files", dict)()}
 
 
 def _build(name: str) -> Any:

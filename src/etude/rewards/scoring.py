@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from etude.errors import EtudeError, brief
-from etude.rewards.background import InTurn
+from etude.errors import EtudeError, brief, brief_value
+from etude.rewards.background import LOCAL, Turn
 from etude.rewards.reward import WEIGHTED_SUM, Reward, get
+from etude.undisturbed import begin_draws, undisturbed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,7 +114,7 @@ def score(rewards: str | Iterable[str], images: Tensor, prompts: list[str], meta
         {'colorfulness': tensor([0., 0.])}
     """
     names = [rewards] if isinstance(rewards, str) else rewards
-    return {name: score_one(name, get(name), images, prompts, metadata) for name in names}
+    return {name: LOCAL.call(lambda name=name: score_one(name, get(name), images, prompts, metadata)) for name in names}
 
 
 def revisions(rewards: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -136,8 +137,8 @@ class Scoring:
     def cancel(self) -> None:
         """Cancels requests, and calls that have not started; a local reward runs to its end, unheard."""
         for future in self.futures.values():
-            if future is not None:
-                future.cancel()
+            if future is not None and not future.cancel() and isinstance(future, Turn):
+                future.given_up = True
 
     def result(self, timeout: float | None = None) -> Scores:
         """Waits for the scores: by reward name, float32 `[n]` on the CPU, checked as by `score_one`.
@@ -181,9 +182,10 @@ class WeightedRewards:
             raise EtudeError("there is no reward to train on: give at least one name with its weight.")
         self.weights = {name: float(weight) for name, weight in weights.items()}
         self.held_out = tuple(name for name in dict.fromkeys(held_out) if name not in self.weights)
-        self.offload, self._turns = offload, InTurn()
+        self.offload = offload
+        begin_draws()  # so that a run depends on none before it
         for name in (*self.weights, *self.held_out):
-            get(name)  # an unknown name is an error here, and not after the first rollout
+            LOCAL.call(get, name)  # an unknown name is an error here, and not after the first rollout
 
     def load(self) -> None:
         """Calls the method `load` of each reward that has one, so that a failure costs no rollout."""
@@ -191,7 +193,7 @@ class WeightedRewards:
             load = getattr(get(name), "load", None)
             try:
                 if load is not None:
-                    load()
+                    LOCAL.call(undisturbed()(load))
             except Exception as error:  # a user's code raises anything; the error names the reward
                 raise EtudeError(f"reward '{name}' cannot be used: {brief(error)}") from error
 
@@ -205,7 +207,7 @@ class WeightedRewards:
 
         Requests of remote rewards are sent first, and the other rewards are computed meanwhile.
         """
-        return self._begin(self.weights, Batch(images, prompts, metadata or {}, groups), here=True).result()
+        return self._begin(self.weights, Batch(images, prompts, metadata or {}, groups)).result()
 
     def start(
         self,
@@ -219,17 +221,17 @@ class WeightedRewards:
     ) -> Scoring:
         """Starts scoring a `Batch` of whole groups and returns at once; `held_out` rewards too if asked.
 
-        Rewards with a method `submit` score by themselves, and the others in the background, one
-        after the other in their order, also over several starts: no two local rewards run side by
-        side. The images and the metadata must not change until the scores are there.
+        Rewards with a method `submit` score by themselves, and the others on one thread beside the
+        caller's, one after the other in their order, also over several starts: no two local rewards
+        run side by side. The images and the metadata must not change until the scores are there.
         """
         names = (*self.weights, *(self.held_out if held_out else ()))
-        return self._begin(names, Batch(images, prompts, metadata or {}, groups, offset), here=False)
+        return self._begin(names, Batch(images, prompts, metadata or {}, groups, offset))
 
     def evaluate(self, images: Tensor, prompts: list[str], metadata: Metadata = None, groups: Groups = None) -> Scores:
         """Scores as of a call, with the held-out rewards and the `weighted_sum` of several rewards."""
         batch = Batch(images, prompts, metadata or {}, groups)
-        return self.summed(self._begin((*self.weights, *self.held_out), batch, here=True).result())
+        return self.summed(self._begin((*self.weights, *self.held_out), batch).result())
 
     def summed(self, scores: Scores) -> Scores:
         """The scores, and the `weighted_sum` of several trained rewards."""
@@ -240,8 +242,8 @@ class WeightedRewards:
         first, *others = [weight * values[name] for name, weight in self.weights.items()]
         return sum(others, start=first)
 
-    def _begin(self, names: Iterable[str], batch: Batch, here: bool) -> Scoring:
-        """Starts the rewards with `submit`, then runs the others: here, or in the background."""
+    def _begin(self, names: Iterable[str], batch: Batch) -> Scoring:
+        """Starts the rewards with `submit`, then the others."""
         scoring, local = Scoring(dict.fromkeys(names), batch.prompts, batch.offset), []
         try:
             for name in scoring.futures:
@@ -250,12 +252,11 @@ class WeightedRewards:
                 if submit is None:
                     local.append(name)
                     continue
-                with _naming(name, batch.prompts, batch.offset):
+                with _naming(name, batch.prompts, batch.offset), undisturbed():
                     images, prompts, keywords = batch.arguments(reward, submit)
                     scoring.futures[name] = submit(images, prompts, **keywords)
             for name in local:
-                work = partial(self._compute, name, batch)
-                scoring.futures[name] = _run_now(work) if here else self._turns.submit(work)
+                scoring.futures[name] = LOCAL.submit(partial(self._compute, name, batch))
         except BaseException:
             scoring.cancel()
             raise
@@ -268,7 +269,8 @@ class WeightedRewards:
                 return _call(reward, batch)
             finally:
                 if self.offload and hasattr(reward, "offload"):
-                    reward.offload()
+                    with undisturbed():
+                        reward.offload()
 
 
 def _call(reward: Reward, batch: Batch) -> Any:
@@ -276,7 +278,7 @@ def _call(reward: Reward, batch: Batch) -> Any:
 
     function = reward.forward if isinstance(reward, torch.nn.Module) else reward
     images, prompts, keywords = batch.arguments(reward, function)
-    with torch.no_grad():
+    with undisturbed(), torch.no_grad():
         return reward(images, prompts, **keywords)
 
 
@@ -290,13 +292,6 @@ def _select_keywords(function: Callable[..., Any], metadata: Mapping[str, Any]) 
         return metadata
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return {name: values for name, values in metadata.items() if name in names}
-
-
-def _run_now(work: Callable[[], Any]) -> Future[Any]:
-    """A finished future of `work()`; raises what `work` raises."""
-    future: Future[Any] = Future()
-    future.set_result(work())
-    return future
 
 
 @contextmanager
@@ -321,6 +316,11 @@ def _check_scores(name: str, values: Any, prompts: list[str], offset: int) -> Te
 
     subject, shape = f"reward '{name}' returned", [len(prompts)]
     scores = values if isinstance(values, torch.Tensor) else _numbers(values)
+    if scores is None and (odd := _odd_entry(values)) is not None and len(values) == len(prompts):
+        place = f"sample {offset + odd}, prompt {prompts[odd]!r}"
+        raise EtudeError(
+            f"{subject} {type(values).__name__} with {brief_value(values[odd])} for {place}; every score must be a number."
+        )
     if scores is None or scores.is_nested:
         kind = "a nested tensor" if hasattr(values, "is_nested") else type(values).__name__
         raise EtudeError(f"{subject} {kind}; it must return a float32 tensor of shape {shape}, or as many numbers.")
@@ -351,6 +351,12 @@ def _numbers(scores: Any) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError, OverflowError):  # ragged, or a tensor in it
         return None
     return torch.from_numpy(array.astype(np.float64)) if array.dtype.kind in "fiub" else None
+
+
+def _odd_entry(scores: Any) -> int | None:
+    """The index of the first entry of a list or tuple that is no number; None without one."""
+    entries = enumerate(scores) if isinstance(scores, list | tuple) else ()
+    return next((index for index, entry in entries if _numbers([entry]) is None), None)
 
 
 def _batch(offset: int, prompts: list[str]) -> str:

@@ -16,6 +16,7 @@ import shlex
 import shutil
 import warnings
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from etude.config import TrainConfig, difference, parse_config
+from etude.config import TrainConfig, continuation, parse_config
 from etude.errors import EtudeError
 from etude.files import reason, sync, write_synced
 from etude.runs.layout import last_iteration
@@ -214,12 +215,21 @@ class Checkpoints:
         """Removes old checkpoints; a killed run may have left one too many."""
         prune(self.root, self.config.checkpoint.keep, self.sound)
 
+    def peek(self) -> tuple[int, dict[str, Any]] | None:
+        """Iteration and state of the newest checkpoint whose state is whole; its tensors are not read."""
+        for iteration, path in _numbered(self.root):
+            with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+                data, manifest = (path / STATE).read_bytes(), json.loads((path / MANIFEST).read_bytes())
+                if hashlib.sha256(data).hexdigest() == manifest["files"][STATE]["sha256"]:
+                    return iteration, dict(json.loads(data))
+        return None
+
     def load(self) -> Checkpoint | None:
         """The newest sound checkpoint; None if none was ever written.
 
         Raises:
             EtudeError: all checkpoints are damaged or gone, or the newest sound one belongs to a
-                run with another configuration. A setting that it lacks counts as its default.
+                run with another configuration (`continuation`). A setting that it lacks counts as its default.
         """
         checkpoint = load_latest(self.root)
         if checkpoint is None:
@@ -239,7 +249,7 @@ class Checkpoints:
             raise EtudeError(
                 f"'{checkpoint.path}' does not say whose run it is: start another run in another directory."
             )
-        change = difference(parse_config(stored, f"the configuration in '{self.root}'"), self.config)
+        change = continuation(parse_config(stored, f"the configuration in '{self.root}'"), self.config)
         if change is not None:
             key, old, new = change
             raise EtudeError(

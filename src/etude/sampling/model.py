@@ -38,6 +38,13 @@ class Policy(ABC):
     scheduler_config: Mapping[str, Any]
     latent_shape: tuple[int, ...]
     device: torch.device
+    denoiser: str = "network"
+    """Name of the network in messages."""
+
+    @property
+    def computing_dtype(self) -> torch.dtype:
+        """The precision in which the network computes at present."""
+        return torch.float32
 
     @property
     def prediction_type(self) -> str:

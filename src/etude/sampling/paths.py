@@ -89,6 +89,19 @@ class VPPath:
         final = 1.0 if to_clean else float(alphas_cumprod[0])
         return cls(alphas_cumprod, final, prediction_type, spacing, int(values.get("steps_offset") or 0))
 
+    def scheduler_settings(self) -> dict[str, Any]:
+        """Settings that give a VP scheduler of diffusers this path's levels, without clipping.
+
+        They are spelt out, since a scheduler takes its own class's default for what the model's
+        config does not say: DDIM would clip latents as if they were pixels.
+        """
+        return {
+            "clip_sample": False,
+            "set_alpha_to_one": self.final_alpha_cumprod == 1,
+            "timestep_spacing": self.timestep_spacing,
+            "steps_offset": self.steps_offset,
+        }
+
     @property
     def num_train_timesteps(self) -> int:
         """T, the number of levels that the network was trained on."""
@@ -145,7 +158,9 @@ class VPPath:
         says nothing about x0 there.
         """
         timesteps = self.timesteps(num_steps, spacing)
-        alpha = torch.cat([self.alphas_cumprod[timesteps], torch.tensor([self.final_alpha_cumprod]).double()])
+        alpha = torch.cat(
+            [self.alphas_cumprod[timesteps], torch.tensor([self.final_alpha_cumprod], dtype=torch.float32).double()]
+        )
         a, s = alpha.sqrt(), (1 - alpha).sqrt()
         if bool((s[:-1] == 0).any()):
             raise EtudeError("the schedule has a training timestep without noise (beta 0): start its betas above 0.")

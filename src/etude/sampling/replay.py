@@ -84,6 +84,8 @@ def replay_log_prob(
             log_prob = transition.log_prob(target, reduction)
             ratios.append((log_prob - trajectory.log_prob[row, column]).exp())
             trajectory.log_prob[row, column] = log_prob
+            if trajectory.mean is not None:
+                trajectory.mean[row, column] = transition.mean
             report(len(row))
 
         MicroBatch.of(batch_size).run(len(rows), score, on_step)

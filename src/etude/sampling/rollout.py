@@ -16,6 +16,7 @@ from torch import Tensor
 
 from etude.batching import MicroBatch, Progress
 from etude.errors import EtudeError
+from etude.sampling.finite import FiniteMarks
 from etude.sampling.kernels import Transition
 from etude.sampling.model import Conditioning, Policy
 from etude.sampling.noise import NoiseSource, to_device
@@ -31,8 +32,9 @@ class Trajectory:
     `states`, fp32 `[n, L, ...]`, holds x at the source and target of each trained step, each of the
     L `levels` once. `step_index` and `level_index`, int64 `[K]` on the device, are the trained
     steps and the places in `states` of their sources; a target is in the next place. `log_prob` is
-    `[n, K]`. `reference_mean` `[n, K, ...]` are the reference model's means, if there is one. The
-    fields are fixed, but `rollout` and `replay_log_prob` write into the tensors.
+    `[n, K]`. `reference_mean` `[n, K, ...]` are the reference model's means, if there is one, and
+    `mean` the policy's, if they are kept. The fields are fixed, but `rollout` and `replay_log_prob`
+    write into the tensors.
     """
 
     latents: Tensor
@@ -43,6 +45,13 @@ class Trajectory:
     level_index: Tensor
     levels: tuple[int, ...]
     reference_mean: Tensor | None = None
+    mean: Tensor | None = None
+
+    @classmethod
+    def of_images(cls, latents: Tensor) -> Trajectory:
+        """A trajectory of final latents alone, without a trained step."""
+        none, steps = latents.new_empty(len(latents), 0), torch.zeros(0, dtype=torch.int64, device=latents.device)
+        return cls(latents, (), latents[:, None][:, :0], none, steps, steps, ())
 
 
 def denoise(
@@ -71,6 +80,7 @@ def rollout(
     prompts: Sequence[Hashable] | None = None,
     starts: int | None = None,
     on_rows: Callable[[slice, Tensor], None] | None = None,
+    keep_means: bool = False,
 ) -> Trajectory:
     """Samples one image per row of `conditioning`.
 
@@ -89,6 +99,7 @@ def rollout(
         starts: number of starting states to compute, with copies if need be: under FSDP every process
             must call the network equally often (`most_starts`). Default: one a distinct start.
         on_rows: called with the rows and the final latents of each micro-batch when it is done.
+        keep_means: whether the trajectory keeps the means of the trained steps.
 
     Example:
         >>> import etude
@@ -106,7 +117,9 @@ def rollout(
         raise EtudeError(f"{len(keys)} keys of the initial noise do not fit {len(samples)} samples: give one each.")
     if prompts is not None and len(prompts) != len(samples):
         raise EtudeError(f"{len(prompts)} prompts do not fit {len(samples)} samples: give one each.")
-    trajectory, batches = _empty(policy, table, len(samples), reference is not None), MicroBatch.of(batch_size)
+    trajectory = _empty(policy, table, len(samples), reference is not None, keep_means)
+    batches = MicroBatch.of(batch_size)
+    finite = FiniteMarks(policy.denoiser, policy.computing_dtype, table.num_evaluations)
     latents = trajectory.latents  # first the states from which the rows continue on their own
 
     def begin() -> int:
@@ -122,7 +135,11 @@ def rollout(
             heads = list(range(len(origin)))
         images = [sharers[head] * (i == 0 or heads[i - 1] != head) if shared else 1 for i, head in enumerate(heads)]
         first = table.prefix_steps if shared else 0
-        states = torch.empty((len(heads), *latents.shape[1:]), device=latents.device) if shared else latents
+        states = (
+            torch.empty((len(heads), *latents.shape[1:]), dtype=latents.dtype, device=latents.device)
+            if shared
+            else latents
+        )
 
         def walk_together(rows: slice, report: Progress) -> None:
             some = heads[rows]
@@ -130,6 +147,7 @@ def rollout(
             own = conditioning.take(to_device(torch.tensor(some), policy.device)) if first else conditioning
             for step in range(first):
                 x = denoise(policy, table, step, x, own, guidance_scale).mean
+                finite.add(x, step)
                 report(sum(images[rows]))
             states[rows] = x
 
@@ -153,12 +171,17 @@ def rollout(
                 level, column = trajectory.levels.index(step), trajectory.steps.index(step)
                 trajectory.states[rows, level], trajectory.states[rows, level + 1] = x, target
                 trajectory.log_prob[rows, column] = transition.log_prob(target, reduction)
+                if trajectory.mean is not None:
+                    trajectory.mean[rows, column] = transition.mean
             x = target
+            finite.add(x, step)
             report(len(x))
         if table.tail is not None:
             x = multistep_tail(policy, table.tail, own, x, guidance_scale, report)
+            finite.add(x, table.num_evaluations - 1)
         latents[rows] = x
         if on_rows is not None:
+            finite.check()  # the images that follow wait for the device, too
             on_rows(rows, x)
         if reference is None or trajectory.reference_mean is None:
             return
@@ -173,16 +196,17 @@ def rollout(
                 report(0)
 
     batches.run(len(samples), walk, on_step)
+    finite.check()
     return trajectory
 
 
-def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -> Trajectory:
+def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool, with_means: bool) -> Trajectory:
     """A trajectory of `count` images, not yet filled, with room for the trained steps only."""
     steps, shape, device = table.trained_steps, policy.latent_shape, policy.device
     levels = sorted({*steps, *(step + 1 for step in steps)})
 
     def room(*middle: int) -> Tensor:
-        return torch.empty((count, *middle), device=device)
+        return torch.empty((count, *middle), dtype=torch.float32, device=device)
 
     return Trajectory(
         latents=room(*shape),
@@ -193,4 +217,5 @@ def _empty(policy: Policy, table: StepTable, count: int, with_reference: bool) -
         level_index=torch.tensor([levels.index(step) for step in steps], dtype=torch.int64, device=device),
         levels=tuple(levels),
         reference_mean=room(len(steps), *shape) if with_reference else None,
+        mean=room(len(steps), *shape) if with_means else None,
     )

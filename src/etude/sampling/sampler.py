@@ -27,6 +27,7 @@ from etude.sampling.model import Conditioning, Policy
 from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import SamplingPlan, Step, StepTable
 from etude.sampling.rollout import rollout
+from etude.undisturbed import undisturbed
 
 KernelChoice = str | Callable[[float], Kernel]
 """A kernel by its registered name, or what makes one from an eta: a class such as `etude.CPS`."""
@@ -134,6 +135,7 @@ class PlannedSampler(Sampler):
         table = self._table(policy).to(policy.device)
         return rollout(policy, table, conditioning, noise, samples, self.guidance, batch_size, on_step=on_step).latents
 
+    @undisturbed()
     def _table(self, policy: Policy) -> StepTable:
         plan = self.plan()
         return plan.tabulate(policy.grid(plan.grid_size))

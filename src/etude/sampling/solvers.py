@@ -10,6 +10,7 @@ from torch import Tensor
 
 from etude.batching import MicroBatch, Progress
 from etude.errors import EtudeError, unknown
+from etude.sampling.finite import FiniteMarks
 from etude.sampling.model import Conditioning, Policy
 from etude.sampling.noise import NoiseSource, to_device
 from etude.sampling.paths import FlowPath
@@ -32,7 +33,8 @@ class Solver(Sampler):
     """A deterministic solver of diffusers: the plain pipeline with that scheduler put in.
 
     On VP the solver picks its levels itself, as after `pipeline.scheduler =
-    Scheduler.from_config(...)`. On rectified flow every solver visits the levels of the model's own
+    Scheduler.from_config(...)`; DDIM gets the model's own, and does not clip latents as its class
+    does by default. On rectified flow every solver visits the levels of the model's own
     pipeline, with its shift, so that solvers differ in nothing else. Names are "ddim", "euler",
     "heun" (two calls of the network in each step but the last), "dpmsolver++" (arXiv 2211.01095)
     and "unipc".
@@ -73,19 +75,22 @@ class Solver(Sampler):
         on_step: Progress,
     ) -> Tensor:
         latents: list[Tensor] = []
+        marks = FiniteMarks(policy.denoiser, policy.computing_dtype, self.evaluations)
 
         def work(rows: slice, report: Progress) -> None:
             scheduler, told = self._scheduler(policy), conditioning.take(rows)
             x = to_device(noise.initial(samples[rows], policy.latent_shape), policy.device)
             x = x * getattr(scheduler, "init_noise_sigma", 1.0)
             scale = getattr(scheduler, "scale_model_input", lambda x, timestep: x)
-            for timestep in scheduler.timesteps.to(policy.device):
+            for step, timestep in enumerate(scheduler.timesteps.to(policy.device)):
                 output = policy.predict(scale(x, timestep), timestep.expand(len(x)), told, self.guidance)
+                marks.add(output, step)
                 x = scheduler.step(output, timestep, x, return_dict=False)[0]
                 report(len(x))
             latents.append(x)
 
         MicroBatch.of(batch_size).run(len(samples), work, on_step)
+        marks.check()
         return torch.cat(latents)
 
     def _scheduler(self, policy: Policy) -> Any:
@@ -105,7 +110,8 @@ class Solver(Sampler):
             return scheduler
         if isinstance(policy.path, FlowPath):
             return pinned_scheduler(flow, grid, policy, prediction_type="flow_prediction")
-        options = {"algorithm_type": "dpmsolver++"} if self.name == "dpmsolver++" else {}
+        own = {"dpmsolver++": {"algorithm_type": "dpmsolver++"}, "ddim": policy.path.scheduler_settings()}
+        options = own.get(self.name, {})
         scheduler = getattr(diffusers, vp).from_config(policy.scheduler_config, **options)
         try:
             scheduler.set_timesteps(self.steps, device=policy.device)

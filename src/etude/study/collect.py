@@ -11,6 +11,7 @@ import numpy as np
 
 from etude.config import TrainConfig, leaves
 from etude.errors import EtudeError, brief
+from etude.prompts import clusters
 from etude.rewards.reward import WEIGHTED_SUM
 from etude.runs.reader import parse_metrics
 from etude.study.directory import StudyDirectory
@@ -150,6 +151,8 @@ def _result(cell: Cell, directory: StudyDirectory, seconds: float) -> CellResult
     evaluations = [(row["iteration"], row["evaluation"]) for row in rows if row.get("evaluation")]
     scores = {} if stored is None else stored.mapping()
     measured = {name: scores[name] for name in ("samplers", "best", "clusters", "prompts", "levels", "base_image")}
+    first = dict(enumerate(clusters(measured["prompts"])))  # scores from before knew no repeated prompts
+    measured["clusters"] = [first[index] for index in measured["clusters"]]
     return CellResult(cell, evaluations, seconds=seconds, **measured)
 
 

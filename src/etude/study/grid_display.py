@@ -51,7 +51,7 @@ class GridDisplay:
             *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), note),
             console=self.console,
             refresh_per_second=4,
-            disable=quiet or not self.console.is_terminal,
+            disable=quiet or not self.console.is_interactive,
         )
         self._grid = self.bars.add_task("cells", total=self.total, completed=self.done, note="")
         self._cell = self.bars.add_task("", total=None, visible=False, note="")
@@ -93,7 +93,7 @@ class GridDisplay:
         self._note()
         if not self.quiet:
             text, left = f"{self.done + self.failed}/{self.total} {cell.slug}: {words}", self.pace.left()
-            plain = not self.console.is_terminal
+            plain = not self.console.is_interactive
             if plain and left is not None:
                 text = f"{text} | {clock(left)} left"
             width = PLAIN_WIDTH if plain else None

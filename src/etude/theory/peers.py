@@ -18,6 +18,8 @@ PUBLISHED = (
     ("MixGRPO", "flow_sde", 0.7, "2507.21802"),
     ("DanceGRPO", "dance_sde", 0.3, "2505.07818"),
     ("Flow-CPS", "cps", 0.8, "2509.05952"),
+    ("Precise", "precise", 1.5, "2605.23522"),
+    ("FDFO", "churn", 0.0025, "2603.12893"),
     ("DDPM posterior", "gddim", 1.0, "2006.11239"),
     ("etude's recipes", "gddim", 1.2, "2510.10767"),
 )

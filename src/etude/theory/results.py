@@ -12,6 +12,7 @@ from etude.theory.arrays import Array
 from etude.theory.bounds import gap_bounds, gap_bounds_at
 from etude.theory.continuous_paths import VE, VP, ContinuousPath, as_path
 from etude.theory.exact_gap import continuous_gap, gap_split, improvement, reward_difference, reward_gap, step_gap
+from etude.theory.general_bound import general_bound_rows
 from etude.theory.laws import ScoreError, law_in_y_with_error
 from etude.theory.levels import Levels, levels
 from etude.theory.optima import TiltedGaussian, tilt
@@ -90,6 +91,10 @@ def run(settings: Settings) -> dict[str, Any]:
         "steps": _steps(tuned, reward, settings),
         "split": [_split(tuned, grid, reward, eta, settings) for grid in grids for eta in settings.etas],
         "bounds": _bounds(tuned, reward, settings),
+        "general_bound": [
+            {key: _finite(value) if isinstance(value, float) else value for key, value in row.items()}
+            for row in general_bound_rows(tuned, settings.etas)
+        ],
         **_mixture(reward, settings),
         "eta": [_eta(tuned, grid, settings) for grid in grids],
     }

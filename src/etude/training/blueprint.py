@@ -10,38 +10,67 @@ from etude.learning.advantages import Advantage, make_advantage
 from etude.learning.objectives import Keep, Objective, make_objective
 from etude.learning.optimizers import check_optimizer
 from etude.policies import TrainablePolicy
+from etude.policies.source import ModelSource
 from etude.prompts import load_prompts
 from etude.rewards import WeightedRewards
 from etude.runs.layout import check_directory
+from etude.training.inputs import Inputs, digests_before_loading
+from etude.training.offline import OfflinePairs
 from etude.training.schedule import PlanSchedule, check_sampling
+from etude.training.trackers import Trackers
+from etude.undisturbed import undisturbed
 
 
 def make_algorithm(config: TrainConfig) -> tuple[Objective, Advantage]:
     """The objective and the advantage of a configuration, checked (EtudeError) without reading a file."""
-    objective, advantage = make_objective(config.objective), make_advantage(config)
+    with undisturbed():
+        objective, advantage = make_objective(config.objective), make_advantage(config)
     check_sampling(config.sampling, objective.keep is Keep.TRANSITIONS)
+    sampling = config.sampling
+    if objective.by_group and config.rollout.images_per_prompt < 2:
+        raise EtudeError(
+            f"objective.kind = {config.objective.kind} compares the images of a group: set rollout.images_per_prompt to at least 2, not "
+            f"{config.rollout.images_per_prompt}."
+        )
+    if config.rollout.shared_noise and (sampling.solver is not None or max(sampling.all_etas) == 0):
+        raise EtudeError(
+            "rollout.shared_noise = true makes the images of a group equal under a deterministic sampler: set it to false."
+        )
     return objective, advantage
 
 
 class Blueprint:
     """The parts of a run that need no model, the rewards not yet loaded, each checked (EtudeError)."""
 
-    def __init__(self, config: TrainConfig, out: Path, resume: bool = False) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        resume: bool = False,
+        accept_changes: bool = False,
+        policy: TrainablePolicy | None = None,
+    ) -> None:
         check_directory(out, resume)
         check_optimizer(config.optimizer)
-        self.config = config
+        self.config, self.trackers = config, Trackers(config.trackers, out)
         self.objective, self.advantage = make_algorithm(config)
         held_out = config.evaluation.held_out_rewards
         self.rewards = WeightedRewards(config.rewards, held_out, offload=config.memory.offload)
-        self.prompts = load_prompts(config.prompts.train)
+        self.prompts, self.evaluation_prompts = map(load_prompts, (config.prompts.train, config.prompts.evaluation))
+        self.offline = OfflinePairs(self.objective.pairs, config) if self.objective.pairs else None
+        source = ModelSource.of(config) if policy is None else policy.source
+        self.inputs = Inputs(config, out, resume, accept_changes)
+        evaluated = self.evaluation_prompts.head(config.evaluation.num_images)
+        self.inputs.take(digests_before_loading(config, source, self.prompts, evaluated))
 
     def check_groups(self, processes: int) -> None:
-        """Refuses a group that is cut between two processes if a reward compares the images of a group."""
+        """Refuses a group that is cut between two processes if a reward or the objective compares its images."""
         rollout = self.config.rollout
         groups = rollout.images_per_iteration // rollout.images_per_prompt
-        if self.rewards.whole_groups and groups % processes:
+        if (self.rewards.whole_groups or self.objective.by_group) and groups % processes:
+            who = "the objective" if self.objective.by_group else "a reward"
             raise EtudeError(
-                f"a reward compares the images of a group, and the {groups} groups of an iteration do not divide among {processes} "
+                f"{who} compares the images of a group, and the {groups} groups of an iteration do not divide among {processes} "
                 "processes: change rollout.images_per_iteration, rollout.images_per_prompt or the number of processes."
             )
 
@@ -52,11 +81,23 @@ class Blueprint:
         return PlanSchedule(config.sampling, grid, config.seed, policy.device, config.iterations, trains_steps)
 
     def make_trainable(self, policy: TrainablePolicy) -> None:
-        """Adds the adapter to a policy, or makes its whole network trainable."""
+        """Adds the adapter to a policy, takes the one to train on from, or makes the whole network trainable.
+
+        Raises:
+            EtudeError: the policy was made trainable before, so its weights are not the base model's.
+        """
         config = self.config
+        if policy.in_training:
+            raise EtudeError(
+                "the policy has been made trainable before, by a Trainer, add_lora or train_everything, and a second run would take "
+                "its tuned weights for the base model: load another policy (etude.load_policy), or leave out `policy`."
+            )
         if config.memory.gradient_checkpointing:
             policy.enable_gradient_checkpointing()
-        if config.lora.rank:
+        if config.lora.init is not None:
+            policy.continue_lora(Path(config.lora.init).expanduser())
+        elif config.lora.rank:
             policy.add_lora(config.lora, config.seed)
         else:
             policy.train_everything(keep_reference=self.objective.needs_reference)
+        policy.in_training = True

@@ -61,6 +61,9 @@ def model_card(
     snippet = deployment_snippet(policy, ModelSource.of(config), num_steps, sampling.guidance_scale, suffix)
     first_step = "" if sampling.first_step == "ode" else f" (first step {sampling.first_step})"
     window = f" in a {sampling.window.strategy} window of {sampling.window.size} steps" if sampling.window else ""
+    sampler = f"{sampling.kernel} sampler at eta = {sampling.eta_text}{first_step}{window}"
+    if sampling.solver is not None:
+        sampler = f"deterministic solver {sampling.solver}"
     prompts = f"prompts of which {trained} were trained on" if trained else "held-out prompts"
     return f"""---
 base_model: {json.dumps(split_revision(config.model)[0])}
@@ -71,7 +74,7 @@ tags: [text-to-image, reinforcement-learning, etude]
 # {config.model} tuned on {", ".join(config.rewards)}
 
 Fine-tuned by etude {summary["versions"]["etude"]} with {algorithm(config.model_dump())} ({objective.label}) under the
-{sampling.kernel} sampler at eta = {sampling.eta_text}{first_step}{window}: {summary["iterations"]} iterations of
+{sampler}: {summary["iterations"]} iterations of
 {config.rollout.images_per_iteration} images, {sampling.num_steps} steps, guidance {sampling.guidance_scale:g}, seed {config.seed}.
 
 | reward | ODE | SDE, eta = {eta_text(final["eta"])} | improvement | gap |
@@ -85,7 +88,7 @@ intervals clustered by prompt, {config.evaluation.num_images} pairs of images of
 ```python
 {snippet}
 ```
-{_stochastic(final["eta"], num_steps, config, policy)}{_reward_models(summary)}"""
+{_stochastic(final["eta"], num_steps, config, policy)}{_reward_models(summary)}{_changed_inputs(summary)}"""
 
 
 def _reward_models(summary: dict[str, Any]) -> str:
@@ -96,6 +99,16 @@ def _reward_models(summary: dict[str, Any]) -> str:
         for name, commits in summary["reward_revisions"].items()
     ]
     return f"\nRewards: {'; '.join(sources)}.\n" if sources else ""
+
+
+def _changed_inputs(summary: dict[str, Any]) -> str:
+    """A line on the inputs that changed while the run was stopped; empty without any."""
+    changes = summary.get("changed_inputs", [])
+    return (
+        f"\nThe run went on with changed inputs, across which improvement compares: {'; '.join(changes)}.\n"
+        if changes
+        else ""
+    )
 
 
 def _stochastic(eta: Any, num_steps: int, config: TrainConfig, policy: TrainablePolicy) -> str:

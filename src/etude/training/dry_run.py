@@ -3,7 +3,8 @@
 One evaluation is the network's answer for one image at one step, with or without guidance. An
 iteration has n images, each with T steps. The first P are deterministic, and K are trained:
 
-    rollout      n T, or g P + n (T - P) if the images of each of g groups share their initial noise
+    rollout      n T, or g P + n (T - P) if the images of each of g groups share their initial noise;
+                 n times those of `sampling.solver`, if there is one; 0 for pairs of a file
     reference    n K with a KL to the reference model
     replay       n max(1, round(timestep_fraction K)) num_inner_epochs
     evaluation   2 evaluation.num_images N, N steps of the ODE and of the SDE, where one is due
@@ -24,9 +25,9 @@ from etude.learning.objectives import Objective
 from etude.policies import TrainablePolicy
 from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
-from etude.prompts import load_prompts
 from etude.rewards.reward import CLOSED_FORMS, WEIGHTS_GB
 from etude.sampling.plans import StepTable
+from etude.sampling.solvers import Solver
 from etude.training.blueprint import Blueprint
 from etude.training.evaluation import SamplerPair, count_trained
 from etude.training.memory_estimate import memory_estimate, readable
@@ -44,10 +45,15 @@ def evaluations(config: TrainConfig, objective: Objective, steps: ImageSteps, co
     """Network evaluations of one iteration by part, for `columns` columns an image (`Objective.columns`)."""
     images, settings = config.rollout.images_per_iteration, config.objective
     starts = images // config.rollout.images_per_prompt if config.rollout.shared_noise else images
-    per_pass = images * max(1, round(settings.timestep_fraction * columns))
+    rows = images // config.rollout.images_per_prompt if objective.by_group else images
+    per_pass = rows * max(1, round(settings.timestep_fraction * columns))
     pairs = per_pass * settings.num_inner_epochs
     distinct = per_pass if settings.timestep_fraction == 1 else pairs
     rollout = starts * steps.prefix + images * (steps.total - steps.prefix)
+    if objective.pairs is not None:
+        rollout = 0
+    elif config.sampling.solver is not None:
+        rollout = images * Solver(config.sampling.solver, config.sampling.num_steps).evaluations
     return {"rollout": rollout, **objective.evaluations(images, steps.trained, distinct, pairs)}
 
 
@@ -78,24 +84,32 @@ def run_evaluations(
         numbers = [count[part] for count in counts.values()]
         result[part] = min(numbers), max(numbers), sum(counts[case][part] * times for case, times in cases.items())
     one = gap_evaluations(config)
-    return result | {"evaluation": (one, one, one * len(evaluated(config)))}
+    base = one // 2 if config.lora.init is not None else 0  # at first, images of the base model as well
+    return result | {"evaluation": (one, one + base, one * len(evaluated(config)) + base)}
 
 
-def resolved(config: TrainConfig, out: Path, resume: bool = False, policy: TrainablePolicy | None = None) -> str:
+def resolved(
+    config: TrainConfig,
+    out: Path,
+    resume: bool = False,
+    policy: TrainablePolicy | None = None,
+    accept_changes: bool = False,
+) -> str:
     """The resolved configuration as YAML, followed by the cost of the run as comments: itself a recipe.
 
     Args:
         resume: whether the run would continue the one in `out`.
         policy: model to count on. Default: an outline, which reads no weights.
+        accept_changes: whether the run would go on with inputs that have changed.
 
     Raises:
         EtudeError: the run would be refused.
     """
-    blueprint = Blueprint(config, out, resume)
-    policy = policy or load_source(ModelSource.of(config), outline=True)
+    blueprint = Blueprint(config, out, resume, accept_changes, policy)
+    policy = policy or load_source(blueprint.inputs.pinned(ModelSource.of(config)), outline=True)
     schedule = blueprint.schedule(policy)
     SamplerPair(config).check(policy)
-    count_trained(load_prompts(config.prompts.evaluation).head(config.evaluation.num_images), blueprint.prompts)
+    count_trained(blueprint.evaluation_prompts.head(config.evaluation.num_images), blueprint.prompts)
     blueprint.make_trainable(policy)
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     whole = sum(parameter.numel() for parameter in policy.network.parameters())

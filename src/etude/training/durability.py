@@ -33,6 +33,7 @@ from etude.runs.checkpoint import Checkpoint, Checkpoints
 from etude.runs.layout import clear_half_written, truncate_metrics
 from etude.training.evaluation import Evaluation
 from etude.training.guards import BestWeights
+from etude.training.inputs import Inputs
 
 
 class Stage(Enum):
@@ -109,6 +110,7 @@ class RunState:
     objective: Objective  # may keep weights of its own
     advantage: Advantage  # may remember rewards
     evaluation: Evaluation  # holds the base model's scores and the newest result
+    inputs: Inputs  # digests of what was read by name
     ledger: Ledger = field(default_factory=Ledger)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -130,6 +132,8 @@ class RunState:
             "best": self.best.state(),
             "advantage": self.advantage.state(),
             "unevaluated": self.ledger.unevaluated,
+            "inputs": self.inputs.digests,
+            "changed_inputs": self.inputs.changes,
         }
 
     def take_up(self, checkpoint: Checkpoint) -> None:
@@ -180,8 +184,14 @@ class Durability:
                 f"the processes do not find the same checkpoint in '{self.out}' (iterations {iterations}, -1 for none): give an --out "
                 "that all machines share."
             )
+        if len({*gather(self.accelerator, torch.tensor([self.state.inputs.number]), processes).tolist()}) > 1:
+            raise EtudeError(
+                "the processes do not read the same prompts, model and rewards: give every machine the same files and modules."
+            )
         if checkpoint is None:
             return
+        if self.accelerator.is_main_process:
+            self._tell(checkpoint)
         before = checkpoint.state.get("processes")
         if self.accelerator.is_main_process and before not in (None, processes):
             warnings.warn(
@@ -191,12 +201,29 @@ class Durability:
             )
         self.state.take_up(checkpoint)
 
+    def _tell(self, checkpoint: Checkpoint) -> None:
+        """Warns of inputs that have changed, or that may have."""
+        inputs = self.state.inputs
+        if inputs.unknown:
+            warnings.warn(
+                f"checkpoint '{checkpoint.path}' was written by a version of etude that kept no digests: whether prompts, model and "
+                "rewards are still those of the run is not checked",
+                stacklevel=3,
+            )
+        for change in inputs.accepted:
+            warnings.warn(
+                f"{change}, and the run goes on with it: figures from before and after, as in improvement, are not of the same inputs",
+                stacklevel=3,
+            )
+
     def begin(self) -> None:
         """Removes files and rows that go beyond the present state, and writes the configuration."""
         written = -1 if self.ledger.durable < 0 else self.ledger.iteration - (self.ledger.unevaluated is not None)
         truncate_metrics(self.out / "metrics.jsonl", written)
         self.checkpoints.prune()
         clear_half_written(self.out)
+        if self.ledger.iteration < self.config.iterations:
+            (self.out / "summary.json").unlink(missing_ok=True)  # of a finished run that trains on
         atomic_write_text(self.out / "config.yaml", self.config.to_yaml())
 
     def write(self, row: dict[str, Any], durable: bool) -> None:

@@ -88,7 +88,7 @@ def write_grids(out: Path, when: str, ode: Tensor, sde: Tensor, prompts: list[st
 
 
 class Evaluation:
-    """The evaluations of one run, which share prompts and noise; the first one is the base model's.
+    """The evaluations of one run, which share prompts and noise; the first one also measures the base model.
 
     Every process draws a share of the images and gets all results.
 
@@ -96,6 +96,7 @@ class Evaluation:
         batches: size of the micro-batches, shared with the rollout. Default: `rollout.batch_size`.
         trained: prompts of training. Evaluating on any of them gives a warning and is counted in
             every result.
+        prompts: prompts to evaluate on. Default: those of `config.prompts.evaluation`.
     """
 
     def __init__(
@@ -107,9 +108,10 @@ class Evaluation:
         out: Path,
         batches: MicroBatch | None = None,
         trained: PromptSet | None = None,
+        prompts: PromptSet | None = None,
     ) -> None:
         self.config, self.policy, self.accelerator, self.out = config, policy, accelerator, out
-        prompts, count = load_prompts(config.prompts.evaluation), config.evaluation.num_images
+        prompts, count = prompts or load_prompts(config.prompts.evaluation), config.evaluation.num_images
         batch_size = batches or config.rollout.batch_size
         self.measurement = Measurement(prompts, rewards.evaluate, count, config.seed, batch_size=batch_size)
         self.whole_groups = rewards.whole_groups
@@ -118,9 +120,18 @@ class Evaluation:
         known = trained or PromptSet([])
         self.prompts_trained_on = count_trained(self.measurement.prompts, known, warn=accelerator.is_main_process)
         self.samples = share(count, accelerator.num_processes, accelerator.process_index)
-        self.work = 2 * len(self.samples) * self.samplers.num_steps  # image steps of this process in one evaluation
         self.base_scores: dict[str, list[float]] | None = None  # rewards of the base model's ODE images, once measured
         self.last: dict[str, Any] = {}  # the newest result
+
+    @property
+    def measures_base(self) -> bool:
+        """Whether the next evaluation also draws with the base model: a new adapter changes nothing at first."""
+        return self.base_scores is None and self.config.lora.init is not None
+
+    @property
+    def work(self) -> int:
+        """The number of image steps that the next evaluation costs this process."""
+        return (2 + self.measures_base) * len(self.samples) * self.samplers.num_steps
 
     @property
     def fallen(self) -> str | None:
@@ -143,7 +154,11 @@ class Evaluation:
         ode_images, ode = self._images(self.samplers.ode, on_step)
         sde_images, sde = self._images(self.samplers.sde(iteration), on_step)
         if self.base_scores is None:
-            self.base_scores = {name: values.tolist() for name, values in ode.items()}
+            base_ode = ode
+            if self.measures_base:
+                with self.policy.reference():
+                    base_ode = self._images(self.samplers.ode, on_step)[1]
+            self.base_scores = {name: values.tolist() for name, values in base_ode.items()}
         base = {name: np.array(values) for name, values in self.base_scores.items()}
         self.last = {
             "eta": self.samplers.eta(iteration),

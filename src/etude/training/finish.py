@@ -42,15 +42,6 @@ def peak_memory_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def flatten(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """A row of metrics as `a/b/c: number`, the form that trackers take; list entries count from 0."""
-    flat: dict[str, float] = {}
-    for key, value in row.items():
-        tree = dict(enumerate(value)) if isinstance(value, list) else value
-        flat |= flatten(tree, f"{prefix}{key}/") if isinstance(tree, dict) else {f"{prefix}{key}": tree}
-    return flat
-
-
 def export(policy: TrainablePolicy, out: Path, suffix: str = "") -> None:
     """Writes `out/lora`, or `out/model` after full fine-tuning, with `suffix` after the name.
 
@@ -145,6 +136,8 @@ def finish(state: RunState, confirmed: dict[str, Any], started: float) -> dict[s
         "started": time.strftime(UTC, time.gmtime(started)),
         "finished": time.strftime(UTC, time.gmtime(time.time())),
     }
+    if state.inputs.changes:
+        summary["changed_inputs"] = state.inputs.changes
     atomic_write_text(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     atomic_write_text(out / policy.export_name / "README.md", model_card(summary, config, policy, objective))
     if best.weights:

@@ -42,7 +42,7 @@ def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: Pla
     trained, images = sum(parameter.nbytes for parameter in parameters), config.rollout.images_per_iteration
     staying = [_bytes(part) for name, part in _parts(policy).items() if name not in _waiting(policy)]
     table = max((schedule.table_at(iteration) for iteration in range(1, config.iterations + 1)), key=_stored_levels)
-    stored = trajectory_floats(table, policy.dimensions, reference) * FLOAT
+    stored = trajectory_floats(table, policy.dimensions, reference + blueprint.objective.keeps_means) * FLOAT
     phases = activations(config, policy, schedule.table_at(1), prompt)
     largest = max(phases, key=phases.__getitem__)
     parts = {
@@ -60,10 +60,13 @@ def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: Pla
     return parts | {"in all, roughly": sum(parts.values())}
 
 
-def trajectory_floats(table: StepTable, dimensions: int, with_reference: bool) -> int:
-    """Count of a rollout's numbers for one image: states, log-probabilities, latents, and reference means."""
+def trajectory_floats(table: StepTable, dimensions: int, means: int) -> int:
+    """Count of a rollout's numbers for one image: states, log-probabilities, latents, and `means` per trained step.
+
+    Means are those of the reference model and those of the policy, if they are kept.
+    """
     steps = len(table.trained_steps)
-    return (_stored_levels(table) + 1 + with_reference * steps) * dimensions + steps
+    return (_stored_levels(table) + 1 + means * steps) * dimensions + steps
 
 
 def _stored_levels(table: StepTable) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +18,6 @@ from torch.distributed.fsdp import FSDPModule
 from etude.config import TrainConfig
 from etude.errors import EtudeError, brief
 
-TRACKERS = {
-    "tensorboard": utils.is_tensorboard_available,
-    "wandb": utils.is_wandb_available,
-    "trackio": utils.is_trackio_available,
-}
-"""Tracker to a function that says whether its package, of the same name, is installed."""
 LAUNCHED = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 """Environment variables with the number of processes of torchrun, `accelerate launch` or MPI."""
 SKEW = timedelta(minutes=30)
@@ -34,10 +28,9 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     """The accelerator of a run.
 
     Raises:
-        EtudeError: a tracker's package is missing, a strategy is not supported, the launched processes
+        EtudeError: a strategy is not supported, the launched processes
             do not form one group, or the images of an iteration do not divide among them.
     """
-    check_trackers(config.trackers)
     if _asks_for("DEEPSPEED"):
         raise EtudeError(
             "Accelerate's configuration asks for DeepSpeed, which is not supported: use FSDP2, which divides the network and the "
@@ -48,7 +41,6 @@ def make_accelerator(config: TrainConfig, out: Path) -> Accelerator:
     accelerator = Accelerator(
         # Otherwise processes of torchrun without a GPU form no group: each is a run of its own.
         cpu=launched > 1 and not torch.accelerator.is_available(),
-        log_with=list(config.trackers) or None,
         project_dir=out,
         mixed_precision="no",
         gradient_accumulation_plugin=utils.GradientAccumulationPlugin(num_steps=1),
@@ -142,18 +134,6 @@ def failing_together(accelerator: Accelerator) -> Iterator[None]:
 
 
 def end_training(accelerator: Accelerator, dissolve: bool) -> None:
-    """Closes the trackers and, with `dissolve`, the group of processes."""
+    """Dissolves the group of processes with `dissolve`."""
     if dissolve:
         accelerator.end_training()
-    else:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-
-
-def check_trackers(names: Iterable[str]) -> None:
-    """Raises EtudeError if a tracker's package is missing; Accelerate would warn and leave it out."""
-    for name in names:
-        if not TRACKERS[name]():
-            raise EtudeError(
-                f"trackers holds '{name}', whose package is not installed: pip install {name}, or take it out of trackers."
-            )

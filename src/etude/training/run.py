@@ -71,6 +71,7 @@ def train(
     resume: bool = False,
     policy: TrainablePolicy | None = None,
     display: Display | None = None,
+    accept_changes: bool = False,
 ) -> Run:
     """Fine-tune a model on a reward, and measure the ODE reward and the gap as it trains.
 
@@ -82,6 +83,8 @@ def train(
             never stopped.
         policy: model to train. Default: `model` of the configuration.
         display: receiver of the progress (`etude.training.progress.Display`). Default: nobody.
+        accept_changes: with `resume`, go on although a prompt file, the model or a reward has changed.
+            Default: refuse.
 
     Raises:
         EtudeError: anything that the user can mend; what was finished before stays in `out`.
@@ -96,8 +99,8 @@ def train(
         >>> policy = run.load()
     """
     config = load_config(recipe if isinstance(recipe, TrainConfig) else str(recipe), overrides)
-    summary = Trainer(config, out, resume=resume, policy=policy, display=display).train()
-    return Run(Path(out), config, summary)
+    trainer = Trainer(config, out, resume, display, policy, accept_changes)
+    return Run(Path(out), config, trainer.train())
 
 
 def summary_blocks(summary: Mapping[str, Any]) -> Iterator[Table | Text]:

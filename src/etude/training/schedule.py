@@ -16,6 +16,7 @@ from etude.sampling.kernels import make_kernel
 from etude.sampling.paths import Grid
 from etude.sampling.plans import SamplingPlan, StepTable
 from etude.sampling.windows import WindowSchedule, make_window, trainable_range
+from etude.undisturbed import undisturbed
 
 
 def check_sampling(sampling: SamplingConfig, trains_steps: bool) -> None:
@@ -32,6 +33,11 @@ def check_sampling(sampling: SamplingConfig, trains_steps: bool) -> None:
         )
     if not trains_steps:
         return
+    if sampling.solver is not None:
+        raise EtudeError(
+            f"sampling.solver = {sampling.solver} is deterministic, and this objective trains the sampler's stochastic steps: set "
+            "sampling.solver to null, or objective.kind to nft, awm or dpo."
+        )
     if max(sampling.all_etas) == 0:
         raise EtudeError(
             "sampling.eta = 0 is the ODE, which has no log-probability to train; use an eta above 0 (0.5 is mild, 1 is DDPM)."
@@ -58,6 +64,7 @@ class PlanSchedule:
             or the window does not fit the stochastic steps.
     """
 
+    @undisturbed()
     def __init__(
         self,
         sampling: SamplingConfig,
@@ -74,7 +81,9 @@ class PlanSchedule:
         self._last: tuple[SamplingPlan, StepTable] | None = None
 
     def eta_at(self, iteration: int) -> float | list[float]:
-        """The eta of an iteration's stochastic steps: a number, or a list by step where they differ."""
+        """The eta of an iteration's steps, 0 under a solver: a number, or a list by step where they differ."""
+        if self.sampling.solver is not None:
+            return 0.0
         return compact(self.etas.at(iteration, self.sampling.num_steps))
 
     def window_at(self, iteration: int) -> dict[str, int] | None:
@@ -85,6 +94,7 @@ class PlanSchedule:
             raise EtudeError(f"iteration {iteration} has no window: training counts its iterations from 1.")
         return {"start": self.schedule.start_at(iteration), "size": self.schedule.size}
 
+    @undisturbed()
     def table_at(self, iteration: int) -> StepTable:
         """The coefficients of an iteration's plan, on the device."""
         plan = self._plan(iteration)

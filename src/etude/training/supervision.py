@@ -16,13 +16,17 @@ import torch
 from accelerate import Accelerator
 from torch.distributed import DistError
 
+from etude import terminal
 from etude.errors import EtudeError
 from etude.learning.exchange import gather
 from etude.training.durability import Durability
 from etude.training.processes import SharedFailureError
 from etude.training.progress import Display
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+COMMANDS = (signal.SIGINT, signal.SIGTERM)
+"""Signals by which somebody ends a run; the second one ends it at once."""
+WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+"""Signals by which a terminal that goes, or a scheduler before its limit, tells a run to end. They may come several times."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,10 +38,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interruption:
-    """Context in which the first SIGINT or SIGTERM is noted and the second ends the process at once.
+    """Context in which signals are noted, for the run to end where nothing is lost.
 
-    A signal that the parent process had switched off (`nohup`, background jobs) stays off. Outside
-    the main thread, where Python cannot handle signals, nothing changes.
+    The second of `COMMANDS` ends the `etude` program at once. In another program, such as a
+    notebook's kernel, it does there what it did before the run: SIGINT raises KeyboardInterrupt.
+
+    A signal that the parent process had switched off (`nohup`, background jobs) stays off, and one
+    of `WARNINGS` for which the program has a handler stays the program's. Outside the main thread,
+    where Python cannot handle signals, nothing changes.
     """
 
     def __init__(self) -> None:
@@ -47,8 +55,10 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+            for number in (*COMMANDS, *WARNINGS):
+                present = signal.getsignal(number)
+                # None: a handler that is not Python's, which could not be put back.
+                if present is signal.SIG_DFL or (number in COMMANDS and present not in (signal.SIG_IGN, None)):
                     self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -68,14 +78,20 @@ class Interruption:
         return anywhere > 0
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if self._received:
-            _say("ended at once; what is on the disk is intact, and --resume continues from it.\n")
-            os._exit(128 + signum)
+        if self._received and signum in COMMANDS:
+            if terminal.own_program:
+                _say("ended at once; what is on the disk is intact, and --resume continues from it.\n")
+                os._exit(128 + signum)
+            signal.signal(signum, self._before[signum])
+            signal.raise_signal(signum)
+            return
+        if self.signum is not None and signum in WARNINGS:
+            return  # the run is ending already
         # Only a signal to this process counts as the first. A launcher forwards one Ctrl-C to its
         # processes in turn; the copy that arrives late must not be taken for a second Ctrl-C.
-        self._received, self.signum = True, signum
+        self._received, self.signum = signum in COMMANDS, signum
         if sys.stderr is not None and sys.stderr.isatty():
-            _say("stopping where nothing is lost; once more ends at once.\n")
+            _say(f"stopping where nothing is lost{'; once more ends at once' * self._received}.\n")
 
 
 def _say(text: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from etude.batching import MicroBatch
 from etude.config import TrainConfig
-from etude.files import locked
+from etude.files import locked, made
 from etude.learning.advantages import zero_std_ratio
 from etude.learning.draws import Draw, draw
 from etude.learning.exchange import gather
@@ -31,15 +31,19 @@ from etude.policies.trainable import swapped
 from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import StepTable
 from etude.sampling.rollout import rollout
+from etude.sampling.solved_rollout import solved_rollout
+from etude.sampling.solvers import Solver
 from etude.training import finish
 from etude.training.blueprint import Blueprint
 from etude.training.durability import Durability, RunState
 from etude.training.evaluation import Evaluation
 from etude.training.guards import BestWeights
+from etude.training.inputs import digests_after_loading
 from etude.training.processes import end_training, failing_together, make_accelerator, prepare
-from etude.training.progress import Display, SilentDisplay
+from etude.training.progress import Display, OutlivedDisplay, SilentDisplay
 from etude.training.reward_queue import PendingScores, Scorer
 from etude.training.supervision import Supervisor
+from etude.undisturbed import undisturbed
 
 
 class Trainer:
@@ -51,10 +55,13 @@ class Trainer:
         resume: continue the run that `out` holds.
         display: display of the progress. Default: none.
         policy: policy to train. Default: `config.model` is loaded.
+        accept_changes: when resuming, go on with a prompt file, a model or a reward that has changed,
+            with a warning. Default: refuse.
 
     Raises:
         EtudeError: for anything the user can mend; what was finished before stays in `out`.
-        Interrupted: from `train`, after SIGINT or SIGTERM, with every finished iteration saved.
+        Interrupted: from `train`, after SIGINT or another signal of `etude.training.supervision`, with
+            every finished iteration saved.
 
     Example:
         >>> import etude
@@ -72,20 +79,26 @@ class Trainer:
         resume: bool = False,
         display: Display | None = None,
         policy: TrainablePolicy | None = None,
+        accept_changes: bool = False,
     ) -> None:
-        self.config, self.out, self.resume, self.display = config, Path(out), resume, display or SilentDisplay()
-        self.blueprint = Blueprint(config, self.out, resume)
+        self.config, self.out, self.resume = config, Path(out), resume
+        self.display = OutlivedDisplay(display or SilentDisplay())
+        self.blueprint = Blueprint(config, self.out, resume, accept_changes, policy)
+        self.inputs, self.trackers = self.blueprint.inputs, self.blueprint.trackers
         self.objective, self.advantage = self.blueprint.objective, self.blueprint.advantage
         self.rewards, self.train_prompts = self.blueprint.rewards, self.blueprint.prompts
         self.scorer = Scorer(self.rewards, config.rollout.reward_timeout, on_wait=lambda: self.supervisor.advance(0))
         self.forms_group = not torch.distributed.is_initialized()  # then this run dissolves the process group
         self.accelerator = make_accelerator(config, self.out)
         self.blueprint.check_groups(self.accelerator.num_processes)
-        self.policy = policy or load_source(ModelSource.of(config), self.accelerator.device)
+        self.policy = policy or load_source(self.inputs.pinned(ModelSource.of(config)), self.accelerator.device)
         self.schedule = self.blueprint.schedule(self.policy)
+        solver, steps, guidance = config.sampling.solver, config.sampling.num_steps, config.sampling.guidance_scale
+        self.solver = Solver(solver, steps, guidance) if solver else None
         self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size")
+        prompts = self.train_prompts, self.blueprint.evaluation_prompts
         self.evaluation = Evaluation(
-            config, self.policy, self.scorer, self.accelerator, self.out, self.rollout_batches, self.train_prompts
+            config, self.policy, self.scorer, self.accelerator, self.out, self.rollout_batches, *prompts
         )
         self._prepare_training()
 
@@ -98,7 +111,8 @@ class Trainer:
         self.parameters = parameters = policy.trainable()  # `prepare` replaces sharded parameters
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema.decay else None
         best = BestWeights(config.checkpoint.best)
-        self.state = RunState(parameters, optimizer, self.ema, best, self.objective, self.advantage, self.evaluation)
+        parts = self.objective, self.advantage, self.evaluation, self.inputs
+        self.state = RunState(parameters, optimizer, self.ema, best, *parts)
         self.ledger = self.state.ledger
         self.durability = Durability(config, self.out, accelerator, self.state)
         self.supervisor = Supervisor(accelerator, self.durability, self.display)
@@ -114,21 +128,22 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Runs to the end and returns the summary that is also written to `summary.json`."""
         started = time.time()
-        with ExitStack() as lock:
+        with ExitStack() as held:
             with failing_together(self.accelerator):
                 self.rewards.load()  # before anything is written: an unusable reward leaves no run behind
+                self.inputs.take(digests_after_loading(self.config, self.policy))
                 if self.accelerator.is_main_process:
-                    self.out.mkdir(parents=True, exist_ok=True)
-                    lock.enter_context(locked(self.out))
+                    held.enter_context(made(self.out))
+                    held.enter_context(locked(self.out))
+            self.durability.restore(self.resume)
+            with failing_together(self.accelerator):
+                if self.accelerator.is_main_process:
+                    held.enter_context(self.trackers.started(self.config.to_yaml()))
+                    self.durability.begin()
+                    self.trackers.catch_up(self.out / "metrics.jsonl")
             return self._train(started)
 
     def _train(self, started: float) -> dict[str, Any]:
-        self.durability.restore(self.resume)
-        with failing_together(self.accelerator):
-            if self.accelerator.is_main_process:
-                self.durability.begin()
-        if self.config.trackers:
-            self.accelerator.init_trackers("etude", config={"config": self.config.to_yaml()})
         supervisor, unevaluated = self.supervisor, self.ledger.unevaluated
         with self.display, supervisor.interruption, supervisor.failures_explained(), self.scorer:
             if self.config.memory.offload:
@@ -146,30 +161,45 @@ class Trainer:
         return summary
 
     def _iterate(self) -> dict[str, Any]:
-        """One rollout and its optimiser steps; returns the row of metrics."""
+        """One rollout, or the pairs of a file, and its optimiser steps; returns the row of metrics."""
         iteration, supervisor = self.ledger.draw(), self.supervisor
         supervisor.seconds, table, batch = {}, self.schedule.table_at(iteration), self._draw(iteration)
-        groups, alone = batch.groups[batch.indices].tolist(), self.accelerator.num_processes == 1
-        pending = self.scorer.pending(batch.own, alone, batch.indices[0], groups)
-        with supervisor.phase("rollout", len(batch.indices) * table.num_evaluations):
-            samples = self._rollout(iteration, table, batch, pending)
-        with supervisor.phase("rewards"):
-            with failing_together(self.accelerator):
-                local = pending.result()
-            scores = {name: gather(self.accelerator, values, len(batch.prompts)) for name, values in local.items()}
+        if (offline := self.blueprint.offline) is None:
+            samples, rewarded = self._rewarded(iteration, table, batch)
+        else:
+            with supervisor.phase("pairs", len(batch.indices)), failing_together(self.accelerator):
+                samples = offline.samples(self.policy, table, iteration, batch.indices, supervisor.advance)
             self.ledger.update()
-            advantages = self.advantage(scores, batch.prompts.texts, batch.groups).float()
-        samples = samples.judged(advantages[batch.indices].to(self.policy.device))
+            rewarded = {}
         passes = self.config.objective.num_inner_epochs
-        with supervisor.phase("update", len(batch.indices) * self.objective.columns(table) * passes):
+        with supervisor.phase("update", len(self.learner.rows) * self.objective.columns(table) * passes):
             metrics = self.learner.update(samples, iteration, self._after_step)
         row: dict[str, Any] = {"iteration": iteration, "eta": self.schedule.eta_at(iteration)}
         if (window := self.schedule.window_at(iteration)) is not None:
             row["window"] = window
-        row["reward"] = {n: {"mean": v.mean().item(), "std": v.std(correction=0).item()} for n, v in scores.items()}
+        return row | rewarded | metrics
+
+    def _rewarded(self, iteration: int, table: StepTable, batch: Draw) -> tuple[Samples, dict[str, Any]]:
+        """The samples of a rollout with their advantages, and the part of the row about their rewards."""
+        groups, alone = batch.groups[batch.indices].tolist(), self.accelerator.num_processes == 1
+        pending = self.scorer.pending(batch.own, alone, batch.indices[0], groups)
+        evaluations = table.num_evaluations if self.solver is None else self.solver.evaluations
+        with self.supervisor.phase("rollout", len(batch.indices) * evaluations):
+            samples = self._rollout(iteration, table, batch, pending)
+        with self.supervisor.phase("rewards"):
+            with failing_together(self.accelerator):
+                local = pending.result()
+            scores = {name: gather(self.accelerator, values, len(batch.prompts)) for name, values in local.items()}
+            self.ledger.update()
+            with undisturbed():  # and on copies, since the metrics need the scores
+                own = {name: values.clone() for name, values in scores.items()}
+                advantages = self.advantage(own, [*batch.prompts.texts], batch.groups.clone()).float()
+        row: dict[str, Any] = {
+            "reward": {n: {"mean": v.mean().item(), "std": v.std(correction=0).item()} for n, v in scores.items()}
+        }
         if self.config.rollout.images_per_prompt > 1:
             row["zero_std_ratio"] = zero_std_ratio(self.rewards.combine(scores), batch.groups, advantages)
-        return row | metrics
+        return samples.judged(advantages[batch.indices].to(self.policy.device)), row
 
     def _draw(self, iteration: int) -> Draw:
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
@@ -185,27 +215,36 @@ class Trainer:
         ahead = config.rollout.score_ahead and not config.memory.offload
         dtype, guidance = config.rollout.dtype, config.sampling.guidance_scale
         conditioning = self.policy.encode(own.texts)
+        noise, advance = NoiseSource(config.seed, "training", iteration), self.supervisor.advance
+        on_rows, batches = score if ahead else None, self.rollout_batches
         with self.policy.precision(DTYPES[dtype] if dtype else None), self.objective.sampling(self.parameters):
-            trajectory = rollout(
-                self.policy,
-                table,
-                conditioning,
-                NoiseSource(config.seed, "training", iteration),
-                batch.indices,
-                guidance,
-                self.rollout_batches,
-                config.objective.logprob_reduction,
-                reference=self.policy.reference if self.objective.needs_reference else None,
-                on_step=self.supervisor.advance,
-                noise_samples=batch.noise_keys,
-                on_rows=score if ahead else None,
-                prompts=own.texts,
-                starts=batch.starts,
-            )
+            if self.solver is not None:
+                trajectory = solved_rollout(
+                    self.policy, self.solver, conditioning, noise, batch.noise_keys, batches, advance, on_rows
+                )
+            else:
+                trajectory = rollout(
+                    self.policy,
+                    table,
+                    conditioning,
+                    noise,
+                    batch.indices,
+                    guidance,
+                    batches,
+                    config.objective.logprob_reduction,
+                    reference=self.policy.reference if self.objective.needs_reference else None,
+                    on_step=advance,
+                    noise_samples=batch.noise_keys,
+                    on_rows=on_rows,
+                    prompts=own.texts,
+                    starts=batch.starts,
+                    keep_means=self.objective.keeps_means,
+                )
         if not ahead:
             score(slice(0, len(batch.indices)), trajectory.latents)
         noise = NoiseSource(config.seed, "objective", iteration)
-        return Samples(table, trajectory, conditioning, guidance, batch.indices, noise)
+        size = config.rollout.images_per_prompt
+        return Samples(table, trajectory, conditioning, guidance, batch.indices, noise, size)
 
     def _after_step(self) -> None:
         """Updates the moving average after an optimiser step; obeys a signal to several processes."""
@@ -230,14 +269,14 @@ class Trainer:
         self.durability.write(
             row, last or iteration % config.checkpoint.every == 0 or supervisor.interruption.arrived(self.accelerator)
         )
-        if config.trackers:
-            self.accelerator.log(finish.flatten(row), step=iteration)
+        self.trackers.tell(row)
         self.display.iteration(row)
 
     def _encode_ahead(self) -> None:
         """Encodes every prompt that this process will use; then text encoders are not needed."""
         self.display.phase("encoding")
+        offline = self.blueprint.offline
         texts = dict.fromkeys(self.evaluation.measurement.shown(self.evaluation.samples).texts)
         for iteration in range(self.ledger.iteration + 1, self.config.iterations + 1):
-            texts |= dict.fromkeys(self._draw(iteration).own.texts)
+            texts |= dict.fromkeys(self._draw(iteration).own.texts if offline is None else offline.captions(iteration))
         self.policy.encode_ahead(texts)

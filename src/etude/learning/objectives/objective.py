@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ class Samples:
 
     The trajectory has the final latents, and under `Keep.TRANSITIONS` the data of the trained
     steps. `indices` are the numbers of the images among those of all processes, the keys of their
-    noise; `noise` is for the objective's own draws. The advantages `[n]` are on the policy's
-    device, and empty before the images are judged.
+    noise; `noise` is for the objective's own draws. A group is `images_per_prompt` consecutive
+    images. The advantages `[n]` are on the policy's device, and empty before the images are judged.
     """
 
     table: StepTable
@@ -45,7 +45,8 @@ class Samples:
     guidance_scale: float
     indices: list[int]
     noise: NoiseSource
-    advantages: Tensor = field(default_factory=lambda: torch.empty(0))
+    images_per_prompt: int = 1
+    advantages: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32))
 
     def judged(self, advantages: Tensor) -> Samples:
         """The same samples with their advantages."""
@@ -71,25 +72,39 @@ class Objective(ABC):
         label: name for the model card, for example "PPO's clipped ratio".
         title: published name of an algorithm with this objective; empty: window and advantage name it.
         keep: data that the rollout keeps.
+        by_group: whether a row is a whole group, numbered from 0 in each process, instead of an image.
+        pairs: file of preferences that takes the place of rollouts and rewards. Default: none.
         metrics: metrics of the objective, beside those of `etude.learning.metrics.COMMON`.
     """
 
     label: ClassVar[str]
     title: ClassVar[str] = ""
     keep: ClassVar[Keep] = Keep.TRANSITIONS
+    by_group: ClassVar[bool] = False
+    pairs: str | None = None
     metrics: ClassVar[tuple[Metric, ...]] = ()
 
     @classmethod
     def from_config(cls, config: ObjectiveConfig) -> Objective:
         """The objective of a configuration. Default: calls `cls(**objective.options)`."""
+        return cls.with_options(config.options)
+
+    @classmethod
+    def with_options(cls, options: Mapping[str, Any], **settings: Any) -> Self:
+        """Calls `cls(**settings, **options)`; an option that the constructor does not take is an EtudeError."""
         try:
-            return cls(**config.options)
+            return cls(**settings, **options)
         except TypeError as error:
             raise EtudeError(f"objective.options do not fit {cls.__name__}: {error}.") from error
 
     @property
     def needs_reference(self) -> bool:
         """Whether the loss needs the model before training. Full fine-tuning must then keep a copy."""
+        return False
+
+    @property
+    def keeps_means(self) -> bool:
+        """Whether the rollout also keeps the means of the trained steps (`Trajectory.mean`)."""
         return False
 
     def columns(self, table: StepTable) -> int:
@@ -129,6 +144,9 @@ class Objective(ABC):
 
     def after_step(self, parameters: Mapping[str, nn.Parameter]) -> None:  # noqa: B027 - a hook
         """Work after each optimiser step, for example on an average of the weights. Default: nothing."""
+
+    def after_iteration(self, parameters: Mapping[str, nn.Parameter], iteration: int) -> None:  # noqa: B027 - a hook
+        """Work after the last optimiser step of an iteration. Default: nothing."""
 
     def evaluations(self, images: int, trained: int, distinct: int, pairs: int) -> dict[str, int]:
         """Network evaluations of an iteration beside its rollout, by part.

@@ -93,13 +93,27 @@ class PolicyGradient(Objective):
     def surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, policy: TrainablePolicy) -> Loss:
         """The loss of `m` pairs (`policy_loss`), from their present log-probabilities `[m]` and the old ones."""
 
+    def surrogate_of(
+        self, log_ratio: Tensor, kl: Tensor, std: Tensor, advantages: Tensor, policy: TrainablePolicy
+    ) -> Loss:
+        """The loss where the rollout keeps means, also from the KL to the old step and its std, `[m]` each.
+
+        Default: `surrogate`.
+        """
+        return self.surrogate(log_ratio, torch.zeros_like(log_ratio), advantages, policy)
+
     def loss(self, policy: TrainablePolicy, samples: Samples, rows: Tensor, columns: Tensor) -> Loss:
         trajectory, reduction = samples.trajectory, self.logprob_reduction
         transition, target = replay(
             policy, samples.table, trajectory, rows, columns, samples.conditioning, samples.guidance_scale
         )
         log_prob, old = transition.log_prob(target, reduction), trajectory.log_prob[rows, columns]
-        result = self.surrogate(log_prob, old, samples.advantages[rows], policy)
+        advantages = samples.advantages[rows]
+        if trajectory.mean is None:
+            result = self.surrogate(log_prob, old, advantages, policy)
+        else:
+            moved = gaussian_kl(transition.mean, trajectory.mean[rows, columns], transition.std, reduction)
+            result = self.surrogate_of(log_prob - old, moved, transition.std.flatten(), advantages, policy)
         if trajectory.reference_mean is None:
             return result
         kl = gaussian_kl(transition.mean, trajectory.reference_mean[rows, columns], transition.std, reduction)

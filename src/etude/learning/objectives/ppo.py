@@ -13,6 +13,7 @@ from etude.errors import EtudeError
 from etude.learning.metrics import Metric, Records, joined
 from etude.learning.objectives.objective import Loss, Samples
 from etude.learning.objectives.policy_gradient import RATIOS, REFERENCE_KL, PolicyGradient, clip_advantages, policy_loss
+from etude.learning.objectives.trust import divergence_masked, normalised_log_ratio
 from etude.policies import TrainablePolicy
 from etude.sampling.replay import replay_log_prob
 
@@ -42,7 +43,10 @@ class PPO(PolicyGradient):
 
     Give exactly one of clip_range, c in units of the ratio, and clip_nats, in nats of the whole
     image's log-probability: c = clip_nats / D under the mean over D dimensions. The ratios compare
-    with the log-probabilities of the "rollout" or of a "replay".
+    with the log-probabilities of the "rollout" or of a "replay". The "normalised" ratio is that of
+    GRPO-Guard, to which the clip range then belongs. With kl_limit, the largest KL of a step to the
+    weights that drew it, reduced like the log-probability, Flow-DPPO's trust region replaces the
+    clip.
     """
 
     label = "PPO's clipped ratio"
@@ -53,6 +57,8 @@ class PPO(PolicyGradient):
         clip_range: float | None = 1e-4,
         clip_nats: float | None = None,
         old_log_prob: Literal["rollout", "replay"] = "rollout",
+        ratio: Literal["plain", "normalised"] = "plain",
+        kl_limit: float | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -60,12 +66,26 @@ class PPO(PolicyGradient):
             raise EtudeError(
                 f"objective: give exactly one of clip_range and clip_nats, and set the other to null, not {clip_range} and {clip_nats}."
             )
+        if ratio not in ("plain", "normalised") or (kl_limit is not None and not kl_limit > 0):
+            raise EtudeError(
+                f"objective.options: ratio = {ratio} must be plain or normalised, and kl_limit = {kl_limit} null or above 0."
+            )
+        if ratio == "normalised" and kl_limit is not None:
+            raise EtudeError(
+                "objective.options: ratio = normalised is for the clip, which kl_limit replaces: give one of them."
+            )
+        self.ratio, self.kl_limit = ratio, kl_limit
         self.range, self.nats, self.old_log_prob = clip_range, clip_nats, old_log_prob
 
     @classmethod
     def from_config(cls, config: ObjectiveConfig) -> PPO:
-        common = config.model_dump(include={"logprob_reduction", "adv_clip_max", "kl_coef"})
-        return cls(config.clip_range, config.clip_nats, config.old_log_prob, **common)
+        names = {"clip_range", "clip_nats", "old_log_prob", "logprob_reduction", "adv_clip_max", "kl_coef"}
+        common = config.model_dump(include=names)
+        return cls.with_options(config.options, **common)
+
+    @property
+    def keeps_means(self) -> bool:
+        return self.ratio == "normalised" or self.kl_limit is not None
 
     def clip_range(self, policy: TrainablePolicy) -> float:
         """c, the clip range of the ratio. In nats it depends on the policy's latent dimensions."""
@@ -76,6 +96,14 @@ class PPO(PolicyGradient):
 
     def surrogate(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, policy: TrainablePolicy) -> Loss:
         return ppo_loss(log_prob, old_log_prob, advantages, self.clip_range(policy), self.adv_clip_max)
+
+    def surrogate_of(
+        self, log_ratio: Tensor, kl: Tensor, std: Tensor, advantages: Tensor, policy: TrainablePolicy
+    ) -> Loss:
+        if self.kl_limit is not None:
+            advantages = clip_advantages(advantages, self.adv_clip_max, log_prob=log_ratio)
+            return divergence_masked(log_ratio, kl, advantages, self.kl_limit)
+        return self.surrogate(normalised_log_ratio(log_ratio, kl, std), torch.zeros_like(log_ratio), advantages, policy)
 
     def prepare(
         self,

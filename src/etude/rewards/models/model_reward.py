@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from etude.batching import MicroBatch, Progress
 from etude.errors import EtudeError, brief, unknown
-from etude.rewards.models.weights import check_source, revision_read
+from etude.rewards.models.weights import TEXT_FILES, check_source, revision_read
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -105,7 +105,7 @@ class ModelReward(ABC):
         self.load()
         device = self._place(images)
         self.network.to(device)
-        scores = torch.zeros(len(prompts))
+        scores = torch.zeros(len(prompts), dtype=torch.float32)
 
         def work(rows: slice, _: Progress) -> None:
             scores[rows] = self._score(images[rows].cpu(), prompts[rows], device).float().cpu()
@@ -119,6 +119,15 @@ class ModelReward(ABC):
             if isinstance(value, nn.Module):
                 value.to("cpu")
         clear_device_cache()
+
+    def files(self) -> dict[str, Path]:
+        """The files of `model` and `base`, where they are on the disk and not on the hub."""
+        found: dict[str, Path] = {}
+        for source in (self.model, self.base):
+            place = Path(os.path.expanduser(source))
+            inside = [path for pattern in (*TEXT_FILES, "*.safetensors") for path in sorted(place.glob(pattern))]
+            found |= {str(path): path for path in ([place] if place.is_file() else inside)}
+        return found
 
     def revisions(self) -> dict[str, str]:
         """The commit of each hub repository that was read, by its name in the options."""

@@ -49,4 +49,6 @@ def pad_to_square(images: Tensor, size: int) -> Tensor:
 def _normalise(squares: list[Image.Image]) -> Tensor:
     pixels = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))
     unit = pixels.permute(0, 3, 1, 2).float() / 255
-    return (unit - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return (unit - torch.tensor(MEAN, dtype=torch.float32).view(3, 1, 1)) / torch.tensor(STD, dtype=torch.float32).view(
+        3, 1, 1
+    )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from etude.errors import EtudeError, brief, unknown
 from etude.rewards.background import in_event_loop
-from etude.rewards.remote.wire import ScoreAnswer, encode_image, explain, token_for, token_variables
+from etude.rewards.remote.wire import SERVED, ScoreAnswer, encode_image, explain, token_for, token_variables
 
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Status codes after which a request is repeated."""
@@ -79,6 +79,7 @@ class RemoteReward:
         self._token = token_for(self._address.raw_host.decode("ascii"), self._address.port)
         self._verify = self._address.scheme == "https" and ssl.create_default_context()
         self._turns: tuple[asyncio.AbstractEventLoop, asyncio.Semaphore] | None = None
+        self.served: str | None = None  # the newest answer's header SERVED; None from a server that sends none
 
     @classmethod
     def from_name(cls, name: str) -> RemoteReward:
@@ -201,7 +202,7 @@ class RemoteReward:
     async def _request(self, client: Client, method: str, body: bytes | None) -> Answer:
         answer = bytearray()
         async with client.stream(method, self._address, content=body, follow_redirects=False) as response:
-            place = f"{self.url}: status {response.status_code}"
+            place, self.served = f"{self.url}: status {response.status_code}", response.headers.get(SERVED)
             async for chunk in response.aiter_raw():
                 answer += chunk
                 if len(answer) > _LARGEST_ANSWER:

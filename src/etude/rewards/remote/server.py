@@ -7,19 +7,32 @@ known. At most `MAX_BODIES` requests are held in memory; the others wait unread.
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import json
 import os
 import socket
 from collections.abc import Collection
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from etude.errors import EtudeError
-from etude.rewards.remote.wire import TOKEN_VARIABLE, ScoreRequest, check_token, decode_images, explain, is_loopback
-from etude.rewards.reward import get
-from etude.rewards.scoring import score_one
+from etude.files import fingerprints
+from etude.rewards.background import LOCAL
+from etude.rewards.remote.wire import (
+    SERVED,
+    TOKEN_VARIABLE,
+    ScoreRequest,
+    check_token,
+    decode_images,
+    explain,
+    is_loopback,
+)
+from etude.rewards.reward import files, get
+from etude.rewards.scoring import revisions, score_one
 
 if TYPE_CHECKING:
     import uvicorn
@@ -69,10 +82,12 @@ def build_app(
         if find_spec(module) is None:
             raise EtudeError(f"a reward server needs {module}: pip install 'etude[serve]'.")
     from starlette.applications import Starlette
+    from starlette.middleware import Middleware
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
     scorer = _Scorer(name, token, max_request_bytes, max_pixels)
+    served = json.dumps([name, fingerprints(files(name)), revisions([name])], sort_keys=True)
 
     async def score(request: Request) -> JSONResponse:
         _check_host(request, hosts)
@@ -87,7 +102,9 @@ def build_app(
         return JSONResponse({"error": str(refused)}, refused.status, headers)
 
     routes = [Route("/score", score, methods=["POST"]), Route("/health", health)]
-    return Starlette(routes=routes, exception_handlers={_RefusedError: refuse})
+    return Starlette(
+        routes=routes, middleware=[Middleware(_Signed, served)], exception_handlers={_RefusedError: refuse}
+    )
 
 
 def listen(host: str, port: int, token: str = "", insecure: bool = False) -> socket.socket:
@@ -142,13 +159,29 @@ def prepare(
         raise
 
 
+class _Signed:
+    """Middleware that adds the header `SERVED` to every answer."""
+
+    def __init__(self, app: Any, served: str) -> None:
+        self.app = app
+        self.header = SERVED.lower().encode(), hashlib.sha256(served.encode()).hexdigest().encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def signed(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), self.header]
+            await send(message)
+
+        await self.app(scope, receive, signed)
+
+
 class _Scorer:
     def __init__(self, name: str, token: str, max_request_bytes: int, max_pixels: int) -> None:
         import anyio
 
-        self.name, self.reward = name, get(name)
+        self.name, self.reward = name, LOCAL.call(get, name)
         if hasattr(self.reward, "load"):
-            self.reward.load()
+            LOCAL.call(self.reward.load)
         self.token, self.max_request_bytes, self.max_pixels = token.encode(), max_request_bytes, max_pixels
         # Memory is bounded by MAX_BODIES bodies and one batch at a time.
         self.bodies, self.turn = anyio.Semaphore(MAX_BODIES), anyio.Lock()
@@ -204,7 +237,8 @@ class _Scorer:
             if groups is None and getattr(self.reward, "whole_groups", False):
                 problem = f"the reward '{self.name}' compares the images of a group and was told no groups"
                 raise EtudeError(f"{problem}: name it with #whole_groups=1 after the url.")
-            scores = score_one(self.name, self.reward, images, prompts, metadata, groups=groups)
+            score = partial(score_one, self.name, self.reward, images, prompts, metadata, groups=groups)
+            scores = LOCAL.call(score)
         except EtudeError as error:
             raise _RefusedError(422, str(error)) from error
         return list(scores.tolist())

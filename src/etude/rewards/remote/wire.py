@@ -20,6 +20,9 @@ from etude.errors import EtudeError, brief
 TOKEN_VARIABLE = "ETUDE_REWARD_TOKEN"
 """Environment variable with a server's bearer token; clients on its own machine read it, too."""
 
+SERVED = "Etude-Reward"
+"""Header of every answer of `etude serve-reward`: SHA-256 of the reward's name, its files and the commits of its weights."""
+
 Score = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 

@@ -75,7 +75,9 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         self._plan(1)  # refuses a bad eta, kernel or first_step now, not at set_timesteps
         path = self.path
         self.alphas_cumprod = path.alphas_cumprod.float()
-        self.final_alpha_cumprod = torch.tensor(path.final_alpha_cumprod)
+        self.alphas = torch.cat([self.alphas_cumprod[:1], self.alphas_cumprod[1:] / self.alphas_cumprod[:-1]])
+        self.betas = 1.0 - self.alphas
+        self.final_alpha_cumprod = torch.tensor(path.final_alpha_cumprod, dtype=torch.float32)
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(path.num_train_timesteps).flip(0)
@@ -121,6 +123,8 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
+        *,
+        eta: float = 0.0,
     ) -> Any:
         """One step of gDDIM, from `timestep` to the next of the grid: (prev_sample, pred_original_sample).
 
@@ -128,8 +132,14 @@ class GDDIMScheduler(KernelStep, SchedulerMixin, ConfigMixin):
         `[n]`) comes from a table, and an accelerator is never synchronised. The arithmetic is in
         fp32; the result has the latents' dtype. The noise is `variance_noise`, or comes in fp32
         from the generator. If eta > 0, it is drawn at every step, also at deterministic ones: so
-        does diffusers' DDIM, and both consume a generator alike.
+        does diffusers' DDIM, and both consume a generator alike. `eta` is what pipelines pass: 0, or
+        the config's; another number is an EtudeError.
         """
+        if eta not in (0, self.eta):
+            raise EtudeError(
+                f"eta = {eta:g} was given to the pipeline, but the scheduler's own is {self.eta:g}: give it to "
+                f"GDDIMScheduler.from_config(pipe.scheduler.config, eta={eta:g})."
+            )
         index = self._locate(timestep, self._table_on(sample.device))
         previous, x0_hat = self._move(index, model_output, sample, generator, variance_noise)
         previous, x0_hat = previous.to(sample.dtype), x0_hat.to(sample.dtype)

@@ -1,0 +1,152 @@
+"""The blind verdict on two makers of images, A and B: what people prefer, and whether they were asked enough.
+
+    win rate of A  share of votes for A's image, a tie 1/2; 95 % interval clustered by prompt
+    always-valid   `always_valid` on the first vote on each prompt: may be looked at after each vote
+
+A pair is the two makers' images of one prompt from one noise. Sides are random, and nothing on the
+page says which is which. Pairs that are shown again speak of self-agreement alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from etude.errors import EtudeError
+from etude.preferences.agreement import Agreement, measure
+from etude.preferences.always_valid import INDIFFERENT, Running, running
+from etude.preferences.clustering import Clusters
+from etude.preferences.pool import Pool
+from etude.preferences.shares import Share, estimate_share
+
+WORDS = {
+    "A": "people prefer A",
+    "B": "people prefer B",
+    "equal": f"no preference beyond {100 * INDIFFERENT:.0f} points either way",
+    None: "not decided yet: more votes are needed",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the votes of a judgement say.
+
+    Attributes:
+        a: label of the first maker.
+        b: label of the second.
+        win_rate: share of A with its interval; None without votes.
+        running: the always-valid interval.
+        agreement: how far the votes can be trusted.
+        ties: number of ties among the votes on fresh pairs.
+    """
+
+    a: str
+    b: str
+    win_rate: Share | None
+    running: Running
+    agreement: Agreement
+    ties: int
+
+    @property
+    def words(self) -> str:
+        """The verdict in words, by the always-valid interval."""
+        return WORDS[self.running.decision()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        own = self.agreement.own
+        return {
+            "a": self.a,
+            "b": self.b,
+            "win_rate_a": None if self.win_rate is None else self.win_rate.to_dict(),
+            "ties": self.ties,
+            "always_valid": self.running.to_dict(),
+            "verdict": self.running.decision(),
+            "words": self.words,
+            "self_agreement": None if own is None else own.to_dict(),
+            "left": None if self.agreement.left is None else self.agreement.left.to_dict(),
+        }
+
+    def lines(self) -> list[str]:
+        """The verdict for a terminal, one fact a line."""
+        lines = [f"A: {self.a}", f"B: {self.b}"]
+        if self.win_rate is None:
+            return [*lines, "no vote yet"]
+        run = self.running
+        lines += [
+            f"A wins {self.win_rate}, {self.win_rate.n} votes, {self.ties} ties split ({self.win_rate.basis})",
+            f"always-valid 95 % interval [{100 * run.low:.1f}, {100 * run.high:.1f}] %, from the first vote on each of {run.n} prompts",
+            f"verdict: {self.words}",
+        ]
+        return [*lines, *describe(self.agreement)]
+
+
+def describe(agreement: Agreement) -> list[str]:
+    """Agreement and side bias in words, one fact a line; a leaning that is sure is called one."""
+    lines = []
+    if agreement.own is not None:
+        ceiling = f"; no predictor can be right on more than {100 * (agreement.ceiling or 0):.0f} % of such votes"
+        lines.append(f"self-agreement {agreement.own} on {agreement.own.n} repeated pairs{ceiling}")
+    if agreement.between is not None:
+        lines.append(f"agreement between raters {agreement.between} on {agreement.between.n} shared pairs")
+    if (left := agreement.left) is not None:
+        sure = "fair" if left.low <= 0.5 <= left.high else f"a leaning to the {'left' if left.mean > 0.5 else 'right'}"
+        lines.append(f"left side chosen {left} of decided votes: {sure}")
+    return lines
+
+
+def judge(pool: Pool) -> Verdict:
+    """The verdict of a pool that judges two makers.
+
+    Raises:
+        EtudeError: the pool judges none.
+    """
+    sides = pool.fact("sides")
+    if sides is None:
+        raise EtudeError(
+            f"the pool '{pool.root}' compares no two sides: make one with `etude preferences judge A B --out DIR`."
+        )
+    values, prompts, raters = _votes(pool, sides)
+    first = np.unique(prompts, return_index=True)[1] if len(values) else np.zeros(0, int)
+    entering = values[first]
+    counts = [int((entering == value).sum()) for value in (1.0, 0.5, 0.0)]
+    makers = pool.makers()
+    return Verdict(
+        makers[sides[0]].label,
+        makers[sides[1]].label,
+        estimate_share(values, Clusters.of(prompts, raters)) if len(values) else None,
+        running(*counts),
+        measure(pool.ballots(), {image.id: image.prompt for image in pool.images()}),
+        int((values == 0.5).sum()),
+    )
+
+
+def enough(pool: Pool) -> str | None:
+    """A sentence once a judgement is decided; it does not say which side won."""
+    sides = pool.fact("sides")
+    if sides is None:
+        return None
+    values, prompts, _ = _votes(pool, sides)
+    if not len(values):
+        return None
+    entering = values[np.unique(prompts, return_index=True)[1]]
+    decided = running(*(int((entering == value).sum()) for value in (1.0, 0.5, 0.0))).decision()
+    return None if decided is None else "Enough votes are in, thank you. You may stop or go on."
+
+
+def _votes(pool: Pool, sides: list[int]) -> tuple[Any, Any, Any]:
+    """For A: 1, 1/2 or 0 of each vote on a fresh pair in the order of voting; its prompt; its rater."""
+    ballots = pool.ballots()
+    images = {image.id: image for image in pool.images()}
+    rows, values, prompts = [], [], []
+    for i in range(len(ballots)):
+        left, right = images[int(ballots.left[i])], images[int(ballots.right[i])]
+        if ballots.repeats[i] or {left.maker, right.maker} != set(sides):
+            continue
+        rows.append(i)
+        sign = 1 if left.maker == sides[0] else -1
+        values.append((sign * int(ballots.outcome[i]) + 1) / 2)
+        prompts.append(left.prompt)
+    return np.array(values), np.array(prompts, np.str_), ballots.rater[rows]

@@ -1,0 +1,307 @@
+"""The page on which people vote, and what it asks for: pairs, votes, undo, images.
+
+    GET  /                 the page; behind a token, a form that asks for it
+    POST /api/pairs        {rater} -> the next pairs and the progress
+    POST /api/vote         {rater, pair, answer, seconds} -> the same, once the vote is on the disk
+    POST /api/undo         {rater} -> the same, with the withdrawn pair first
+    GET  /image/DIGEST     an image of the pool
+
+On loopback only requests under this machine's own names are answered (DNS rebinding); beyond it a
+token is needed. Requests of pages from other origins are refused, bodies are bounded, and prompts
+reach the page as text.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import re
+import threading
+from collections.abc import Awaitable, Callable, Collection
+from importlib import resources
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from etude.errors import EtudeError
+from etude.preferences.pairing import Pairing
+from etude.preferences.pool import ANSWERS, Pool, VoteError, check_rater
+from etude.preferences.verdict import enough
+from etude.rewards.remote.wire import check_token, is_loopback
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+TOKEN_VARIABLE = "ETUDE_VOTE_TOKEN"  # noqa: S105 - the name of an environment variable
+LONGEST_BODY = 4096
+AHEAD = 3
+"""Pairs that a page holds: the one that is shown, and those that load meanwhile."""
+_COOKIE = "etude-vote"
+_STATIC = {"voting.css": "text/css", "voting.js": "text/javascript"}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class _RefusedError(Exception):
+    """A request that gets nothing: the status and one sentence."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+def build_app(
+    pool: Pool,
+    pairing: Pairing,
+    token: str = "",
+    *,
+    target: int = 0,
+    hosts: Collection[str] = LOOPBACK_HOSTS,
+) -> Starlette:
+    """The ASGI application of a pool.
+
+    Args:
+        pool: images and votes.
+        pairing: the choice of pairs.
+        token: the token that a visitor must give. Default: "", none.
+        target: votes of one rater after which the page says that it is reached. Default: 0, none.
+        hosts: names that the header `Host` may hold; empty: any. Default: those of loopback.
+
+    Raises:
+        EtudeError: the extra `serve` is not installed.
+    """
+    check_installed()
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+    from starlette.routing import Route
+
+    pages = Environment(loader=PackageLoader("etude.preferences", "."), autoescape=True, undefined=StrictUndefined)
+    desk = _Desk(pool, pairing, target)
+    files = resources.files("etude.preferences")
+
+    def guarded(
+        handler: Callable[[Request], Awaitable[Response]], open_to_all: bool = False
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            try:
+                _check_origin(request, hosts)
+                if not (open_to_all or _knows(request, token)):
+                    raise _RefusedError(401, "this page asks for a token: open the address that you were given")
+                response = await handler(request)
+            except _RefusedError as refused:
+                response = JSONResponse({"error": refused.reason}, refused.status)
+            except VoteError as error:
+                response = JSONResponse({"error": str(error)}, 409)
+            except EtudeError as error:
+                response = JSONResponse({"error": str(error)}, 507)
+            for name, value in _HEADERS.items():
+                response.headers.setdefault(name, value)
+            return response
+
+        return answer
+
+    async def page(request: Request) -> Response:
+        if given := request.query_params.get("token", ""):
+            response: Response = RedirectResponse("/", 303)  # the token leaves the address and the history
+            if token and _equal(given, token):
+                _hand_cookie(response, token)
+            return response
+        inside = _knows(request, token)
+        text = pages.get_template("voting.html").render(inside=inside, target=target, title=desk.title)
+        return HTMLResponse(text, 200 if inside else 401)
+
+    async def enter(request: Request) -> Response:
+        from urllib.parse import parse_qs
+
+        fields = parse_qs((await _body(request, "application/x-www-form-urlencoded")).decode("utf-8", "replace"))
+        response = RedirectResponse("/", 303)
+        if token and _equal(fields.get("token", [""])[0], token):
+            _hand_cookie(response, token)
+        return response
+
+    def work(action: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request], Awaitable[Response]]:
+        async def handler(request: Request) -> Response:
+            message = _message(await _body(request, "application/json"))
+            return JSONResponse(await run_in_threadpool(action, message))
+
+        return handler
+
+    async def image(request: Request) -> Response:
+        digest = request.path_params["digest"]
+        if not await run_in_threadpool(pool.holds, digest):
+            raise _RefusedError(404, "there is no such image")
+        data = await run_in_threadpool(pool.read_image, digest)
+        return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=86400, immutable"})
+
+    async def static(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in _STATIC:
+            raise _RefusedError(404, "there is no such file")
+        return Response((files / name).read_bytes(), media_type=_STATIC[name])
+
+    return Starlette(
+        routes=[
+            Route("/", guarded(page, open_to_all=True)),
+            Route("/enter", guarded(enter, open_to_all=True), methods=["POST"]),
+            Route("/api/pairs", guarded(work(desk.pairs)), methods=["POST"]),
+            Route("/api/vote", guarded(work(desk.vote)), methods=["POST"]),
+            Route("/api/undo", guarded(work(desk.undo)), methods=["POST"]),
+            Route("/image/{digest}", guarded(image)),
+            Route("/static/{name}", guarded(static, open_to_all=True)),
+        ]
+    )
+
+
+def voting_token(variable: str | None, host: str) -> str:
+    """The token of a server on `host`, from an environment variable.
+
+    Args:
+        variable: name of the variable. None: ETUDE_VOTE_TOKEN, which need not be set on loopback.
+        host: address to listen on.
+
+    Raises:
+        EtudeError: the named variable is not set, there is none beyond loopback, or no header can carry it.
+    """
+    token = os.environ.get(variable or TOKEN_VARIABLE, "")
+    if variable and not token:
+        raise EtudeError(f"--token-env {variable}: that environment variable is not set.")
+    if not token and not is_loopback(host):
+        raise EtudeError(
+            f"--host {host} lets other machines in, and there is no token: set one in the environment variable "
+            f"{TOKEN_VARIABLE}, or name another by --token-env."
+        )
+    return check_token(token, variable or TOKEN_VARIABLE)
+
+
+def check_installed() -> None:
+    """Refuse to serve without the extra.
+
+    Raises:
+        EtudeError: starlette or uvicorn is missing.
+    """
+    for module in ("starlette", "uvicorn"):
+        if find_spec(module) is None:
+            raise EtudeError(f"the voting page needs {module}: pip install 'etude[serve]'.")
+
+
+class _Desk:
+    """What the page asks for, one request at a time where pairs are chosen."""
+
+    def __init__(self, pool: Pool, pairing: Pairing, target: int) -> None:
+        self.pool, self.pairing, self.target = pool, pairing, target
+        self.title = "Which is better?" if pool.fact("sides") is None else "Blind comparison"
+        self._turn = threading.Lock()
+        self._prompts: dict[int, tuple[str, str]] = {}
+
+    def pairs(self, message: dict[str, Any]) -> dict[str, Any]:
+        rater = _name(message)
+        with self._turn:
+            queue = self.pool.open_pairs(rater)
+            while len(queue) < AHEAD and self.pairing.next(rater) is not None:
+                queue = self.pool.open_pairs(rater)
+        return {
+            "queue": [self._shown(*pair) for pair in queue[:AHEAD]],
+            "votes": self.pool.count(rater),
+            "target": self.target,
+            "enough": enough(self.pool),
+        }
+
+    def vote(self, message: dict[str, Any]) -> dict[str, Any]:
+        rater, pair, answer, seconds = _name(message), *(message.get(k) for k in ("pair", "answer", "seconds"))
+        if type(pair) is not int or not 0 < pair < 1 << 62 or answer not in ANSWERS:
+            raise _RefusedError(400, f"a vote has a number `pair` and an `answer` of {', '.join(ANSWERS)}")
+        timed = float(seconds) if isinstance(seconds, int | float) and 0 <= seconds < 1e6 else None
+        self.pool.vote(pair, rater, answer, timed)
+        return self.pairs(message)
+
+    def undo(self, message: dict[str, Any]) -> dict[str, Any]:
+        self.pool.undo(_name(message))
+        return self.pairs(message)
+
+    def _shown(self, pair: int, left: int, right: int) -> dict[str, Any]:
+        for number in (left, right):
+            if number not in self._prompts:
+                image = self.pool.image(number)
+                self._prompts[number] = image.digest, image.prompt
+        return {
+            "pair": pair,
+            "prompt": self._prompts[left][1],
+            "left": self._prompts[left][0],
+            "right": self._prompts[right][0],
+        }
+
+
+def _name(message: dict[str, Any]) -> str:
+    """The rater of a message."""
+    name = message.get("rater")
+    try:
+        return check_rater(name if isinstance(name, str) else "")
+    except EtudeError as error:
+        raise _RefusedError(400, str(error)) from None
+
+
+def _message(body: bytes) -> dict[str, Any]:
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError):
+        message = None
+    if not isinstance(message, dict):
+        raise _RefusedError(400, "send a JSON object")
+    return message
+
+
+async def _body(request: Request, kind: str) -> bytes:
+    from starlette.requests import ClientDisconnect
+
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
+        raise _RefusedError(415, f"send Content-Type: {kind}")
+    body = bytearray()
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > LONGEST_BODY:
+                raise _RefusedError(413, f"a request has at most {LONGEST_BODY} bytes")
+    except ClientDisconnect:
+        raise _RefusedError(400, "the request ended early") from None
+    return bytes(body)
+
+
+def _check_origin(request: Request, hosts: Collection[str]) -> None:
+    """Refuses other names of this machine, and requests that a page of another origin sends."""
+    host = request.headers.get("host", "").lower()
+    name = host.removeprefix("[").partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    if hosts and name not in hosts:
+        raise _RefusedError(421, "this server answers to the name of this machine only: use 127.0.0.1 or localhost")
+    origin = request.headers.get("origin")
+    foreign = origin is not None and re.sub(r"^https?://", "", origin.lower()) != host
+    foreign = foreign or request.headers.get("sec-fetch-site", "same-origin") not in {"same-origin", "none"}
+    if foreign and (request.method, request.url.path) != ("GET", "/"):  # a link from elsewhere may open the page
+        raise _RefusedError(403, "a page from another origin may not vote here")
+
+
+def _knows(request: Request, token: str) -> bool:
+    if not token:
+        return True
+    kind, _, bearer = request.headers.get("authorization", "").partition(" ")
+    return _equal(request.cookies.get(_COOKIE, ""), token) or (
+        kind.lower() == "bearer" and _equal(bearer.strip(), token)
+    )
+
+
+def _equal(given: str, token: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
+
+
+def _hand_cookie(response: Response, token: str) -> None:
+    response.set_cookie(_COOKIE, token, httponly=True, samesite="lax", max_age=30 * 86400)
