@@ -80,25 +80,50 @@ def test_solvers_draw_the_images_whatever_the_network_predicts(
 
 
 def test_the_rollout_of_a_solver_is_the_samplers_images(settings: dict[str, Any], tmp_path: Path) -> None:
+    from etude.batching import silent
     from etude.sampling.noise import NoiseSource
-    from etude.sampling.solved_rollout import solved_rollout
+    from etude.sampling.rollout import Trajectory
     from etude.sampling.solvers import Solver
 
     run = trainer(settings, tmp_path / "run", "nft")
     prompts, solver, seen = ["red heart", "pizza", "sun"], Solver("dpmsolver++", 3, 2.0), []
     expected = solver.draw(run.policy, prompts, 5, stream="s", batch_size=2, decode=False)
-    found = solved_rollout(
+    latents = solver.walk(
         run.policy,
-        solver,
         run.policy.encode(prompts),
         NoiseSource(5, "s"),
         [0, 1, 2],
         run.rollout_batches.of(2),
-        on_rows=lambda rows, latents: seen.append((rows, latents.clone())),
+        silent,
+        lambda rows, latents: seen.append((rows, latents.clone())),
     )
+    found = Trajectory.of_images(latents)
     assert torch.equal(found.latents, expected)
     assert torch.equal(torch.cat([latents for _, latents in seen]), expected)
     assert found.steps == ()
+
+
+def test_a_solver_short_of_memory_halves_the_micro_batches_of_the_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    run = trainer(settings, tmp_path / "run", "nft", iterations=1, sampling={"solver": "ddim"})
+    predict, before = run.policy.predict, run.rollout_batches
+    assert before.size == 8
+
+    def cramped(x: torch.Tensor, *told: Any) -> torch.Tensor:
+        if len(x) > 2 and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError(f"no room for {len(x)}")
+        return predict(x, *told)
+
+    run.policy.predict = cramped  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match=r"rollout\.batch_size"):
+        run.train()
+    assert run.rollout_batches is before
+    assert before.size == 2
+
+
+def test_a_solver_that_the_levels_do_not_allow_ends_before_the_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(EtudeError, match="1000"):
+        trainer(settings, tmp_path / "run", "nft", sampling={"solver": "ddim", "num_steps": 1001})
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_iteration_keeps_no_trajectory_and_counts_its_network_calls(

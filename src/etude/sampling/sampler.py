@@ -63,7 +63,7 @@ class Sampler(ABC):
         """Raises EtudeError if the policy's levels do not allow the steps or an eta; calls no network."""
 
     @abstractmethod
-    def _walk(
+    def walk(
         self,
         policy: Policy,
         conditioning: Conditioning,
@@ -71,8 +71,9 @@ class Sampler(ABC):
         samples: list[int],
         batch_size: int | MicroBatch,
         on_step: Progress,
+        on_rows: Callable[[slice, Tensor], None] | None = None,
     ) -> Tensor:
-        """Final latents of the samples, one for each row of the conditioning."""
+        """Final latents of the samples, one for each row of the conditioning; `on_rows` as in `rollout`."""
 
     @torch.no_grad()
     def draw(
@@ -98,7 +99,7 @@ class Sampler(ABC):
         self.check(policy)
         keys = list(range(len(prompts)) if samples is None else samples)
         conditioning = policy.encode(list(prompts))
-        latents = self._walk(policy, conditioning, NoiseSource(seed, stream), keys, batch_size, on_step)
+        latents = self.walk(policy, conditioning, NoiseSource(seed, stream), keys, batch_size, on_step)
         return policy.decode(latents) if decode else latents
 
 
@@ -123,7 +124,7 @@ class PlannedSampler(Sampler):
     def check(self, policy: Policy) -> None:
         self._table(policy)
 
-    def _walk(
+    def walk(
         self,
         policy: Policy,
         conditioning: Conditioning,
@@ -131,9 +132,12 @@ class PlannedSampler(Sampler):
         samples: list[int],
         batch_size: int | MicroBatch,
         on_step: Progress,
+        on_rows: Callable[[slice, Tensor], None] | None = None,
     ) -> Tensor:
-        table = self._table(policy).to(policy.device)
-        return rollout(policy, table, conditioning, noise, samples, self.guidance, batch_size, on_step=on_step).latents
+        table, guidance = self._table(policy).to(policy.device), self.guidance
+        return rollout(
+            policy, table, conditioning, noise, samples, guidance, batch_size, on_step=on_step, on_rows=on_rows
+        ).latents
 
     @undisturbed()
     def _table(self, policy: Policy) -> StepTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,8 @@ class Solver(Sampler):
     def check(self, policy: Policy) -> None:
         self._scheduler(policy)
 
-    def _walk(
+    @torch.no_grad()
+    def walk(
         self,
         policy: Policy,
         conditioning: Conditioning,
@@ -73,8 +75,9 @@ class Solver(Sampler):
         samples: list[int],
         batch_size: int | MicroBatch,
         on_step: Progress,
+        on_rows: Callable[[slice, Tensor], None] | None = None,
     ) -> Tensor:
-        latents: list[Tensor] = []
+        latents = torch.empty((len(samples), *policy.latent_shape), dtype=torch.float32, device=policy.device)
         marks = FiniteMarks(policy.denoiser, policy.computing_dtype, self.evaluations)
 
         def work(rows: slice, report: Progress) -> None:
@@ -87,11 +90,14 @@ class Solver(Sampler):
                 marks.add(output, step)
                 x = scheduler.step(output, timestep, x, return_dict=False)[0]
                 report(len(x))
-            latents.append(x)
+            latents[rows] = x
+            if on_rows is not None:
+                marks.check()  # the images that follow wait for the device, too
+                on_rows(rows, latents[rows])
 
         MicroBatch.of(batch_size).run(len(samples), work, on_step)
         marks.check()
-        return torch.cat(latents)
+        return latents
 
     def _scheduler(self, policy: Policy) -> Any:
         """A fresh scheduler, ready for the first step."""

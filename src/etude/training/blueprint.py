@@ -14,6 +14,7 @@ from etude.policies.source import ModelSource
 from etude.prompts import load_prompts
 from etude.rewards import WeightedRewards
 from etude.runs.layout import check_directory
+from etude.sampling.solvers import Solver
 from etude.training.inputs import Inputs, digests_before_loading
 from etude.training.offline import OfflinePairs
 from etude.training.schedule import PlanSchedule, check_sampling
@@ -54,6 +55,8 @@ class Blueprint:
         check_optimizer(config.optimizer)
         self.config, self.trackers = config, Trackers(config.trackers, out)
         self.objective, self.advantage = make_algorithm(config)
+        solver, steps, guidance = config.sampling.solver, config.sampling.num_steps, config.sampling.guidance_scale
+        self.solver = Solver(solver, steps, guidance) if solver else None
         held_out = config.evaluation.held_out_rewards
         self.rewards = WeightedRewards(config.rewards, held_out, offload=config.memory.offload)
         self.prompts, self.evaluation_prompts = map(load_prompts, (config.prompts.train, config.prompts.evaluation))
@@ -75,7 +78,9 @@ class Blueprint:
             )
 
     def schedule(self, policy: TrainablePolicy) -> PlanSchedule:
-        """The plan of each iteration on the noise levels of a policy."""
+        """The plan of each iteration on the noise levels of a policy, which must allow the solver, too."""
+        if self.solver is not None:
+            self.solver.check(policy)
         config, trains_steps = self.config, self.objective.keep is Keep.TRANSITIONS
         grid = policy.grid(config.sampling.num_steps)
         return PlanSchedule(config.sampling, grid, config.seed, policy.device, config.iterations, trains_steps)

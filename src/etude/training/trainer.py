@@ -30,9 +30,7 @@ from etude.policies.source import ModelSource
 from etude.policies.trainable import swapped
 from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import StepTable
-from etude.sampling.rollout import rollout
-from etude.sampling.solved_rollout import solved_rollout
-from etude.sampling.solvers import Solver
+from etude.sampling.rollout import Trajectory, rollout
 from etude.training import finish
 from etude.training.blueprint import Blueprint
 from etude.training.durability import Durability, RunState
@@ -93,8 +91,7 @@ class Trainer:
         self.blueprint.check_groups(self.accelerator.num_processes)
         self.policy = policy or load_source(self.inputs.pinned(ModelSource.of(config)), self.accelerator.device)
         self.schedule = self.blueprint.schedule(self.policy)
-        solver, steps, guidance = config.sampling.solver, config.sampling.num_steps, config.sampling.guidance_scale
-        self.solver = Solver(solver, steps, guidance) if solver else None
+        self.solver = self.blueprint.solver
         self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size")
         prompts = self.train_prompts, self.blueprint.evaluation_prompts
         self.evaluation = Evaluation(
@@ -219,9 +216,10 @@ class Trainer:
         on_rows, batches = score if ahead else None, self.rollout_batches
         with self.policy.precision(DTYPES[dtype] if dtype else None), self.objective.sampling(self.parameters):
             if self.solver is not None:
-                trajectory = solved_rollout(
-                    self.policy, self.solver, conditioning, noise, batch.noise_keys, batches, advance, on_rows
+                latents = self.solver.walk(
+                    self.policy, conditioning, noise, batch.noise_keys, batches, advance, on_rows
                 )
+                trajectory = Trajectory.of_images(latents)
             else:
                 trajectory = rollout(
                     self.policy,
