@@ -213,7 +213,8 @@ def test_recipes_prints_the_file_that_train_takes(tmp_path: Path) -> None:
     listing = run("recipes").stdout
     for name in recipe_names():
         config, comment = load_config(name), recipe_text(name).splitlines()[0].removeprefix("# ")
-        essence = f"{algorithm(config.model_dump())} on {config.model}, {config.sampling.kernel} at eta"
+        solver = f"rollouts by {config.sampling.solver}, gap of " if config.sampling.solver else ""
+        essence = f"{algorithm(config.model_dump())} on {config.model}, {solver}{config.sampling.kernel} at eta"
         assert re.search(
             rf"^{name}\n    {re.escape(comment)}\n    {re.escape(essence)} .*", listing, flags=re.MULTILINE
         )

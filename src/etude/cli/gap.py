@@ -29,7 +29,7 @@ def gap(
     reward: Annotated[
         list[str] | None, option("Name, module:function or url; may be repeated. Default: alignment.")
     ] = None,
-    prompts: Annotated[str, option("Built-in set, file, module:function or hub:dataset.")] = "emoji-eval",
+    prompts: options.Prompts = "emoji-eval",
     samples: Annotated[int, option("Images per sampler, spread over the prompts; at least 2.")] = 128,
     guidance: options.Guidance = None,
     kernel: options.Kernel = None,

@@ -59,6 +59,11 @@ Lora = Annotated[
         "Adapter: what a run exported, for example runs/first/lora, or a safetensors file. The options below then default to the run's settings."
     ),
 ]
+Prompts = Annotated[str, option("Built-in set, file, module:function or hub:dataset.")]
+Solver = Annotated[
+    str | None,
+    option("Draw with a deterministic solver of diffusers instead: ddim, euler, heun, dpmsolver++, unipc."),
+]
 Guidance = Annotated[
     float | None,
     option("Guidance scale; 1 switches classifier-free guidance off. Default: the run's, else 5.", callback=finite),

@@ -32,7 +32,6 @@ app = typer.Typer(
 PoolDirectory = Annotated[
     Path, typer.Argument(callback=options.expanded, help="Directory of the pool.", show_default=False)
 ]
-Prompts = Annotated[str, typer.Option(help="Built-in set, text or JSONL file, module:function or hub:dataset.")]
 Host = Annotated[
     str, typer.Option(help="Address to listen on. An address that other machines can reach needs a token.")
 ]
@@ -60,7 +59,7 @@ def draw(
     out: Annotated[
         Path, typer.Option(callback=options.expanded, help="Directory of the pool, new or not.", show_default=False)
     ],
-    prompts: Prompts = "emoji-train",
+    prompts: options.Prompts = "emoji-train",
     images: Annotated[int, typer.Option(min=2, help="Images of each prompt, under each sampler.")] = 4,
     limit: Annotated[int, typer.Option(min=1, help="Prompts to draw, the first ones of the source.")] = 200,
     lora: options.Lora = None,
@@ -68,10 +67,7 @@ def draw(
         list[float] | None,
         typer.Option(callback=options.finite, help="Stochasticity; may be repeated. Default: 0, the ODE."),
     ] = None,
-    solver: Annotated[
-        str | None,
-        typer.Option(help="Draw with a solver of diffusers instead: ddim, euler, heun, dpmsolver++, unipc."),
-    ] = None,
+    solver: options.Solver = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the run's, else 20.")] = None,
     guidance: options.Guidance = None,
     kernel: options.Kernel = None,
@@ -202,7 +198,7 @@ def judge(
             callback=options.expanded, help="Directory of the judgement, a pool of its own.", show_default=False
         ),
     ] = Path("runs/judgement"),
-    prompts: Prompts = "emoji-eval",
+    prompts: options.Prompts = "emoji-eval",
     limit: Annotated[int, typer.Option(min=2, help="Prompts, the first ones of the source: one pair each.")] = 200,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of both sides. Default: 20.")] = None,
     guidance: options.Guidance = None,

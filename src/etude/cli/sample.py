@@ -29,10 +29,7 @@ def sample(
     guidance: options.Guidance = None,
     kernel: options.Kernel = None,
     first_step: options.FirstStep = None,
-    solver: Annotated[
-        str | None,
-        option("Draw with a deterministic solver of diffusers instead: ddim, euler, heun, dpmsolver++, unipc."),
-    ] = None,
+    solver: options.Solver = None,
     seed: options.Seed = 0,
     resolution: options.Resolution = None,
     shift: options.Shift = None,
