@@ -1,4 +1,4 @@
-"""What etude reads and refuses of models: one row a kind, each with the input that shows it.
+"""Kinds of models that etude reads or refuses: one row a kind, each with the input that shows it.
 
 `tests/policies/test_what_etude_reads.py` runs every row, and compares the table with the page of the
 documentation. `python tests/support/readable.py` prints the table.

@@ -119,7 +119,9 @@ class SamplingPlan:
         first_step: str = "ode",
     ) -> SamplingPlan:
         """A plan from one eta per step; with `trained`, the steps of an eta above 0 are trained."""
-        return cls(tuple(Step(kernel(eta), trained and eta > 0) for eta in etas), first_step)
+        etas = tuple(etas)
+        kernels = {eta: kernel(eta) for eta in dict.fromkeys(etas)}
+        return cls(tuple(Step(kernels[eta], trained and eta > 0) for eta in etas), first_step)
 
     @property
     def num_steps(self) -> int:
