@@ -43,8 +43,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "ddpo-memory": {"lora": {"rank": 4}, "iterations": 2},
     "ddpo-locked": {"lora": {"rank": 4}},
     "ddpo-signalled": {"lora": {"rank": 4}, "checkpoint": {"every": 5}},
-    "fsdp-lora": {"lora": {"rank": 4}, "iterations": 2, "ema": {"decay": 0.5}, "checkpoint": {"best": "bright"}},
-    "fsdp-full": {"lora": {"rank": 0}, "iterations": 2, "objective": {"kl_coef": 0.1}},
     "nft-lora": {
         "iterations": 3,
         "sampling": {"solver": "ddim"},
@@ -63,9 +61,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "advantage": {"kind": "group"},
         "objective": {"kind": "dpo", "options": {"levels": 2, "beta": 200.0}, "clip_range": 1e-4, "clip_nats": None},
     },
+    "fsdp-lora": {"lora": {"rank": 4}, "iterations": 2, "ema": {"decay": 0.5}, "checkpoint": {"best": "bright"}},
+    "fsdp-full": {"lora": {"rank": 0}, "iterations": 2, "objective": {"kl_coef": 0.1}},
 }
 """A prefix names the algorithm: `nft` and `dpo` take DDPO's settings but for their own, and `fsdp` is DDPO with the network in parts where
-there are several processes."""
+there are several processes, which Accelerate remembers to the end of the process: those runs stand last."""
 DDPO = {
     "model": "sd",
     "rollout": {"images_per_iteration": 8, "batch_size": 4},
