@@ -221,7 +221,7 @@ def test_a_variant_of_the_weights_is_read_where_it_is_asked_for(hub):
     policy = load_policy("owner/tiny", device="cpu", variant="fp16")
     assert policy.revision == COMMITS["main"]
     assert torch.equal(policy.network.conv_in.weight, stable_diffusion(0).unet.conv_in.weight)
-    with pytest.raises(EtudeError, match="text_encoder without a suffix.*give variant = fp16"):
+    with pytest.raises(EtudeError, match=r"text_encoder without a suffix.*give variant = fp16"):
         load_policy(hub / COMMITS["main"], device="cpu")
 
 
