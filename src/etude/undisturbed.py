@@ -45,6 +45,7 @@ def undisturbed() -> Iterator[None]:
         own.enter_context(torch.inference_mode(torch.is_inference_mode_enabled()))
         own.enter_context(torch.set_grad_enabled(grad))
         autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+        caching, depth = torch.is_autocast_cache_enabled(), _autocast_depth()
         with _lock:
             if _inside == 0:
                 _program[:] = [(write, read()) for read, write in _switches()]
@@ -69,6 +70,19 @@ def undisturbed() -> Iterator[None]:
             for kind, on, dtype in autocast:
                 torch.set_autocast_enabled(kind, on)
                 torch.set_autocast_dtype(kind, dtype)
+            torch.set_autocast_cache_enabled(caching)
+            if (left_open := _autocast_depth() - depth) > 0:
+                for _ in range(left_open):
+                    torch.autocast_decrement_nesting()
+                torch.clear_autocast_cache()
+
+
+def _autocast_depth() -> int:
+    """Return how many autocast contexts are open: torch keeps its cast weights until the last one ends."""
+    import torch
+
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def _switches() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:

@@ -35,6 +35,7 @@ def state() -> list[object]:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")],
+        (torch.is_autocast_cache_enabled(), torch.autocast_increment_nesting(), torch.autocast_decrement_nesting()),
         torch.get_num_threads(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
@@ -61,6 +62,7 @@ HOSTILE = {
     "no_grad": lambda: torch.no_grad().__enter__(),
     "inference": lambda: held.enter_context(torch.inference_mode()),
     "autocast": lambda: torch.autocast("cpu").__enter__(),
+    "autocast of another kind": lambda: torch.autocast("cuda", torch.float16, cache_enabled=False).__enter__(),
     "threads": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
     "precision": lambda: torch.set_float32_matmul_precision("medium"),
     "precision by kind": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
@@ -126,7 +128,7 @@ def test_the_state_is_put_back_whichever_method_of_a_reward_changes_it() -> None
         assert state() == own
         assert LOCAL.call(state) == theirs
     assert len(seen) == 6
-    own_to_the_call = (2, 13, 14, 15)  # it computes no gradients, and goes on with draws of its own
+    own_to_the_call = (2, 14, 15, 16)  # it computes no gradients, and goes on with draws of its own
     for each in seen:
         assert all(a == b for i, (a, b) in enumerate(zip(each, theirs, strict=True)) if i not in own_to_the_call)
 

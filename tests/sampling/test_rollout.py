@@ -209,7 +209,7 @@ def test_a_rollout_with_a_shared_prefix_and_a_solvers_tail_reads_nothing_back_fr
     policy = SimpleNamespace(
         predict=lambda x, *_: 0.5 * x, prediction_type=path.prediction_type, path=path, latent_shape=(4, 8, 8)
     )
-    policy.device = torch.device("meta")
+    policy.device, policy.denoiser, policy.computing_dtype = torch.device("meta"), "network", torch.float32
     table = FLASH.tabulate(path.grid(8)).to("meta")
     conditioning = Conditioning({"prompt": torch.empty(12, 7, device="meta")}, {})
     told = {"noise_samples": GROUPS, "prompts": GROUPS}

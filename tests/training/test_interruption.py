@@ -42,10 +42,12 @@ def settings(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _signals_are_on():
-    """A shell that starts tests in the background switches SIGINT off for them."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """A shell that starts tests in the background switches SIGINT off for them, and `nohup` SIGHUP."""
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in (*COMMANDS, *WARNINGS)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class SignalAt(SilentDisplay):

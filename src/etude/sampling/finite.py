@@ -32,8 +32,11 @@ class FiniteMarks:
         self._places: list[int] = []
 
     def add(self, values: Tensor, step: int) -> None:
-        """Marks the prediction or the latents of a step, counted from 0; does not wait for the device."""
-        if not isinstance(values, FakeTensor):
+        """Marks the prediction or the latents of a step, counted from 0; does not wait for the device.
+
+        Tensors without numbers, as a dry run has, are passed over.
+        """
+        if not isinstance(values, FakeTensor) and not values.is_meta:
             self._marks.append(all_finite(values))
             self._places.append(step)
 
