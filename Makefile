@@ -37,7 +37,7 @@ $(VENV)/.docs: $(NEEDS) | $(BIN)/python
 	@touch $@ $(VENV)/.core
 
 demo: $(VENV)/.core  ## fine-tune the embedded model, then show the reward gap (a fresh directory in runs/ each time)
-	$(BIN)/etude train emoji-ddpo --out $(DEMO_OUT)
+	$(BIN)/etude train emoji-demo --out $(DEMO_OUT)
 
 test: $(VENV)/.dev  ## run every test, on every core (TESTS=tests/sampling for one folder, WORKERS=0 for one process)
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(TESTS)
