@@ -13,7 +13,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from etude.cli.theory import _json, app
+from etude.cli.theory import app
+from etude.cli.theory_options import json_text
 from etude.errors import EtudeError
 from etude.theory import VE, Gaussian, QuadraticReward, levels, results, reward_gap
 from etude.theory.plots import FIGURES, draw
@@ -155,7 +156,7 @@ def test_a_gap_of_zero_has_no_rate_and_is_still_json(arguments, tmp_path):
 
 def test_results_beyond_float_range_are_refused_before_anything_is_printed(tmp_path):
     with pytest.raises(EtudeError, match="beyond the range"):
-        _json({"gap": float("inf")})
+        json_text({"gap": float("inf")})
 
 
 def test_a_directory_that_cannot_be_made_is_refused_before_the_computation(tmp_path, monkeypatch):
