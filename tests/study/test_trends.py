@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +12,8 @@ from scipy import stats
 
 from etude.errors import EtudeError
 from etude.study.inference import holm
-from etude.study.study_file import parse_study
+from etude.study.study_file import load_study, parse_study
 from etude.study.study_page import write_results
-from etude.study.table import Table
 from etude.study.trend_tables import verdict
 from etude.study.trends import _best, _ratio, pooled, slopes
 from support.fake_study import SMALL, write
@@ -195,7 +196,16 @@ def test_the_tables_and_the_figures_are_written(made):
     assert "Slope of the gap against training η" in made[1].read_text()
 
 
-def test_a_period_that_does_not_go_forward_is_named():
+def test_wrong_trends_are_named():
     with pytest.raises(EtudeError, match="does not go forward"):
         parse_study({**SMALL, "trends": {"periods": [[50, 50]]}})
-    assert Table("t", "n", ["a"], [["b"]]).markdown().endswith("| b |\n")
+    with pytest.raises(EtudeError, match=r"add it to measurement\.matrix\.etas"):
+        parse_study({**SMALL, "trends": {}})
+
+
+def test_the_long_study_has_its_cells():
+    study = load_study(Path(__file__).parents[2] / "studies" / "long" / "study.yaml")
+    by_grid = Counter(cell.grid for cell in study.cells)
+    assert by_grid["DDPO, jpeg_compressibility"] == 3 * 6
+    assert len(study.cells) == 99
+    assert all(cell.config.iterations >= 200 for cell in study.cells)

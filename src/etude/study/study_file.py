@@ -188,6 +188,14 @@ def parse_study(tree: Mapping[str, Any], place: str = "study", text: str = "") -
         near = difflib.get_close_matches(unknown, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "`etude recipes --keys` lists the keys."
         raise EtudeError(f"{place}: baseline names {unknown}, which no cell has: {hint}")
+    if settings.trends is not None:
+        eta = settings.trends.reference_eta
+        lacking = next((cell for cell in cells if eta not in cell.measurement.matrix.etas), None)
+        if lacking is not None:
+            raise EtudeError(
+                f"{place}: trends compare all conditions at reference_eta = {eta:g}, which cell '{lacking.slug}' is not "
+                "measured at: add it to measurement.matrix.etas."
+            )
     return Study(settings, tuple(cells), text)
 
 
