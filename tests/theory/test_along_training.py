@@ -58,7 +58,7 @@ def test_without_corrections_the_gap_is_that_of_the_exact_laws(name):
     options = {**SAMPLERS[name], "target": BASE, "reward": REWARD}
     problem = TrainingProblem(**options)
     sampler = {k: v for k, v in options.items() if k not in ("window", "target", "reward")}
-    ode, sde = problem.rewards(problem.start)
+    ode, sde, _ = problem.measure(problem.start)
     law = finite_step_law(BASE, **sampler)
     assert sde == pytest.approx(REWARD.expected(law), rel=1e-12)
     if name != "score-error":
@@ -114,7 +114,7 @@ def test_the_slope_of_the_gap_is_its_derivative_along_the_ascent(method, shared)
         problem = TrainingProblem(BASE, reward=REWARD, **SAMPLERS["gddim"], method=method, shared=shared, beta=beta)
         step = 1e-5
         moved = gap_along_training(problem, 1, step, "gradient")
-        back = problem.rewards(problem.start + problem.ascent(problem.start).scaled(-step))
+        back = problem.measure(problem.start + problem.ascent(problem.start).scaled(-step))
         slopes.append(gap_slope(problem).gap)
         assert slopes[-1] == pytest.approx((moved.gap[1] - back[0] + back[1]) / (2 * step), rel=1e-5)
     assert slopes[0] == pytest.approx(slopes[1], rel=1e-12)  # the distance to the start is flat there
@@ -172,10 +172,12 @@ def test_the_limit_is_the_only_stationary_point_and_training_reaches_it(kl):
             assert limit.kl[0, e] == pytest.approx(best.kl, rel=1e-9)
 
 
-def test_matching_is_the_expectation_over_images_and_noise():
+@pytest.mark.parametrize("end", [0.0, 0.3])
+def test_matching_is_the_expectation_over_images_and_noise(end):
     """By Gauss-Hermite quadrature over x0 and eps, in two dimensions, with a score error."""
     error, steps = ScoreError(0.1, 0.05), 3
-    problem = TrainingProblem(BASE, "sd", REWARD, 1.0, steps, method="matching", score_error=error)
+    s = np.array([0.998, 0.9, 0.6, end])
+    problem = TrainingProblem(BASE, (np.sqrt(1 - s**2), s), REWARD, 1.0, method="matching", score_error=error)
     weights = random_weights(problem)
     course = problem.ode.course(weights)
     found = problem.ascent(weights)
@@ -183,7 +185,8 @@ def test_matching_is_the_expectation_over_images_and_noise():
     grid = np.stack(np.meshgrid(*[nodes] * 4, indexing="ij"), -1).reshape(-1, 4)
     weight = np.prod(np.stack(np.meshgrid(*[w / w.sum()] * 4, indexing="ij"), -1).reshape(-1, 4), axis=1)
     y = course.mean[-1, 0] + grid[:, :2] @ np.linalg.cholesky(course.cov[-1, 0]).T
-    r = -np.einsum("ni,ij,nj->n", y, problem.end.P, y) + y @ problem.end.p
+    y = y + (problem.levels.a[-1] - 1) * BASE.to_eigen(BASE.mu)  # x0 - m, also where the last level is not clean
+    r = REWARD.value(BASE.mu + BASE.from_eigen(y))
     advantage, eps, c = r - weight @ r, grid[:, 2:], BASE.spectrum
     for i in range(steps):
         a, s, u = problem.levels.a[i], problem.levels.s[i], problem.unit[i]

@@ -23,6 +23,7 @@ from etude.theory.laws import (
     white_variance,
 )
 from etude.theory.levels import Levels, levels
+from etude.theory.line_training import LineTrainingProblem
 from etude.theory.mixture import mixture_gap, simulate_gap
 from etude.theory.optima import MeanPolicy, critical_beta, mean_policy_optimum, path_kl_optimum, tilt
 from etude.theory.rates import Rate, asymptotic_series, fit_rate, own_error_rates, rates
@@ -42,6 +43,7 @@ __all__ = [
     "Gaussian",
     "GaussianMixture",
     "Levels",
+    "LineTrainingProblem",
     "LipschitzReward",
     "MeanPolicy",
     "QuadraticReward",

@@ -17,6 +17,7 @@ import numpy as np
 from etude.errors import EtudeError, unknown
 from etude.theory.affine_policy import Weights
 from etude.theory.arrays import Array, Numbers, nonnegative, number, positive, whole
+from etude.theory.line_training import LineTrainingProblem
 from etude.theory.training_problem import TrainingProblem
 
 
@@ -115,7 +116,7 @@ class GapAlongTraining:
 
 
 def gap_along_training(
-    problem: TrainingProblem,
+    problem: TrainingProblem | LineTrainingProblem,
     updates: int = 300,
     rate: float = 0.003,
     optimizer: str = "adam",
@@ -140,8 +141,8 @@ def gap_along_training(
     updates, rate = whole(updates, "updates"), float(positive(number(rate, "rate"), "rate"))
     if optimizer not in ("adam", "gradient"):
         raise unknown("optimizer", str(optimizer), ("adam", "gradient"))
-    sde = None if measured_eta is None else problem.sde_at(number(measured_eta, "the measured eta"))
-    measured, weights = sde or problem.sde, problem.start
+    eta = None if measured_eta is None else number(measured_eta, "the measured eta")
+    weights = problem.start
     step = _Adam(rate, betas) if optimizer == "adam" else lambda direction: direction.scaled(rate)
     values = []
     for update in range(updates + 1):
@@ -150,14 +151,7 @@ def gap_along_training(
                 weights = weights + step(problem.ascent(weights, update))
                 if on_update:
                     on_update(update)
-            course = measured.course(weights)
-            values.append(
-                (
-                    problem.ode.course(weights).reward(problem.end),
-                    course.reward(problem.end),
-                    measured.kl(weights, course),
-                )
-            )
+            values.append(problem.measure(weights, eta))
         if not np.all(np.isfinite(values[-1])):
             raise EtudeError(
                 f"the rewards leave the range of float64 after {update} updates: lower the rate, {rate:g}."
@@ -186,8 +180,7 @@ def gap_at_limit(problem: TrainingProblem) -> GapAlongTraining:
         )
     sampler, trained = problem.training(1)
     weights = sampler.fixed_point(problem.end, problem.beta, problem.path_kl, trained)
-    ode, sde = problem.rewards(weights)
-    kl = problem.sde.kl(weights, problem.sde.course(weights))
+    ode, sde, kl = problem.measure(weights)
     return GapAlongTraining(ode[None], sde[None], kl[None], weights)
 
 

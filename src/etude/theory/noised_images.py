@@ -27,7 +27,7 @@ def matching_ascent(
 
         E[A (x0 - x0_hat(x)) / unit  (w^T, 1)],      w = (a^2 C + s^2)^(-1/2) (x - a m)
 
-    `images` is (delta [etas, d], S [etas, d, d]) in the eigenbasis. The moments are Stein's, with
+    `images` is (delta [etas, d], S [etas, d, d]) in the eigenbasis, and `end` the reward of x0 - m. The moments are Stein's, with
     g = E grad r and Q the reward's: Cov(r, x0) = S g =: h and
     Cov(r, (x0 - m)(x0 - m)^T) = -2 S Q S + h delta^T + delta h^T.
     """

@@ -88,7 +88,7 @@ class TrainingProblem:
                 raise unknown(name, str(value), known)
         self.reward, self.method, self.path_kl = reward, method, kl == "path"
         self.standardized, self.score_error, self.shared = standardized, score_error, shared
-        sampler = _with_etas(sampler_steps(schedule, eta, steps, spacing, kernel))
+        sampler = with_etas(sampler_steps(schedule, eta, steps, spacing, kernel))
         self.kernel = kernel
         self.levels, self.steps, self.sde_steps = sampler.levels, sampler.levels.steps, sampler
         self.etas = sampler.x0.shape[1]
@@ -98,11 +98,12 @@ class TrainingProblem:
         self.end = End.of(self.target, reward, float(self.levels.a[-1]))
         self.window = _window(window, self.steps)
         self.ode, self.sde = self._affine(sampler.ode()), self._affine(sampler)
+        self._by_eta: dict[float, AffineSampler] = {}
         self._by_start: dict[int, tuple[AffineSampler, Mask]] = {}
         self.training(1)
 
     def _affine(self, sampler: SamplerSteps) -> AffineSampler:
-        made = _with_etas(sampler, self.etas)
+        made = with_etas(sampler, self.etas)
         return AffineSampler.of(self.target, made, self.unit, self.score_error)
 
     @cached_property
@@ -116,9 +117,13 @@ class TrainingProblem:
         moves = any(self.window(update) != self.window(1) for update in range(2, 200))
         return self.method == "policy-gradient" and self.beta > 0 and not (self.standardized or self.shared or moves)
 
-    def sde_at(self, eta: float) -> AffineSampler:
-        """Return the SDE of every step at another eta, to measure all weights with one sampler."""
-        return self._affine(_with_etas(sampler_steps(self.levels, float(eta), kernel=self.kernel)))
+    def sde_at(self, eta: float | None) -> AffineSampler:
+        """Return the SDE of every step, at one other eta for all weights if it is given."""
+        if eta is None:
+            return self.sde
+        if eta not in self._by_eta:
+            self._by_eta[eta] = self._affine(sampler_steps(self.levels, eta, kernel=self.kernel))
+        return self._by_eta[eta]
 
     def training(self, update: int) -> tuple[AffineSampler, Mask]:
         """Return the sampler that draws the images of an update (from 1 on), and its trained steps.
@@ -130,7 +135,7 @@ class TrainingProblem:
         first, size = self.window(update)
         if first not in self._by_start:
             inside = (np.arange(self.steps) >= first) & (np.arange(self.steps) < first + size)
-            ode, sde = _with_etas(self.sde_steps.ode(), self.etas), self.sde_steps
+            ode, sde = with_etas(self.sde_steps.ode(), self.etas), self.sde_steps
             mixed = (np.where(inside[:, None], getattr(sde, n), getattr(ode, n)) for n in ("x0", "eps", "variance"))
             sampler = SamplerSteps(self.levels, *mixed)
             trained = sampler.variance > 0
@@ -146,7 +151,8 @@ class TrainingProblem:
         """Compute the method's expected direction at some weights; 0 in steps that are not trained."""
         sampler, trained = self.training(update)
         course = sampler.course(weights)
-        end = self.end.scaled(1.0 / course.spread(self.end)) if self.standardized else self.end
+        scale = 1.0 / course.spread(self.end) if self.standardized else np.ones(self.etas)
+        end = self.end.scaled(scale)
         if self.method == "policy-gradient":
             out = sampler.ascent(weights, course, end, self.beta if self.path_kl else 0.0)
             if self.beta and not self.path_kl:
@@ -158,18 +164,25 @@ class TrainingProblem:
             if self.method == "backpropagation":
                 out = sampler.ascent(weights, course, end)
             else:
-                out = matching_ascent(self.target, self.levels, self.unit, weights, images, end, self.score_error)
+                at_data = End.of(self.target, self.reward, 1.0).scaled(scale)
+                out = matching_ascent(self.target, self.levels, self.unit, weights, images, at_data, self.score_error)
             if self.beta:
                 distance = noised_distance_slope(weights, sampler.whiten, a[:-1], s[:-1], images)
                 out = out + distance.scaled(-self.beta)
         return out.summed() if self.shared else out
 
-    def rewards(self, weights: Weights, sde: AffineSampler | None = None) -> tuple[Array, ...]:
-        """Compute E r of the ODE and of the SDE, each [etas]."""
-        return tuple(each.course(weights).reward(self.end) for each in (self.ode, sde or self.sde))
+    def measure(self, weights: Weights, eta: float | None = None) -> tuple[Array, Array, Array]:
+        """Compute E r of the ODE and of the SDE, and the KL of the SDE's trajectories, each [etas].
+
+        An eta measures all weights with one SDE.
+        """
+        sampler = self.sde_at(eta)
+        course = sampler.course(weights)
+        ode = self.ode.course(weights).reward(self.end)
+        return ode, course.reward(self.end), sampler.kl(weights, course)
 
 
-def _with_etas(sampler: SamplerSteps, etas: int | None = None) -> SamplerSteps:
+def with_etas(sampler: SamplerSteps, etas: int | None = None) -> SamplerSteps:
     """Give the coefficients an axis for the etas, [N, etas]."""
     if sampler.levels.a.ndim > 1 or sampler.x0.ndim > 2:
         raise EtudeError("the gap along training takes one horizon and a list of etas: pass eta as a number or [etas].")
