@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from etude.theory import Gaussian, QuadraticReward, TrainingProblem, gap_along_training, gap_slope
+from etude.theory import Gaussian, QuadraticReward, ScoreError, TrainingProblem, gap_along_training, gap_slope
 from etude.theory.plots import TRAINING_FIGURES
 
 PAGE = Path(__file__).parents[2] / "docs" / "theory" / "training.md"
 ROWS = {
     "each step apart": {},
     "each step apart, KL of 0.05": {"beta": 0.05},
+    "each step apart, score 10 % too strong": {"score_error": ScoreError(gain=0.1)},
     "one change for all steps": {"shared": True},
     "window on the 3 early steps": {"window": (0, 3)},
     "window on the 4 late steps": {"window": (6, 4)},
