@@ -13,9 +13,21 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
-from etude.cli.theory import _json, app
+from etude.cli.theory import app
+from etude.cli.theory_options import json_text
 from etude.errors import EtudeError
-from etude.theory import VE, Gaussian, QuadraticReward, levels, results, reward_gap
+from etude.theory import (
+    VE,
+    Gaussian,
+    QuadraticReward,
+    TrainingProblem,
+    gap_along_training,
+    gap_at_limit,
+    gap_slope,
+    levels,
+    results,
+    reward_gap,
+)
 from etude.theory.plots import FIGURES, draw
 from etude.theory.sampler_steps import largest_eta
 
@@ -155,7 +167,7 @@ def test_a_gap_of_zero_has_no_rate_and_is_still_json(arguments, tmp_path):
 
 def test_results_beyond_float_range_are_refused_before_anything_is_printed(tmp_path):
     with pytest.raises(EtudeError, match="beyond the range"):
-        _json({"gap": float("inf")})
+        json_text({"gap": float("inf")})
 
 
 def test_a_directory_that_cannot_be_made_is_refused_before_the_computation(tmp_path, monkeypatch):
@@ -198,3 +210,91 @@ def test_more_curves_than_colours_are_all_drawn_in_different_colours():
     axes = figure.subplots()
     FIGURES["gap-against-steps"][0]([axes], {"steps": section, "settings": {"schedule": "sd"}})
     assert len({to_hex(line.get_color()) for line in axes.lines}) == 9
+
+
+def follow(*arguments: str, out: Path):
+    return CliRunner().invoke(app, ["training", *arguments, "--out", str(out)], terminal_width=160)
+
+
+PLAIN = [
+    "--prediction",
+    "sample",
+    "--spacing",
+    "leading",
+    "--optimizer",
+    "gradient",
+    "--rate",
+    "0.02",
+    "--updates",
+    "20",
+]
+
+
+def test_training_writes_the_gap_along_training(tmp_path):
+    result = follow(*PLAIN, "--beta", "0.05", out=tmp_path / "new")
+    assert result.exit_code == 0, result.output
+    for words in (
+        "policy-gradient, beta 0.05",
+        "slope",
+        "gap / rise",
+        "limit",
+        "training.json",
+        "gap-along-training.png",
+    ):
+        assert words in result.stdout
+    report = json.loads((tmp_path / "new" / "training.json").read_text())
+    reward = QuadraticReward(1.0, center=2.0)
+    problem = TrainingProblem(
+        Gaussian(1.0, 1.0), "sd", reward, [0.5, 1.0, 2.0], 10, "leading", beta=0.05, prediction="sample"
+    )
+    exact = gap_along_training(problem, 20, 0.02, "gradient")
+    for e, row in enumerate(report["etas"]):
+        assert row["gap"] == pytest.approx(exact.gap[:, e].tolist())
+        assert row["limit"] == pytest.approx(float(gap_at_limit(problem).gap[0, e]))
+        assert row["slope"] == pytest.approx(float(gap_slope(problem).gap[e]))
+        assert row["relative"][0] is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--method", "matching", "--shared", "--measured-eta", "1"],
+        ["--method", "backpropagation", "--schedule", "flow", "--kernel", "cps", "--eta", "0.5"],
+        ["--window", "2,4", "--gain", "0.1", "--eta", "1", "--kl", "path", "--beta", "0.1"],
+        ["--mean", "1,0", "--variance", "1,0.25", "--center", "2,1"],
+    ],
+)
+def test_training_runs_every_method_sampler_and_model(arguments, tmp_path):
+    result = follow(*arguments, "--updates", "5", "--no-figures", out=tmp_path)
+    assert result.exit_code == 0, result.output
+    assert len(json.loads((tmp_path / "training.json").read_text())["etas"][0]["gap"]) == 6
+
+
+def test_the_help_of_training_teaches():
+    result = CliRunner().invoke(app, ["training", "--help"], terminal_width=160)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
+    for words in ("which forgets them", "A KL does not change it", "Examples", "--method matching --shared"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--method", "ppo"], "unknown method 'ppo'"),
+        (["--window", "2"], "--window is '2'"),
+        (["--window", "2.5,4"], "the window's start is 2.5"),
+        (["--window", "8,4"], "does not fit in 10 steps"),
+        (["--updates", "0"], "--updates is 0"),
+        (["--rate", "0"], "--rate is 0"),
+        (["--optimizer", "sgd"], "unknown optimizer 'sgd'"),
+        (["--prediction", "score"], "unknown prediction 'score'"),
+        (["--measured-eta", "-1"], "--measured-eta is -1"),
+        (["--optimizer", "gradient", "--rate", "1e9"], "lower the rate"),
+        (["--format", "gif"], "--format is 'gif'"),
+    ],
+)
+def test_a_wrong_option_of_training_is_one_sentence(arguments, names, tmp_path):
+    result = follow(*arguments, "--no-figures", out=tmp_path / "out")
+    assert isinstance(result.exception, EtudeError)
+    assert names in str(result.exception)
+    assert not (tmp_path / "out").exists()

@@ -17,7 +17,8 @@ from etude.study.analysis import analyse
 from etude.study.collect import _implied, collect, conditions
 from etude.study.measurement import samplers
 from etude.study.study_page import write_results
-from etude.study.tables import p_value, tables
+from etude.study.table import p_value
+from etude.study.tables import tables
 from support.fake_study import BEST, SMALL, TREE, made_up, write
 
 

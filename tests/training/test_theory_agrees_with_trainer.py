@@ -28,7 +28,9 @@ from etude.sampling.sampler import SDE
 from etude.theory import (
     Gaussian,
     QuadraticReward,
+    TrainingProblem,
     finite_step_law,
+    gap_along_training,
     mean_policy_optimum,
     path_kl_optimum,
     tilt,
@@ -126,8 +128,13 @@ def test_the_confidence_is_not_vacuous():
 BASE, STEPS, ETA, BETA, COUNT = Gaussian(1.0, 1.0), 4, 0.8, 0.5, 512
 QUADRATIC, LINEAR = QuadraticReward(1.0, center=2.5), QuadraticReward(0.0, linear=1.0)
 GRID = sd_path().grid(STEPS)
-# Of a learnt law, in W2: about three times the gradient noise that is left in the weights' average over 100 iterations of 512.
+ITERATIONS, ARRIVED, RATE, BETAS = 140, 50, 0.05, (0.9, 0.99)
+# Of a learnt law, in W2: about three times the gradient noise that is left in the weights' average over the iterations after ARRIVED.
 TOLERANCE = 0.03
+CURVE, GAP_CURVE = (
+    0.1,
+    0.05,
+)  # of a reward and of a gap on the way: the weights are those of one iteration, not averaged
 
 
 @dataclass(frozen=True)
@@ -166,22 +173,34 @@ def law_of(policy: GaussianPolicy, table: StepTable) -> Moments:
     return Moments(mean, variance)
 
 
-def learn(out, reward, end, with_feedback=True, objective=PPO, iterations=280):
+TABLE = SamplingPlan.sde(STEPS, make_kernel("gddim", ETA)).tabulate(GRID)
+
+
+def fresh_policy(with_feedback=True):
+    return GaussianPolicy(float(BASE.mean), float(BASE.cov), sd_path(), table=TABLE, with_feedback=with_feedback)
+
+
+def learn(out, reward, end, with_feedback=True, objective=PPO):
     """Trains with the penalty that makes beta equal BETA at the law `end`; returns the law of the averaged weights."""
-    table = SamplingPlan.sde(STEPS, make_kernel("gddim", ETA)).tabulate(GRID)
-    policy = GaussianPolicy(float(BASE.mean), float(BASE.cov), sd_path(), table=table, with_feedback=with_feedback)
-    learner(out, reward, policy, BETA / reward_sd(reward, end), STEPS, objective=objective, iterations=iterations)
-    assert table.trained_steps == tuple(range(STEPS))
-    return law_of(policy, table)
+    policy = fresh_policy(with_feedback)
+    learner(out, reward, policy, BETA / reward_sd(reward, end), STEPS, objective=objective)
+    assert TABLE.trained_steps == tuple(range(STEPS))
+    return law_of(policy, TABLE)
 
 
-def learner(out, reward, policy, kl_coef, steps, sampling=None, shared=False, objective=PPO, iterations=280):
-    """Trains the policy, which then has the average of its weights."""
+def learner(out, reward, policy, kl_coef, steps, sampling=None, shared=False, objective=PPO):
+    """Trains the policy, which then has the mean of its weights after ARRIVED; returns the weights after every iteration."""
+    history = []
+
+    class Recorded(objective):
+        def after_iteration(self, parameters, iteration):
+            history.append({name: parameter.detach().clone() for name, parameter in parameters.items()})
+
     register("theory")(lambda images, prompts, **metadata: torch.from_numpy(reward(read(images).numpy())).float())
     (out / "train.txt").write_text("anything\n")
     (out / "evaluation.txt").write_text("one\ntwo\n")
     tree = {
-        "iterations": iterations,
+        "iterations": ITERATIONS,
         "rewards": {"theory": 1.0},
         "prompts": {"train": str(out / "train.txt"), "evaluation": str(out / "evaluation.txt")},
         "sampling": {"eta": ETA, "num_steps": steps, "guidance_scale": 1.0, **(sampling or {})},
@@ -191,20 +210,24 @@ def learner(out, reward, policy, kl_coef, steps, sampling=None, shared=False, ob
             "clip_range": 0.2, "logprob_reduction": "sum", "adv_clip_max": 1e3, "kl_coef": kl_coef,
             "updates_per_epoch": 1, "batch_size": COUNT * steps,
         },
-        "optimizer": {"learning_rate": 0.02, "betas": [0.9, 0.99], "weight_decay": 0.0, "max_grad_norm": 1e6},
+        "optimizer": {"learning_rate": RATE, "betas": list(BETAS), "weight_decay": 0.0, "max_grad_norm": 1e6},
         "advantage": {"kind": "group"},
-        "ema": {"decay": 0.98},
         "evaluation": {"every": 10**6, "num_images": 4, "grid_images": 2},
         "checkpoint": {"every": 10**6},
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("etude.learning.objectives.ppo.PPO", objective)
+        patch.setattr("etude.learning.objectives.ppo.PPO", Recorded)
         trainer = Trainer(parse_config(tree), out / "run", policy=policy)
     trainer.train()
+    carry(policy, {name: torch.stack([each[name] for each in history[ARRIVED:]]).mean(0) for name in history[0]})
+    return history
+
+
+def carry(policy, weights):
+    """Gives the policy these weights."""
     with torch.no_grad():
-        for name, parameter in trainer.parameters.items():
-            parameter.copy_(trainer.ema[name])
-    return trainer
+        for name, parameter in policy.trainable().items():
+            parameter.copy_(weights[name])
 
 
 def test_images_carry_the_latent():
@@ -214,8 +237,7 @@ def test_images_carry_the_latent():
 
 
 def test_without_corrections_the_policy_is_the_reference_sampler():
-    table = SamplingPlan.sde(STEPS, make_kernel("gddim", ETA)).tabulate(GRID)
-    found = law_of(GaussianPolicy(float(BASE.mean), float(BASE.cov), sd_path(), table=table), table)
+    found = law_of(fresh_policy(), TABLE)
     assert found.distance(finite_step_law(BASE, GRID, ETA)) < 1e-5
 
 
@@ -290,12 +312,31 @@ def test_answering_for_later_kl_reaches_the_optimum(tmp_path):
 
 
 @pytest.mark.slow
-def test_kl_at_fixed_states_reaches_its_own_fixed_point(tmp_path):
-    """The same without that term, which is the trainer's loss (and DDPO's with KL): another law, in closed form too."""
+def test_kl_at_fixed_states_reaches_its_own_fixed_point_along_the_exact_curve(tmp_path):
+    """The same without that term, which is the trainer's loss (and DDPO's with KL): another law, in closed form too.
+
+    On the way the ODE's reward and the gap are those of the exact ascent, `etude.theory.gap_along_training`: the same Adam on the
+    expected gradient, the weights in the unit of the step's noise.
+    """
     end, optimum = penalised_step_by_step(), mean_policy_optimum(BASE, GRID, QUADRATIC, BETA, ETA).law
-    learnt = learn(tmp_path, QUADRATIC, end)
+    policy, kl_coef = fresh_policy(), BETA / reward_sd(QUADRATIC, end)
+    history = learner(tmp_path, QUADRATIC, policy, kl_coef, STEPS)
+    learnt = law_of(policy, TABLE)
     assert learnt.distance(end) < TOLERANCE
     assert learnt.distance(end) < min(map(learnt.distance, (optimum, tilt(BASE, QUADRATIC, BETA)))) / 2
+
+    a, s, std = (x.double().numpy()[:STEPS] for x in (TABLE.a, TABLE.s, TABLE.std))
+    unit = std / (TABLE.x0.double().numpy() - TABLE.eps.double().numpy() * a / s)
+    problem = TrainingProblem(BASE, GRID, QUADRATIC, ETA, standardized=True, beta=kl_coef, prediction=unit)
+    exact = gap_along_training(problem, ITERATIONS, RATE, betas=BETAS)
+    ode = SamplingPlan.ode(STEPS).tabulate(GRID)
+    for iteration in (1, 2, 5, 10, 20, 40, 80, ITERATIONS):
+        carry(policy, history[iteration - 1])
+        deployed, drawn = (QUADRATIC.expected(law_of(policy, table).law) for table in (ode, TABLE))
+        assert deployed == pytest.approx(exact.ode[iteration, 0], abs=CURVE)
+        assert deployed - drawn == pytest.approx(exact.gap[iteration, 0], abs=GAP_CURVE)
+    assert np.ptp(exact.ode) > 20 * CURVE
+    assert np.ptp(exact.gap) > 3 * GAP_CURVE
 
 
 @pytest.mark.slow

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from etude.cli.options import option
+from etude.cli.theory_options import LINE, directory, json_text, number, numbers, step_count
+from etude.cli.theory_training import training
 from etude.errors import EtudeError
 from etude.registry import KERNELS
 
@@ -24,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-LINE = "One number, or one per dimension: 1,0.5,2."
+app.command()(training)
 _model = partial(option, rich_help_panel="The model and the reward")
 _sampler = partial(option, rich_help_panel="The sampler")
 _error = partial(option, rich_help_panel="The score error")
@@ -87,6 +84,8 @@ def theory(
     `etude theory --mean 1,0 --variance 1,0.25 --center 2,1 --beta 1 --no-figures`
 
     `etude theory peers`
+
+    `etude theory training`
     """
     if ctx.invoked_subcommand:
         return
@@ -97,26 +96,26 @@ def theory(
     if format not in FORMATS:
         raise EtudeError(f"--format is '{format}': choose png or svg.")
     settings = Settings(
-        mean=_numbers(mean, "--mean"),
-        variance=_numbers(variance, "--variance"),
-        curvature=_numbers(curvature, "--curvature"),
-        center=_numbers(center, "--center"),
-        linear=_numbers(linear, "--linear"),
-        beta=_number(beta, "--beta", above=0.0),
-        etas=[_number(e, "--eta", least=0.0) for e in dict.fromkeys(eta or [0.5, 1.0, 1.5])],
-        steps=[_steps(n) for n in dict.fromkeys(steps or [10, 20, 50])],
+        mean=numbers(mean, "--mean"),
+        variance=numbers(variance, "--variance"),
+        curvature=numbers(curvature, "--curvature"),
+        center=numbers(center, "--center"),
+        linear=numbers(linear, "--linear"),
+        beta=number(beta, "--beta", above=0.0),
+        etas=[number(e, "--eta", least=0.0) for e in dict.fromkeys(eta or [0.5, 1.0, 1.5])],
+        steps=[step_count(n) for n in dict.fromkeys(steps or [10, 20, 50])],
         schedule=schedule,
         spacing=spacing,
         kernel=kernel,
-        bias=_number(bias, "--bias"),
-        gain=_number(gain, "--gain", above=-1.0),
-        white=_number(white, "--white", least=0.0),
-        ve_horizon=_number(ve_horizon, "--ve-horizon", above=4.0, most=1e6),
-        vp_horizon=_number(vp_horizon, "--vp-horizon", above=2.0, most=60.0),
+        bias=number(bias, "--bias"),
+        gain=number(gain, "--gain", above=-1.0),
+        white=number(white, "--white", least=0.0),
+        ve_horizon=number(ve_horizon, "--ve-horizon", above=4.0, most=1e6),
+        vp_horizon=number(vp_horizon, "--vp-horizon", above=2.0, most=60.0),
     )
-    with _directory(out):
+    with directory(out):
         report = run(settings)
-        text = _json(report)
+        text = json_text(report)
         print_report(report)
         (out / "theory.json").write_text(text)
         written = [out / "theory.json", *(draw(report, out, format) if figures else [])]
@@ -157,75 +156,15 @@ def peers(
     from etude.theory.peers import cells, peer_table
     from etude.theory.peers import markdown as in_markdown
 
-    shift, levels = _number(shift, "--shift", above=0.0), []
+    shift, levels = number(shift, "--shift", above=0.0), []
     for text in level or []:
         name, _, value = text.partition("=")
         try:
             levels.append((name, float(value)))
         except ValueError:
             raise EtudeError(f"--level is '{text}', which is not KERNEL=VALUE: write flow_sde=0.9.") from None
-    table = peer_table(_steps(steps), shift, pipeline, levels)
+    table = peer_table(step_count(steps), shift, pipeline, levels)
     if markdown:
         typer.echo(in_markdown(table), nl=False)
     else:
         print_rows(f"The gDDIM eta of a peer's noise: {steps} steps of {pipeline}, shift {shift:g}", *cells(table))
-
-
-def _numbers(text: str, option: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise EtudeError(f"{option} is '{text}', which is not a list of numbers: write 1 or 1,0.5,2.") from None
-    return [_number(value, option) for value in values]
-
-
-def _number(
-    value: float, option: str, above: float | None = None, least: float | None = None, most: float | None = None
-) -> float:
-    """Return a finite number within the limits; EtudeError for any other."""
-    if not abs(value) < float("inf"):
-        raise EtudeError(f"{option} is {value:g}: give a finite number.")
-    if above is not None and value <= above:
-        raise EtudeError(f"{option} is {value:g}, but it must be above {above:g}.")
-    if least is not None and value < least:
-        raise EtudeError(f"{option} is {value:g}, but it must be at least {least:g}.")
-    if most is not None and value > most:
-        raise EtudeError(f"{option} is {value:g}, but it must be at most {most:g}.")
-    return value
-
-
-def _steps(value: int) -> int:
-    if not 1 <= value <= 1000:
-        raise EtudeError(f"--steps is {value}, but it must be between 1 and 1000.")
-    return value
-
-
-@contextmanager
-def _directory(out: Path) -> Iterator[None]:
-    """Make the directory before anything is computed; undo it if the work fails."""
-    new: list[Path] = []
-    try:
-        if out.is_file():
-            raise EtudeError(f"--out is {out}, which is a file: give a directory.")
-        new = [path for path in (out, *out.parents) if not path.exists()]
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        yield
-    except BaseException as error:
-        for path in new:
-            with suppress(OSError):
-                path.rmdir()
-        if isinstance(error, OSError):
-            reason = (error.strerror or str(error)).lower()
-            raise EtudeError(f"--out is {out}, which cannot be written ({reason}): give another directory.") from error
-        raise
-
-
-def _json(report: dict[str, Any]) -> str:
-    try:
-        return json.dumps(report, indent=1, allow_nan=False) + "\n"
-    except ValueError:
-        raise EtudeError(
-            "some results are beyond the range of float64: give a mean, variance, reward and beta nearer to 1."
-        ) from None

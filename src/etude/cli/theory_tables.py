@@ -43,6 +43,24 @@ def print_rows(title: str, columns: list[str], rows: list[list[str]]) -> None:
     make_console().print(table)
 
 
+def print_training(report: dict[str, Any]) -> None:
+    """Print the gap along training, a row for each eta."""
+    columns = ["eta", "slope", "gap before", "widest", "after", "gap at the end", "rise", "gap / rise", "limit"]
+    rows = []
+    for row in report["etas"]:
+        relative, limit = row["relative"][-1], row["limit"]
+        cells = [
+            f"{row['slope']:+.3g}",
+            f"{row['gap'][0]:+.4f}",
+            f"{row['gap'][row['widest']]:+.4f}",
+            str(row["widest"]),
+        ]
+        cells += [f"{row['gap'][-1]:+.4f}", f"{row['ode'][-1] - row['ode'][0]:+.4f}"]
+        cells += ["-" if value is None else f"{value:+.4f}" for value in (relative, limit)]
+        rows.append([f"{row['eta']:g}", *cells])
+    print_rows(f"{report['updates']} updates of {report['method']}, beta {report['beta']:g}", columns, rows)
+
+
 def _exact_score(settings: dict[str, Any]) -> str:
     """Say where the score error of the settings does not enter."""
     return ", exact score" if any(settings[name] for name in ("bias", "gain", "white")) else ""

@@ -18,11 +18,17 @@ from torch import Tensor
 
 from etude.errors import EtudeError
 
+_BYTES = 16
+
+
+def _text(seed: int, stream: str, key: tuple[int, ...]) -> str:
+    """A text of the key; `repr` quotes the stream, so no two keys share a text."""
+    return repr((int(seed), str(stream), *(int(part) for part in key)))
+
 
 def _digest(seed: int, stream: str, key: tuple[int, ...]) -> int:
-    """128 bits from a text of the key; `repr` quotes the stream, so no two keys share a text."""
-    text = repr((int(seed), str(stream), *(int(part) for part in key)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+    """128 bits from the text of the key."""
+    return int.from_bytes(hashlib.blake2b(_text(seed, stream, key).encode(), digest_size=_BYTES).digest(), "little")
 
 
 def keyed_generator(seed: int, stream: str, *key: int) -> np.random.Generator:
@@ -45,9 +51,12 @@ def keyed_noise(
     # A new Philox first asks the system for entropy, which takes four times as long as a new key.
     philox = np.random.Philox(key=0)
     generator, fresh = np.random.Generator(philox), philox.state
+    # The keys' texts differ in the sample alone, so the hash of what stands before it is shared.
+    before = hashlib.blake2b(f"{_text(seed, stream, (iteration,))[:-1]}, ".encode(), digest_size=_BYTES)
     for row, sample in zip(noise, rows, strict=True):
-        key = _digest(seed, stream, (iteration, sample, step))
-        fresh["state"]["key"] = np.array([key % 2**64, key // 2**64], dtype=np.uint64)
+        digest = before.copy()
+        digest.update(f"{sample}, {int(step)})".encode())
+        fresh["state"]["key"] = np.frombuffer(digest.digest(), dtype="<u8")
         philox.state = fresh
         row[...] = generator.standard_normal(row.shape, dtype=np.float32)
     return torch.from_numpy(noise)

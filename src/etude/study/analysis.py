@@ -12,9 +12,10 @@ from etude.config import parse_config
 from etude.config.tree import set_key
 from etude.errors import EtudeError
 from etude.study.collect import SAMPLER_KEYS, CellResult, Condition, conditions, families
-from etude.study.inference import Floats, effect, holm
+from etude.study.inference import Floats, effect
 from etude.study.labels import sampler_label
 from etude.study.study_file import Study
+from etude.study.trends import corrected, trend_rows
 from etude.theory import Gaussian, QuadraticReward, gap_split
 from etude.theory.levels import explicit
 
@@ -26,8 +27,9 @@ def analyse(study: Study, results: list[CellResult]) -> Row:
     groups = conditions(results)
     rows = [_condition(group) for group in groups]
     compared, discretised = _comparisons(study, groups), _discretisation(groups, rows)
-    _correct([row["difference"] for row in compared])
-    _correct([row["gap_change"] for row in discretised])
+    corrected(row["difference"] for row in compared)
+    corrected(row["gap_change"] for row in discretised if row["gap_change"] is not None)
+    trends = study.settings.trends
     return {
         "name": study.settings.name,
         "cells": len(study.cells),
@@ -37,15 +39,9 @@ def analyse(study: Study, results: list[CellResult]) -> Row:
         "comparisons": compared,
         "discretisation": discretised,
         "matrix": _matrix(groups),
+        **({} if trends is None else {"trends": trend_rows(trends, groups)}),
         "rows": [row for result in results for row in _cell_rows(result)],
     }
-
-
-def _correct(effects: list[Row | None]) -> None:
-    """Add Holm's adjusted p-value to effects of one family of comparisons."""
-    present = [each for each in effects if each is not None]
-    for each, adjusted in zip(present, holm([each["p"] for each in present]), strict=True):
-        each["p_holm"] = adjusted
 
 
 def _pooled(condition: Condition, values: Floats | None, first: int = 0) -> Row | None:

@@ -44,6 +44,29 @@ def gap_over_training(members: list[Row], reward: str) -> list[Panel]:
     return [("Reward gap over training", "ODE minus SDE at the training η, mean of the seeds.", svg)]
 
 
+def trend_of_gap(family: Row) -> list[Panel]:
+    """The slope of the gap against the training eta, and the gap of each eta with its band over seeds."""
+    drawn = [row for row in family["rows"] if row["band"] and row["band"]["low"] is not None]
+    panels = []
+    slopes = [(row["eta"], row["slopes"][0]) for row in drawn if row["slopes"]]
+    if len(slopes) > 1:
+        said = "; ".join(f"{eta:g}: {interval(slope)}" for eta, slope in slopes)
+        alt = f"Slope of the gap in {family['reward']} by training eta: {said}."
+        line = Line.of(slopes, "gap")
+        svg = line_figure([line], alt, zero=True, size=SMALL, xlabel="training η", integers=False)
+        panels.append(
+            ("Slope of the gap against training η", "In 100 iterations, with 95 % intervals over seeds.", svg)
+        )
+    values = [v for row in drawn for key in ("low", "high") for v in row["band"][key]]
+    for row in drawn:
+        band = row["band"]
+        line = Line(row["iteration"], band["mean"], "gap", "", band["low"], band["high"])
+        alt = f"Gap in {family['reward']} over training at eta {row['eta']:g}, {_course(line).strip()}."
+        svg = line_figure([line], alt, zero=True, limits=(min(values), max(values)), size=SMALL)
+        panels.append((f"Gap over training, η = {row['eta']:g}", "Mean and 95 % band over seeds.", svg))
+    return panels
+
+
 def reward_over_training(members: list[Row], reward: str) -> list[Panel]:
     """The ODE and the SDE reward over training, one small figure for each eta, all on one scale."""
     curved = [c for c in _by_eta(members) if len(c["curves"][reward]["ode"]["iteration"]) > 1]

@@ -74,6 +74,23 @@ class GridConfig(Section):
         return keys
 
 
+class TrendsConfig(Section):
+    """The analysis of long training: slopes of the gap, bands over seeds, and a gap under one SDE for all."""
+
+    periods: list[tuple[int, int]] = Field([], description="First and last iteration of slopes beside that of all.")
+    reference_eta: float = Field(
+        1.0, gt=0, description="Eta of the gDDIM sampler that measures all conditions; it must be in the matrix's etas."
+    )
+
+    @field_validator("periods")
+    @classmethod
+    def _forward(cls, periods: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        for first, last in periods:
+            if not 0 <= first < last:
+                raise ValueError(f"the period {first} to {last} does not go forward; give its first iteration first")
+        return periods
+
+
 class StudyConfig(Section):
     """The settings of a study, as its file holds them."""
 
@@ -88,6 +105,7 @@ class StudyConfig(Section):
         description="Values of the cells with which others are compared. A cell's baseline agrees with it in all else.",
     )
     measurement: MeasurementConfig = MeasurementConfig()
+    trends: TrendsConfig | None = Field(None, description="Analysis of long training. null: none.")
 
     @field_validator("grids", mode="before")
     @classmethod
@@ -170,6 +188,14 @@ def parse_study(tree: Mapping[str, Any], place: str = "study", text: str = "") -
         near = difflib.get_close_matches(unknown, known, n=1)
         hint = f"did you mean {near[0]}?" if near else "`etude recipes --keys` lists the keys."
         raise EtudeError(f"{place}: baseline names {unknown}, which no cell has: {hint}")
+    if settings.trends is not None:
+        eta = settings.trends.reference_eta
+        lacking = next((cell for cell in cells if eta not in cell.measurement.matrix.etas), None)
+        if lacking is not None:
+            raise EtudeError(
+                f"{place}: trends compare all conditions at reference_eta = {eta:g}, which cell '{lacking.slug}' is not "
+                "measured at: add it to measurement.matrix.etas."
+            )
     return Study(settings, tuple(cells), text)
 
 

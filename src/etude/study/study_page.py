@@ -49,6 +49,8 @@ def write_results(study: Study, directory: StudyDirectory) -> Path:
     for label, reward, members in charts.families(analysis):
         large = [*charts.gap_over_training(members, reward), *charts.reward_against_eta(members, reward)]
         curves.append((label, large, charts.reward_over_training(members, reward)))
+    for family in analysis.get("trends", {"families": []})["families"]:
+        curves.append((f"Trend of the gap: {family['reward']}, {family['label']}", charts.trend_of_gap(family), []))
     curves = [each for each in curves if each[1] or each[2]]
     steps = {r: p for r in trained_rewards(analysis) if (p := charts.gap_against_steps(analysis, r)) is not None}
     _write_figures(root / "figures", curves, steps)

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from etude.report.page import interval
 from etude.study.study_file import file_name
+from etude.study.table import Table, p_value
+from etude.study.trend_tables import trend_tables
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: the first column holds words; `best` is the cell to emphasise in each row."""
-
-    title: str
-    note: str
-    columns: list[str]
-    rows: list[list[str]]
-    best: list[int | None] | None = None
-
-    def markdown(self) -> str:
-        """The note and the cells in GitHub's dialect of Markdown."""
-        align = ["---"] + ["---:"] * (len(self.columns) - 1)
-        lines = [self.columns, align, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
-        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return f"{self.note}\n\n{body}\n"
 
 
 def tables(analysis: Row) -> list[Table]:
     """All tables that have rows, from the values of `etude.study.analysis.analyse`."""
     candidates = [_results(analysis, reward) for reward in trained_rewards(analysis)]
     candidates += [_comparisons(analysis), _best_weights(analysis), _discretisation(analysis), _all_rewards(analysis)]
+    candidates += trend_tables(analysis.get("trends"))
     candidates += [_matrix(each) for each in analysis["matrix"]]
     return [table for table in candidates if table.rows]
 
@@ -186,10 +170,3 @@ def _matrix(each: Row) -> Table:
 def count_of(number: int, what: str) -> str:
     """A number and its noun: `1 comparison`, `2 comparisons`."""
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def p_value(p: float | None) -> str:
-    """A p-value in two digits, never 0; a dash for None."""
-    if p is None:
-        return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from etude.theory.along_training import (
+    GapAlongTraining,
+    Slope,
+    gap_along_training,
+    gap_at_limit,
+    gap_slope,
+    level_of_equal_response,
+)
 from etude.theory.arrays import Approximation
 from etude.theory.bounds import GapBounds, finite_step_bound, gap_bounds
 from etude.theory.continuous_paths import VE, VP, ContinuousPath, RectifiedFlow
@@ -15,23 +23,27 @@ from etude.theory.laws import (
     white_variance,
 )
 from etude.theory.levels import Levels, levels
+from etude.theory.line_training import LineTrainingProblem
 from etude.theory.mixture import mixture_gap, simulate_gap
 from etude.theory.optima import MeanPolicy, critical_beta, mean_policy_optimum, path_kl_optimum, tilt
 from etude.theory.rates import Rate, asymptotic_series, fit_rate, own_error_rates, rates
 from etude.theory.recommend import Recommendation, recommended_eta
 from etude.theory.reward_functions import LipschitzReward, QuadraticReward
 from etude.theory.targets import Gaussian, GaussianMixture, kl, w2
+from etude.theory.training_problem import TrainingProblem
 
 __all__ = [
     "VE",
     "VP",
     "Approximation",
     "ContinuousPath",
+    "GapAlongTraining",
     "GapBounds",
     "GapSplit",
     "Gaussian",
     "GaussianMixture",
     "Levels",
+    "LineTrainingProblem",
     "LipschitzReward",
     "MeanPolicy",
     "QuadraticReward",
@@ -39,15 +51,21 @@ __all__ = [
     "Recommendation",
     "RectifiedFlow",
     "ScoreError",
+    "Slope",
+    "TrainingProblem",
     "asymptotic_series",
     "critical_beta",
     "finite_step_bound",
     "finite_step_law",
     "fit_rate",
+    "gap_along_training",
+    "gap_at_limit",
     "gap_bounds",
+    "gap_slope",
     "gap_split",
     "improvement",
     "kl",
+    "level_of_equal_response",
     "levels",
     "mean_policy_optimum",
     "mixture_gap",

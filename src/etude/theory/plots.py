@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from etude.errors import EtudeError
 
@@ -24,8 +24,12 @@ STYLE: dict[str, Any] = {
 FORMATS = ("png", "svg")
 
 
-def draw(report: dict[str, Any], directory: Path, extension: str = "png") -> list[Path]:
-    """Write every figure of the report into `directory`; return their paths."""
+Figures: TypeAlias = dict[str, tuple[Callable[[list[Any], dict[str, Any]], None], int]]
+"""Names of figures, what draws each, and its number of panels."""
+
+
+def draw(report: dict[str, Any], directory: Path, extension: str = "png", figures: Figures | None = None) -> list[Path]:
+    """Write every figure of the report into `directory`; return their paths. Default: `FIGURES`."""
     if extension not in FORMATS:
         raise EtudeError(f"figures cannot be written as '{extension}': choose png or svg.")
     import matplotlib
@@ -33,7 +37,7 @@ def draw(report: dict[str, Any], directory: Path, extension: str = "png") -> lis
 
     written = []
     with matplotlib.rc_context(STYLE):
-        for name, (plot, panels) in FIGURES.items():
+        for name, (plot, panels) in (FIGURES if figures is None else figures).items():
             figure = Figure(figsize=(8.4 if panels == 2 or name == "gap-split" else 5.2, 3.2), layout="constrained")
             axes = figure.subplots(1, panels, squeeze=False)[0]
             plot(list(axes), report)
@@ -126,6 +130,23 @@ def _eta(axes: list[Any], report: dict[str, Any]) -> None:
     ax.legend()
 
 
+def _training(axes: list[Any], report: dict[str, Any]) -> None:
+    gap, relative = axes
+    shown = slice(report["updates"] // 20, None)  # the first rises are near 0
+    for colour, row in _coloured(report["etas"]):
+        gap.plot(row["gap"], color=colour, label=f"eta {row['eta']:g}")
+        updates = range(report["updates"] + 1)
+        relative.plot(updates[shown], _with_holes(row["relative"])[shown], color=colour)
+        if row["limit"] is not None:
+            gap.axhline(row["limit"], color=colour, linestyle=":", linewidth=1)
+    dotted = " (dotted: its limit)" if report["etas"][0]["limit"] is not None else ""
+    gap.set(xlabel="updates", ylabel="reward gap", title=f"Reward gap{dotted}")
+    relative.set(xlabel="updates", ylabel="gap / rise of the ODE", title="In units of what was learnt")
+    for ax in axes:
+        ax.axhline(0.0, color="#868e96", linewidth=0.8)
+    gap.legend()
+
+
 def _with_holes(values: list[float | None]) -> list[float]:
     """Turn None into a hole of the curve."""
     return [float("nan") if value is None else value for value in values]
@@ -136,10 +157,11 @@ def _size(values: list[float]) -> list[float]:
 
 
 _PATHS = {"ve": "VE, sigma = t", "vp": "VP, beta = 1"}
-FIGURES: dict[str, tuple[Callable[[list[Any], dict[str, Any]], None], int]] = {
+FIGURES: Figures = {
     "gap-against-horizon": (_horizon, 2),
     "gap-against-steps": (_steps, 1),
     "gap-split": (_split, 1),
     "bounds": (_bounds, 2),
     "recommended-eta": (_eta, 1),
 }
+TRAINING_FIGURES: Figures = {"gap-along-training": (_training, 2)}
