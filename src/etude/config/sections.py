@@ -249,7 +249,8 @@ class AttentionConfig(Section):
     """Attention kernel of the network, in rollout, replay and evaluation. auto: on a GPU flash,
     efficient or math, whichever torch prefers for a call; on a CPU torch's own choice. cuDNN's is
     left out because it fails, or gives NaN, in the backward of FLUX.1 in bfloat16. A name: that
-    kernel alone, and an error where it cannot compute the network's attention."""
+    kernel alone, and an error where it cannot compute the network's attention, or that of a reward's
+    network that scores meanwhile (rollout.score_ahead)."""
 
 
 class LoraConfig(Section):
