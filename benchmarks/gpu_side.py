@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.full_size import random_pipeline
+from benchmarks.full_size import random_pipeline, save_outline
 from benchmarks.protocol import peak_bytes, serve
 from etude.config import parse_config
 from etude.policies import TrainablePolicy
-from etude.policies.loading import DTYPES
+from etude.policies.loading import DTYPES, load_source
+from etude.policies.source import ModelSource
 from etude.registry import POLICIES
+from etude.training.blueprint import Blueprint
 from etude.training.memory_estimate import memory_estimate, network_call
 from etude.training.trainer import Trainer
 
@@ -49,13 +51,13 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
         "rate": rate,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")},
     }
-    return info, {"measure": lambda: _measure(policy, {**tree, "model": settings["model"], "dtype": settings["dtype"]})}
+    tree = {**tree, "model": settings["model"], "dtype": settings["dtype"]}
+    return info, {"measure": lambda: _measure(policy, tree, tiny)}
 
 
-def _measure(policy: TrainablePolicy, tree: dict[str, Any]) -> dict[str, Any]:
+def _measure(policy: TrainablePolicy, tree: dict[str, Any], tiny: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         trainer = Trainer(parse_config(tree), Path(folder) / "run", policy=policy)
-        estimate = memory_estimate(trainer.blueprint, policy, trainer.schedule)
         if policy.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
@@ -65,10 +67,23 @@ def _measure(policy: TrainablePolicy, tree: dict[str, Any]) -> dict[str, Any]:
         return {
             "phases": phases,
             "peak_bytes": peak,
-            "estimated_bytes": list(estimate.values())[-1],
-            "sizes": {"rollout": trainer.sizes.rollout.size, "replay": trainer.sizes.replay.size},
+            "estimated_bytes": _estimate(tree, trainer, Path(folder), tiny),
+            "sizes": {batch.setting: batch.size for batch in trainer.sizes.automatic},
             "network": _network(trainer),
         }
+
+
+def _estimate(tree: dict[str, Any], trainer: Trainer, folder: Path, tiny: bool) -> int:
+    """Bytes that a dry run tells for the sizes that the run found, from an outline of the model on the CPU."""
+    given = {**tree, "model": str(save_outline(tree["model"], folder / "model", tiny))}
+    for batch in trainer.sizes.automatic:
+        section, name = batch.setting.split(".")
+        given[section] = {**given[section], name: batch.size}
+    blueprint = Blueprint(parse_config(given), folder / "estimated")
+    outline = load_source(ModelSource.of(blueprint.config), outline=True)
+    schedule = blueprint.schedule(outline)
+    blueprint.make_trainable(outline)
+    return list(memory_estimate(blueprint, outline, schedule).values())[-1]
 
 
 def _network(trainer: Trainer) -> dict[str, dict[str, float]]:
