@@ -10,6 +10,7 @@ from benchmarks import (
     against_trl,
     async_rewards,
     cost,
+    gpu,
     memory,
     micro_batch,
     mixgrpo,
@@ -20,12 +21,13 @@ from benchmarks import (
     where,
 )
 from benchmarks.against_trl import Comparison, Work
+from benchmarks.processes import BUILD
 from benchmarks.results import RESULTS, Headline, Result
 from etude.cli.streams import only_shows, outlast_readers
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the named benchmarks and prints a summary of all results. Default: every benchmark.
+    """Runs the named benchmarks and prints a summary of all results. Default: every benchmark but `gpu`.
 
     Returns:
         Exit code: 1 if `--strict` is set and a target is missed, otherwise 0.
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in options.benchmarks if name not in (*BENCHMARKS, SUMMARY)]:
         parser.error(f"there is no benchmark '{unknown[0]}'; there are {', '.join(BENCHMARKS)} and {SUMMARY}")
     met = True
-    for name in dict.fromkeys(options.benchmarks or BENCHMARKS):
+    for name in dict.fromkeys(options.benchmarks or [name for name in BENCHMARKS if name != GPU]):
         if name != SUMMARY:
             result = BENCHMARKS[name](options)
             _show(result.benchmark, result.columns, result.rows, result.headlines)
@@ -86,11 +88,23 @@ def _mixgrpo(options: argparse.Namespace) -> Result:
     return mixgrpo.run(work, options.model, options.repeats or places, options.threads, options.seed)
 
 
+def _gpu(options: argparse.Namespace) -> Result:
+    def show(result: Result) -> None:
+        print(f"{result.rows[-1][0]}: written to {options.out / GPU}.json", flush=True)
+
+    if options.tiny and options.out == RESULTS:
+        options.out = BUILD  # figures of tiny models are no results
+    cases = [case for case in gpu.CASES if not options.case or case.name in options.case]
+    return gpu.run(cases, options.tiny, options.out, options.limit, show)
+
+
 def _async_rewards(options: argparse.Namespace) -> Result:
     return async_rewards.run(async_rewards.Work(), options.repeats or 5, options.threads)
 
 
 RECIPES = ["emoji-ddpo", "emoji-mixgrpo"]
+GPU = "gpu"
+"""The one benchmark that must be named to run: it is for a GPU."""
 SUMMARY = "summary"
 """One table of all results, of this run and of earlier ones: printed last, or alone."""
 SMALL, LARGER = Work((4, 8)), Work((32, 64))
@@ -116,12 +130,15 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "scaling": _scaling,
     "memory": _memory,
     "async_rewards": _async_rewards,
+    GPU: _gpu,
 }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("benchmarks", nargs="*", metavar="BENCHMARK", help=f"{', '.join(BENCHMARKS)}; all by default")
+    parser.add_argument(
+        "benchmarks", nargs="*", metavar="BENCHMARK", help=f"{', '.join(BENCHMARKS)}; all but {GPU} by default"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     parser.add_argument("--repeats", type=int, help="interleaved rounds of timings (default: each benchmark's own)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
@@ -138,6 +155,16 @@ def _parser() -> argparse.ArgumentParser:
         "--trl-venv", type=Path, help="trl: an environment that has it already (default: one is made under build/)"
     )
     parser.add_argument("--model", help="mixgrpo: a FLUX model, by name or directory (default: a random one)")
+    parser.add_argument("--tiny", action="store_true", help="gpu: very small models, to try it out, also on a CPU")
+    parser.add_argument(
+        "--case",
+        action="append",
+        choices=[case.name for case in gpu.CASES],
+        help="gpu: a model and size (default: all)",
+    )
+    parser.add_argument(
+        "--limit", type=float, default=gpu.LIMIT, help="gpu: seconds of each process (default: %(default)g)"
+    )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed")
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -73,9 +74,11 @@ class Side:
         except BrokenPipeError:
             pass  # the process is gone; `receive` reports it, with its log
 
-    def receive(self) -> dict[str, Any]:
-        """Waits for the next reply."""
+    def receive(self, within: float | None = None) -> dict[str, Any]:
+        """Waits for the next reply; TimeoutError after `within` seconds."""
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], within)[0]:
+            raise TimeoutError(f"no reply within {within:g} seconds")
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()

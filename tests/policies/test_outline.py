@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch._subclasses.fake_tensor import FakeTensor
 
 from etude.config import TrainConfig, parse_config
 from etude.errors import EtudeError
 from etude.policies import load_policy
 from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
+from etude.sampling.shapes import ShapeTensor
 from etude.training.dry_run import resolved
 from support.tiny import flux, save_stable_diffusion, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
@@ -51,7 +51,7 @@ def test_a_dry_run_of_the_outline_says_what_one_of_the_model_says(name: str, tmp
     outline, model = load_source(ModelSource.of(settings), outline=True), load_source(ModelSource.of(settings), "cpu")
     said = [resolved(settings, tmp_path / "run", policy=policy) for policy in (outline, model)]
     assert said[0] == said[1]
-    assert all(isinstance(p, FakeTensor) for name, p in outline.network.named_parameters() if "lora" not in name)
+    assert all(isinstance(p, ShapeTensor) for name, p in outline.network.named_parameters() if "lora" not in name)
 
 
 def test_full_fine_tuning_is_reckoned_from_the_outline_too(tmp_path: Path) -> None:

@@ -417,7 +417,8 @@ def test_a_converted_flow_grpo_configuration_is_the_recipe(recipe: str, changes:
     converted = _converted("come-from-flow-grpo", recipe, _flow_grpo(**changes), 32)
     pairs = zip(leaves(ours.model_dump()), leaves(converted.model_dump()), strict=True)
     differing = {key for (key, before), (_, after) in pairs if before != after} - {"sampling.window"}
-    assert differing == {"dtype", "objective.batch_size", "checkpoint.every", "checkpoint.keep"}
+    sizes = {"rollout.batch_size", "objective.batch_size"}
+    assert differing == {"dtype", *sizes, "checkpoint.every", "checkpoint.keep"}
     if ours.sampling.window:
         assert converted.sampling.window == ours.sampling.window.model_copy(update={"start": 0})
 

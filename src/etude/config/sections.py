@@ -10,7 +10,7 @@ import math
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
-from pydantic.functional_validators import AfterValidator, field_validator, model_validator
+from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 
 from etude.config.yaml_text import Word, dump_yaml
 from etude.registry import ADVANTAGES, KERNELS, OBJECTIVES, POLICIES, WINDOWS
@@ -21,6 +21,21 @@ from etude.sampling.windows import make_window
 Beta = Annotated[float, Field(ge=0, lt=1)]
 _ETA: TypeAdapter[float] = TypeAdapter(Annotated[float, Field(ge=0, allow_inf_nan=False)])
 Precision = Literal["float32", "bfloat16", "float16"]
+_COUNT: TypeAdapter[int] = TypeAdapter(Annotated[int, Field(ge=1)])
+
+
+def _count_or_auto(value: Any) -> Any:
+    """A size as it is if it is `auto`, otherwise as a number from 1 on."""
+    if value == "auto":
+        return value
+    try:
+        return _COUNT.validate_python(value)
+    except ValidationError as error:
+        raise ValueError(error.errors()[0]["msg"]) from None
+
+
+BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
+"""A number, or `auto`: the largest number that fits into memory."""
 
 
 class Section(BaseModel):
@@ -208,9 +223,10 @@ class RolloutConfig(Section):
     """Images sampled in one iteration, over all processes."""
     images_per_prompt: int = Field(1, ge=1)
     """Images of one prompt in one iteration (the group of GRPO; 1 for DDPO)."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: BatchSize = 8
     """Images per network call while sampling. Changes memory and speed, never the noise. Halved
-    when memory runs out."""
+    when memory runs out. auto: the largest number that fits, tried out on the GPU before the first
+    iteration, the smallest of all processes, and kept in the checkpoints; on a CPU 8."""
     dtype: Precision | None = None
     """Precision of the network while training images are sampled. null: the run's `dtype`. bfloat16
     or float16 samples a float32 run in half precision; objective.old_log_prob then chooses the
@@ -226,6 +242,15 @@ class RolloutConfig(Section):
     reward_timeout: float = Field(3600.0, gt=0, le=30 * 24 * 3600)
     """Longest wait, in seconds, for the scores of one batch of images. A reward that takes longer
     counts as hung and ends the run; finished iterations stay."""
+
+
+class AttentionConfig(Section):
+    backend: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
+    """Attention kernel of the network, in rollout, replay and evaluation. auto: on a GPU flash,
+    efficient or math, whichever torch prefers for a call; on a CPU torch's own choice. cuDNN's is
+    left out because it fails, or gives NaN, in the backward of FLUX.1 in bfloat16. A name: that
+    kernel alone, and an error where it cannot compute the network's attention, or that of a reward's
+    network that scores meanwhile (rollout.score_ahead)."""
 
 
 class LoraConfig(Section):
@@ -254,8 +279,17 @@ class OptimizerConfig(Section):
     """AdamW weight decay."""
     epsilon: float = Field(1e-8, gt=0)
     """AdamW constant that keeps the denominator above 0."""
+    fused: bool = False
+    """true: torch's fused AdamW, one kernel for all parameters. Changes speed and the last bits. Not
+    for adamw8bit, which has kernels of its own."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimizerConfig:
+        if self.fused and self.kind != "adamw":
+            raise ValueError(f"fused = true is for kind = adamw, not {self.kind}; set fused to false")
+        return self
 
 
 class ObjectiveConfig(Section):
@@ -289,12 +323,30 @@ class ObjectiveConfig(Section):
     """Passes over a rollout."""
     updates_per_epoch: int = Field(2, ge=1)
     """Optimiser steps in one pass; the rollout is split evenly among them."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: BatchSize = 8
     """(sample, step) pairs per network call while replaying. Changes memory and speed only. Halved
-    when memory runs out."""
+    when memory runs out. auto: as rollout.batch_size."""
+    gradients: Literal["replay", "rollout"] = "replay"
+    """Forward that the gradients belong to. replay: a second one, after the rewards. rollout: that of
+    the rollout, for ppo and reinforce where one optimiser step follows each rollout: every ratio is
+    then 1, and the gradient of each image is kept until its advantage is known. Saves the replay's
+    forward, and takes the adapter's size in float32 for each image. Needs one process, a LoRA of
+    linear layers, and num_inner_epochs, updates_per_epoch and timestep_fraction of 1."""
     timestep_fraction: float = Field(1.0, gt=0, le=1)
     """Share of each sample's stochastic steps that is trained. The steps are drawn anew each
     iteration."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ObjectiveConfig:
+        if self.gradients == "replay":
+            return self
+        needed = {"num_inner_epochs": 1, "updates_per_epoch": 1, "timestep_fraction": 1, "old_log_prob": "rollout"}
+        for name, value in needed.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"gradients = rollout needs {name} = {value}, not {getattr(self, name)}; set either of them"
+                )
+        return self
 
 
 class AdvantageConfig(Section):
@@ -353,9 +405,9 @@ class MemoryConfig(Section):
     """Text encoders, autoencoder and rewards' networks wait on the CPU. Text encoders move there
     once the run's prompts are encoded (as many as prompt_cache_mb holds); the autoencoder and the
     rewards' networks, whenever they are not used."""
-    decode_batch_size: int | None = Field(None, ge=1)
-    """Images decoded at a time. null: 32, and at most 2 million pixels. Changes memory and speed
-    only. Halved when memory runs out."""
+    decode_batch_size: BatchSize | None = None
+    """Images decoded at a time. Changes memory and speed only. Halved when memory runs out. auto: as
+    rollout.batch_size, on a CPU as null. null: 32, and at most 2 million pixels."""
     prompt_cache_mb: int = Field(4096, ge=0)
     """MiB of encoded prompts that each process keeps in the machine's memory. A prompt takes 4 MiB
     for FLUX in bfloat16 and 0.2 MiB for SD1.5. A prompt that does not fit is encoded again whenever
@@ -391,6 +443,17 @@ class TrainConfig(Section):
     """Precision of the frozen weights and of the network's computation. Adapters, latents and
     rewards stay float32. float16 is for GPUs without bfloat16: the loss is scaled so that gradients
     do not underflow."""
+    compile: Literal["off", "regional", "full", "auto"] = "off"
+    """Compilation of the network by torch.compile. regional: its repeated blocks. full: the whole
+    network, which takes longer to compile. auto: regional on a GPU if the run makes at least 20,000
+    network evaluations, otherwise off. Rollout and replay then round differently, so set
+    objective.old_log_prob to replay for ratios that start at 1."""
+    channels_last: bool = False
+    """true: the weights of convolutions lie channel by channel, as a GPU's half-precision kernels
+    for a UNet and an autoencoder read them. Changes speed and the last bits."""
+    tf32: bool = False
+    """true: a GPU multiplies float32 matrices in TF32, with 10 bits behind the point instead of 23.
+    For runs in float32; the weights stay float32."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the whole run. Noise is a pure function of (seed, stream, iteration, sample,
     step)."""
@@ -401,6 +464,7 @@ class TrainConfig(Section):
     prompts: PromptsConfig = PromptsConfig()
     sampling: SamplingConfig = SamplingConfig()
     rollout: RolloutConfig = RolloutConfig()
+    attention: AttentionConfig = AttentionConfig()
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -456,6 +520,14 @@ class TrainConfig(Section):
                     f"{key} names the reward {name!r}, which is not measured: add it to evaluation.held_out_rewards, "
                     f"or name one of {', '.join(measured)}"
                 )
+        if self.objective.gradients == "rollout":
+            others: list[tuple[str, Any, Any]] = [("dtype", self.dtype, "float16"), ("lora.rank", self.lora.rank, 0)]
+            others += [("compile", self.compile, how) for how in ("regional", "full", "auto")]
+            for name, value, wrong in others:
+                if value == wrong:
+                    raise ValueError(
+                        f"objective.gradients = rollout does not go with {name} = {value}; set one of them back"
+                    )
         # A trained reward need not be held out, so that several runs can share one list.
         held_out = [name for name in evaluation.held_out_rewards if name not in self.rewards]
         self.__dict__["evaluation"] = evaluation.model_copy(update={"held_out_rewards": held_out})

@@ -29,13 +29,13 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
     """
     check_optimizer(config)
     kind: Any = torch.optim.AdamW
+    more: dict[str, Any] = {"fused": True} if config.fused else {}
     if config.kind == "adamw8bit":
         import bitsandbytes
 
         kind = bitsandbytes.optim.AdamW8bit
-    return kind(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, eps=config.epsilon
-    )
+    settings = {"lr": config.learning_rate, "betas": config.betas, "weight_decay": config.weight_decay}
+    return kind(parameters, **settings, eps=config.epsilon, **more)
 
 
 _LIKE_THE_PARAMETER = {"exp_avg", "exp_avg_sq", "state1", "state2"}

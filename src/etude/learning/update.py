@@ -17,6 +17,7 @@ from etude.config import TrainConfig
 from etude.errors import EtudeError
 from etude.learning.draws import draw_pairs, own_pairs, split_samples
 from etude.learning.exchange import gather
+from etude.learning.first_backward import check_gradients, order_of_gradients
 from etude.learning.loss_scale import LossScale
 from etude.learning.metrics import COMMON, LARGEST_WEIGHT, Records, beyond_limit, compute_all, merge
 from etude.learning.objectives import Objective, Samples
@@ -57,6 +58,7 @@ class Learner:
         self.metrics = (*self.objective.metrics, *COMMON)
         self.images_per_row = size = self.config.rollout.images_per_prompt if self.objective.by_group else 1
         self.rows = [index // size for index in self.indices[::size]]
+        self._first = True
 
     def update(self, samples: Samples, iteration: int, after_step: Callable[[], None]) -> dict[str, float]:
         """Takes all optimiser steps of an iteration; returns the metrics over all processes.
@@ -68,10 +70,11 @@ class Learner:
         distinct = steps
         if self.config.objective.timestep_fraction == 1:  # all passes train the same pairs
             distinct = steps[: len(steps) // self.config.objective.num_inner_epochs]
-        with undisturbed():
+        with undisturbed(), self._exchange(False) if self.policy.compiled else nullcontext():
             records = self.objective.prepare(self.policy, samples, distinct, self.micro_batches, self.on_step)
         for number, (rows, columns) in enumerate(steps):
-            step_records = self._accumulate(samples, rows, columns)
+            taken = samples.trajectory.gradients is not None
+            step_records = self._of_rollout(samples) if taken else self._accumulate(samples, rows, columns)
             _extend(records, step_records)
             if number == 0:  # no weight has moved yet
                 with undisturbed():
@@ -130,12 +133,31 @@ class Learner:
             records: Records = {}
             done: list[int] = []
             backward = partial(self._backward, samples, rows, columns, records, done)
-            fits = self.micro_batches.fits(backward, min(self.micro_batches.size, len(rows)))
+            with order_of_gradients(self.parameters if self._first else {}) as order:
+                fits = self.micro_batches.fits(backward, min(self.micro_batches.size, len(rows)))
             if fits and self.loss_scale.take_back(self.parameters.values()):
+                if self._first and bool(records["loss"][0].isfinite()):
+                    check_gradients(self.parameters, order)
+                self._first = False
                 return records
             # Memory ran out, or float16 overflowed: compute all again in less, or at a smaller scale.
             self._forget_gradients()
             self.on_step(-sum(done))
+
+    def _of_rollout(self, samples: Samples) -> Records:
+        """Sets the gradients of an iteration's only step from those that the rollout took; returns the records."""
+        trajectory, result = samples.trajectory, self.objective.at_ratio_one(samples, self.policy)
+        assert trajectory.gradients is not None
+        assert result is not None
+        loss, slope = result
+        # The slope by log-probability is that of the image's advantage, the same at each of its steps.
+        for name, gradient in trajectory.gradients.weighted(slope[:, 0]).items():
+            self.parameters[name].grad = gradient.to(self.parameters[name])
+        if self._first:
+            check_gradients(self.parameters, [*self.parameters][::-1])
+            self._first = False
+        self.on_step(slope.numel())
+        return {**{name: [value] for name, value in loss.records.items()}, "loss": [loss.value]}
 
     def _backward(self, samples: Samples, rows: Tensor, columns: Tensor, records: Records, done: list[int]) -> None:
         """Adds the gradients by micro-batch; processes exchange them in the last one (see `rehearsals`)."""
@@ -175,7 +197,8 @@ class Learner:
         with undisturbed():
             loss = self.objective.loss(self.policy, samples, rows, columns)
         weighted = loss.value * share_of_step
-        self.accelerator.backward(weighted * self.loss_scale.value)
+        with self.policy.attention.allowed(self.policy.device, self.policy.denoiser):
+            self.accelerator.backward(weighted * self.loss_scale.value)
         return loss.records, weighted.detach()
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from rich.table import Table
 from torch import Tensor
 
-from etude.batching import MicroBatch, Progress, silent
+from etude.batching import MicroBatch, Progress, Size, silent
 from etude.errors import EtudeError
 from etude.measuring.statistics import Estimate, estimate_mean
 from etude.policies import Policy, TrainablePolicy
@@ -68,7 +68,7 @@ class Measurement:
     num_images: int = 128
     seed: int = 0
     stream: str = STREAM
-    batch_size: int | MicroBatch = 32
+    batch_size: Size | MicroBatch = 32
     with_base: bool | None = None
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from etude import zoo
-from etude.batching import is_out_of_memory
+from etude.batching import Size, is_out_of_memory
 from etude.errors import EtudeError, brief, unknown
 from etude.policies.outline import outline_pipeline
 from etude.policies.pipeline import PipelinePolicy
@@ -21,7 +21,7 @@ from etude.policies.single_file import check_single_file, configuration, is_sing
 from etude.policies.source import ModelSource
 from etude.policies.trainable import TrainablePolicy
 from etude.policies.trial import check_agreement, check_index, networks_of, tell_of_scheduler, try_out
-from etude.policies.weight_files import check_folders, check_keys
+from etude.policies.weight_files import check_folders, check_keys, stored_dtype, weight_files
 from etude.registry import POLICIES
 from etude.sampling.paths import is_flow_config
 
@@ -35,7 +35,7 @@ def load_policy(
     device: torch.device | str | None = None,
     resolution: int | None = None,
     pipeline_config: str | Path | None = None,
-    decode_batch_size: int | None = None,
+    decode_batch_size: Size | None = None,
     offload: bool = False,
     prompt_cache_mb: int | None = None,
     outline: bool = False,
@@ -165,6 +165,8 @@ def _read_folders(
         which: dict[str, Any] = {"variant": variants[name], "output_loading_info": True}
         if library == "transformers":  # lists tensors of another shape, where diffusers names one in an error
             which["ignore_mismatched_sizes"] = True
+        elif "dtype" not in how and (dtype := stored_dtype(weight_files(Path(folder), library, variants[name]))):
+            which["dtype"] = dtype  # otherwise diffusers reads all numbers to cast them, on their way to nowhere
         try:
             parts[name], keys = cls.from_pretrained(folder, use_safetensors=True, **which, **how)
         except ValueError as error:

@@ -1,19 +1,19 @@
-"""The outline of a pipeline: networks built from their configurations, with fake tensors as weights.
+"""The outline of a pipeline: networks built from their configurations, with shapes as weights.
 
-A fake tensor has a shape and no numbers, so a model of any size takes hardly any memory.
+A `ShapeTensor` has no numbers, so a model of any size takes hardly any memory.
 """
 
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from etude.sampling.shapes import META, ShapeTensor
 
 if TYPE_CHECKING:
     from etude.policies.trainable import TrainablePolicy
@@ -27,7 +27,7 @@ def outline_pipeline(
     left_out: Mapping[str, Any],
     at: Mapping[str, str] | None = None,
 ) -> Any:
-    """The outline of a pipeline, on the CPU; all fake tensors belong to one mode.
+    """The outline of a pipeline, on the CPU.
 
     Args:
         location: diffusers directory or hub id. From the hub, configurations and tokenizers are
@@ -37,8 +37,6 @@ def outline_pipeline(
         at: revision of a hub id, as a keyword argument.
     """
     parts: dict[str, Any] = dict(left_out)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")  # as a deep copy does
     for name, value in index.items():
         if name.startswith("_") or name in parts:
             continue
@@ -47,7 +45,7 @@ def outline_pipeline(
             library, cls = str(value[0]), str(value[1])
             parts[name] = None if None in value else _component(location, name, library, cls, at or {})
         if isinstance(parts[name], nn.Module):
-            _fill(parts[name], dtype, mode)
+            _fill(parts[name], dtype)
     return kind(**parts)
 
 
@@ -62,16 +60,15 @@ def _component(location: str, name: str, library: str, kind: str, at: Mapping[st
         return cls(cls.config_class.from_pretrained(location, subfolder=name, **at))
 
 
-def _fill(network: nn.Module, dtype: torch.dtype, mode: FakeTensorMode) -> None:
-    """Replaces meta tensors, on which autocast does not work, by fake CPU tensors."""
+def _fill(network: nn.Module, dtype: torch.dtype) -> None:
+    """Replaces meta tensors, on which autocast does not work, by shapes on the CPU."""
 
-    def fake(tensor: Tensor) -> Tensor:
-        with mode:
-            kind = dtype if tensor.is_floating_point() else tensor.dtype
-            return torch.empty(tensor.shape, dtype=kind, device="cpu")
+    def shape(tensor: Tensor) -> Tensor:
+        kind = dtype if tensor.is_floating_point() else tensor.dtype
+        return ShapeTensor(torch.empty(tensor.shape, dtype=kind, device=META))
 
-    _replace(network, fake)
-    network._apply = partial(_replace, network)  # type: ignore[method-assign]  # torch's own swaps tensors, which fake ones refuse
+    _replace(network, shape)
+    network._apply = partial(_replace, network)  # type: ignore[method-assign]  # torch's own swaps tensors in place
 
 
 def _replace(network: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -89,7 +86,6 @@ def _replace(network: nn.Module, change: Callable[[Tensor], Tensor], recurse: bo
     return network
 
 
-def fake_mode(policy: TrainablePolicy) -> FakeTensorMode | None:
-    """The mode of an outline's fake tensors; None for a model with weights."""
-    modes = (getattr(parameter, "fake_mode", None) for parameter in policy.network.parameters())
-    return next((mode for mode in modes if mode is not None), None)
+def is_outline(policy: TrainablePolicy) -> bool:
+    """Whether a policy is an outline, not a model with weights."""
+    return any(isinstance(parameter, ShapeTensor) for parameter in policy.network.parameters())

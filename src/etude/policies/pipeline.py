@@ -18,19 +18,20 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from etude.batching import MicroBatch, Progress
+from etude.batching import MicroBatch, Progress, Size
 from etude.config import LoraConfig
 from etude.errors import EtudeError, brief_value
 from etude.policies.adapter_file import WEIGHTS, read_adapter, sort_header
 from etude.policies.adapter_loading import adapted_parts, configuration, load_adapter
+from etude.policies.compiling import compile_network
 from etude.policies.kohya import KOHYA_WEIGHTS, kohya_tensors
 from etude.policies.prompt_cache import Key, PromptCache
 from etude.policies.trainable import TrainablePolicy
 from etude.sampling.finite import all_finite, not_finite
 from etude.sampling.model import Conditioning
 from etude.sampling.paths import FlowPath, VPPath
+from etude.sampling.shapes import ShapeTensor
 
 ADAPTER = "default"
 BASE = "base."
@@ -99,7 +100,7 @@ class PipelinePolicy(TrainablePolicy):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         resolution: int | None = None,
-        decode_batch_size: int | None = None,
+        decode_batch_size: Size | None = None,
         offload: bool = False,
         prompt_cache_mb: int = PROMPT_CACHE_MB,
     ) -> None:
@@ -122,7 +123,7 @@ class PipelinePolicy(TrainablePolicy):
         self.image_size = (self.latent_size[0] * factor, self.latent_size[1] * factor)
         self.latent_shape = self._shape()
         at_a_time = max(1, min(32, DECODED_PIXELS // (self.image_size[0] * self.image_size[1])))
-        self.decode_batch = MicroBatch(decode_batch_size or at_a_time, "memory.decode_batch_size")
+        self.decode_batch = MicroBatch.of(decode_batch_size or at_a_time, "memory.decode_batch_size", at_a_time)
         self._encoded = PromptCache(prompt_cache_mb * 2**20)
         self._initial: nn.Module | None = None
         self._told_of_cut = False
@@ -287,7 +288,7 @@ class PipelinePolicy(TrainablePolicy):
 
     def _check_encoding(self, prompt: Key) -> None:
         for name, rows in self._encoded.get(prompt).items():
-            if not isinstance(rows, FakeTensor) and not all_finite(rows):
+            if not isinstance(rows, ShapeTensor) and not all_finite(rows):
                 raise not_finite(f"the text encoders' {name}", f"the prompt {brief_value(prompt or '')}", self.dtype)
 
     @contextmanager
@@ -322,7 +323,8 @@ class PipelinePolicy(TrainablePolicy):
             arguments = {name: torch.cat([empty[name].expand_as(rows), rows]) for name, rows in arguments.items()}
         # Adapters stay float32 beside half-precision weights.
         mixed = self._computing != torch.float32
-        with torch.autocast(self.device.type, self._computing) if mixed else nullcontext():
+        cast = torch.autocast(self.device.type, self._computing) if mixed else nullcontext()
+        with cast, self.attention.allowed(self.device, self.denoiser):
             output = self._forward(inputs, timesteps, arguments, guidance_scale).float()
         if not guided:
             return output
@@ -352,12 +354,22 @@ class PipelinePolicy(TrainablePolicy):
             self.decode_batch.run(len(latents), work)
         return torch.cat(images)
 
+    @torch.no_grad()
+    def find_decode_batch(self, largest: int) -> None:
+        """Sets the number of images decoded at a time to the largest that fits into memory."""
+        vae = self.pipeline.vae
+        with self._on_device(vae):
+            self.decode_batch.find(lambda count: self.pictures(self._zeros(count)), largest)
+
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, *self.latent_shape, device=self.device)
+
     def pictures(self, latents: Tensor) -> Tensor:
         """uint8 images of one micro-batch; the autoencoder must be on the device of the latents."""
         vae = self.pipeline.vae
         decoded = self._decoder_output(latents)
         finite, images = all_finite(decoded), _in_range(decoded).mul(255).round().to(torch.uint8).cpu()
-        if not isinstance(finite, FakeTensor) and not finite:  # read here, where the device has been waited for
+        if not isinstance(finite, ShapeTensor) and not finite:  # read here, where the device has been waited for
             raise not_finite("the vae's image", "decoding", vae.dtype)
         return images
 
@@ -398,6 +410,15 @@ class PipelinePolicy(TrainablePolicy):
     def enable_gradient_checkpointing(self) -> None:
         self._trained_network.enable_gradient_checkpointing()
 
+    def compile(self, how: str) -> None:
+        for network in filter(None, (self._trained_network, self._initial)):
+            compile_network(network, how)
+        self.compiled = True
+
+    def use_channels_last(self) -> None:
+        for network in filter(None, (self._trained_network, self._initial, self.pipeline.vae)):
+            network.to(memory_format=torch.channels_last)
+
     def add_lora(self, config: LoraConfig, seed: int) -> None:
         network = self._trained_network
         names = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
@@ -415,6 +436,7 @@ class PipelinePolicy(TrainablePolicy):
             torch.manual_seed(seed)
             network.add_adapter(lora, adapter_name=ADAPTER)
         cast_training_params(network, dtype=torch.float32)
+        _keep_inputs(network)
         self.in_training = True
 
     def train_everything(self, keep_reference: bool = True) -> None:
@@ -483,6 +505,14 @@ class PipelinePolicy(TrainablePolicy):
         set_adapter_layers(network, enabled=True)  # which makes it trainable
         cast_training_params(network, dtype=torch.float32)
         set_peft_model_state_dict(network, tensors[self.denoiser], adapter_name=ADAPTER)  # unrounded
+        _keep_inputs(network)
+
+
+def _keep_inputs(network: nn.Module) -> None:
+    """Stops the denoiser's adapter from casting its inputs to float32, which autocast undoes, with the same bits."""
+    for module in network.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
 def _in_range(decoded: Tensor) -> Tensor:

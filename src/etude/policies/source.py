@@ -7,9 +7,13 @@ import re
 from dataclasses import dataclass, replace
 from os.path import expanduser
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from etude import zoo
 from etude.config import TrainConfig
+
+if TYPE_CHECKING:
+    from etude.batching import Size
 
 _READ = (".json", ".jinja", ".model", ".safetensors", ".txt")
 """Endings of the files that a pipeline's parts are read from."""
@@ -37,7 +41,7 @@ class ModelSource:
     variant: str | None = None
     pipeline_config: str | Path | None = None
     offload: bool = False
-    decode_batch_size: int | None = None
+    decode_batch_size: Size | None = None
     prompt_cache_mb: int | None = None
     family: str | None = None
 

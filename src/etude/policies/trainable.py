@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from etude.config import LoraConfig
 from etude.errors import EtudeError
+from etude.policies.attention import AttentionBackend
 from etude.policies.sharding import part
 from etude.policies.source import ModelSource
 from etude.sampling.model import Policy
@@ -31,6 +32,8 @@ class TrainablePolicy(Policy):
         shift: of a flow model's levels, where it is not the published pipeline's own; already part of `path`.
         revision: the commit of the hub repository that the model was read from; None for what was on disk.
         in_training: whether it was made trainable: its weights need no longer be those that were loaded.
+        attention: the attention kernels that its network may take.
+        compilation: how its network was compiled, in words.
     """
 
     network: nn.Module
@@ -39,6 +42,8 @@ class TrainablePolicy(Policy):
     shift: float | None = None
     revision: str | None = None
     in_training: bool = False
+    attention: AttentionBackend = AttentionBackend()
+    compilation: str | None = None
 
     @property
     @abstractmethod
@@ -84,6 +89,14 @@ class TrainablePolicy(Policy):
         """Lets the network keep few activations and recompute the rest. Default: EtudeError."""
         name = type(self).__name__
         raise EtudeError(f"{name} has no gradient checkpointing: leave memory.gradient_checkpointing off.")
+
+    def compile(self, how: str) -> None:
+        """Compiles the network, "regional" or "full", after it was made trainable. Default: EtudeError."""
+        raise EtudeError(f"{type(self).__name__} cannot be compiled: set compile to off.")
+
+    def use_channels_last(self) -> None:
+        """Lays the weights of convolutions out channel by channel. Default: EtudeError."""
+        raise EtudeError(f"{type(self).__name__} has no layout of channels: set channels_last to false.")
 
     @abstractmethod
     def add_lora(self, config: LoraConfig, seed: int) -> None:

@@ -2,7 +2,7 @@
 
 What configurations, names and headers say is compared first, in the same words for a model and for
 its outline. Then the empty prompt is encoded, the denoiser evaluated once and one picture decoded:
-an outline does it with fake tensors, which shows shapes that do not fit, and a model with numbers,
+an outline does it with shapes, which shows those that do not fit, and a model with numbers,
 which also shows those that are not finite. The trial costs one network evaluation and one decoding
 of one image. It draws no random number and leaves the policy as it was.
 """
@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, UnsupportedFakeTensorException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from etude.batching import is_out_of_memory
 from etude.errors import EtudeError, brief, brief_value
-from etude.policies.outline import fake_mode
+from etude.policies.outline import is_outline
 from etude.sampling.finite import FiniteMarks
 from etude.sampling.noise import NoiseSource
 
@@ -32,8 +31,6 @@ OWN_SCHEDULERS = ("GDDIMScheduler", "FlowMatchGDDIMScheduler")
 """Schedulers of etude, which a saved pipeline may name."""
 _DRAWING_DECODERS = ("ConsistencyDecoderVAE",)
 """Decoders that draw noise, for an outline: they compute with numbers that it has not."""
-_NEEDS_NUMBERS = (NotImplementedError, DataDependentOutputException, UnsupportedFakeTensorException)
-"""Errors of a computation that fake tensors cannot do."""
 _DISTILLED = ("LCM", "TCD")
 """Marks in the names of schedulers that only consistency-distilled networks are made for."""
 
@@ -163,7 +160,7 @@ def try_out(model: str, policy: PipelinePolicy) -> None:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        if isinstance(error, _NEEDS_NUMBERS) and fake_mode(policy) is not None:
+        if isinstance(error, NotImplementedError) and is_outline(policy):
             return
         raise EtudeError(
             f"model '{model}' fails at its first {stage}, so its parts do not fit together ({type(error).__name__}: {brief(error, 200)}): "

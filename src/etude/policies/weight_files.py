@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import nn
 
@@ -30,6 +32,7 @@ _SCALES = re.compile(
 """Names of tensors by which other tensors of a file must be multiplied, or which unpack them."""
 _PACKED = ("I8", "U8")
 """Dtypes of a header that no weight has unless it is quantised."""
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 
@@ -87,6 +90,12 @@ def weight_files(folder: Path, library: str, variant: str | None) -> list[Path]:
                     )
             return [folder / shard for shard in shards]
     return []
+
+
+def stored_dtype(files: Iterable[Path]) -> torch.dtype | None:
+    """The dtype of most of the files' tensors; None where torch does not train in it."""
+    counts = Counter(dtype for file in files for dtype in Header.of(file).dtypes.values())
+    return _FLOATS.get(counts.most_common(1)[0][0]) if counts else None
 
 
 def check_folders(location: Path, networks: Mapping[str, str], variant: str | None) -> dict[str, str | None]:

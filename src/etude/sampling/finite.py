@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from etude.errors import EtudeError
+from etude.sampling.shapes import ShapeTensor
 
 SHORT_OF_RANGE = torch.float16
 """The precision whose range is too small for many networks: its largest number is 65,504."""
@@ -36,7 +36,7 @@ class FiniteMarks:
 
         Tensors without numbers, as a dry run has, are passed over.
         """
-        if not isinstance(values, FakeTensor) and not values.is_meta:
+        if not isinstance(values, ShapeTensor) and not values.is_meta:
             self._marks.append(all_finite(values))
             self._places.append(step)
 

@@ -40,6 +40,8 @@ class Policy(ABC):
     device: torch.device
     denoiser: str = "network"
     """Name of the network in messages."""
+    compiled: bool = False
+    """Whether the network is compiled: its graphs with and without gradient then round differently."""
 
     @property
     def computing_dtype(self) -> torch.dtype:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from etude.batching import MicroBatch, Progress
+from etude.batching import MicroBatch, Progress, Size
 from etude.sampling.kernels import Transition
 from etude.sampling.model import Conditioning, Policy
 from etude.sampling.plans import StepTable
@@ -61,7 +61,7 @@ def replay_log_prob(
     batches: Sequence[tuple[Tensor, Tensor]],
     conditioning: Conditioning,
     guidance_scale: float,
-    batch_size: int | MicroBatch,
+    batch_size: Size | MicroBatch,
     reduction: str = "mean",
     on_step: Progress = lambda pairs: None,
 ) -> list[Tensor]:
@@ -78,14 +78,15 @@ def replay_log_prob(
 
         def score(at: slice, report: Progress, rows: Tensor = rows, columns: Tensor = columns) -> None:
             row, column = rows[at], columns[at]
-            transition, target = replay(
-                policy, table, trajectory, row, column, conditioning, guidance_scale, with_gradient=False
-            )
-            log_prob = transition.log_prob(target, reduction)
+            with torch.set_grad_enabled(policy.compiled):  # in the graph of the replay that follows
+                transition, target = replay(
+                    policy, table, trajectory, row, column, conditioning, guidance_scale, with_gradient=policy.compiled
+                )
+                log_prob = transition.log_prob(target, reduction).detach()
             ratios.append((log_prob - trajectory.log_prob[row, column]).exp())
             trajectory.log_prob[row, column] = log_prob
             if trajectory.mean is not None:
-                trajectory.mean[row, column] = transition.mean
+                trajectory.mean[row, column] = transition.mean.detach()
             report(len(row))
 
         MicroBatch.of(batch_size).run(len(rows), score, on_step)

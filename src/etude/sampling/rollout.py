@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from etude.batching import MicroBatch, Progress
+from etude.batching import MicroBatch, Progress, Size
 from etude.errors import EtudeError
 from etude.sampling.finite import FiniteMarks
 from etude.sampling.kernels import Transition
@@ -22,6 +22,7 @@ from etude.sampling.model import Conditioning, Policy
 from etude.sampling.noise import NoiseSource, to_device
 from etude.sampling.paths import to_x0_eps
 from etude.sampling.plans import StepTable
+from etude.sampling.sample_gradients import SampleGradients
 from etude.sampling.tail import multistep_tail
 
 
@@ -33,7 +34,8 @@ class Trajectory:
     L `levels` once. `step_index` and `level_index`, int64 `[K]` on the device, are the trained
     steps and the places in `states` of their sources; a target is in the next place. `log_prob` is
     `[n, K]`. `reference_mean` `[n, K, ...]` are the reference model's means, if there is one, and
-    `mean` the policy's, if they are kept. The fields are fixed, but `rollout` and `replay_log_prob`
+    `mean` the policy's, if they are kept. `gradients` are those of the log-probabilities by image, if
+    the rollout took them. The fields are fixed, but `rollout` and `replay_log_prob`
     write into the tensors.
     """
 
@@ -46,6 +48,7 @@ class Trajectory:
     levels: tuple[int, ...]
     reference_mean: Tensor | None = None
     mean: Tensor | None = None
+    gradients: SampleGradients | None = None
 
     @classmethod
     def of_images(cls, latents: Tensor) -> Trajectory:
@@ -72,7 +75,7 @@ def rollout(
     noise: NoiseSource,
     samples: list[int],
     guidance_scale: float,
-    batch_size: int | MicroBatch,
+    batch_size: Size | MicroBatch,
     reduction: str = "mean",
     reference: Callable[[], AbstractContextManager[None]] | None = None,
     on_step: Progress = lambda images: None,
@@ -81,6 +84,7 @@ def rollout(
     starts: int | None = None,
     on_rows: Callable[[slice, Tensor], None] | None = None,
     keep_means: bool = False,
+    gradients: SampleGradients | None = None,
 ) -> Trajectory:
     """Samples one image per row of `conditioning`.
 
@@ -100,6 +104,7 @@ def rollout(
             must call the network equally often (`most_starts`). Default: one a distinct start.
         on_rows: called with the rows and the final latents of each micro-batch when it is done.
         keep_means: whether the trajectory keeps the means of the trained steps.
+        gradients: receiver of the gradients of the trained steps' log-probabilities. Default: none are taken.
 
     Example:
         >>> import etude
@@ -117,7 +122,7 @@ def rollout(
         raise EtudeError(f"{len(keys)} keys of the initial noise do not fit {len(samples)} samples: give one each.")
     if prompts is not None and len(prompts) != len(samples):
         raise EtudeError(f"{len(prompts)} prompts do not fit {len(samples)} samples: give one each.")
-    trajectory = _empty(policy, table, len(samples), reference is not None, keep_means)
+    trajectory = replace(_empty(policy, table, len(samples), reference is not None, keep_means), gradients=gradients)
     batches = MicroBatch.of(batch_size)
     finite = FiniteMarks(policy.denoiser, policy.computing_dtype, table.num_evaluations)
     latents = trajectory.latents  # first the states from which the rows continue on their own
@@ -161,8 +166,12 @@ def rollout(
 
     def walk(rows: slice, report: Progress) -> None:
         own, x = conditioning.take(rows), latents[rows].clone()
+        if gradients is not None:
+            gradients.begin(rows)
         for step in range(first, table.num_steps):
-            transition = denoise(policy, table, step, x, own, guidance_scale)
+            taken = gradients if table.trained[step] else None
+            with nullcontext() if taken is None else taken.recording():
+                transition = denoise(policy, table, step, x, own, guidance_scale)
             target = transition.mean
             if table.stochastic[step]:
                 z = noise.step(samples[rows], step, policy.latent_shape)
@@ -170,9 +179,13 @@ def rollout(
             if table.trained[step]:
                 level, column = trajectory.levels.index(step), trajectory.steps.index(step)
                 trajectory.states[rows, level], trajectory.states[rows, level + 1] = x, target
-                trajectory.log_prob[rows, column] = transition.log_prob(target, reduction)
+                with torch.set_grad_enabled(taken is not None):
+                    log_prob = transition.log_prob(target, reduction)
+                if taken is not None:
+                    taken.add(rows, log_prob)
+                trajectory.log_prob[rows, column] = log_prob.detach()
                 if trajectory.mean is not None:
-                    trajectory.mean[rows, column] = transition.mean
+                    trajectory.mean[rows, column] = transition.mean.detach()
             x = target
             finite.add(x, step)
             report(len(x))

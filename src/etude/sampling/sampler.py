@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from etude.batching import MicroBatch, Progress, silent
+from etude.batching import MicroBatch, Progress, Size, silent
 from etude.errors import EtudeError
 from etude.sampling.etas import Eta, eta_text
 from etude.sampling.kernels import Kernel, make_kernel
@@ -69,7 +69,7 @@ class Sampler(ABC):
         conditioning: Conditioning,
         noise: NoiseSource,
         samples: list[int],
-        batch_size: int | MicroBatch,
+        batch_size: Size | MicroBatch,
         on_step: Progress,
         on_rows: Callable[[slice, Tensor], None] | None = None,
     ) -> Tensor:
@@ -84,7 +84,7 @@ class Sampler(ABC):
         *,
         samples: Sequence[int] | None = None,
         stream: str = STREAM,
-        batch_size: int | MicroBatch = 32,
+        batch_size: Size | MicroBatch = 32,
         on_step: Progress = silent,
         decode: bool = True,
     ) -> Tensor:
@@ -130,7 +130,7 @@ class PlannedSampler(Sampler):
         conditioning: Conditioning,
         noise: NoiseSource,
         samples: list[int],
-        batch_size: int | MicroBatch,
+        batch_size: Size | MicroBatch,
         on_step: Progress,
         on_rows: Callable[[slice, Tensor], None] | None = None,
     ) -> Tensor:
@@ -250,7 +250,7 @@ def sample(
     sampler: Sampler = ODE(),
     *,
     seed: int = 0,
-    batch_size: int | MicroBatch = 32,
+    batch_size: Size | MicroBatch = 32,
     on_step: Progress = silent,
 ) -> Tensor:
     """Draw one image for each of n prompts, or for one text: uint8 `[n, 3, h, w]` on the CPU.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etude.batching import MicroBatch, Progress
+from etude.batching import MicroBatch, Progress, Size
 from etude.errors import EtudeError, unknown
 from etude.sampling.finite import FiniteMarks
 from etude.sampling.model import Conditioning, Policy
@@ -73,7 +73,7 @@ class Solver(Sampler):
         conditioning: Conditioning,
         noise: NoiseSource,
         samples: list[int],
-        batch_size: int | MicroBatch,
+        batch_size: Size | MicroBatch,
         on_step: Progress,
         on_rows: Callable[[slice, Tensor], None] | None = None,
     ) -> Tensor:

@@ -8,6 +8,7 @@ from etude.config import TrainConfig
 from etude.errors import EtudeError
 from etude.learning.advantages import Advantage, make_advantage
 from etude.learning.objectives import Keep, Objective, make_objective
+from etude.learning.objectives.policy_gradient import PolicyGradient
 from etude.learning.optimizers import check_optimizer
 from etude.policies import TrainablePolicy
 from etude.policies.source import ModelSource
@@ -32,6 +33,13 @@ def make_algorithm(config: TrainConfig) -> tuple[Objective, Advantage]:
         raise EtudeError(
             f"objective.kind = {config.objective.kind} compares the images of a group: set rollout.images_per_prompt to at least 2, not "
             f"{config.rollout.images_per_prompt}."
+        )
+    if config.objective.gradients == "rollout" and (
+        not isinstance(objective, PolicyGradient) or objective.needs_reference or objective.keeps_means
+    ):
+        raise EtudeError(
+            f"objective.gradients = rollout is for ppo and reinforce without a KL, kl_limit or normalised ratio, not for "
+            f"objective.kind = {config.objective.kind} as it is set: set objective.gradients to replay."
         )
     if config.rollout.shared_noise and (sampling.solver is not None or max(sampling.all_etas) == 0):
         raise EtudeError(
@@ -67,7 +75,14 @@ class Blueprint:
         self.inputs.take(digests_before_loading(config, source, self.prompts, evaluated))
 
     def check_groups(self, processes: int) -> None:
-        """Refuses a group that is cut between two processes if a reward or the objective compares its images."""
+        """Refuses a group that is cut between two processes if a reward or the objective compares its images.
+
+        Gradients of the rollout are refused in several processes.
+        """
+        if processes > 1 and self.config.objective.gradients == "rollout":
+            raise EtudeError(
+                f"objective.gradients = rollout is for one process, and there are {processes}: set it to replay."
+            )
         rollout = self.config.rollout
         groups = rollout.images_per_iteration // rollout.images_per_prompt
         if (self.rewards.whole_groups or self.objective.by_group) and groups % processes:

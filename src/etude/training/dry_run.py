@@ -6,7 +6,7 @@ iteration has n images, each with T steps. The first P are deterministic, and K 
     rollout      n T, or g P + n (T - P) if the images of each of g groups share their initial noise;
                  n times those of `sampling.solver`, if there is one; 0 for pairs of a file
     reference    n K with a KL to the reference model
-    replay       n max(1, round(timestep_fraction K)) num_inner_epochs
+    replay       n max(1, round(timestep_fraction K)) num_inner_epochs; 0 with gradients of the rollout
     evaluation   2 evaluation.num_images N, N steps of the ODE and of the SDE, where one is due
 
 The counts are those of a run in one process: only there do images with the same noise share steps.
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from etude.batching import AUTO
 from etude.config import TrainConfig
 from etude.config.algorithm import essence
 from etude.learning.objectives import Objective
@@ -54,7 +55,8 @@ def evaluations(config: TrainConfig, objective: Objective, steps: ImageSteps, co
         rollout = 0
     elif config.sampling.solver is not None:
         rollout = images * Solver(config.sampling.solver, config.sampling.num_steps).evaluations
-    return {"rollout": rollout, **objective.evaluations(images, steps.trained, distinct, pairs)}
+    parts = {"rollout": rollout, **objective.evaluations(images, steps.trained, distinct, pairs)}
+    return parts | {"replay": 0} if settings.gradients == "rollout" else parts
 
 
 def gap_evaluations(config: TrainConfig) -> int:
@@ -120,6 +122,7 @@ def resolved(
         *_table(run_evaluations(config, blueprint.objective, schedule.table_at), config),
         "memory of the accelerator, each process, without models of rewards",
         *(f"  {line}" for line in _aligned([(name, readable(size)) for name, size in sizes.items()])),
+        *_automatic_sizes(config),
         *_models_of_rewards([*config.rewards, *config.evaluation.held_out_rewards]),
     ]
     return config.to_yaml() + "".join(f"# {line}\n" for line in lines)
@@ -144,6 +147,17 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
         "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
         for row in rows
     ]
+
+
+def _automatic_sizes(config: TrainConfig) -> list[str]:
+    """A line on the batch sizes that the run is to find."""
+    sizes = {
+        "rollout.batch_size": config.rollout.batch_size,
+        "objective.batch_size": config.objective.batch_size,
+        "memory.decode_batch_size": config.memory.decode_batch_size,
+    }
+    names = [name for name, size in sizes.items() if size == AUTO]
+    return [f"counted with one sample, and as many as fit in the run: {', '.join(names)}"] if names else []
 
 
 def _models_of_rewards(names: list[str]) -> list[str]:

@@ -34,6 +34,7 @@ from etude.runs.layout import clear_half_written, truncate_metrics
 from etude.training.evaluation import Evaluation
 from etude.training.guards import BestWeights
 from etude.training.inputs import Inputs
+from etude.training.sizes import BatchSizes
 
 
 class Stage(Enum):
@@ -111,6 +112,7 @@ class RunState:
     advantage: Advantage  # may remember rewards
     evaluation: Evaluation  # holds the base model's scores and the newest result
     inputs: Inputs  # digests of what was read by name
+    sizes: BatchSizes  # may have found sizes that fit
     ledger: Ledger = field(default_factory=Ledger)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -134,6 +136,7 @@ class RunState:
             "unevaluated": self.ledger.unevaluated,
             "inputs": self.inputs.digests,
             "changed_inputs": self.inputs.changes,
+            "batch_sizes": self.sizes.state(),
         }
 
     def take_up(self, checkpoint: Checkpoint) -> None:
@@ -155,6 +158,7 @@ class RunState:
                 average.copy_(part(parts["ema"][name], average))
             self.objective.load_state(parts["objective"])
             self.advantage.load_state(values["advantage"])
+            self.sizes.load_state(values.get("batch_sizes", {}))
             self.evaluation.base_scores, self.evaluation.last = values["base_scores"], values["last_evaluation"]
             if self.best.reward is not None:
                 self.best.load_state(parts["best"], values["best"])

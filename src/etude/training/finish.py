@@ -28,6 +28,7 @@ from etude.runs.layout import BEST
 from etude.training.card import deployment_advice, model_card, summary_of_the_best
 from etude.training.durability import RunState
 from etude.training.guards import confirmation, explain_stop
+from etude.training.speed import choices
 from etude.training.supervision import Supervisor
 
 UTC = "%Y-%m-%d %H:%M:%S UTC"
@@ -136,6 +137,8 @@ def finish(state: RunState, confirmed: dict[str, Any], started: float) -> dict[s
         "started": time.strftime(UTC, time.gmtime(started)),
         "finished": time.strftime(UTC, time.gmtime(time.time())),
     }
+    if chosen := choices(config, policy, state.sizes):
+        summary["speed"] = chosen
     if state.inputs.changes:
         summary["changed_inputs"] = state.inputs.changes
     atomic_write_text(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

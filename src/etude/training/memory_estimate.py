@@ -1,8 +1,8 @@
 """An estimate of a run's accelerator memory, before it starts: sizes are counted, activations simulated.
 
-For activations, one micro-batch of each phase runs on fake tensors, which have shapes and no
-numbers. That figure is rough: it leaves out the workspace of a device's kernels and the waste of its
-allocator, and a device may compute attention in another way. Models of rewards are not counted.
+For activations, one micro-batch of each phase runs on tensors that have shapes and no numbers. That
+figure is rough: it leaves out the workspace of a device's kernels and the waste of its allocator,
+and a device may compute attention in another way. Models of rewards are not counted.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from etude.batching import AUTO, Size
 from etude.config import OptimizerConfig, TrainConfig
-from etude.policies import TrainablePolicy
+from etude.learning.objectives import Objective
+from etude.policies import Conditioning, TrainablePolicy
 from etude.policies.loading import DTYPES
-from etude.policies.outline import fake_mode
 from etude.policies.pipeline import PipelinePolicy
 from etude.sampling.plans import StepTable
+from etude.sampling.shapes import Shapes
 from etude.training.blueprint import Blueprint
 from etude.training.schedule import PlanSchedule
 
@@ -42,7 +43,7 @@ def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: Pla
     trained, images = sum(parameter.nbytes for parameter in parameters), config.rollout.images_per_iteration
     staying = [_bytes(part) for name, part in _parts(policy).items() if name not in _waiting(policy)]
     table = max((schedule.table_at(iteration) for iteration in range(1, config.iterations + 1)), key=_stored_levels)
-    stored = trajectory_floats(table, policy.dimensions, reference + blueprint.objective.keeps_means) * FLOAT
+    stored = trajectory_bytes(policy, blueprint.objective, table)
     phases = activations(config, policy, schedule.table_at(1), prompt)
     largest = max(phases, key=phases.__getitem__)
     parts = {
@@ -53,11 +54,17 @@ def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: Pla
         "moving average": trained if config.ema.decay else 0,
         "copy of the model before training": trained if config.lora.rank == 0 and reference else 0,
         f"trajectory of {images:,} images": images * stored,
+        f"gradients of {images:,} images": images * trained if config.objective.gradients == "rollout" else 0,
         f"prompts of {images:,} images": images * sum(rows.nbytes for rows in policy.encode(prompt).prompt.values()),
         f"activations, roughly ({largest})": phases[largest],
     }
     parts = {name: size for name, size in parts.items() if size}
     return parts | {"in all, roughly": sum(parts.values())}
+
+
+def trajectory_bytes(policy: TrainablePolicy, objective: Objective, table: StepTable) -> int:
+    """Bytes of one image's trajectory."""
+    return FLOAT * trajectory_floats(table, policy.dimensions, objective.needs_reference + objective.keeps_means)
 
 
 def trajectory_floats(table: StepTable, dimensions: int, means: int) -> int:
@@ -86,33 +93,55 @@ def activations(config: TrainConfig, policy: TrainablePolicy, table: StepTable, 
 
     An offloaded part counts in the phase in which it is on the device.
     """
-    images, replay = config.rollout.images_per_iteration, config.objective.batch_size
-    sampled, dtype = min(config.rollout.batch_size, images), config.rollout.dtype
-    trained, conditioning, mode = list(policy.trainable().values()), policy.encode(prompt), fake_mode(policy)
+    images, replay = config.rollout.images_per_iteration, _least(config.objective.batch_size)
+    sampled, dtype = min(_least(config.rollout.batch_size), images), config.rollout.dtype
+    trained = list(policy.trainable().values())
+    predict = network_call(policy, table, policy.encode(prompt), config.sampling.guidance_scale)
+    phases: dict[str, int] = {}
 
-    def predict(count: int) -> Tensor:
-        x = torch.randn(count, *policy.latent_shape, device=policy.device)
-        rows = torch.zeros(count, dtype=torch.int64, device=policy.device)
-        timesteps = table.timesteps[:1].to(policy.device)[rows]
-        return policy.predict(x, timesteps, conditioning.take(rows), config.sampling.guidance_scale)
+    def differentiate(count: int) -> int:
+        return peak_bytes(lambda: torch.autograd.grad(predict(count).square().mean(), trained))
 
-    gradients = peak_bytes(lambda: torch.autograd.grad(predict(replay).square().mean(), trained), mode)
-    phases = {f"replay of {replay}": gradients}
+    if config.objective.gradients == "replay":
+        phases[f"replay of {replay}"] = differentiate(replay)
     with policy.precision(DTYPES[dtype] if dtype else None):
-        phases[f"rollout of {sampled}"] = peak_bytes(torch.no_grad()(lambda: predict(sampled)), mode)
+        phases[f"rollout of {sampled}"] = (
+            peak_bytes(torch.no_grad()(lambda: predict(sampled))) if phases else differentiate(sampled)
+        )
     if isinstance(policy, PipelinePolicy):
-        count, vae, waiting = min(policy.decode_batch.size, images), policy.pipeline.vae, _waiting(policy)
+        size = 1 if policy.decode_batch.automatic else policy.decode_batch.size
+        count, vae, waiting = min(size, images), policy.pipeline.vae, _waiting(policy)
         latents = (count, *policy.latent_shape)
-        decoding = peak_bytes(torch.no_grad()(lambda: policy.pictures(torch.randn(latents, device=vae.device))), mode)
+        decoding = peak_bytes(torch.no_grad()(lambda: policy.pictures(torch.zeros(latents, device=vae.device))))
         phases[f"decoding of {count}"] = decoding + (_bytes(vae) if "vae" in waiting else 0)
         if waiting:
             phases["encoding prompts"] = sum(_bytes(part) for name, part in waiting.items() if name != "vae")
     return phases
 
 
-def peak_bytes(work: Callable[[], Any], mode: FakeTensorMode | None = None) -> int:
-    """The largest number of bytes of tensors that `work` has alive at once, on fake tensors (of `mode`)."""
-    with mode or FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+def _least(size: Size) -> int:
+    """The least number of samples in a call: `auto` takes one where no more fit."""
+    return 1 if size == AUTO else size
+
+
+def network_call(
+    policy: TrainablePolicy, table: StepTable, conditioning: Conditioning, guidance_scale: float
+) -> Callable[[int], Tensor]:
+    """A function that evaluates the network on so many rows of zeros, of the first row's prompt."""
+
+    def predict(count: int) -> Tensor:
+        x = torch.zeros(count, *policy.latent_shape, device=policy.device)
+        rows = torch.zeros(count, dtype=torch.int64, device=policy.device)
+        timesteps = table.timesteps[:1].to(policy.device)[rows]
+        return policy.predict(x, timesteps, conditioning.take(rows), guidance_scale)
+
+    return predict
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The largest number of bytes of tensors that `work` has alive at once, computed on shapes."""
+    live = _Live()
+    with Shapes(live.add):
         work()
     return live.peak
 
@@ -130,10 +159,10 @@ class _Live(TorchDispatchMode):
         if not (function.is_view or function._schema.is_mutable):  # such results use existing storages
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor):
-                    self._add(tensor.untyped_storage())
+                    self.add(tensor.untyped_storage())
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key not in self._known:
             self._known.add(key)

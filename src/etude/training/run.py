@@ -117,6 +117,8 @@ def summary_blocks(summary: Mapping[str, Any]) -> Iterator[Table | Text]:
     yield Text(note, style="dim")
     best = summary.get("best")
     yield from map(Text, filter(None, (summary.get("stopped"), best and explain_best(best), summary.get("deploy"))))
+    if chosen := summary.get("speed"):
+        yield Text(", ".join(f"{name} {value}" for name, value in chosen.items()), style="dim")
     seconds = summary.get("seconds", {})
     if "total" in seconds:
         shares = ", ".join(f"{name} {clock(value)}" for name, value in seconds.items() if name != "total")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from etude.batching import MicroBatch
 from etude.config import TrainConfig
 from etude.files import locked, made
 from etude.learning.advantages import zero_std_ratio
@@ -25,14 +25,17 @@ from etude.learning.objectives import Samples
 from etude.learning.optimizers import make_optimizer
 from etude.learning.update import Learner
 from etude.policies import TrainablePolicy
+from etude.policies.attention import AttentionBackend
 from etude.policies.loading import DTYPES, load_source
 from etude.policies.source import ModelSource
 from etude.policies.trainable import swapped
 from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import StepTable
 from etude.sampling.rollout import Trajectory, rollout
+from etude.sampling.sample_gradients import SampleGradients
 from etude.training import finish
 from etude.training.blueprint import Blueprint
+from etude.training.dry_run import run_evaluations
 from etude.training.durability import Durability, RunState
 from etude.training.evaluation import Evaluation
 from etude.training.guards import BestWeights
@@ -40,6 +43,8 @@ from etude.training.inputs import digests_after_loading
 from etude.training.processes import end_training, failing_together, make_accelerator, prepare
 from etude.training.progress import Display, OutlivedDisplay, SilentDisplay
 from etude.training.reward_queue import PendingScores, Scorer
+from etude.training.sizes import BatchSizes
+from etude.training.speed import matrix_products, prepare_network
 from etude.training.supervision import Supervisor
 from etude.undisturbed import undisturbed
 
@@ -90,9 +95,11 @@ class Trainer:
         self.accelerator = make_accelerator(config, self.out)
         self.blueprint.check_groups(self.accelerator.num_processes)
         self.policy = policy or load_source(self.inputs.pinned(ModelSource.of(config)), self.accelerator.device)
+        self.policy.attention = AttentionBackend(config.attention.backend)
         self.schedule = self.blueprint.schedule(self.policy)
         self.solver = self.blueprint.solver
-        self.rollout_batches = MicroBatch(config.rollout.batch_size, "rollout.batch_size")
+        self.sizes = BatchSizes(config, self.policy)
+        self.rollout_batches = self.sizes.rollout
         prompts = self.train_prompts, self.blueprint.evaluation_prompts
         self.evaluation = Evaluation(
             config, self.policy, self.scorer, self.accelerator, self.out, self.rollout_batches, *prompts
@@ -103,23 +110,26 @@ class Trainer:
         """Makes the policy trainable, with optimiser, moving average, durability and learner."""
         config, policy, accelerator = self.config, self.policy, self.accelerator
         self.blueprint.make_trainable(policy)
+        counts = run_evaluations(config, self.objective, self.schedule.table_at) if config.compile == "auto" else {}
+        prepare_network(config, policy, sum(total for _, _, total in counts.values()))
         optimizer = make_optimizer(config.optimizer, policy.trainable().values())
         policy.network, prepared = prepare(accelerator, policy.network, optimizer)
         self.parameters = parameters = policy.trainable()  # `prepare` replaces sharded parameters
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema.decay else None
         best = BestWeights(config.checkpoint.best)
-        parts = self.objective, self.advantage, self.evaluation, self.inputs
+        parts = self.objective, self.advantage, self.evaluation, self.inputs, self.sizes
         self.state = RunState(parameters, optimizer, self.ema, best, *parts)
         self.ledger = self.state.ledger
         self.durability = Durability(config, self.out, accelerator, self.state)
         self.supervisor = Supervisor(accelerator, self.durability, self.display)
         self.rollout_batches.adaptive = whole = not self.durability.in_parts
-        batches = MicroBatch(config.objective.batch_size, "objective.batch_size", adaptive=whole)
+        self.sizes.replay.adaptive = whole
+        self.sizes.check(in_parts=not whole)
         # One rehearsal before the optimiser has its moments, one after.
         rehearsals, own = 2 if whole and accelerator.num_processes > 1 else 0, self._draw(1).indices
         objective, advance = self.objective, self.supervisor.advance
         self.learner = Learner(
-            config, policy, objective, accelerator, parameters, prepared, batches, own, rehearsals, advance
+            config, policy, objective, accelerator, parameters, prepared, self.sizes.replay, own, rehearsals, advance
         )
 
     def train(self) -> dict[str, Any]:
@@ -142,9 +152,15 @@ class Trainer:
 
     def _train(self, started: float) -> dict[str, Any]:
         supervisor, unevaluated = self.supervisor, self.ledger.unevaluated
-        with self.display, supervisor.interruption, supervisor.failures_explained(), self.scorer:
+        tf32 = matrix_products(self.config, self.policy.device)
+        with self.display, supervisor.interruption, supervisor.failures_explained(), self.scorer, tf32:
             if self.config.memory.offload:
                 self._encode_ahead()
+            if self.sizes.to_find:
+                with supervisor.phase("batch sizes"):
+                    with failing_together(self.accelerator):
+                        self.sizes.find(self.learner, self.schedule.table_at(1), self.train_prompts.texts[0])
+                    self.sizes.agree(self.accelerator)
             if unevaluated is not None:
                 supervisor.seconds = unevaluated["seconds"]
                 self._finish_iteration(unevaluated["row"])
@@ -237,12 +253,21 @@ class Trainer:
                     prompts=own.texts,
                     starts=batch.starts,
                     keep_means=self.objective.keeps_means,
+                    gradients=self._sample_gradients(len(batch.indices)),
                 )
         if not ahead:
             score(slice(0, len(batch.indices)), trajectory.latents)
         noise = NoiseSource(config.seed, "objective", iteration)
         size = config.rollout.images_per_prompt
         return Samples(table, trajectory, conditioning, guidance, batch.indices, noise, size)
+
+    def _sample_gradients(self, images: int) -> SampleGradients | None:
+        """The receiver of the rollout's gradients, if the update is to use them."""
+        if self.config.objective.gradients == "replay":
+            return None
+        policy = self.policy
+        backward = partial(policy.attention.allowed, policy.device, policy.denoiser)
+        return SampleGradients(policy.network, self.parameters, images, backward)
 
     def _after_step(self) -> None:
         """Updates the moving average after an optimiser step; obeys a signal to several processes."""

@@ -107,6 +107,13 @@ class Objective(ABC):
         """Whether the rollout also keeps the means of the trained steps (`Trajectory.mean`)."""
         return False
 
+    def at_ratio_one(self, samples: Samples, policy: TrainablePolicy) -> tuple[Loss, Tensor] | None:
+        """The loss over all pairs while no weight has moved, and its derivative by log-probability, `[n, columns]`.
+
+        Default: None, the loss needs a second forward.
+        """
+        return None
+
     def columns(self, table: StepTable) -> int:
         """Number of columns of each sample under a plan. Default: the trained steps."""
         return len(table.trained_steps)

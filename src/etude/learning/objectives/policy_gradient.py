@@ -86,6 +86,17 @@ class PolicyGradient(Objective):
     def needs_reference(self) -> bool:
         return self.kl_coef > 0
 
+    def at_ratio_one(self, samples: Samples, policy: TrainablePolicy) -> tuple[Loss, Tensor] | None:
+        old = samples.trajectory.log_prob
+        if self.needs_reference or self.keeps_means:
+            return None
+        log_prob = old.clone().requires_grad_()
+        with torch.enable_grad():
+            advantages = samples.advantages[:, None].expand_as(old).flatten()
+            result = self.surrogate(log_prob.flatten(), old.flatten(), advantages, policy)
+            (slope,) = torch.autograd.grad(result.value, log_prob)
+        return Loss(result.value.detach(), result.records), slope
+
     def averaged_dimensions(self, policy: TrainablePolicy) -> int:
         return policy.dimensions if self.logprob_reduction == "mean" else 1
 

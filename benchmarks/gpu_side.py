@@ -1,0 +1,140 @@
+"""One model of real size on the accelerator: an iteration by phase, its network calls alone, FLOPs and memory."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.full_size import random_pipeline, save_outline
+from benchmarks.protocol import peak_bytes, serve
+from etude.config import parse_config
+from etude.policies import TrainablePolicy
+from etude.policies.loading import DTYPES, load_source
+from etude.policies.source import ModelSource
+from etude.registry import POLICIES
+from etude.training.blueprint import Blueprint
+from etude.training.memory_estimate import memory_estimate, network_call
+from etude.training.trainer import Trainer
+
+MATRIX = 8192
+"""Side of the matrices whose product gives the device's own rate."""
+TINY_MATRIX = 256
+
+
+def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
+    """Builds the model and a trainer; `measure` runs two iterations and reports on the second.
+
+    Args:
+        settings: `model` (of `full_size.MODELS`), `tiny`, `dtype`, `config` (a recipe's tree without
+            its model).
+    """
+    device, tiny = torch.device("cuda" if torch.cuda.is_available() else "cpu"), settings["tiny"]
+    dtype, tree = DTYPES[settings["dtype"]], settings["config"]
+    started = time.perf_counter()
+    pipeline = random_pipeline(settings["model"], device, dtype, tiny)
+    policy = POLICIES.get(type(pipeline).__name__)(pipeline, dtype, device, tree["resolution"])
+    build = time.perf_counter() - started
+    rate = _rate(device, TINY_MATRIX if tiny else MATRIX)
+    info = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "build_seconds": build,
+        "rate": rate,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")},
+    }
+    tree = {**tree, "model": settings["model"], "dtype": settings["dtype"]}
+    return info, {"measure": lambda: _measure(policy, tree, tiny)}
+
+
+def _measure(policy: TrainablePolicy, tree: dict[str, Any], tiny: bool) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
+        trainer = Trainer(parse_config(tree), Path(folder) / "run", policy=policy)
+        if policy.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        peak = torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else peak_bytes()
+        rows = [json.loads(line) for line in (trainer.out / "metrics.jsonl").read_text().splitlines()]
+        phases = rows[2]["seconds"]
+        return {
+            "phases": phases,
+            "peak_bytes": peak,
+            "estimated_bytes": _estimate(tree, trainer, Path(folder), tiny),
+            "sizes": {batch.setting: batch.size for batch in trainer.sizes.automatic},
+            "network": _network(trainer),
+        }
+
+
+def _estimate(tree: dict[str, Any], trainer: Trainer, folder: Path, tiny: bool) -> int:
+    """Bytes that a dry run tells for the sizes that the run found, from an outline of the model on the CPU."""
+    given = {**tree, "model": str(save_outline(tree["model"], folder / "model", tiny))}
+    for batch in trainer.sizes.automatic:
+        section, name = batch.setting.split(".")
+        given[section] = {**given[section], name: batch.size}
+    blueprint = Blueprint(parse_config(given), folder / "estimated")
+    outline = load_source(ModelSource.of(blueprint.config), outline=True)
+    schedule = blueprint.schedule(outline)
+    blueprint.make_trainable(outline)
+    return list(memory_estimate(blueprint, outline, schedule).values())[-1]
+
+
+def _network(trainer: Trainer) -> dict[str, dict[str, float]]:
+    """FLOPs and seconds of all network calls of an iteration, made alone, by phase."""
+    policy, table, config = trainer.policy, trainer.schedule.table_at(1), trainer.config
+    conditioning = policy.encode(trainer.train_prompts.texts[:1])
+    call = network_call(policy, table, conditioning, config.sampling.guidance_scale)
+    trained, images = list(trainer.parameters.values()), len(trainer.learner.indices)
+    pairs = sum(len(rows) for rows, _ in trainer.learner.pairs(len(table.trained_steps), 1))
+
+    def replay(count: int) -> tuple[Tensor, ...]:
+        loss = call(count).square().mean()
+        with policy.attention.allowed(policy.device, policy.denoiser):
+            return torch.autograd.grad(loss, trained)
+
+    counts = {
+        "rollout": (torch.no_grad()(call), min(trainer.sizes.rollout.size, images), images * table.num_evaluations),
+        "update": (replay, min(trainer.sizes.replay.size, pairs), pairs),
+    }
+    report = {}
+    for phase, (work, size, rows) in counts.items():
+        with FlopCounterMode(display=False) as counter:
+            work(size)
+        seconds = _seconds(partial(work, size), policy.device)
+        report[phase] = {
+            "flops": counter.get_total_flops() / size * rows,
+            "seconds": seconds / size * rows,
+            "rows": rows,
+            "size": size,
+        }
+    return report
+
+
+def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
+    """Seconds of one call: the fastest of some, after the device has finished."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    return min(once() for _ in range(repeats))
+
+
+def _rate(device: torch.device, side: int) -> float:
+    """FLOP/s of a product of two bfloat16 matrices."""
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * side**3 / _seconds(lambda: a @ b, device, 10)
+
+
+if __name__ == "__main__":
+    serve(start)

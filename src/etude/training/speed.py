@@ -1,0 +1,67 @@
+"""Settings of a run that change its speed and at most the last bits: compilation, layout, TF32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from etude.config import TrainConfig
+from etude.policies import TrainablePolicy
+from etude.training.sizes import BatchSizes
+
+WORTH_COMPILING = 20_000
+"""Network evaluations in a run from which `compile: auto` compiles on a GPU: a choice, not a measurement."""
+
+
+def compilation(config: TrainConfig, device: torch.device, evaluations: int) -> tuple[str, str]:
+    """How the network is compiled, `off`, `regional` or `full`, and the reason in words.
+
+    `evaluations` is the number of network evaluations in the run, one image at one step each.
+    """
+    if config.compile != "auto":
+        return config.compile, config.compile
+    if device.type == "cpu":
+        return "off", "auto: off on a CPU"
+    how = "regional" if evaluations >= WORTH_COMPILING else "off"
+    return how, f"auto: {how} for {evaluations:,} network evaluations, where {WORTH_COMPILING:,} are worth it"
+
+
+def prepare_network(config: TrainConfig, policy: TrainablePolicy, evaluations: int) -> None:
+    """Brings the weights into the layout of the settings, and compiles the network."""
+    if config.channels_last:
+        policy.use_channels_last()
+    how, reason = compilation(config, policy.device, evaluations)
+    if how != "off":
+        policy.compile(how)
+    policy.compilation = None if config.compile == "off" else reason
+
+
+def choices(config: TrainConfig, policy: TrainablePolicy, sizes: BatchSizes) -> dict[str, Any]:
+    """What the run chose by itself or was told beside the defaults, for its summary, by setting."""
+    told = {
+        "attention.backend": policy.attention.text(policy.device),
+        "compile": policy.compilation,
+        "channels_last": config.channels_last,
+        "tf32": config.tf32 and policy.device.type == "cuda",
+        **sizes.state(),
+    }
+    return {name: value for name, value in told.items() if value}
+
+
+@contextmanager
+def matrix_products(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Context in which a GPU multiplies float32 matrices, and convolves, in TF32 if `tf32` is set."""
+    if not config.tf32 or device.type != "cuda":
+        yield
+        return
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
