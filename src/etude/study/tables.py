@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from etude.report.page import interval
+from etude.report.result_table import Table
 from etude.study.study_file import file_name
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: the first column holds words; `best` is the cell to emphasise in each row."""
-
-    title: str
-    note: str
-    columns: list[str]
-    rows: list[list[str]]
-    best: list[int | None] | None = None
-
-    def markdown(self) -> str:
-        """The note and the cells in GitHub's dialect of Markdown."""
-        align = ["---"] + ["---:"] * (len(self.columns) - 1)
-        lines = [self.columns, align, *([cell.replace("|", "\\|") for cell in row] for row in self.rows)]
-        body = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        return f"{self.note}\n\n{body}\n"
 
 
 def tables(analysis: Row) -> list[Table]:
