@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etude.config import SamplerSettings
 from etude.config.algorithm import algorithm
 from etude.files import atomic_write_text
 from etude.learning.metrics import metrics_of
-from etude.measuring.statistics import format_interval
+from etude.measuring.statistics import format_interval, sure_since
+from etude.report.doctor import clean_bill, examine
 from etude.report.figures import PHASES, Line, bar_figure, line_figure, visits_figure, window_figure
 from etude.rewards import WEIGHTED_SUM
 from etude.runs.reader import Interval, Run, read_run
@@ -57,10 +59,13 @@ def render(run: Run) -> str:
         headlines=_headlines(run),
         basis=_basis(run),
         table=_table(run),
+        deployed=_deployed(run),
         curves=[(reward, reward in {*run.trained, WEIGHTED_SUM}, _curves(run, reward)) for reward in run.rewards],
         window=_window(run),
         grids=_grids(run),
         diagnostics=_diagnostics(run),
+        findings=examine(run),
+        clean_bill=clean_bill(run),
         time=_time(run),
         memory=_memory(run),
         environment=_environment(run),
@@ -196,6 +201,16 @@ def _table(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+def _deployed(run: Run) -> dict[str, Any] | None:
+    """The last figures of the deployed sampler by reward, and its label; None where none was measured."""
+    found = (run.evaluations[-1][1] if run.evaluations else {}).get("deployed")
+    if not found:
+        return None
+    quantities = ("reward", "gap", "improvement")
+    rows = [(name, *(found[quantity][name] for quantity in quantities)) for name in found["reward"]]
+    return {"label": SamplerSettings.model_validate(found["sampler"]).label, "rows": rows}
+
+
 def _curves(run: Run, reward: str) -> list[Panel]:
     figures = []
     (x, mean), (_, std) = (run.series("reward", reward, name) for name in ("mean", "std"))
@@ -224,6 +239,12 @@ def _curves(run: Run, reward: str) -> list[Panel]:
             line = Line.of(points, colour)
             alt = f"{title} of {reward}: {_first_to_last(line.y)}; last {interval(points[-1][1])}."
             figures.append((title, note, line_figure([line], alt, zero=True)))
+    if points := run.intervals("divergence", reward):
+        line, since = Line.of(points, "gap"), sure_since(points)
+        sure = "It is not sure." if since is None else f"It is sure since iteration {since}."
+        note = f"Gain of the trained reward minus gain of {reward}, in standard deviations of the base model's images. {sure}"
+        alt = f"Divergence from {reward}: {_first_to_last(line.y)}; last {interval(points[-1][1])}. {sure}"
+        figures.append(("Divergence from this gold reward", note, line_figure([line], alt, zero=True)))
     return figures
 
 

@@ -1,4 +1,4 @@
-"""A table of a study, and how its p-values are written."""
+"""A table of results, for a page and as Markdown, and how its p-values are written."""
 
 from __future__ import annotations
 
