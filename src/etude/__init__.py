@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from etude.config import TrainConfig, load_config
     from etude.errors import EtudeError
-    from etude.measuring.gap import Measurement, reward_gap
+    from etude.measuring.gap import reward_gap
+    from etude.measuring.pairs import Measurement
     from etude.measuring.statistics import Estimate
     from etude.policies import load_policy
     from etude.policies.source import ModelSource
@@ -52,7 +53,8 @@ __all__ = [
 _HOMES = {
     "etude.config": "TrainConfig load_config",
     "etude.errors": "EtudeError",
-    "etude.measuring.gap": "Measurement reward_gap",
+    "etude.measuring.gap": "reward_gap",
+    "etude.measuring.pairs": "Measurement",
     "etude.measuring.statistics": "Estimate",
     "etude.policies": "load_policy",
     "etude.policies.source": "ModelSource",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from etude.cli.app import app
-from etude.config import describe_fields, load_config, parse_config, parse_rewards, recipe_text
+from etude.config import describe_fields, load_config, parse_config, parse_rewards, parse_sampler, recipe_text
 from etude.config.tree import set_key
 from etude.config.yaml_text import DEEPEST, LONGEST, MOST_VALUES, parse_yaml
 from etude.errors import EtudeError
@@ -336,3 +336,33 @@ def test_as_many_cases_are_drawn_as_the_security_page_says() -> None:
     ]
     assert sum(declared) >= 2000
     assert f"{sum(declared):,} cases" in (tests.parent / "SECURITY.md").read_text(encoding="utf-8")
+
+
+PARTS = [
+    "heun",
+    "ode",
+    "eta",
+    "steps",
+    "guidance",
+    "size",
+    "kernel",
+    "cps",
+    "first_step",
+    "=",
+    ",",
+    "1",
+    "-1",
+    "1e9",
+    "nan",
+    "yes",
+]
+
+
+@fuzz("samplers", 300, text=st.one_of(st.text(max_size=30), st.lists(st.sampled_from(PARTS), max_size=9).map("".join)))
+def test_any_text_is_a_sampler_or_one_sentence(text: str) -> None:
+    if refused(parse_sampler, text) is None:
+        settings = parse_sampler(text)
+        settings.sampler()
+        assert (
+            parse_sampler(",".join(f"{k}={v}" for k, v in settings.model_dump(exclude_none=True).items())) == settings
+        )

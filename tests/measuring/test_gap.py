@@ -11,7 +11,8 @@ import torch
 
 from etude.config import LoraConfig
 from etude.errors import EtudeError
-from etude.measuring.gap import Measurement, reward_gap
+from etude.measuring.gap import reward_gap
+from etude.measuring.pairs import Measurement
 from etude.measuring.statistics import Estimate, estimate_mean
 from etude.policies import load_policy
 from etude.policies.source import ModelSource

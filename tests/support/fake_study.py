@@ -8,7 +8,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from etude.measuring.gap import by_quantity, compare
+from etude.measuring.pairs import by_quantity, compare
 from etude.study.directory import StudyDirectory
 from etude.study.measurement import sampler_settings, samplers
 from etude.study.study_file import parse_study

@@ -10,7 +10,7 @@ import torch
 from etude.config import TrainConfig, parse_config
 from etude.errors import EtudeError
 from etude.learning.exchange import gather, share
-from etude.measuring.gap import Measurement
+from etude.measuring.pairs import Measurement
 from etude.policies.flux import FluxPolicy
 from etude.prompts import PromptSet
 from etude.rewards import WeightedRewards, register

@@ -16,7 +16,7 @@ from etude.advice import rules
 from etude.config import TrainConfig, difference, load_config, parse_config, recipe_names
 from etude.errors import EtudeError
 from etude.files import atomic_write_text
-from etude.measuring.gap import Measurement
+from etude.measuring.pairs import Measurement
 from etude.measuring.statistics import Estimate, estimate_mean
 from etude.policies.loading import load_source
 from etude.policies.source import ModelSource

@@ -6,13 +6,15 @@ published name of the algorithm that a configuration describes.
 
 from __future__ import annotations
 
+from etude.config.sampler_settings import SamplerSettings
+from etude.config.sampler_text import check_sampler, parse_sampler
+from etude.config.section import Section
 from etude.config.sections import (
     LoraConfig,
     ObjectiveConfig,
     OptimizerConfig,
     RolloutConfig,
     SamplingConfig,
-    Section,
     TrainConfig,
     WindowConfig,
 )
@@ -33,10 +35,12 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "RolloutConfig",
+    "SamplerSettings",
     "SamplingConfig",
     "Section",
     "TrainConfig",
     "WindowConfig",
+    "check_sampler",
     "continuation",
     "describe_fields",
     "difference",
@@ -44,6 +48,7 @@ __all__ = [
     "load_config",
     "parse_config",
     "parse_rewards",
+    "parse_sampler",
     "recipe_names",
     "recipe_text",
 ]

@@ -7,12 +7,13 @@ hyper-parameters) unless the help line says otherwise.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 
-from etude.config.yaml_text import Word, dump_yaml
+from etude.config.section import Section, check_truth
+from etude.config.yaml_text import dump_yaml
 from etude.registry import ADVANTAGES, KERNELS, OBJECTIVES, POLICIES, WINDOWS
 from etude.rewards.reward import WEIGHTED_SUM
 from etude.sampling.etas import Etas, setting_text
@@ -36,35 +37,6 @@ def _count_or_auto(value: Any) -> Any:
 
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)]
 """A number, or `auto`: the largest number that fits into memory."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        return _check_truth(value, cls.model_fields[info.field_name or ""].annotation)
-
-
-def _check_truth(value: Any, annotation: Any) -> Any:
-    """The value of a field, after a look for truth values where the field holds none, and for words of YAML 1.1."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-    for each in inside:
-        if isinstance(each, bool) and not _takes_truth(annotation):
-            raise ValueError("true and false are no numbers and no texts; write the number, or the text in quotes")
-        if isinstance(each, Word) and "Any" in str(annotation):
-            raise ValueError(f"{each} may mean a truth value or a text; write true or false, or the text in quotes")
-    return value
-
-
-def _takes_truth(annotation: Any) -> bool:
-    """Whether a field of this type may hold true or false, or a section, which checks its own fields."""
-    if annotation in (bool, Any) or (isinstance(annotation, type) and issubclass(annotation, Section)):
-        return True
-    return any(_takes_truth(part) for part in get_args(annotation))
 
 
 class PromptsConfig(Section):
@@ -109,7 +81,7 @@ class WindowConfig(Section):
     compression: float | None = Field(None, gt=0, le=1)
     """MixGRPO-Flash: second-order DPM-Solver++ replaces the steps after the window by this share of
     their number (0.4 in the paper). null: plain MixGRPO."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({})
     """Arguments of a strategy of your own, by name. Default: none."""
 
     def settings(self) -> dict[str, Any]:
@@ -171,7 +143,7 @@ class SamplingConfig(Section):
     @field_validator("eta", mode="before")
     @classmethod
     def _a_number_or_one_a_step(cls, value: Any) -> Any:
-        _check_truth(value, float)
+        check_truth(value, float)
         try:
             if isinstance(value, list | tuple):
                 return [_ETA.validate_python(each) for each in value]
@@ -296,7 +268,7 @@ class ObjectiveConfig(Section):
     kind: Annotated[str, AfterValidator(OBJECTIVES.check)] = Field(
         "ppo", description=f"Loss of an optimiser step: a name, or module:Class of your own. {OBJECTIVES.about()}."
     )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({})
     """Arguments of the objective by name: of nft, awm or dpo, ppo's ratio and kl_limit, or those of
     an objective of your own. Default: none."""
     clip_range: float | None = Field(1e-4, gt=0)
@@ -353,7 +325,7 @@ class AdvantageConfig(Section):
     kind: Annotated[str, AfterValidator(ADVANTAGES.check)] = Field(
         "per_prompt", description=f"Comparison of rewards: a name, or module:Class of your own. {ADVANTAGES.about()}."
     )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field({})
     """Arguments of an advantage of your own, by name. Default: none."""
     buffer_size: int = Field(16, ge=2)
     """per_prompt: number of past rewards remembered for each prompt."""
@@ -376,9 +348,9 @@ class EvaluationConfig(Section):
     trains at 10 steps and evaluates at 40."""
     num_images: int = Field(64, ge=2, le=1_000_000)
     """Pairs of images per evaluation, ODE and SDE from the same noise, on held-out prompts."""
-    held_out_rewards: list[str] = []
+    held_out_rewards: list[str] = Field([])
     """Rewards that are measured but not trained on: the guard against reward hacking."""
-    stop_on_fall: dict[str, Annotated[float, Field(ge=0)]] = {}
+    stop_on_fall: dict[str, Annotated[float, Field(ge=0)]] = Field({})
     """Largest fall of a reward's held-out ODE mean below that of the base model: reward name to
     fall, in the reward's own unit. Once the whole 95 % interval of the change lies below this
     limit, the run exports its weights and stops."""
@@ -473,7 +445,7 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     memory: MemoryConfig = MemoryConfig()
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field([])
     """Trackers that receive the metrics, too: a name or a list of names."""
 
     @field_validator("trackers", mode="before")

@@ -13,7 +13,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from etude.config.sections import Section, TrainConfig
+from etude.config.section import Section
+from etude.config.sections import TrainConfig
 from etude.config.yaml_text import parse_yaml, read_yaml_text
 from etude.errors import EtudeError, brief_value, unknown
 

@@ -118,16 +118,28 @@ class PipelinePolicy(TrainablePolicy):
         scheduler = pipeline.scheduler
         self.scheduler_config: Mapping[str, Any] = {**scheduler.config, "_class_name": type(scheduler).__name__}
         self.path = self.path_class.from_config(self.scheduler_config)
-        self.latent_size = self._default_size() if resolution is None else self._size_of(resolution)
-        factor = pipeline.vae_scale_factor
-        self.image_size = (self.latent_size[0] * factor, self.latent_size[1] * factor)
-        self.latent_shape = self._shape()
-        at_a_time = max(1, min(32, DECODED_PIXELS // (self.image_size[0] * self.image_size[1])))
-        self.decode_batch = MicroBatch.of(decode_batch_size or at_a_time, "memory.decode_batch_size", at_a_time)
+        self._decoded_at_a_time = decode_batch_size
+        self._take_size(self._default_size() if resolution is None else self._size_of(resolution))
         self._encoded = PromptCache(prompt_cache_mb * 2**20)
         self._initial: nn.Module | None = None
         self._told_of_cut = False
         self._trains_everything = self._is_reference = False
+
+    def _take_size(self, latent_size: tuple[int, int]) -> None:
+        """Sets all that follows from the size of the latents."""
+        self.latent_size, factor = latent_size, self.pipeline.vae_scale_factor
+        self.image_size = (self.latent_size[0] * factor, self.latent_size[1] * factor)
+        self.latent_shape = self._shape()
+        at_a_time = max(1, min(32, DECODED_PIXELS // (self.image_size[0] * self.image_size[1])))
+        self.decode_batch = MicroBatch.of(self._decoded_at_a_time or at_a_time, "memory.decode_batch_size", at_a_time)
+
+    def resized(self, side: int | None) -> PipelinePolicy:
+        size = self.latent_size if side is None else self._size_of(side)
+        if size == self.latent_size:
+            return self
+        other = copy.copy(self)  # which shares the networks and the encoded prompts
+        other._take_size(size)
+        return other
 
     def _default_size(self) -> tuple[int, int]:
         """`(h, w)` of the latents that the pipeline makes by default."""

@@ -33,6 +33,11 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.dtype == torch.float16 and self.pipeline.vae.config.get("force_upcast"):
+            self.pipeline.vae.float()
+
+    def _take_size(self, latent_size: tuple[int, int]) -> None:
+        super()._take_size(latent_size)
         size, projection = self.image_size, self.pipeline.text_encoder_2.config.projection_dim
         try:  # [1, 6]: original height and width, top and left of the crop, target height and width
             ids = self.pipeline._get_add_time_ids(
@@ -41,8 +46,6 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
         except ValueError as error:
             raise EtudeError(f"this SDXL model contradicts itself: {brief(error)}") from error
         self._time_ids = ids.to(self.device)
-        if self.dtype == torch.float16 and self.pipeline.vae.config.get("force_upcast"):
-            self.pipeline.vae.float()
 
     def agreements(self) -> list[Agreement]:
         parts, unet = self.pipeline, self.pipeline.unet.config

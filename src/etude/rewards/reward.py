@@ -119,6 +119,11 @@ def files(name: str) -> dict[str, Path]:
     return {**(REWARDS.files(name) if is_code else {}), **getattr(get(name), "files", dict)()}
 
 
+def sources(name: str) -> list[str]:
+    """The directories, files and hub ids from which a reward reads weights; empty for one that reads none by name."""
+    return list(getattr(get(name), "sources", list)())
+
+
 def _build(name: str) -> Any:
     if name in _factories:
         return _factories[name]()

@@ -62,6 +62,15 @@ class Policy(ABC):
         """The levels that the pipeline itself visits in N steps at this policy's resolution."""
         return self.path.grid(num_steps)
 
+    def resized(self, side: int | None) -> Policy:
+        """The same model, with the weights that it holds at present, for images of another side in pixels.
+
+        None is the side that it has. Default: EtudeError for any other.
+        """
+        if side is not None:
+            raise EtudeError(f"{type(self).__name__} makes images of one size: leave out the size {side}.")
+        return self
+
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:
         """The conditioning of `n` prompts, each encoded alone, and reused while there is room to keep it."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from etude.config import TrainConfig
 from etude.files import atomic_write_bytes, atomic_write_text
-from etude.measuring.gap import Measurement
+from etude.measuring.pairs import Measurement
 from etude.policies import TrainablePolicy
 from etude.policies.loading import load_source
 from etude.policies.source import ModelSource

@@ -30,7 +30,7 @@ from etude.batching import MicroBatch, Progress
 from etude.config import TrainConfig
 from etude.files import atomic_write_bytes, atomic_write_text
 from etude.learning.exchange import gather, share
-from etude.measuring.gap import Measurement, Scores, by_quantity, compare
+from etude.measuring.pairs import Measurement, Scores, by_quantity, compare
 from etude.policies import Policy, TrainablePolicy
 from etude.prompts import PromptSet, load_prompts, overlap
 from etude.report.grids import image_grid

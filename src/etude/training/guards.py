@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from etude.measuring.gap import Scores
+from etude.measuring.pairs import Scores
 from etude.measuring.statistics import Estimate, estimate_mean
 from etude.policies.sharding import whole
 

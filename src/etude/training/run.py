@@ -12,7 +12,7 @@ from rich.text import Text
 
 from etude.config import TrainConfig, load_config
 from etude.errors import unknown
-from etude.measuring.gap import QUANTITIES, Comparison
+from etude.measuring.pairs import QUANTITIES, Comparison
 from etude.measuring.statistics import Estimate, format_interval
 from etude.policies import TrainablePolicy
 from etude.policies.loading import load_source

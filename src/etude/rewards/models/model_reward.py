@@ -120,10 +120,14 @@ class ModelReward(ABC):
                 value.to("cpu")
         clear_device_cache()
 
+    def sources(self) -> list[str]:
+        """`model` and `base`, each once."""
+        return list(dict.fromkeys([self.model, self.base]))
+
     def files(self) -> dict[str, Path]:
         """The files of `model` and `base`, where they are on the disk and not on the hub."""
         found: dict[str, Path] = {}
-        for source in (self.model, self.base):
+        for source in self.sources():
             place = Path(os.path.expanduser(source))
             inside = [path for pattern in (*TEXT_FILES, "*.safetensors") for path in sorted(place.glob(pattern))]
             found |= {str(path): path for path in ([place] if place.is_file() else inside)}
@@ -131,7 +135,7 @@ class ModelReward(ABC):
 
     def revisions(self) -> dict[str, str]:
         """The commit of each hub repository that was read, by its name in the options."""
-        return {source: commit for source in (self.model, self.base) if (commit := revision_read(source))}
+        return {source: commit for source in self.sources() if (commit := revision_read(source))}
 
     def _place(self, images: Tensor) -> torch.device:
         if self.device is not None:
