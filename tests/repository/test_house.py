@@ -19,7 +19,7 @@ FLOORS = (
     ("learning", "measuring"),
     ("report",),
     ("training",),
-    ("advice", "preferences", "study"),
+    ("advice", "bench", "preferences", "study"),
     ("cli",),
 )
 """The rooms of `src/etude`, from the ground up. A room imports from lower floors only."""

@@ -17,6 +17,8 @@ import typer
 from etude import terminal
 from etude.cli import options
 from etude.cli.advise import advise
+from etude.cli.bench import bench, protocols
+from etude.cli.doctor import doctor
 from etude.cli.errors import CommandGroup, Debug, UsageError, is_first_process, remember_debug
 from etude.cli.gap import gap
 from etude.cli.options import option, path
@@ -174,6 +176,8 @@ def recipes(
 
 app.command()(gap)
 app.command()(sample)
+app.command()(bench)
+app.command()(protocols)
 
 
 @app.command()
@@ -220,6 +224,7 @@ def models(debug: Debug = False) -> None:
 app.command("serve-reward")(serve_reward)
 app.command()(study)
 app.command()(watch)
+app.command()(doctor)
 app.command()(advise)
 app.add_typer(preferences_app, name="preferences")
 

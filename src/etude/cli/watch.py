@@ -124,6 +124,7 @@ def view(state: State) -> Group:
 
     from etude.config import parse_config
     from etude.config.algorithm import essence
+    from etude.report.doctor import examine
     from etude.terminal import clock
 
     run, done = state.run, max(0, state.iteration)
@@ -141,7 +142,8 @@ def view(state: State) -> Group:
     phases: Mapping[str, float] = run.rows[-1].get("seconds") or {}
     shares = ", ".join(f"{name} {value:.3g} s" for name, value in phases.items() if name != "total")
     seconds = f"last iteration {phases.get('total', 0.0):.3g} s: {shares}"
-    return Group(*head, Text(), _rewards(run), Text(), _health(run), Text(), Text(seconds))
+    findings = [Text(f"{finding}", style="yellow") for finding in examine(run)]
+    return Group(*head, Text(), _rewards(run), Text(), _health(run), Text(), *findings, Text(seconds))
 
 
 def _looks(directory: Path, every: float) -> Iterator[State]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.functional_validators import AfterValidator, BeforeValidator, field_validator, model_validator
 
+from etude.config.sampler_settings import SamplerSettings
 from etude.config.section import Section, check_truth
 from etude.config.yaml_text import dump_yaml
 from etude.registry import ADVANTAGES, KERNELS, OBJECTIVES, POLICIES, WINDOWS
@@ -348,6 +349,13 @@ class EvaluationConfig(Section):
     trains at 10 steps and evaluates at 40."""
     num_images: int = Field(64, ge=2, le=1_000_000)
     """Pairs of images per evaluation, ODE and SDE from the same noise, on held-out prompts."""
+    images_per_prompt: int | None = Field(None, ge=1)
+    """Images of each prompt, of which num_images must be a multiple. Diversity needs at least 2.
+    null: as few as the prompts allow."""
+    deployment: SamplerSettings | None = None
+    """The sampler that will serve the tuned model, measured beside ODE and SDE from the same noise:
+    its reward, its gap to the SDE, and the improvement under it. Keys: solver, steps, guidance,
+    size, eta, kernel, first_step; steps, guidance and size are those of training where null."""
     held_out_rewards: list[str] = Field([])
     """Rewards that are measured but not trained on: the guard against reward hacking."""
     stop_on_fall: dict[str, Annotated[float, Field(ge=0)]] = Field({})
@@ -477,6 +485,11 @@ class TrainConfig(Section):
             raise ValueError(
                 f"evaluation.num_steps = {evaluation.num_steps} needs an eta for each of its steps, but sampling.eta lists "
                 f"{sampling.num_steps}; set evaluation.num_steps to null, or use sampling.eta_schedule over steps"
+            )
+        if evaluation.num_images % (evaluation.images_per_prompt or 1):
+            raise ValueError(
+                f"evaluation.num_images = {evaluation.num_images} is not a multiple of evaluation.images_per_prompt = "
+                f"{evaluation.images_per_prompt}"
             )
         if any(not math.isfinite(w) or w == 0 for w in self.rewards.values()):
             raise ValueError(

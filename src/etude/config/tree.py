@@ -256,7 +256,11 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     Sections that may be null and mappings by reward count as one value each.
     """
     for key, value in tree.items():
-        if isinstance(value, dict) and key not in {"window", "eta_schedule"} and f"{prefix}{key}" not in _BY_REWARD:
+        if (
+            isinstance(value, dict)
+            and key not in {"window", "eta_schedule", "deployment"}
+            and f"{prefix}{key}" not in _BY_REWARD
+        ):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from etude.config import SamplerSettings
 from etude.config.algorithm import algorithm
 from etude.files import atomic_write_text
 from etude.learning.metrics import metrics_of
 from etude.measuring.statistics import format_interval
+from etude.report.doctor import clean_bill, examine
 from etude.report.figures import PHASES, Line, bar_figure, line_figure, visits_figure, window_figure
 from etude.rewards import WEIGHTED_SUM
 from etude.runs.reader import Interval, Run, read_run
@@ -57,10 +59,13 @@ def render(run: Run) -> str:
         headlines=_headlines(run),
         basis=_basis(run),
         table=_table(run),
+        deployed=_deployed(run),
         curves=[(reward, reward in {*run.trained, WEIGHTED_SUM}, _curves(run, reward)) for reward in run.rewards],
         window=_window(run),
         grids=_grids(run),
         diagnostics=_diagnostics(run),
+        findings=examine(run),
+        clean_bill=clean_bill(run),
         time=_time(run),
         memory=_memory(run),
         environment=_environment(run),
@@ -194,6 +199,16 @@ def _table(run: Run) -> list[dict[str, Any]]:
         for reward in run.rewards
         if reward in (final.get("ode") or {})
     ]
+
+
+def _deployed(run: Run) -> dict[str, Any] | None:
+    """The last figures of the deployed sampler by reward, and its label; None where none was measured."""
+    found = (run.evaluations[-1][1] if run.evaluations else {}).get("deployed")
+    if not found:
+        return None
+    quantities = ("reward", "gap", "improvement")
+    rows = [(name, *(found[quantity][name] for quantity in quantities)) for name in found["reward"]]
+    return {"label": SamplerSettings.model_validate(found["sampler"]).label, "rows": rows}
 
 
 def _curves(run: Run, reward: str) -> list[Panel]:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from etude.report.page import interval
+from etude.report.result_table import Table
 from etude.study.study_file import file_name
 from etude.study.table import Table, p_value
 from etude.study.trend_tables import trend_tables

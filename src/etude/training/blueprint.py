@@ -71,7 +71,8 @@ class Blueprint:
         self.offline = OfflinePairs(self.objective.pairs, config) if self.objective.pairs else None
         source = ModelSource.of(config) if policy is None else policy.source
         self.inputs = Inputs(config, out, resume, accept_changes)
-        evaluated = self.evaluation_prompts.head(config.evaluation.num_images)
+        each = config.evaluation.images_per_prompt or 1
+        evaluated = self.evaluation_prompts.head(config.evaluation.num_images // each)
         self.inputs.take(digests_before_loading(config, source, self.prompts, evaluated))
 
     def check_groups(self, processes: int) -> None:

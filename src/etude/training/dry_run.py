@@ -60,8 +60,9 @@ def evaluations(config: TrainConfig, objective: Objective, steps: ImageSteps, co
 
 
 def gap_evaluations(config: TrainConfig) -> int:
-    """Network evaluations of one evaluation: every held-out image under the ODE and under the SDE."""
-    return 2 * config.evaluation.num_images * (config.evaluation.num_steps or config.sampling.num_steps)
+    """Network evaluations of one evaluation: every held-out image under the ODE, the SDE and the deployed sampler."""
+    steps, pair = config.evaluation.num_steps or config.sampling.num_steps, SamplerPair(config)
+    return config.evaluation.num_images * (2 * steps + pair.deployed_evaluations)
 
 
 def evaluated(config: TrainConfig) -> list[int]:
@@ -111,7 +112,8 @@ def resolved(
     policy = policy or load_source(blueprint.inputs.pinned(ModelSource.of(config)), outline=True)
     schedule = blueprint.schedule(policy)
     SamplerPair(config).check(policy)
-    count_trained(blueprint.evaluation_prompts.head(config.evaluation.num_images), blueprint.prompts)
+    count = config.evaluation.num_images // (config.evaluation.images_per_prompt or 1)
+    count_trained(blueprint.evaluation_prompts.head(count), blueprint.prompts)
     blueprint.make_trainable(policy)
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     whole = sum(parameter.numel() for parameter in policy.network.parameters())

@@ -128,8 +128,10 @@ class RunState:
 
     def values(self) -> dict[str, Any]:
         """The rest of the state, as JSON."""
+        deployed = self.evaluation.base_deployed
         return {
             "base_scores": self.evaluation.base_scores,
+            **({} if deployed is None else {"base_deployed": deployed}),
             "last_evaluation": self.evaluation.last,
             "best": self.best.state(),
             "advantage": self.advantage.state(),
@@ -160,6 +162,7 @@ class RunState:
             self.advantage.load_state(values["advantage"])
             self.sizes.load_state(values.get("batch_sizes", {}))
             self.evaluation.base_scores, self.evaluation.last = values["base_scores"], values["last_evaluation"]
+            self.evaluation.base_deployed = values.get("base_deployed")
             if self.best.reward is not None:
                 self.best.load_state(parts["best"], values["best"])
         except (KeyError, TypeError, AttributeError, IndexError) as error:

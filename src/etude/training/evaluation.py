@@ -7,6 +7,9 @@ with the guidance of training. On the SDE side every step is stochastic, without
 tail, with the training kernel at the eta of the iteration that the evaluation follows. Under
 `sampling.eta_schedule` over iterations the SDE side moves, so a gap may narrow because eta falls. A
 schedule over steps is stretched to the evaluation's number of steps.
+
+`evaluation.deployment` adds a third sampler, the one that will serve the model, with its gap to the
+SDE and the improvement under it.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from etude.batching import MicroBatch, Progress
-from etude.config import TrainConfig
+from etude.config import SamplerSettings, TrainConfig
 from etude.files import atomic_write_bytes, atomic_write_text
 from etude.learning.exchange import gather, share
 from etude.measuring.pairs import Measurement, Scores, by_quantity, compare
@@ -49,6 +52,14 @@ class SamplerPair:
         self._sampling, self._etas = config.sampling, config.sampling.etas(config.iterations)
         self.num_steps = config.evaluation.num_steps or config.sampling.num_steps
         self.ode = ODE(self.num_steps, config.sampling.guidance_scale)
+        beside = SamplerSettings(steps=self.num_steps, guidance=config.sampling.guidance_scale)
+        deployed = config.evaluation.deployment
+        self.deployed = None if deployed is None else deployed.filled(beside)
+
+    @property
+    def deployed_evaluations(self) -> int:
+        """Network evaluations of one image under the deployed sampler; 0 where none is named."""
+        return 0 if self.deployed is None else self.deployed.sampler().evaluations
 
     def eta(self, iteration: int) -> float | list[float]:
         """The eta of the evaluation after an iteration, by step where it differs."""
@@ -60,7 +71,9 @@ class SamplerPair:
         return SDE(eta, self.num_steps, sampling.kernel, sampling.first_step, sampling.guidance_scale)
 
     def check(self, policy: Policy) -> None:
-        """Refuses an eta that the kernel does not allow at the policy's levels."""
+        """Refuses an eta that the kernel does not allow at the policy's levels, and a deployed sampler that it cannot have."""
+        if self.deployed is not None:
+            self.deployed.sampler().check(policy.resized(self.deployed.size))
         for iteration in self._etas.extremes:
             self.sde(iteration).check(policy)
 
@@ -113,7 +126,10 @@ class Evaluation:
         self.config, self.policy, self.accelerator, self.out = config, policy, accelerator, out
         prompts, count = prompts or load_prompts(config.prompts.evaluation), config.evaluation.num_images
         batch_size = batches or config.rollout.batch_size
-        self.measurement = Measurement(prompts, rewards.evaluate, count, config.seed, batch_size=batch_size)
+        each = config.evaluation.images_per_prompt
+        self.measurement = Measurement(
+            prompts, rewards.evaluate, count, config.seed, batch_size=batch_size, images_per_prompt=each
+        )
         self.whole_groups = rewards.whole_groups
         self.samplers = SamplerPair(config)
         self.samplers.check(policy)
@@ -121,6 +137,7 @@ class Evaluation:
         self.prompts_trained_on = count_trained(self.measurement.prompts, known, warn=accelerator.is_main_process)
         self.samples = share(count, accelerator.num_processes, accelerator.process_index)
         self.base_scores: dict[str, list[float]] | None = None  # rewards of the base model's ODE images, once measured
+        self.base_deployed: dict[str, list[float]] | None = None  # the same under the deployed sampler, if there is one
         self.last: dict[str, Any] = {}  # the newest result
 
     @property
@@ -131,7 +148,8 @@ class Evaluation:
     @property
     def work(self) -> int:
         """The number of image steps that the next evaluation costs this process."""
-        return (2 + self.measures_base) * len(self.samples) * self.samplers.num_steps
+        deployed = (1 + self.measures_base) * self.samplers.deployed_evaluations
+        return len(self.samples) * ((2 + self.measures_base) * self.samplers.num_steps + deployed)
 
     @property
     def fallen(self) -> str | None:
@@ -149,10 +167,12 @@ class Evaluation:
 
         Returns:
             `eta`, `num_steps`, `prompts_trained_on` (number of prompts that are not held out), and the
-            estimates of `compare` by quantity and reward, as plain values.
+            estimates of `compare` by quantity and reward, as plain values; under `deployed` those of
+            the deployed sampler, if there is one.
         """
         ode_images, ode = self._images(self.samplers.ode, on_step)
         sde_images, sde = self._images(self.samplers.sde(iteration), on_step)
+        deployed = {} if self.samplers.deployed is None else {"deployed": self._deployed(sde, on_step)}
         if self.base_scores is None:
             base_ode = ode
             if self.measures_base:
@@ -165,6 +185,7 @@ class Evaluation:
             "num_steps": self.samplers.num_steps,
             "prompts_trained_on": self.prompts_trained_on,
             **by_quantity(compare(ode, sde, base, self.measurement.clusters)),
+            **deployed,
         }
         if grids is None and self.fallen is not None:
             grids = "after"
@@ -186,12 +207,28 @@ class Evaluation:
                 scores[name] = self._images(self.samplers.ode, on_step, fresh)[1]
         return scores
 
+    def _deployed(self, sde: Scores, on_step: Progress) -> dict[str, Any]:
+        """The deployed sampler as plain values, with its reward, gap to the SDE and improvement by reward."""
+        settings = self.samplers.deployed
+        assert settings is not None
+        served = self._images(settings.sampler(), on_step, size=settings.size)[1]
+        if self.base_deployed is None:
+            base = served
+            if self.measures_base:
+                with self.policy.reference():
+                    base = self._images(settings.sampler(), on_step, size=settings.size)[1]
+            self.base_deployed = {name: values.tolist() for name, values in base.items()}
+        known = {name: np.array(values) for name, values in self.base_deployed.items()}
+        estimates = by_quantity(compare(served, sde, known, self.measurement.clusters))
+        chosen = {"reward": estimates["ode"], "gap": estimates["gap"], "improvement": estimates["improvement"]}
+        return {"sampler": settings.model_dump(mode="json"), **chosen}
+
     def _images(
-        self, sampler: Sampler, on_step: Progress, measurement: Measurement | None = None
+        self, sampler: Sampler, on_step: Progress, measurement: Measurement | None = None, size: int | None = None
     ) -> tuple[Tensor, Scores]:
-        """This process's images, and every image's scores."""
+        """This process's images, of a `size` in pixels or the policy's own, and every image's scores."""
         measurement = measurement or self.measurement
-        images = measurement.images(self.policy, sampler, on_step, self.samples)
+        images = measurement.images(self.policy.resized(size), sampler, on_step, self.samples)
         if self.whole_groups and self.accelerator.num_processes > 1:  # the processes share the images of a prompt
             scores: list[Scores | None] = [None]
             everything = self._gather(images)

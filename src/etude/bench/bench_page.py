@@ -1,0 +1,135 @@
+"""Files of a benchmark for people: results.json, results.md, index.html and the contact sheet."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from etude.bench.cells import SHOWN, Cell
+from etude.bench.results import Row
+from etude.files import atomic_write_bytes, atomic_write_text
+from etude.report.grids import image_grid
+from etude.report.page import interval, templates
+from etude.report.result_table import Table
+
+LOUD = "NOT COMPARABLE"
+"""The word on results of another protocol."""
+
+
+def write_bench(out: Path, results: Row, cells: Sequence[Cell], text: str) -> Path:
+    """Write the results into the benchmark's directory, and return the path of the page.
+
+    Args:
+        out: directory of the benchmark.
+        results: content of `results.json`.
+        cells: cells, whose pictures make the contact sheet.
+        text: text of the protocol's file.
+    """
+    atomic_write_text(out / "results.json", json.dumps(results, ensure_ascii=False) + "\n")
+    atomic_write_text(out / "results.md", markdown(results))
+    sheet = contact_sheet(cells, results["prompts"])
+    atomic_write_bytes(out / "contact-sheet.png", sheet)
+    page = templates("bench", "report").get_template("bench.html")
+    html = page.render(
+        results=results,
+        tables=tables(results),
+        notices=notices(results),
+        facts=facts(results),
+        sheet=f"data:image/png;base64,{base64.b64encode(sheet).decode()}",
+        text=text,
+    )
+    atomic_write_text(out / "index.html", html)
+    return out / "index.html"
+
+
+def facts(results: Row) -> list[tuple[str, str]]:
+    """What was measured, as label and value."""
+    protocol = results["protocol"]
+    return [
+        ("model", results["model"]),
+        ("protocol", f"{results['name']}, {results['hash'][:12]}"),
+        ("sampler", results["sampler"]),
+        ("images", f"{protocol['num_prompts']} prompts x {protocol['images_per_prompt']}"),
+        ("seed", str(protocol["seed"])),
+        ("dtype", protocol["dtype"]),
+    ]
+
+
+def notices(results: Row) -> list[str]:
+    """A loud sentence on each of the earlier results that another protocol made."""
+    return [
+        f"{LOUD}: {each['file']} was measured under another protocol ({each['hash'][:12]}, and here {results['hash'][:12]}). "
+        f"Different: {each['differs']}. No difference is shown."
+        for each in results["earlier"]
+        if not each["comparable"]
+    ]
+
+
+def tables(results: Row) -> list[Table]:
+    """All tables that have rows."""
+    point, rewards = results["sampler"], list(results["estimates"][0]["estimates"])
+    own = [row for row in results["estimates"] if row["sampler"] == point]
+    listed = [
+        Table(
+            "Models", f"Mean rewards under the protocol's sampler, {point}.", ["model", *rewards], _means(own, rewards)
+        )
+    ]
+    earlier = [row for each in results["earlier"] for row in each["differences"]]
+    between = [(f"{row['model']} - {row['against']}", row) for row in [*results["between_models"], *earlier]]
+    note = "Paired differences from the same noise, with 95 % intervals clustered by prompt."
+    listed.append(Table("Between models", note, ["difference", *rewards], _differences(between, rewards)))
+    several = len(own) > 1
+    for kind, title in (("sampler", "Between samplers"), ("sensitivity", "Sensitivity")):
+        rows = [row for row in results["around_the_sampler"] if row["kind"] == kind]
+        named = [(f"{row['model']}: {row['sampler']}" if several else row["sampler"], row) for row in rows]
+        note = f"Reward there minus reward under {point}, of the same model from the same noise."
+        listed.append(Table(title, note, ["sampler", *rewards], _differences(named, rewards)))
+        gains = [
+            (f"{row['model']}: {row['sampler']}", {"difference": row["improvement"]})
+            for row in rows
+            if "improvement" in row
+        ]
+        note = "Improvement over the base model under each sampler: whether the result depends on the sampler."
+        listed.append(
+            Table(f"{title}: improvement", note, ["model and sampler", *rewards], _differences(gains, rewards))
+        )
+    return [table for table in listed if table.rows]
+
+
+def markdown(results: Row) -> str:
+    """The text of `results.md`."""
+    lines = [f"# {results['name']}: {results['model']}\n", f"Protocol `{results['hash']}`.\n"]
+    lines += [f"**{notice}**\n" for notice in notices(results)]
+    lines += [f"* {label}: {value}" for label, value in facts(results)]
+    return "\n".join([*lines, "", *(f"## {table.title}\n\n{table.markdown()}" for table in tables(results))])
+
+
+def contact_sheet(cells: Sequence[Cell], prompts: Sequence[str]) -> bytes:
+    """The first images of every cell, a row each, as a PNG. A column is one prompt from one noise."""
+    rows, labels = [], []
+    size = max((Image.open(path).size for cell in cells for path in cell.pictures), default=(8, 8))
+    columns = min(SHOWN, len(prompts))
+    for cell in cells:
+        for index, path in enumerate(cell.pictures[:columns]):
+            with Image.open(path) as picture:
+                scaled = picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
+                rows.append(torch.frombuffer(bytearray(scaled.tobytes()), dtype=torch.uint8).view(size[1], size[0], 3))
+            labels.append(f"{cell.entry}, {cell.sampler.label}: {prompts[index]}")
+    buffer = io.BytesIO()
+    image_grid(torch.stack(rows).permute(0, 3, 1, 2), columns, max(1, 96 // size[0]), labels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _means(rows: Sequence[Row], rewards: Sequence[str]) -> list[list[str]]:
+    return [[row["model"], *(interval(row["estimates"][name], signed=False) for name in rewards)] for row in rows]
+
+
+def _differences(rows: Sequence[tuple[str, Any]], rewards: Sequence[str]) -> list[list[str]]:
+    return [[label, *(interval(row["difference"].get(name)) for name in rewards)] for label, row in rows]
