@@ -11,11 +11,13 @@ import pytest
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from etude.bench.protocol import Pinned, read_protocol
 from etude.cli.app import app
 from etude.config import describe_fields, load_config, parse_config, parse_rewards, parse_sampler, recipe_text
 from etude.config.tree import set_key
 from etude.config.yaml_text import DEEPEST, LONGEST, MOST_VALUES, parse_yaml
 from etude.errors import EtudeError
+from etude.prompts import PromptSet
 from etude.study.study_file import parse_study
 from support.fuzzing import check_sentence, contents, fuzz, refused
 
@@ -366,3 +368,29 @@ def test_any_text_is_a_sampler_or_one_sentence(text: str) -> None:
         assert (
             parse_sampler(",".join(f"{k}={v}" for k, v in settings.model_dump(exclude_none=True).items())) == settings
         )
+
+
+LINES = [
+    "name: p",
+    "prompts: emoji-eval",
+    "rewards: [colorfulness]",
+    "sampler: {steps: 3}",
+    "sampler: {eta: x}",
+    "seed: -1",
+]
+LINES += [
+    "samplers: [{solver: heun, eta: 1}]",
+    "num_prompts: 0",
+    "sensitivity: {steps: [0]}",
+    "rewards: {}",
+    "dtype: int8",
+]
+
+
+@fuzz("protocols", 150, lines=st.lists(st.sampled_from(LINES) | st.text(max_size=12), max_size=7))
+def test_any_file_is_a_protocol_or_one_sentence(lines: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
+    if refused(read_protocol, str(file)) is None:
+        refused(lambda: Pinned(read_protocol(str(file)), PromptSet(["sun"])).variations)
+    assert list(contents(tmp_path)) == ["p.yaml"]

@@ -358,6 +358,10 @@ class EvaluationConfig(Section):
     size, eta, kernel, first_step; steps, guidance and size are those of training where null."""
     held_out_rewards: list[str] = Field([])
     """Rewards that are measured but not trained on: the guard against reward hacking."""
+    gold_rewards: list[str] = Field([])
+    """Held-out rewards that stand for what is wanted: evaluations then have the divergence of the
+    trained reward from each, in standard deviations of the base model's images, with its interval,
+    and the report says since which iteration it is sure. Each must be in held_out_rewards."""
     stop_on_fall: dict[str, Annotated[float, Field(ge=0)]] = Field({})
     """Largest fall of a reward's held-out ODE mean below that of the base model: reward name to
     fall, in the reward's own unit. Once the whole 95 % interval of the change lies below this
@@ -513,6 +517,12 @@ class TrainConfig(Section):
                     raise ValueError(
                         f"objective.gradients = rollout does not go with {name} = {value}; set one of them back"
                     )
+        for name in evaluation.gold_rewards:
+            if name not in evaluation.held_out_rewards or name in self.rewards:
+                raise ValueError(
+                    f"evaluation.gold_rewards names {name!r}, which is trained on or not measured: list it in "
+                    "evaluation.held_out_rewards, and not in rewards"
+                )
         # A trained reward need not be held out, so that several runs can share one list.
         held_out = [name for name in evaluation.held_out_rewards if name not in self.rewards]
         self.__dict__["evaluation"] = evaluation.model_copy(update={"held_out_rewards": held_out})

@@ -93,8 +93,8 @@ def kl_rises(run: Run) -> str | None:
 
 def gradient_always_clipped(run: Run) -> str | None:
     """The median gradient norm, where nine in ten iterations are above the limit."""
-    norms, limit = run.series("grad_norm")[1], _setting(run, "optimizer", "max_grad_norm")
-    if limit is None or len(norms) < ENOUGH or sum(norm > limit for norm in norms) < 0.9 * len(norms):
+    norms, limit = run.series("grad_norm")[1], _number(run.setting("max_grad_norm", "optimizer"))
+    if limit == 0 or len(norms) < ENOUGH or sum(norm > limit for norm in norms) < 0.9 * len(norms):
         return None
     return f"{median(norms):.2g}, and the limit is {limit:g}"
 
@@ -127,11 +127,13 @@ def collapsed(run: Run) -> str | None:
 
 def one_reward_decides(run: Run) -> str | None:
     """The largest share of the variance of the advantages, w_k^2 / sum w^2, of rewards with a spread, above 95 %."""
-    weights = {name: float(w) for name, w in (run.config.get("rewards") or {}).items()}
+    rewards = run.config.get("rewards")
+    weights = {name: _number(w) for name, w in rewards.items()} if isinstance(rewards, dict) else {}
     varied = {name for name in weights if any(std > 0 for std in run.series("reward", name, "std")[1])}
     if len(weights) < 2 or not varied:
         return None
-    shares = {name: weights[name] ** 2 / sum(weights[each] ** 2 for each in varied) for name in varied}
+    whole = sum(weights[each] ** 2 for each in varied) or math.inf
+    shares = {name: weights[name] ** 2 / whole for name in varied}
     most = max(shares, key=lambda name: shares[name])
     return f"{most} makes {_percent(shares[most])} of their variance" if shares[most] > 0.95 else None
 
@@ -144,7 +146,7 @@ def noise_above_effect(run: Run) -> str | None:
         if change is None or not change["low"] <= 0 <= change["high"] or moves_too_little(run):
             continue
         half, mean = (change["high"] - change["low"]) / 2, abs(change["mean"])
-        images = change.get("n", 0) * (half / mean) ** 2 if mean > 0 else math.inf
+        images = _number(change.get("n")) * (half / mean) ** 2 if mean > 0 else math.inf
         many = f"about {_images(images)} images" if images <= 1e6 else "more than a million images"
         return f"{name} changed by {_interval(evaluation, name)}; at this size of the effect {many} would settle it"
     return None
@@ -253,7 +255,7 @@ def _improvement(evaluation: dict[str, Any], name: str, end: str, default: float
 def _deviation(evaluation: dict[str, Any], name: str) -> float:
     """The standard deviation of a reward's single ODE images, from the standard error; 0 where it is not known."""
     ode: Interval = (evaluation.get("ode") or {}).get(name) or {}
-    return float(ode.get("standard_error", 0.0)) * math.sqrt(ode.get("n", 0))
+    return _number(ode.get("standard_error")) * math.sqrt(max(0.0, _number(ode.get("n"))))
 
 
 def _interval(evaluation: dict[str, Any], name: str) -> str:
@@ -261,9 +263,9 @@ def _interval(evaluation: dict[str, Any], name: str) -> str:
     return format_interval(change["mean"], change["low"], change["high"])
 
 
-def _setting(run: Run, section: str, key: str) -> float | None:
-    value = (run.config.get(section) or {}).get(key)
-    return float(value) if isinstance(value, int | float) else None
+def _number(value: Any) -> float:
+    """A finite number, or 0 for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
 def _percent(share: float) -> str:

@@ -11,6 +11,7 @@ from etude.config import SamplerSettings
 from etude.config.algorithm import algorithm
 from etude.files import atomic_write_text
 from etude.learning.metrics import metrics_of
+from etude.measuring.divergence import sure_since
 from etude.measuring.statistics import format_interval
 from etude.report.doctor import clean_bill, examine
 from etude.report.figures import PHASES, Line, bar_figure, line_figure, visits_figure, window_figure
@@ -239,6 +240,12 @@ def _curves(run: Run, reward: str) -> list[Panel]:
             line = Line.of(points, colour)
             alt = f"{title} of {reward}: {_first_to_last(line.y)}; last {interval(points[-1][1])}."
             figures.append((title, note, line_figure([line], alt, zero=True)))
+    if points := run.intervals("divergence", reward):
+        line, since = Line.of(points, "gap"), sure_since(points)
+        sure = "It is not sure." if since is None else f"It is sure since iteration {since}."
+        note = f"Gain of the trained reward minus gain of {reward}, in standard deviations of the base model's images. {sure}"
+        alt = f"Divergence from {reward}: {_first_to_last(line.y)}; last {interval(points[-1][1])}. {sure}"
+        figures.append(("Divergence from this gold reward", note, line_figure([line], alt, zero=True)))
     return figures
 
 

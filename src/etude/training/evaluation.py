@@ -33,11 +33,12 @@ from etude.batching import MicroBatch, Progress
 from etude.config import SamplerSettings, TrainConfig
 from etude.files import atomic_write_bytes, atomic_write_text
 from etude.learning.exchange import gather, share
+from etude.measuring.divergence import divergences
 from etude.measuring.pairs import Measurement, Scores, by_quantity, compare
 from etude.policies import Policy, TrainablePolicy
 from etude.prompts import PromptSet, load_prompts, overlap
 from etude.report.grids import image_grid
-from etude.rewards import WeightedRewards
+from etude.rewards import WEIGHTED_SUM, WeightedRewards
 from etude.sampling.etas import compact
 from etude.sampling.sampler import ODE, SDE, Sampler
 from etude.training.guards import fallen
@@ -168,7 +169,7 @@ class Evaluation:
         Returns:
             `eta`, `num_steps`, `prompts_trained_on` (number of prompts that are not held out), and the
             estimates of `compare` by quantity and reward, as plain values; under `deployed` those of
-            the deployed sampler, if there is one.
+            the deployed sampler, if there is one, and under `divergence` those from each gold reward.
         """
         ode_images, ode = self._images(self.samplers.ode, on_step)
         sde_images, sde = self._images(self.samplers.sde(iteration), on_step)
@@ -187,6 +188,10 @@ class Evaluation:
             **by_quantity(compare(ode, sde, base, self.measurement.clusters)),
             **deployed,
         }
+        if gold := self.config.evaluation.gold_rewards:
+            trained = WEIGHTED_SUM if len(self.config.rewards) > 1 else next(iter(self.config.rewards))
+            found = divergences(ode, base, trained, gold, self.measurement.clusters)
+            self.last["divergence"] = {name: estimate.to_dict() for name, estimate in found.items()}
         if grids is None and self.fallen is not None:
             grids = "after"
         if grids is not None:
