@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from etude.measuring.divergence import divergences, sure_since
-from etude.measuring.statistics import estimate_mean
+from etude.measuring.divergence import divergences
+from etude.measuring.statistics import estimate_mean, sure_since
 
 CLUSTERS = [i % 8 for i in range(32)]
 

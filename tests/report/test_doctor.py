@@ -13,7 +13,6 @@ from etude.cli.app import app
 from etude.cli.watch import look, view
 from etude.config import TrainConfig, parse_config
 from etude.config.yaml_text import parse_yaml
-from etude.report import write_report
 from etude.report.doctor import clean_bill, examine
 from etude.report.illnesses import ILLNESSES
 from etude.rewards import register
@@ -72,7 +71,7 @@ def found(run: Run) -> dict[str, str]:
         (a_run(clipfrac=0.9), "most of the update clipped", "90 %"),
         (a_run(zero_std_ratio=0.75), "groups without variance", "75 %"),
         (a_run(first_gap=3.0), "eta too high for these steps", "3.0 standard deviations of a lower"),
-        (a_run(approx_kl=[1e-5 * 2**i for i in range(12)]), "KL rising", "256-fold, from 2.5e-05 to 0.0065"),
+        (a_run(approx_kl=[1e-5 * 2**i for i in range(12)]), "KL rising", "256-fold, from 3e-05 to 0.0077"),
         (a_run(grad_norm=3.0), "gradient at its limit", "3, and the limit is 1"),
         (
             a_run({"a": 1.0, "gold": -0.8}),
@@ -129,7 +128,7 @@ def test_a_window_that_moves_is_no_rising_kl_and_a_run_that_has_begun_is_not_jud
 @pytest.mark.parametrize("junk", [None, {}, [], "x", 1e400, {"a": "x"}])
 def test_what_is_no_number_makes_no_finding_and_no_failure(junk: Any) -> None:
     run = a_run({"a": 0.1}, half=0.3)
-    run.config["rewards"] = run.config["optimizer"] = junk
+    run.config["optimizer"] = junk
     for row in run.rows:
         row["clipfrac"] = junk
         for estimates in (row.get("evaluation") or {}).values():
@@ -189,7 +188,7 @@ def test_a_real_run_that_has_an_illness_shows_it(settings, tmp_path, changes, il
     doctor = CliRunner().invoke(app, ["doctor", str(tmp_path / "run")])
     assert doctor.exit_code == 0
     watched = " ".join(plain_text(view(look(tmp_path / "run"))).split())
-    page = write_report(tmp_path / "run").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
     for sentence in said:
         assert sentence in doctor.output
         assert sentence in watched
@@ -206,7 +205,7 @@ def test_an_evaluation_has_the_deployed_sampler_diversity_and_divergence_where_a
     runs = {}
     deployments = {"none": None, "ode": {}, "other": {"solver": "heun", "steps": 2, "guidance": 1, "size": 16}}
     for name, deployment in deployments.items():
-        tree = {**settings, "iterations": 2, "evaluation": {"every": 1, "num_images": 4, "images_per_prompt": 2}}
+        tree = {**settings, "iterations": 1, "evaluation": {"every": 1, "num_images": 4, "images_per_prompt": 2}}
         tree["evaluation"] |= {
             "deployment": deployment,
             "held_out_rewards": ["diversity:pixels"],
@@ -221,9 +220,9 @@ def test_an_evaluation_has_the_deployed_sampler_diversity_and_divergence_where_a
         assert {key: value for key, value in other.items() if key != "deployed"} == plain
         assert other["deployed"]["reward"] != plain["ode"]
     assert runs["other"][0]["deployed"]["improvement"]["colorfulness"]["mean"] == 0
-    assert runs["other"][2]["deployed"]["improvement"]["colorfulness"]["mean"] != 0
+    assert runs["other"][1]["deployed"]["improvement"]["colorfulness"]["mean"] != 0
     divergence = [each["divergence"]["diversity:pixels"] for each in runs["none"]]
     assert (divergence[0]["mean"], divergence[0]["high"]) == (0, 0)
-    assert divergence[2]["mean"] != 0
+    assert divergence[1]["mean"] != 0
     assert "Divergence from this gold reward" in (tmp_path / "none" / "report.html").read_text()
     assert "heun, 2 steps, guidance 1, 16 px" in (tmp_path / "other" / "report.html").read_text()

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from etude.bench.bench_results import Row
 from etude.bench.cells import SHOWN, Cell
-from etude.bench.results import Row
 from etude.files import atomic_write_bytes, atomic_write_text
 from etude.report.grids import image_grid
 from etude.report.page import interval, templates

@@ -29,7 +29,8 @@ def bench(
         option("Earlier results to compare with, a directory of `etude bench`; may be repeated."),
     ] = None,
     out: Annotated[
-        Path | None, path("Directory of the results, new or of the same protocol. Default: `bench/<protocol>-<hash>`.")
+        Path | None,
+        path("Directory of the results, new or of the same protocol. Default: `bench/<model>-<protocol>-<hash>`."),
     ] = None,
     batch_size: options.BatchSize = 32,
     offload: options.Offload = False,
@@ -55,15 +56,15 @@ def bench(
     with heavy_imports():
         quiet_libraries()
         from etude.bench.bench_page import notices, tables, write_bench
+        from etude.bench.bench_results import analyse, read_results
         from etude.bench.cells import entries, measure_cells
         from etude.bench.protocol import pin, protocol_names, protocol_text, read_protocol
-        from etude.bench.results import analyse, read_results
         from etude.policies.source import ModelSource
     settings = read_protocol(protocol)
     text = protocol_text(protocol) if protocol in protocol_names() else Path(protocol).expanduser().read_text("utf-8")
     earlier = {str(file): read_results(file.expanduser()) for file in against or []}
     pinned = pin(settings)
-    directory = out or Path("bench") / f"{Path(protocol).stem}-{pinned.hash[:8]}"
+    directory = out or Path("bench") / f"{Path(model).name}-{Path(protocol).stem}-{pinned.hash[:8]}"
     source = ModelSource(model, None, settings.dtype, None, settings.shift, variant, pipeline_config, offload)
     models = entries(source, [adapter.expanduser() for adapter in lora or []])
     variations = pinned.variations if sensitivity else []

@@ -10,8 +10,7 @@ clustered by prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -31,15 +30,3 @@ def divergences(
     if trained not in gains:
         return {}
     return {name: estimate_mean(gains[trained] - gains[name], clusters) for name in gold if name in gains}
-
-
-def sure_since(points: Sequence[tuple[int, Mapping[str, Any]]]) -> int | None:
-    """The first iteration from which on every interval lies above 0; None if the last one does not.
-
-    Args:
-        points: (iteration, estimate as plain values), in order.
-    """
-    since = None
-    for iteration, estimate in points:
-        since = None if estimate["low"] <= 0 else iteration if since is None else since
-    return since

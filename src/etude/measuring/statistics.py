@@ -119,6 +119,18 @@ def format_interval(mean: float, low: float, high: float, signed: bool = True) -
     return f"{text(mean)} [{text(low)}, {text(high)}]"
 
 
+def sure_since(points: Sequence[tuple[int, Mapping[str, Any]]]) -> int | None:
+    """The first iteration from which on every interval lies above 0; None if the last one does not.
+
+    Args:
+        points: (iteration, estimate as plain values), in order.
+    """
+    since = None
+    for iteration, estimate in points:
+        since = None if estimate["low"] <= 0 else iteration if since is None else since
+    return since
+
+
 def _checked(values: ArrayLike, clusters: Sequence[Any] | NDArray[Any]) -> tuple[Floats, NDArray[np.intp]]:
     array, labels = np.asarray(values, dtype=np.float64), np.asarray(clusters)
     if array.ndim != 1 or labels.shape != array.shape:

@@ -11,8 +11,7 @@ from etude.config import SamplerSettings
 from etude.config.algorithm import algorithm
 from etude.files import atomic_write_text
 from etude.learning.metrics import metrics_of
-from etude.measuring.divergence import sure_since
-from etude.measuring.statistics import format_interval
+from etude.measuring.statistics import format_interval, sure_since
 from etude.report.doctor import clean_bill, examine
 from etude.report.figures import PHASES, Line, bar_figure, line_figure, visits_figure, window_figure
 from etude.rewards import WEIGHTED_SUM
