@@ -6,7 +6,9 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from etude.cli.app import app
 from etude.config import SamplerSettings, parse_sampler
 from etude.errors import EtudeError
 from etude.measuring.gap import reward_gap
@@ -18,7 +20,7 @@ from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
 from etude.rewards import register
 from etude.sampling.sampler import ODE, SDE
 from etude.sampling.solvers import Solver
-from support.tiny import stable_diffusion, stable_diffusion_xl
+from support.tiny import save_stable_diffusion, stable_diffusion, stable_diffusion_xl
 
 PROMPTS = ["red heart", "pizza", "tiger", "sun"]
 
@@ -111,3 +113,29 @@ def test_a_sampler_takes_what_it_does_not_name_from_the_one_beside_it():
 def test_a_sampler_that_cannot_be_is_one_sentence(text, problem):
     with pytest.raises(EtudeError, match=problem):
         parse_sampler(text)
+
+
+def test_the_command_measures_it_and_refuses_two_of_what_the_samplers_name(tmp_path):
+    register("brightness")(brightness)
+    save_stable_diffusion(tmp_path / "sd")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    words = [
+        "gap",
+        str(tmp_path / "sd"),
+        "--reward",
+        "brightness",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--samples",
+        "8",
+    ]
+    words += ["--images-per-prompt", "4", "--steps", "3", "--guidance", "2", "--json", str(tmp_path / "gap.json")]
+    words += ["--from", "eta=1.2", "--to", "ode", "--to", "heun,steps=2"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    tree = json.loads((tmp_path / "gap.json").read_text())
+    assert tree["settings"]["training"] == SamplerSettings(eta=1.2, steps=3, guidance=2).model_dump()
+    assert [row["sampler"]["solver"] for row in tree["rows"]] == ["ode", "heun"]
+    assert (tree["settings"]["prompts"], tree["settings"]["images_per_prompt"]) == (PROMPTS[:2], 4)
+    assert "heun, 2 steps, guidance 2" in result.output
+    assert CliRunner().invoke(app, [*words, "--eta", "1", "--eta", "2"]).exit_code == 2
