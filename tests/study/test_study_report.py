@@ -13,11 +13,11 @@ import yaml
 
 from etude.cli.app import app
 from etude.errors import EtudeError
+from etude.report.result_table import p_value
 from etude.study.analysis import analyse
 from etude.study.collect import _implied, collect, conditions
 from etude.study.measurement import samplers
 from etude.study.study_page import write_results
-from etude.study.table import p_value
 from etude.study.tables import tables
 from support.fake_study import BEST, SMALL, TREE, made_up, write
 

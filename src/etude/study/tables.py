@@ -6,9 +6,8 @@ import math
 from typing import Any
 
 from etude.report.page import interval
-from etude.report.result_table import Table
+from etude.report.result_table import Table, p_value
 from etude.study.study_file import file_name
-from etude.study.table import Table, p_value
 from etude.study.trend_tables import trend_tables
 
 Row = dict[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from etude.report.page import interval
-from etude.study.table import Table, p_value
+from etude.report.result_table import Table, p_value
 
 Row = dict[str, Any]
 
