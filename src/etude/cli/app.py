@@ -17,6 +17,7 @@ import typer
 from etude import terminal
 from etude.cli import options
 from etude.cli.advise import advise
+from etude.cli.check_model import check_model
 from etude.cli.errors import CommandGroup, Debug, UsageError, is_first_process, remember_debug
 from etude.cli.gap import gap
 from etude.cli.options import option, path
@@ -174,6 +175,7 @@ def recipes(
 
 app.command()(gap)
 app.command()(sample)
+app.command("check-model")(check_model)
 
 
 @app.command()
