@@ -13,7 +13,7 @@ from etude.policies.source import ModelSource
 from etude.training.dry_run import resolved
 from etude.training.trainer import Trainer
 from support.small_runs import outcome, train_until
-from support.tiny_flow import FIRST_CLASS
+from support.tiny_flow import FIRST_CLASS, ernie_image
 
 WINDOW = {"strategy": "progressive", "size": 1, "iters_per_shift": 1}
 RUNS: dict[str, dict[str, Any]] = {
@@ -77,3 +77,11 @@ def test_a_dry_run_of_the_outline_says_what_one_of_the_model_says(settings: Trai
             assert ours == theirs
         else:  # rotary embeddings are tensors beside parameters and buffers, which an outline leaves out
             assert abs(mebibytes(ours) - mebibytes(theirs)) < 1
+
+
+def test_a_dry_run_says_that_the_memory_of_a_pipeline_that_reads_numbers_is_not_reckoned(tmp_path: Path) -> None:
+    ernie_image().save_pretrained(tmp_path / "model")
+    tree = {"model": str(tmp_path / "model"), "resolution": 16, "rewards": {"colorfulness": 1.0}}
+    tree |= {"sampling": {"num_steps": 4, "guidance_scale": 2.0}}
+    settings = parse_config(tree)
+    assert "not reckoned, since the ErnieImagePipeline computes with numbers" in resolved(settings, tmp_path / "run")

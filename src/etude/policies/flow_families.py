@@ -10,7 +10,6 @@ from torch import Tensor
 from etude.errors import EtudeError
 from etude.policies.flow import FlowPolicy, Mixed
 from etude.policies.pipeline import PipelinePolicy
-from etude.sampling.shapes import ShapeTensor
 
 
 class Flux2KleinPolicy(FlowPolicy):
@@ -51,13 +50,6 @@ class SanaPolicy(FlowPolicy):
     mixed: Mixed | None = "doubled"
 
 
-class _Known(float):
-    """A timestep of an outline, whose tensors have no numbers."""
-
-    def item(self) -> float:
-        return float(self)
-
-
 class Lumina2Policy(FlowPolicy):
     """Lumina-Image 2.0: guidance rescaled to the norm of its conditional part."""
 
@@ -90,7 +82,3 @@ class ErnieImagePolicy(FlowPolicy):
 
     call: ClassVar[Mapping[str, Any]] = {"use_pe": False}
     mixed: Mixed | None = "one"
-
-    def _evaluated(self, x: Tensor, timesteps: Any, *arguments: Any) -> Tensor:
-        known: Any = [_Known(500.0)] if isinstance(timesteps, ShapeTensor) else timesteps  # which the pipeline reads
-        return super()._evaluated(x, known, *arguments)
