@@ -24,7 +24,19 @@ from etude.sampling.solvers import Solver
 from etude.training.progress import SilentDisplay
 from support.tiny import save_flux, save_stable_diffusion
 
-COMMANDS = ["train", "recipes", "gap", "sample", "report", "models", "serve-reward", "study", "advise", "watch"]
+COMMANDS = [
+    "train",
+    "recipes",
+    "gap",
+    "sample",
+    "check-model",
+    "report",
+    "models",
+    "serve-reward",
+    "study",
+    "advise",
+    "watch",
+]
 
 
 def run(*arguments: Any) -> Result:

@@ -24,7 +24,7 @@ from etude.cli.app import app
 from etude.config import TrainConfig, describe_fields, leaves, load_config, parse_rewards
 from etude.learning.advantages import PromptStatistics
 from etude.learning.draws import draw_pairs
-from support.tiny import save_families
+from support.tiny_families import save_families
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```(?P<info>[^\n]+)\n(?P<body>.*?)^```$", flags=re.DOTALL | re.MULTILINE)

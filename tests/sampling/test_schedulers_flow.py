@@ -161,7 +161,7 @@ def test_step_has_no_eta_argument_and_the_arguments_that_pipelines_give():
     assert names == ["model_output", "timestep", "sample", "generator", "variance_noise", "return_dict"]
     theirs = inspect.signature(FlowMatchEulerDiscreteScheduler.set_timesteps).parameters
     assert list(inspect.signature(FlowMatchGDDIMScheduler.set_timesteps).parameters) == list(theirs)
-    own = {"eta", "kernel", "first_step"}
+    own = {"eta", "kernel", "first_step", "solver"}
     ours = inspect.signature(FlowMatchGDDIMScheduler.__init__).parameters
     want = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
     assert {k: p.default for k, p in ours.items() if k not in own} == {k: p.default for k, p in want.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -242,22 +240,3 @@ def save_flux(directory: Path, seed: int = 0, guidance_embeds: bool = True) -> P
 def save_stable_diffusion_3(directory: Path, seed: int = 0, with_t5: bool = True) -> Path:
     stable_diffusion_3(seed, with_t5).save_pretrained(directory)
     return directory
-
-
-FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
-    "stabilityai/stable-diffusion-xl-base-1.0": stable_diffusion_xl,
-    "stabilityai/stable-diffusion-3.5-medium": stable_diffusion_3,
-    "black-forest-labs/FLUX.1-dev": flux,
-    "emoji-sd": stable_diffusion,
-    "emoji-flux": flux,
-}
-"""Models that recipes name, and what makes a small one of the same class."""
-
-
-def save_families(directory: Path) -> dict[str, Path]:
-    """A checkpoint of every class in `FAMILIES`, and where the one of each model is."""
-    places = {model: directory / make.__name__ for model, make in FAMILIES.items()}
-    for make in set(FAMILIES.values()):
-        make().save_pretrained(directory / make.__name__)
-    return places

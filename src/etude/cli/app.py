@@ -18,6 +18,7 @@ from etude import terminal
 from etude.cli import options
 from etude.cli.advise import advise
 from etude.cli.bench import bench, protocols
+from etude.cli.check_model import check_model
 from etude.cli.doctor import doctor
 from etude.cli.errors import CommandGroup, Debug, UsageError, is_first_process, remember_debug
 from etude.cli.gap import gap
@@ -178,6 +179,7 @@ app.command()(gap)
 app.command()(sample)
 app.command()(bench)
 app.command()(protocols)
+app.command("check-model")(check_model)
 
 
 @app.command()

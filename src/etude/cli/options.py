@@ -53,6 +53,10 @@ Variant = Annotated[
     str | None,
     option("Suffix of the weight files in a directory or hub id, for example fp16. Default: the run's, else none."),
 ]
+Family = Annotated[
+    str | None,
+    option("Adapter of the pipeline's class: a registered name, or module:Class. Default: by the class."),
+]
 Lora = Annotated[
     Path | None,
     path(

@@ -232,7 +232,8 @@ class LoraConfig(Section):
     alpha: float = Field(4.0, gt=0)
     """LoRA alpha: the update is scaled by alpha / rank."""
     targets: list[str] = Field(["to_q", "to_k", "to_v", "to_out.0"], min_length=1)
-    """Names of the layers that get an adapter (suffix match, as in peft)."""
+    """Names of the layers that get an adapter (suffix match, as in peft). The default adds the layers
+    that a family's attention has besides: to_qkv_mlp_proj in FLUX.2."""
     init: str | None = None
     """Adapter to train on from: a directory that a run exported, or a safetensors file. Ranks,
     alphas and layers are then the file's, and rank, alpha and targets are not read. The base model

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from os.path import expanduser
-from typing import Any
+from typing import Any, NamedTuple
 
 from etude import zoo
 from etude.policies import TrainablePolicy
@@ -13,6 +14,7 @@ from etude.policies.single_file import absent_parts, configuration, is_single_fi
 from etude.policies.source import ModelSource
 from etude.policies.trial import OWN_SCHEDULERS
 from etude.sampling.paths import VPPath
+from etude.sampling.solver_path import SolverPath, first_order
 
 
 def deployment_snippet(
@@ -45,7 +47,9 @@ def deployment_snippet(
     if adapter:
         load.append(f"pipe.load_lora_weights({tuned!r})")
     load.append('pipe.to("cuda" if torch.cuda.is_available() else "cpu")')
-    imports, scheduler = _ode_scheduler(policy, num_steps)
+    ode = ode_scheduler(policy, num_steps)
+    imports = {ode.name: ode.package} if ode.package else {}
+    scheduler = [f"# {ode.why}", *([_scheduler(ode.name, ode.settings)] if ode.package else [])]
     names = sorted([*classes, *(name for name, package in imports.items() if package == "diffusers")])
     head = ["import torch", f"from diffusers import {', '.join(names)}"]
     if policy.scheduler_config["_class_name"] in OWN_SCHEDULERS and "GDDIMScheduler" not in imports:
@@ -118,40 +122,64 @@ def _keywords(arguments: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={value}" for name, value in arguments.items())
 
 
-def _ode_scheduler(policy: TrainablePolicy, num_steps: int) -> tuple[dict[str, str], list[str]]:
+class OdeScheduler(NamedTuple):
     """A scheduler that is the ODE on the levels of `policy.grid(num_steps)`.
 
-    Returns:
-        The package of each class to import, and the lines that put the scheduler in place.
+    Attributes:
+        package: of its class, `diffusers` or `etude`. None: the pipeline's own scheduler is that ODE.
+        settings: arguments of `from_config` that differ from the pipeline's own scheduler.
+        why: a clause for the model card.
     """
+
+    package: str | None
+    name: str
+    settings: Mapping[str, Any]
+    why: str
+
+    def put_into(self, pipeline: Any) -> None:
+        """Puts the scheduler into a pipeline, and nothing into its configuration."""
+        if self.package is not None:
+            kind = getattr(import_module(self.package), self.name)
+            pipeline.__dict__["scheduler"] = kind.from_config(pipeline.scheduler.config, **self.settings)
+
+
+def ode_scheduler(policy: TrainablePolicy, num_steps: int) -> OdeScheduler:
+    """The scheduler with which the plain pipeline draws the ODE of so many steps."""
     path, name = policy.path, "FlowMatchEulerDiscreteScheduler"
     if isinstance(path, VPPath):
         settings = _vp_levels(path, policy)
         if ddim_visits(path, num_steps):
-            return {"DDIMScheduler": "diffusers"}, [
-                "# DDIM at eta 0 is the ODE.",
-                _scheduler("DDIMScheduler", settings),
-            ]
+            return OdeScheduler("diffusers", "DDIMScheduler", settings, "DDIM at eta 0 is the ODE.")
         why = (
-            f"# The ODE. Under {path.timestep_spacing} spacing diffusers' DDIM steps to levels that the next step does not "
+            f"The ODE. Under {path.timestep_spacing} spacing diffusers' DDIM steps to levels that the next step does not "
             "start from."
         )
-        return {"GDDIMScheduler": "etude"}, [why, _scheduler("GDDIMScheduler", settings | {"eta": 0.0})]
+        return OdeScheduler("etude", "GDDIMScheduler", settings | {"eta": 0.0}, why)
     levels = _flow_levels(policy)
+    if isinstance(path, SolverPath):
+        solver = str(policy.scheduler_config["_class_name"])
+        if solver in OWN_SCHEDULERS:
+            return OdeScheduler(
+                "etude", solver, levels | {"eta": 0.0}, "At eta 0 the model's own scheduler is the ODE."
+            )
+        why = "The model's own solver at order 1 is the ODE at the levels that the model was tuned on."
+        return OdeScheduler("diffusers", solver, levels | first_order(solver, num_steps), why)
     if levels:
-        why = "# The ODE at the levels that the model was tuned on, whose shift is not that of its own scheduler."
+        why = "The ODE at the levels that the model was tuned on, whose shift is not that of its own scheduler."
     elif policy.scheduler_config.get("_class_name") == name and not policy.scheduler_config.get("stochastic_sampling"):
-        return {}, ["# The pipeline's own scheduler is the ODE at the levels that the model was tuned on."]
+        why = "The pipeline's own scheduler is the ODE at the levels that the model was tuned on."
+        return OdeScheduler(None, name, {}, why)
     else:
-        why = "# Euler steps of the flow are the ODE."
-    return {name: "diffusers"}, [why, _scheduler(name, {**levels, "stochastic_sampling": False})]
+        why = "Euler steps of the flow are the ODE."
+    return OdeScheduler("diffusers", name, {**levels, "stochastic_sampling": False}, why)
 
 
 def _flow_levels(policy: TrainablePolicy) -> dict[str, Any]:
     """Settings that give a loaded flow scheduler the policy's levels. Empty: it has them already."""
     if policy.shift is None or policy.export_name != "lora":  # a whole model is saved with its scheduler
         return {}
-    return {"shift": policy.shift, "use_dynamic_shifting": False}
+    name = "flow_shift" if isinstance(policy.path, SolverPath) else "shift"
+    return {name: policy.shift, "use_dynamic_shifting": False}
 
 
 def _vp_levels(path: VPPath, policy: TrainablePolicy) -> dict[str, Any]:

@@ -15,12 +15,13 @@ from huggingface_hub import try_to_load_from_cache
 from etude import zoo
 from etude.batching import Size, is_out_of_memory
 from etude.errors import EtudeError, brief, unknown
+from etude.policies.flow import FlowPolicy, lacks
 from etude.policies.outline import outline_pipeline
 from etude.policies.pipeline import PipelinePolicy
 from etude.policies.single_file import check_single_file, configuration, is_single_file, load_single_file
 from etude.policies.source import ModelSource
 from etude.policies.trainable import TrainablePolicy
-from etude.policies.trial import check_agreement, check_index, networks_of, tell_of_scheduler, try_out
+from etude.policies.trial import check_agreement, check_index, networks_of, tell_of_family, tell_of_scheduler, try_out
 from etude.policies.weight_files import check_folders, check_keys, stored_dtype, weight_files
 from etude.registry import POLICIES
 from etude.sampling.paths import is_flow_config
@@ -129,13 +130,15 @@ def load_source(
             pipeline = pipeline_class.from_pretrained(
                 location, dtype=dtype, use_safetensors=True, **which, **parts, **read
             )
-        tell_of_scheduler(str(model), type(pipeline.scheduler).__name__)
+        tell_of_scheduler(str(model), pipeline.scheduler)
         if source.shift is not None:
             _shift(pipeline, source.shift, model)
         limits = {} if source.prompt_cache_mb is None else {"prompt_cache_mb": source.prompt_cache_mb}
         policy = adapter(pipeline, dtype, target, source.resolution, source.decode_batch_size, source.offload, **limits)
         check_agreement(str(model), policy)
         try_out(str(model), policy)
+        if adapter is FlowPolicy:
+            tell_of_family(str(model), policy)
     policy.source, policy.shift, policy.revision = source, source.shift, commit
     if source.lora is not None:
         policy.load_lora(Path(expanduser(source.lora)))
@@ -183,6 +186,9 @@ def _shift(pipeline: Any, shift: float, model: str | Path) -> None:
     import diffusers
 
     own = pipeline.scheduler
+    if own.config.get("use_flow_sigmas"):
+        pipeline.scheduler = type(own).from_config(own.config, flow_shift=shift, use_dynamic_shifting=False)
+        return
     if not is_flow_config({**own.config, "_class_name": type(own).__name__}):
         raise EtudeError(
             f"shift = {shift:g}: model '{model}' is not a flow model, so its levels have no shift; set sampling.shift to null."
@@ -193,9 +199,13 @@ def _shift(pipeline: Any, shift: float, model: str | Path) -> None:
 
 def _adapter(family: str, model: str | Path) -> type[PipelinePolicy]:
     if family not in POLICIES.names() and ":" not in family:
+        lack = lacks(family)
+        if lack is None:
+            return FlowPolicy
+        why = f"; as a flow pipeline of diffusers it lacks {lack}" if lack else ""
         raise EtudeError(
             f"model '{model}' is a {family}; the supported pipelines are {', '.join(POLICIES.names())}, and `family: "
-            "module:Class` adds one of your own."
+            f"module:Class` adds one of your own{why}."
         )
     adapter = POLICIES.get(family)
     if not (isinstance(adapter, type) and issubclass(adapter, PipelinePolicy)):

@@ -12,11 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from etude.sampling.shapes import META, ShapeTensor
 
 if TYPE_CHECKING:
     from etude.policies.trainable import TrainablePolicy
+
+
+def names_part(value: Any) -> bool:
+    """Whether a value of model_index.json names a part: its library and its class, or null."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(v is None or isinstance(v, str) for v in value)
 
 
 def outline_pipeline(
@@ -41,7 +47,7 @@ def outline_pipeline(
         if name.startswith("_") or name in parts:
             continue
         parts[name] = value
-        if isinstance(value, list | tuple) and len(value) == 2:
+        if names_part(value):
             library, cls = str(value[0]), str(value[1])
             parts[name] = None if None in value else _component(location, name, library, cls, at or {})
         if isinstance(parts[name], nn.Module):
@@ -89,3 +95,16 @@ def _replace(network: nn.Module, change: Callable[[Tensor], Tensor], recurse: bo
 def is_outline(policy: TrainablePolicy) -> bool:
     """Whether a policy is an outline, not a model with weights."""
     return any(isinstance(parameter, ShapeTensor) for parameter in policy.network.parameters())
+
+
+class known_masks(TorchDispatchMode):  # noqa: N801  # a context, used as a function
+    """Context in which an outline is indexed by masks whose numbers are known, as those of tokenizers are."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.index.Tensor and isinstance(args[0], ShapeTensor):
+            indices: list[Any] = []
+            for index in args[1]:
+                known = index is not None and index.dtype == torch.bool and not isinstance(index, ShapeTensor)
+                indices += index.nonzero(as_tuple=True) if known else [index]
+            args = (args[0], indices)
+        return function(*args, **(kwargs or {}))

@@ -287,7 +287,7 @@ class PipelinePolicy(TrainablePolicy):
         for name, words in self.pipeline.components.items():
             if not name.startswith("tokenizer") or words is None:
                 continue
-            longest = self.max_sequence_length if self.t5 and name == self.t5[0] else words.model_max_length
+            longest = self._longest(name, words)
             count = len(words(prompt, truncation=False, verbose=False).input_ids)
             if count > longest:
                 self._told_of_cut = True
@@ -297,6 +297,10 @@ class PipelinePolicy(TrainablePolicy):
                     "changes nothing there (said once)",
                     stacklevel=2,
                 )
+
+    def _longest(self, name: str, words: Any) -> int:
+        """Number of tokens of a prompt that the text encoder of a tokenizer reads."""
+        return int(self.max_sequence_length if self.t5 and name == self.t5[0] else words.model_max_length)
 
     def _check_encoding(self, prompt: Key) -> None:
         for name, rows in self._encoded.get(prompt).items():
@@ -324,7 +328,11 @@ class PipelinePolicy(TrainablePolicy):
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
         index = torch.tensor([distinct[prompt] for prompt in prompts], device=self.device)
         parts = [self._encoded.get(prompt) for prompt in distinct]
-        return {name: torch.cat([rows[name] for rows in parts]).to(self.device)[index] for name in parts[0]}
+        return {name: self._joined([rows[name] for rows in parts]).to(self.device)[index] for name in parts[0]}
+
+    def _joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Rows of several prompts below one another. Default: all have one shape."""
+        return torch.cat(list(tensors))
 
     def predict(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float) -> Tensor:
         guided = self.classifier_free and guidance_scale > 1
@@ -342,6 +350,9 @@ class PipelinePolicy(TrainablePolicy):
             return output
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    def settle(self) -> None:
+        """Finds or checks at loading what no configuration tells. Default: nothing."""
 
     @property
     def computing_dtype(self) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from etude.batching import is_out_of_memory
 from etude.errors import EtudeError, brief, brief_value
-from etude.policies.outline import is_outline
+from etude.policies.outline import is_outline, names_part
 from etude.sampling.finite import FiniteMarks
 from etude.sampling.noise import NoiseSource
 
@@ -51,7 +51,7 @@ def check_index(
         EtudeError: a part is null, or its code is not of diffusers or transformers.
     """
     for name, value in index.items():
-        listed = isinstance(value, list | tuple) and len(value) == 2 and not name.startswith("_")
+        listed = names_part(value) and not name.startswith("_")
         own = name == "scheduler" and listed and value[0] == "etude" and value[1] in OWN_SCHEDULERS
         if listed and name not in left_out and not own and value[0] not in (None, *LIBRARIES):
             raise EtudeError(
@@ -79,14 +79,32 @@ def _needed(kind: Any) -> list[str]:
     return sorted(set(signature(kind)[0]) - free - {"feature_extractor", "image_encoder", "safety_checker"})
 
 
-def tell_of_scheduler(model: str, name: str) -> None:
-    """Tells of a scheduler whose sampling etude does not do: the network was distilled for it."""
+def tell_of_scheduler(model: str, scheduler: Any) -> None:
+    """Tells of a scheduler whose sampling etude does not do: the network was distilled for it, or it is a solver."""
+    name = type(scheduler).__name__
+    if scheduler.config.get("use_flow_sigmas"):
+        corrector = " without its corrector" if name == "UniPCMultistepScheduler" else ""
+        warnings.warn(
+            f"model '{model}' comes with {name}, of which etude takes the levels; the ODE that it trains and measures is that solver at "
+            f"solver_order=1{corrector}",
+            stacklevel=2,
+        )
     if any(mark in name for mark in _DISTILLED):
         warnings.warn(
             f"model '{model}' comes with {name}, which redraws noise between consistency steps; etude trains and measures the "
             "ODE on its noise levels instead",
             stacklevel=2,
         )
+
+
+def tell_of_family(model: str, policy: PipelinePolicy) -> None:
+    """Tells of a pipeline's class that no family describes, and what the trial has shown of it."""
+    warnings.warn(
+        f"model '{model}' is a {policy.pipeline_name}, which etude knows by the conventions of diffusers alone; checked so far: "
+        f"prompts of unequal length at different timesteps give in a batch what they give one by one; `etude check-model {model}` "
+        "checks guidance, gradients, images and the export",
+        stacklevel=2,
+    )
 
 
 def check_agreement(model: str, policy: PipelinePolicy) -> None:
@@ -151,6 +169,7 @@ def try_out(model: str, policy: PipelinePolicy) -> None:
                     f"{list(output.shape[1:])}; give a model that predicts what it reads."
                 )
             marks.check()
+            policy.settle()
             stage = "decoding"
             policy.decode(x)
             _refuse(draws, model, f"vae ({vae}) draws")
@@ -212,7 +231,7 @@ def networks_of(index: Mapping[str, Any], left_out: Mapping[str, Any]) -> dict[s
 
     networks = {}
     for name, value in index.items():
-        if name.startswith("_") or name in left_out or not isinstance(value, list | tuple) or None in value:
+        if name.startswith("_") or name in left_out or not names_part(value) or None in value:
             continue
         cls = getattr(importlib.import_module(str(value[0])), str(value[1]))
         if isinstance(cls, type) and issubclass(cls, nn.Module):

@@ -28,6 +28,7 @@ from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
 from etude.rewards.reward import CLOSED_FORMS, WEIGHTS_GB
 from etude.sampling.plans import StepTable
+from etude.sampling.shapes import NumbersNeededError
 from etude.sampling.solvers import Solver
 from etude.training.blueprint import Blueprint
 from etude.training.evaluation import SamplerPair, count_trained
@@ -117,13 +118,20 @@ def resolved(
     blueprint.make_trainable(policy)
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     whole = sum(parameter.numel() for parameter in policy.network.parameters())
-    sizes = memory_estimate(blueprint, policy, schedule)
+    memory = "memory of the accelerator, each process, without models of rewards"
+    try:
+        sizes = memory_estimate(blueprint, policy, schedule)
+    except NumbersNeededError:
+        memory, sizes = f"{memory}: not reckoned, since the {policy.pipeline_name} computes with numbers", {}
     lines = [
         essence(config),
         f"trained parameters: {trained:,} of the network's {whole:,}",
         *_table(run_evaluations(config, blueprint.objective, schedule.table_at), config),
-        "memory of the accelerator, each process, without models of rewards",
-        *(f"  {line}" for line in _aligned([(name, readable(size)) for name, size in sizes.items()])),
+        memory,
+        *(
+            f"  {line}"
+            for line in (_aligned([(name, readable(size)) for name, size in sizes.items()]) if sizes else [])
+        ),
         *_automatic_sizes(config),
         *_models_of_rewards([*config.rewards, *config.evaluation.held_out_rewards]),
     ]

@@ -16,6 +16,7 @@ from etude.errors import EtudeError, brief
 from etude.sampling.paths import FlowPath, check_mu, flow_grid
 from etude.sampling.plans import StepTable
 from etude.sampling.schedulers.kernel_step import Generators, KernelStep
+from etude.sampling.solver_path import SolverPath
 
 
 class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
@@ -40,6 +41,8 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
             there; "capped" the same, but flow_sde takes the next level's noise (`FlowSDE`).
         invert_sigmas: must be false.
         stochastic_sampling: ignored; it would redraw all the noise at every step.
+        solver: configuration of a multistep solver on flow levels (SANA, Wan), whose levels are
+            visited; `from_config` takes it from such a pipeline's scheduler.
 
     Example:
         >>> import etude
@@ -74,6 +77,7 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
         eta: float = 0.0,
         kernel: str = "gddim",
         first_step: str = "ode",
+        solver: dict[str, Any] | None = None,
     ) -> None:
         self._plan(1)  # refuses a bad eta, kernel or first_step now, not at set_timesteps
         super().__init__(**self.path.config)
@@ -84,7 +88,11 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The scheduler for a flow scheduler's config; keyword arguments (eta=1.2) overrule it."""
-        if isinstance(config, Mapping):
+        if isinstance(config, Mapping) and config.get("use_flow_sigmas"):
+            named = {name: kwargs.pop(name) for name in ("flow_shift", "use_dynamic_shifting") if name in kwargs}
+            kwargs["solver"] = {**SolverPath.from_config(config).config, **named}
+            config = {}
+        elif isinstance(config, Mapping):
             FlowPath.from_config({**config, **kwargs})
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
@@ -119,6 +127,9 @@ class FlowMatchGDDIMScheduler(KernelStep, FlowMatchEulerDiscreteScheduler):
         except (ValueError, IndexError) as error:
             raise EtudeError(f"diffusers refuses these timesteps ({brief(error)}): mend them.") from error
         grid = flow_grid(self.timesteps, self.sigmas)
+        if self.config.solver is not None:
+            grid = SolverPath.from_config(self.config.solver).grid(grid.num_steps, mu=mu)
+            self.timesteps, self.sigmas = grid.timesteps, grid.s.float()
         self._table = self._plan(grid.num_steps).tabulate(grid).to(device or "cpu")
         self.timesteps, self.sigmas = self.timesteps.to(device), self.sigmas.to(device)
 

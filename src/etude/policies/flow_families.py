@@ -1,0 +1,84 @@
+"""Families of flow transformers: for each the few facts that its pipeline's own call cannot tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from etude.errors import EtudeError
+from etude.policies.flow import FlowPolicy, Mixed
+from etude.policies.pipeline import PipelinePolicy
+
+
+class Flux2KleinPolicy(FlowPolicy):
+    """FLUX.2-klein, base (classifier-free guidance) and distilled (no guidance)."""
+
+    mixed: Mixed | None = "vector"
+    targets = (*FlowPolicy.targets, "to_qkv_mlp_proj")  # the single blocks' attention
+
+    def _as_latents(self, stepped: Tensor) -> Tensor:
+        """The scheduler steps tokens `[n, h w, c]`; the pipeline takes `[n, c, h, w]`."""
+        height, width = (side // self._side_multiple for side in self.image_size)
+        return stepped.transpose(1, 2).unflatten(2, (height, width))
+
+
+class ZImagePolicy(FlowPolicy):
+    """Z-Image and Z-Image-Turbo: guidance `cond + w (cond - uncond)`, on for every w above 0."""
+
+    off = 0.0
+    call: ClassVar[Mapping[str, Any]] = {"cfg_truncation": None}  # 1, the default, is compared with a number alone
+    mixed: Mixed | None = "vector"
+
+
+class QwenImagePolicy(FlowPolicy):
+    """Qwen-Image: guidance rescaled to the norm of its conditional part, token by token."""
+
+    mixed: Mixed | None = "vector"
+
+    def _guidance(self, scale: float, prompts: int | None = None) -> dict[str, Any]:
+        """`true_cfg_scale`, which works beside a negative prompt only: a space, as published."""
+        negative = {"negative_prompt": " " if prompts is None else [" "] * prompts}
+        return {"true_cfg_scale": scale, **(negative if scale > self.off else {})}
+
+
+class SanaPolicy(FlowPolicy):
+    """SANA: the published resolutions need no binning, and others would be cropped by it."""
+
+    call: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False}
+    mixed: Mixed | None = "doubled"
+
+
+class Lumina2Policy(FlowPolicy):
+    """Lumina-Image 2.0: guidance rescaled to the norm of its conditional part."""
+
+    mixed: Mixed | None = "vector"
+
+
+class Krea2Policy(FlowPolicy):
+    """Krea 2: guidance `cond + w (cond - uncond)`, on for every w above 0."""
+
+    off = 0.0
+    mixed: Mixed | None = "vector"
+
+
+class ChromaPolicy(FlowPolicy):
+    """Chroma1: a FLUX without embedded guidance, and with a mask for T5's padding."""
+
+    load_arguments = PipelinePolicy.load_arguments
+    mixed: Mixed | None = "vector"
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Raises EtudeError: under it diffusers leaves the mask out of the single blocks (gradients differ by 14 %)."""
+        raise EtudeError(
+            "memory.gradient_checkpointing gives Chroma other gradients, since diffusers leaves the mask of the prompt out there: "
+            "set it to false."
+        )
+
+
+class ErnieImagePolicy(FlowPolicy):
+    """ERNIE-Image without its rewriting of prompts: the pipeline takes one timestep a call."""
+
+    call: ClassVar[Mapping[str, Any]] = {"use_pe": False}
+    mixed: Mixed | None = "one"

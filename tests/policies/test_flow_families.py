@@ -1,0 +1,239 @@
+"""What holds of a flow transformer whose policy asks the plain pipeline itself: FLUX.2-klein, Z-Image, Qwen-Image, SANA."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor
+
+from etude.config import LoraConfig
+from etude.errors import EtudeError
+from etude.policies import load_policy
+from etude.policies.flow import FlowPolicy, lacks
+from etude.policies.flow_families import ChromaPolicy, Flux2KleinPolicy, QwenImagePolicy
+from etude.policies.self_check import PROMPTS, batch_difference
+from etude.registry import POLICIES
+from etude.sampling.kernels import GDDIM
+from etude.sampling.noise import NoiseSource
+from etude.sampling.plans import SamplingPlan
+from etude.sampling.replay import replay
+from etude.sampling.rollout import rollout
+from support.tiny_flow import FIRST_CLASS, chroma, flux2_klein, lumina2, qwen_image, z_image
+
+STEPS = 3
+GUIDED = 3.0
+
+
+def side(name: str) -> int:
+    return 32 if name == "sana" else 16
+
+
+@pytest.fixture(scope="module", params=FIRST_CLASS)
+def directory(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models") / request.param
+    FIRST_CLASS[request.param]().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def base(directory: Path) -> FlowPolicy:
+    """A policy that no test changes."""
+    return load(directory)
+
+
+def load(directory: Path, **options: Any) -> FlowPolicy:
+    policy = load_policy(directory, device="cpu", resolution=side(directory.name), **options)
+    assert isinstance(policy, FlowPolicy)
+    return policy
+
+
+def scales(policy: FlowPolicy) -> list[float]:
+    return [policy.off, GUIDED]
+
+
+def plain(policy: FlowPolicy, scale: float, pipeline: Any = None) -> Tensor:
+    """What the plain pipeline draws from the noise of images 0, 1, 2; a solver at order 1."""
+    pipeline = copy.copy(pipeline or policy.pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    if isinstance(pipeline.scheduler, DPMSolverMultistepScheduler):
+        order_one = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, solver_order=1)
+        pipeline.__dict__["scheduler"] = order_one
+    noise = NoiseSource(0, "evaluation").initial([0, 1, 2], policy.latent_shape)
+    arguments = {"num_inference_steps": STEPS, "latents": noise, "output_type": "pt", **policy.call_arguments(scale)}
+    images: Tensor = pipeline(prompt=list(PROMPTS), **arguments).images
+    return images
+
+
+def drawn(policy: FlowPolicy, scale: float) -> Tensor:
+    table = SamplingPlan.ode(STEPS).tabulate(policy.grid(STEPS))
+    noise = NoiseSource(0, "evaluation")
+    told = policy.encode(list(PROMPTS))
+    latents = rollout(policy, table, told, noise, [0, 1, 2], scale, batch_size=2).latents
+    return policy.decoded(latents)
+
+
+def moved(policy: FlowPolicy) -> FlowPolicy:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def test_the_ode_plan_makes_the_pipelines_own_images(base: FlowPolicy) -> None:
+    for scale in scales(base):
+        assert (drawn(base, scale) - plain(base, scale)).abs().max() <= 1e-5
+
+
+def test_guidance_changes_what_is_drawn(base: FlowPolicy) -> None:
+    assert (drawn(base, GUIDED) - drawn(base, base.off)).abs().max() > 1e-3
+
+
+def test_a_distilled_klein_draws_its_pipelines_images_and_refuses_guidance() -> None:
+    policy = Flux2KleinPolicy(flux2_klein(distilled=True), resolution=16)
+    assert (drawn(policy, 1.0) - plain(policy, 1.0)).abs().max() <= 1e-5
+    assert policy.encode(["a"]).unconditional == {}
+    with pytest.raises(EtudeError, match=r"guidance_scale = 3: .* no guidance"):
+        drawn(policy, GUIDED)
+
+
+def test_a_batch_of_unequal_prompts_at_unequal_times_is_what_each_gives_alone(base: FlowPolicy) -> None:
+    for scale in scales(base):
+        assert batch_difference(base, list(PROMPTS), scale) <= 2e-5
+
+
+def test_what_a_family_says_of_mixed_timesteps_is_what_the_trial_finds(base: FlowPolicy) -> None:
+    declared, base.mixed = base.mixed, None
+    try:
+        base.settle()
+        assert base.mixed == declared
+    finally:
+        base.mixed = declared
+
+
+def test_one_evaluation_for_each_distinct_timestep_is_the_same_prediction(base: FlowPolicy) -> None:
+    declared, scale = base.mixed, scales(base)[-1]
+    x = NoiseSource(0, "evaluation").initial([0, 1, 2], base.latent_shape)
+    timesteps, told = base.grid(4).timesteps[torch.tensor([2, 0, 2])], base.encode(list(PROMPTS))
+    with torch.no_grad():
+        expected = base.predict(x, timesteps, told, scale)
+        base.mixed = "one"
+        try:
+            assert torch.allclose(base.predict(x, timesteps, told, scale), expected, atol=2e-5)
+        finally:
+            base.mixed = declared
+
+
+def test_the_pipeline_stays_as_it_was_loaded(directory: Path, base: FlowPolicy) -> None:
+    before = dict(base.pipeline.__dict__), dict(base.pipeline.config)
+    state = torch.get_rng_state()
+    drawn(base, base.off)
+    base.grid(5)
+    assert before == (dict(base.pipeline.__dict__), dict(base.pipeline.config))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_an_adapter_gets_the_gradients_alone_and_its_export_draws_the_same_in_the_plain_pipeline(
+    directory: Path, tmp_path: Path
+) -> None:
+    policy = load(directory)
+    scale = scales(policy)[-1]
+    before = drawn(policy, scale)
+    policy.add_lora(LoraConfig(rank=2, alpha=6.0), seed=0)
+    moved(policy)
+    x, timesteps = torch.randn(3, *policy.latent_shape), policy.grid(4).timesteps[:3]
+    policy.predict(x, timesteps, policy.encode(list(PROMPTS)), scale).square().mean().backward()
+    assert all("lora" in name and p.grad is not None and p.grad.any() for name, p in policy.trainable().items())
+    for component in policy.pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            assert all(p.grad is None for name, p in component.named_parameters() if "lora" not in name)
+    after = drawn(policy, scale)
+    assert (after - before).abs().max() > 1e-2
+    with policy.reference():
+        assert torch.equal(drawn(policy, scale), before)
+    policy.export(tmp_path / "lora")
+    pipeline = type(policy.pipeline).from_pretrained(directory)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    assert (plain(policy, scale, pipeline) - after).abs().max() <= 1e-5
+
+
+def test_a_replayed_step_has_a_ratio_of_exactly_one(base: FlowPolicy) -> None:
+    scale = scales(base)[-1]
+    table, told = SamplingPlan.sde(STEPS, GDDIM(1.2)).tabulate(base.grid(STEPS)), base.encode(list(PROMPTS))
+    trajectory = rollout(base, table, told, NoiseSource(0, "training"), [0, 1, 2], scale, batch_size=3)
+    for column in range(len(trajectory.steps)):
+        rows, columns = torch.arange(3), torch.full((3,), column)
+        transition, target = replay(base, table, trajectory, rows, columns, told, scale, with_gradient=False)
+        assert torch.equal(transition.log_prob(target), trajectory.log_prob[:, column])
+
+
+def test_half_precision_stays_near_float32(directory: Path, base: FlowPolicy) -> None:
+    x, timesteps = torch.randn(3, *base.latent_shape), base.grid(4).timesteps[:3]
+    policy = load(directory, dtype="bfloat16")
+    outputs = [p.predict(x, timesteps, p.encode(list(PROMPTS)), p.off).detach() for p in (policy, base)]
+    assert outputs[0].dtype == torch.float32
+    assert (outputs[0] - outputs[1]).norm() < 0.35 * outputs[1].norm()  # Chroma; the others 0.03
+
+
+def test_an_outline_has_the_shapes_of_the_model(directory: Path, base: FlowPolicy) -> None:
+    outline = load(directory, outline=True)
+    assert (outline.latent_shape, outline.image_size) == (base.latent_shape, base.image_size)
+    told, expected = (policy.encode([PROMPTS[1]]).prompt for policy in (outline, base))
+    assert {name: rows.shape for name, rows in told.items()} == {name: rows.shape for name, rows in expected.items()}
+    assert torch.equal(outline.grid(4).s, base.grid(4).s)
+
+
+def test_the_adapter_reaches_the_single_blocks_of_flux_2() -> None:
+    policy = Flux2KleinPolicy(flux2_klein(), resolution=16)
+    policy.add_lora(LoraConfig(), seed=0)
+    assert any("single_transformer_blocks.0.attn.to_qkv_mlp_proj" in name for name in policy.trainable())
+
+
+def test_other_layers_than_the_default_are_taken_as_named() -> None:
+    policy = Flux2KleinPolicy(flux2_klein(), resolution=16)
+    policy.add_lora(LoraConfig(targets=["attn.to_q"]), seed=0)
+    assert all("attn.to_q" in name for name in policy.trainable())
+
+
+def test_a_model_whose_padding_is_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = QwenImagePolicy(qwen_image(), resolution=16)
+    network = policy.network.forward
+    monkeypatch.setattr(
+        policy.network,
+        "forward",
+        lambda *args, **told: network(*args, **{**told, "encoder_hidden_states_mask": None}),
+    )
+    with pytest.raises(EtudeError, match=r"other predictions in a batch than one by one, by \d+%"):
+        policy.settle()
+    policy.mixed = None
+    with pytest.raises(EtudeError, match="needs a family of its own"):
+        policy.settle()
+
+
+@pytest.mark.parametrize(("make", "mixed"), [(lumina2, "vector"), (z_image, "one")])
+def test_a_pipeline_that_no_family_describes_loads_with_a_word_on_what_was_checked(
+    make: Any, mixed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make().save_pretrained(tmp_path)
+    monkeypatch.delitem(POLICIES.builtin, type(make()).__name__)
+    with pytest.warns(UserWarning, match="knows by the conventions of diffusers alone; checked so far"):
+        policy = load_policy(tmp_path, device="cpu", resolution=16)
+    assert (type(policy), policy.mixed) == (FlowPolicy, mixed)
+    assert (drawn(policy, GUIDED) - plain(policy, GUIDED)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(("name", "lack"), [("KandinskyPipeline", "transformer"), ("NoPipeline", "")])
+def test_a_pipeline_without_the_conventions_is_refused_with_what_it_lacks(name: str, lack: str) -> None:
+    said = lacks(name)
+    assert said is not None
+    assert lack in said
+
+
+def test_chroma_is_refused_with_gradient_checkpointing() -> None:
+    with pytest.raises(EtudeError, match="gives Chroma other gradients"):
+        ChromaPolicy(chroma(), resolution=16).enable_gradient_checkpointing()
