@@ -458,6 +458,8 @@ FIRST_CLASS: dict[str, Callable[..., Any]] = {
     "z-image": z_image,
     "qwen-image": qwen_image,
     "sana": sana,
+}
+OTHERS: dict[str, Callable[..., Any]] = {
     "lumina2": lumina2,
     "chroma": chroma,
     "krea2": krea2,
