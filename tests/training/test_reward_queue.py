@@ -111,9 +111,8 @@ def hanging():
 
 def test_a_reward_that_hangs_ends_by_a_time_out_and_keeps_no_process_alive(hanging):
     scorer = Scorer(WeightedRewards({"hanging": 1.0, "colorfulness": 1.0}), timeout=0.02)
-    with pytest.raises(
-        EtudeError, match=r"'hanging'.* has not finished after 0.02 s: it hangs, or rollout.reward_timeout"
-    ):
+    late = r"'hanging'.* has not finished after 0.02 s: it hangs, or rollout.reward_timeout"
+    with pytest.raises(EtudeError, match=late), scorer:  # which drops what has not begun
         handed_in(scorer, images(), 3).result()
     with pytest.raises(EtudeError, match="has not finished"):
         scorer.evaluate(images(), PROMPTS.texts)
@@ -125,7 +124,7 @@ def test_a_signal_ends_the_waiting_for_a_reward_that_hangs(hanging):
         raise Interrupted("interrupted", 15)
 
     scorer = Scorer(WeightedRewards({"hanging": 1.0}), timeout=3600, on_wait=signalled)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted), scorer:
         handed_in(scorer, images(), 6).result()
 
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def names_part(value: Any) -> bool:
-    """Whether a value of model_index.json names a part: its library and its class, or null."""
-    return isinstance(value, list | tuple) and len(value) == 2 and all(v is None or isinstance(v, str) for v in value)
+    """Whether a value of model_index.json names a part: its library and its class, which is a text or null."""
+    return isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[1], str | None)
 
 
 def outline_pipeline(
