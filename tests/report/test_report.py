@@ -17,7 +17,7 @@ import yaml
 from etude.config import TrainConfig
 from etude.errors import EtudeError
 from etude.report import write_report
-from etude.report.grids import image_grid
+from etude.report.grids import GAP, LINE_HEIGHT, image_grid
 from etude.report.page import duration, interval
 from etude.rewards import WEIGHTED_SUM
 
@@ -380,6 +380,22 @@ def test_labels_are_drawn_under_their_cells_and_never_outside() -> None:
     assert ink[14:, :middle].any()
     assert ink[14:, middle:].sum() > 3 * ink[14:, :middle].sum()
     assert not ink[:, middle - 2 : middle + 2].any()
+
+
+def test_a_title_stands_above_each_row_and_moves_nothing_else() -> None:
+    images = torch.zeros(4, 3, 90, 90, dtype=torch.uint8)
+    plain = image_grid(images, 2)
+    titled = image_grid(
+        images, 2, titles=["base, ODE", "a title far longer than the two images beside one another are"]
+    )
+    assert titled.size == (plain.width, plain.height + 2 * LINE_HEIGHT)
+    for row in range(2):
+        top = GAP + row * (plain.height - GAP) // 2
+        lower = top + (row + 1) * LINE_HEIGHT
+        own = titled.crop((0, lower, titled.width, lower + 90))
+        assert own.tobytes() == plain.crop((0, top, plain.width, top + 90)).tobytes()
+    with pytest.raises(EtudeError, match="a grid of 2 rows needs as many titles, not 1"):
+        image_grid(images, 2, titles=["base"])
 
 
 @pytest.mark.parametrize(

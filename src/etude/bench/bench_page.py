@@ -121,9 +121,10 @@ def contact_sheet(cells: Sequence[Cell], prompts: Sequence[str]) -> bytes:
             with Image.open(path) as picture:
                 scaled = picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
                 rows.append(torch.frombuffer(bytearray(scaled.tobytes()), dtype=torch.uint8).view(size[1], size[0], 3))
-            labels.append(f"{cell.entry}, {cell.sampler.label}: {prompts[index]}")
-    buffer = io.BytesIO()
-    image_grid(torch.stack(rows).permute(0, 3, 1, 2), columns, max(1, 96 // size[0]), labels).save(buffer, format="PNG")
+            labels.append(prompts[index])
+    titles = [f"{cell.entry}, {cell.sampler.label}" for cell in cells]
+    images, scale, buffer = torch.stack(rows).permute(0, 3, 1, 2), max(1, 96 // size[0]), io.BytesIO()
+    image_grid(images, columns, scale, labels, titles).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -18,7 +18,13 @@ LINE_HEIGHT = 14
 MAX_LINES = 3
 
 
-def image_grid(images: Tensor, columns: int, scale: int = 1, labels: list[str] | None = None) -> Image.Image:
+def image_grid(
+    images: Tensor,
+    columns: int,
+    scale: int = 1,
+    labels: list[str] | None = None,
+    titles: list[str] | None = None,
+) -> Image.Image:
     """One picture of all images, row by row on white.
 
     Args:
@@ -26,9 +32,11 @@ def image_grid(images: Tensor, columns: int, scale: int = 1, labels: list[str] |
         columns: largest number of images in a row.
         scale: enlargement; every pixel becomes scale x scale equal pixels, without smoothing.
         labels: a caption under each image, of up to three lines; an ellipsis ends a longer one.
+        titles: a line above each row. Default: none.
 
     Raises:
-        EtudeError: fewer than 1 image, column or scale, or another number of labels than of images.
+        EtudeError: fewer than 1 image, column or scale, or another number of labels than of images,
+            or of titles than of rows.
     """
     count = len(images)
     if count < 1 or columns < 1 or scale < 1:
@@ -41,18 +49,23 @@ def image_grid(images: Tensor, columns: int, scale: int = 1, labels: list[str] |
     cell = width if labels is None else max(width, MIN_LABELLED_WIDTH)
     font = ImageFont.load_default(size=FONT_SIZE)
     captions = [_wrap(label, cell, font) for label in labels or [""] * count]
-    row = height + GAP + LINE_HEIGHT * max(len(lines) for lines in captions)
-    columns = min(columns, count)
-    grid = Image.new("RGB", (GAP + columns * (cell + GAP), GAP + -(-count // columns) * row), "white")
+    columns, above = min(columns, count), 0 if titles is None else LINE_HEIGHT
+    rows = -(-count // columns)
+    if titles is not None and len(titles) != rows:
+        raise EtudeError(f"a grid of {rows} rows needs as many titles, not {len(titles)}.")
+    row = above + height + GAP + LINE_HEIGHT * max(len(lines) for lines in captions)
+    grid = Image.new("RGB", (GAP + columns * (cell + GAP), GAP + rows * row), "white")
     draw = ImageDraw.Draw(grid)
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     for index, lines in enumerate(captions):
-        left, top = GAP + index % columns * (cell + GAP), GAP + index // columns * row
+        left, top = GAP + index % columns * (cell + GAP), GAP + above + index // columns * row
         picture = Image.fromarray(pixels[index]).resize((width, height), Image.Resampling.NEAREST)
         grid.paste(picture, (left + (cell - width) // 2, top))
         for number, line in enumerate(lines):
             position = (left + cell / 2, top + height + 1 + number * LINE_HEIGHT)
             draw.text(position, line, fill=(60, 60, 60), font=font, anchor="ma")
+    for index, title in enumerate(titles or []):
+        draw.text((GAP, GAP + index * row), _shorten(title, grid.width - 2 * GAP, font), fill="black", font=font)
     return grid
 
 
