@@ -28,6 +28,7 @@ class Metric:
         act: when to act, and how; empty if never.
         compute: function from the records to the number, a scalar tensor; None: computed elsewhere.
         needs: names of the records that `compute` reads; without them there is no such number.
+            Default: the record of a `mean`.
         merge: rule that makes one number of those of several processes.
         limit: largest magnitude in a run that has not diverged. Default: any finite number.
         from_zero: draw the axis from 0.
@@ -45,15 +46,25 @@ class Metric:
     from_zero: bool = False
     logged: bool = True
 
+    def __post_init__(self) -> None:
+        if isinstance(self.compute, Mean) and not self.needs:
+            object.__setattr__(self, "needs", (self.compute.record,))
 
-def mean(name: str) -> Callable[[Records], Tensor]:
+
+@dataclass(frozen=True)
+class Mean:
     """A computation: the mean over all entries of a record."""
 
-    def compute(records: Records) -> Tensor:
-        values = joined(records[name])
+    record: str
+
+    def __call__(self, records: Records) -> Tensor:
+        values = joined(records[self.record])
         return (values if values.is_floating_point() else values.float()).mean()
 
-    return compute
+
+def mean(record: str) -> Mean:
+    """The computation of a record's mean, for `Metric.compute`, which then needs this record."""
+    return Mean(record)
 
 
 def joined(parts: list[Tensor]) -> Tensor:
@@ -68,7 +79,6 @@ LOSS = Metric(
     "loss",
     "The loss, mean over the optimiser steps. PPO's stays near 0, because advantages have mean 0: it is no measure of progress.",
     compute=mean("loss"),
-    needs=("loss",),
 )
 GRAD_NORM = Metric(
     "grad_norm",
@@ -76,7 +86,6 @@ GRAD_NORM = Metric(
     "The norm of the gradient before clipping, mean over the optimiser steps.",
     "often above `optimizer.max_grad_norm`: every step is clipped",
     compute=mean("grad_norm"),
-    needs=("grad_norm",),
     from_zero=True,
 )
 LARGEST_WEIGHT = Metric("largest weight", "largest weight", "The largest trained weight.", merge="max", logged=False)

@@ -37,7 +37,6 @@ class AWM(Matching):
             "clipped fraction",
             "The share of pairs whose ratio of matching errors left the clip range.",
             compute=mean("awm_clipped"),
-            needs=("awm_clipped",),
             from_zero=True,
         ),
     )

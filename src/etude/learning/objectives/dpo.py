@@ -40,14 +40,12 @@ class DPO(Matching):
             "implicit-reward accuracy",
             "The share of pairs in which the implicit reward of the preferred image is the higher one; a half before training.",
             compute=mean("dpo_accuracy"),
-            needs=("dpo_accuracy",),
         ),
         Metric(
             "dpo_margin",
             "implicit-reward margin",
             "The mean implicit reward of the preferred image minus that of the other one.",
             compute=mean("dpo_margin"),
-            needs=("dpo_margin",),
         ),
         Metric(
             "matching_growth",
@@ -55,7 +53,6 @@ class DPO(Matching):
             "The mean matching error of both images divided by that of the reference model, minus 1.",
             "above a tenth: the pictures of both sides are being lost; lower the learning rate, or raise beta",
             compute=mean("matching_growth"),
-            needs=("matching_growth",),
         ),
     )
 

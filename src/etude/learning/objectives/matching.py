@@ -250,7 +250,6 @@ MATCHING_ERROR = Metric(
     "matching error",
     "The mean squared error of the trained velocity on the noised images.",
     compute=mean("matching_error"),
-    needs=("matching_error",),
     from_zero=True,
 )
 OLD_DISTANCE = Metric(
@@ -259,7 +258,6 @@ OLD_DISTANCE = Metric(
     "The mean squared difference between the trained velocity and that of the policy that drew the images.",
     "above the matching error: the trust region is left; lower the learning rate or raise beta",
     compute=mean("old_distance"),
-    needs=("old_distance",),
     from_zero=True,
 )
 REFERENCE_DISTANCE = Metric(
@@ -267,7 +265,6 @@ REFERENCE_DISTANCE = Metric(
     "distance to the reference model",
     "With `objective.kl_coef`: the mean squared difference between the trained velocity and that before training.",
     compute=mean("reference_distance"),
-    needs=("reference_distance",),
     from_zero=True,
 )
 DISTANCES = (MATCHING_ERROR, OLD_DISTANCE, REFERENCE_DISTANCE)

@@ -26,7 +26,6 @@ RATIO_MEAN = Metric(
     "mean importance ratio",
     "The mean importance ratio p / p_old; it should stay near 1.",
     compute=mean("ratio"),
-    needs=("ratio",),
 )
 RATIO_MAX_DEVIATION = Metric(
     "ratio_max_deviation",
@@ -44,7 +43,6 @@ CLIPFRAC = Metric(
     "The share of (sample, step) pairs whose ratio left the clip range.",
     "near 0: the clip range does nothing; above a half: most of the update is thrown away",
     compute=mean("clipped"),
-    needs=("clipped",),
     from_zero=True,
 )
 APPROX_KL = Metric(
@@ -61,7 +59,6 @@ REFERENCE_KL = Metric(
     "KL to the reference model",
     "With `objective.kl_coef`: the KL to the model before training, closed form, per step.",
     compute=mean("reference_kl"),
-    needs=("reference_kl",),
 )
 RATIOS = (RATIO_MEAN, RATIO_MAX_DEVIATION, CLIPFRAC, APPROX_KL)
 
