@@ -50,7 +50,7 @@ def write_bench(out: Path, results: Row, cells: Sequence[Cell], text: str) -> Pa
 
 
 def facts(results: Row) -> list[tuple[str, str]]:
-    """What was measured, as label and value."""
+    """The settings of the measurement, as label and value."""
     protocol = results["protocol"]
     return [
         ("model", results["model"]),

@@ -133,7 +133,7 @@ class Pinned:
 
     @cached_property
     def canonical(self) -> dict[str, Any]:
-        """What is hashed, as plain values."""
+        """The hashed content, as plain values."""
         settings = self.settings
         return {
             "format": FORMAT,

@@ -33,7 +33,7 @@ _SHORT, _LONG = "a", "a prompt that is much longer than the other one"
 
 
 def lacks(name: str) -> str | None:
-    """What a pipeline's class of diffusers lacks of the conventions: None for nothing, "" for no such class."""
+    """Name the convention that a pipeline's class of diffusers lacks: None for nothing, "" for no such class."""
     import diffusers
 
     kind = getattr(diffusers, name, None)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from etude.errors import EtudeError
 
 Encode = Callable[..., Any]
-"""What takes the place of a pipeline's `encode_prompt`."""
+"""Substitute for a pipeline's `encode_prompt`."""
 
 
 class _ReachedError(BaseException):
