@@ -11,6 +11,7 @@ from benchmarks import (
     async_rewards,
     cost,
     gpu,
+    gpu_trl,
     memory,
     micro_batch,
     mixgrpo,
@@ -27,7 +28,7 @@ from etude.cli.streams import only_shows, outlast_readers
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the named benchmarks and prints a summary of all results. Default: every benchmark but `gpu`.
+    """Runs the named benchmarks and prints a summary of all results. Default: every benchmark that needs no GPU.
 
     Returns:
         Exit code: 1 if `--strict` is set and a target is missed, otherwise 0.
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in options.benchmarks if name not in (*BENCHMARKS, SUMMARY)]:
         parser.error(f"there is no benchmark '{unknown[0]}'; there are {', '.join(BENCHMARKS)} and {SUMMARY}")
     met = True
-    for name in dict.fromkeys(options.benchmarks or [name for name in BENCHMARKS if name != GPU]):
+    for name in dict.fromkeys(options.benchmarks or [name for name in BENCHMARKS if name not in (GPU, GPU_TRL)]):
         if name != SUMMARY:
             result = BENCHMARKS[name](options)
             _show(result.benchmark, result.columns, result.rows, result.headlines)
@@ -95,7 +96,14 @@ def _gpu(options: argparse.Namespace) -> Result:
     if options.tiny and options.out == RESULTS:
         options.out = BUILD  # figures of tiny models are no results
     cases = [case for case in gpu.CASES if not options.case or case.name in options.case]
-    return gpu.run(cases, options.tiny, options.out, options.limit, show)
+    return gpu.run(cases, options.tiny, options.out, options.limit, show, options.within)
+
+
+def _gpu_trl(options: argparse.Namespace) -> Result:
+    if options.tiny and options.out == RESULTS:
+        options.out = BUILD
+    environment = options.trl_venv or against_trl.peer_environment()
+    return gpu_trl.run(environment / "bin" / "python", options.tiny, options.repeats or 3, options.limit)
 
 
 def _async_rewards(options: argparse.Namespace) -> Result:
@@ -103,8 +111,8 @@ def _async_rewards(options: argparse.Namespace) -> Result:
 
 
 RECIPES = ["emoji-ddpo", "emoji-mixgrpo"]
-GPU = "gpu"
-"""The one benchmark that must be named to run: it is for a GPU."""
+GPU, GPU_TRL = "gpu", "gpu_trl"
+"""The benchmarks that must be named to run: they are for a GPU."""
 SUMMARY = "summary"
 """One table of all results, of this run and of earlier ones: printed last, or alone."""
 SMALL, LARGER = Work((4, 8)), Work((32, 64))
@@ -131,13 +139,17 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "memory": _memory,
     "async_rewards": _async_rewards,
     GPU: _gpu,
+    GPU_TRL: _gpu_trl,
 }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "benchmarks", nargs="*", metavar="BENCHMARK", help=f"{', '.join(BENCHMARKS)}; all but {GPU} by default"
+        "benchmarks",
+        nargs="*",
+        metavar="BENCHMARK",
+        help=f"{', '.join(BENCHMARKS)}; all but {GPU} and {GPU_TRL} by default",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     parser.add_argument("--repeats", type=int, help="interleaved rounds of timings (default: each benchmark's own)")
@@ -165,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--limit", type=float, default=gpu.LIMIT, help="gpu: seconds of each process (default: %(default)g)"
     )
+    parser.add_argument("--within", type=float, help="gpu: seconds after which no further case is begun")
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a target is missed")
     return parser
 

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.full_size import random_pipeline, save_outline
+from benchmarks.full_size import MODELS, random_pipeline, save_outline
 from benchmarks.protocol import peak_bytes, serve
 from etude.config import parse_config
-from etude.policies import TrainablePolicy
 from etude.policies.loading import DTYPES, load_source
 from etude.policies.source import ModelSource
 from etude.registry import POLICIES
@@ -32,48 +32,55 @@ TINY_MATRIX = 256
 
 
 def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[..., dict[str, Any]]]]:
-    """Builds the model and a trainer; `measure` runs two iterations and reports on the second.
+    """Imports the libraries; `measure` builds the model, trains, and reports on its later iterations.
 
     Args:
-        settings: `model` (of `full_size.MODELS`), `tiny`, `dtype`, `config` (a recipe's tree without
-            its model).
+        settings: `model` (of `full_size.MODELS`, or an embedded one), `tiny`, `dtype`, `config` (a recipe's tree
+            without its model).
     """
-    device, tiny = torch.device("cuda" if torch.cuda.is_available() else "cpu"), settings["tiny"]
-    dtype, tree = DTYPES[settings["dtype"]], settings["config"]
-    started = time.perf_counter()
-    pipeline = random_pipeline(settings["model"], device, dtype, tiny)
-    policy = POLICIES.get(type(pipeline).__name__)(pipeline, dtype, device, tree["resolution"])
-    build = time.perf_counter() - started
-    rate = _rate(device, TINY_MATRIX if tiny else MATRIX)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     info = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "build_seconds": build,
-        "rate": rate,
         "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate", "peft")},
     }
-    tree = {**tree, "model": settings["model"], "dtype": settings["dtype"]}
-    return info, {"measure": lambda: _measure(policy, tree, tiny)}
+    return info, {"measure": lambda: _measure(settings, device)}
 
 
-def _measure(policy: TrainablePolicy, tree: dict[str, Any], tiny: bool) -> dict[str, Any]:
+def _measure(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    model, tiny, dtype = settings["model"], settings["tiny"], settings["dtype"]
+    tree, policy, started = {**settings["config"], "model": model}, None, time.perf_counter()
+    if model in MODELS:
+        tree["dtype"] = dtype
+        pipeline = random_pipeline(model, device, DTYPES[dtype], tiny)
+        policy = POLICIES.get(type(pipeline).__name__)(pipeline, DTYPES[dtype], device, tree["resolution"])
+    build = time.perf_counter() - started
+    rate = _rate(device, TINY_MATRIX if tiny else MATRIX)
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         trainer = Trainer(parse_config(tree), Path(folder) / "run", policy=policy)
-        if policy.device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         trainer.train()
-        peak = torch.cuda.max_memory_allocated() if policy.device.type == "cuda" else peak_bytes()
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
         rows = [json.loads(line) for line in (trainer.out / "metrics.jsonl").read_text().splitlines()]
-        phases = rows[2]["seconds"]
+        plain = trainer.config.compile == "off" and trainer.config.objective.gradients == "replay"
         return {
-            "phases": phases,
+            "build_seconds": build,
+            "rate": rate,
+            "phases": _phases(rows),
             "peak_bytes": peak,
-            "estimated_bytes": _estimate(tree, trainer, Path(folder), tiny),
+            "estimated_bytes": estimated_bytes(tree, trainer, Path(folder), tiny) if model in MODELS else 0,
             "sizes": {batch.setting: batch.size for batch in trainer.sizes.automatic},
-            "network": _network(trainer),
+            "network": _network(trainer) if plain else {},
         }
 
 
-def _estimate(tree: dict[str, Any], trainer: Trainer, folder: Path, tiny: bool) -> int:
+def _phases(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of each phase: the median of the iterations after the first, which loads kernels and compiles."""
+    each = [row["seconds"] for row in rows[2:]]
+    return {name: median(seconds[name] for seconds in each if name in seconds) for name in each[-1]}
+
+
+def estimated_bytes(tree: dict[str, Any], trainer: Trainer, folder: Path, tiny: bool) -> int:
     """Bytes that a dry run tells for the sizes that the run found, from an outline of the model on the CPU."""
     given = {**tree, "model": str(save_outline(tree["model"], folder / "model", tiny))}
     for batch in trainer.sizes.automatic:
@@ -117,7 +124,7 @@ def _network(trainer: Trainer) -> dict[str, dict[str, float]]:
     return report
 
 
-def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 3) -> float:
+def _seconds(work: Callable[[], Any], device: torch.device, repeats: int = 2) -> float:
     """Seconds of one call: the fastest of some, after the device has finished."""
 
     def once() -> float:

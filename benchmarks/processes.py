@@ -87,6 +87,11 @@ class Side:
         reply: dict[str, Any] = json.loads(line)
         return reply
 
+    def stop(self) -> None:
+        """Ends the process, if it has not ended."""
+        self._process.kill()
+        self._process.wait()
+
     def __enter__(self) -> Side:
         return self
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import json
 import random
+import sys
 import tempfile
 import time
 import warnings
@@ -21,7 +23,7 @@ from benchmarks.prompts import PROMPTS
 from benchmarks.protocol import serve
 from benchmarks.workload import brightness
 
-PartialState(cpu=True)  # before anything of TRL looks for a device
+PartialState(cpu=json.loads(sys.argv[1]).get("cpu", True))  # before anything of TRL looks for a device
 
 from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # type: ignore[import-not-found]  # noqa: E402
 
@@ -31,7 +33,8 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
 
     Args:
         settings: `pipeline`, `work`, `images`, `num_steps`, `updates`, `sample_batch_size`,
-            `train_batch_size` and the hyper-parameters.
+            `train_batch_size` and the hyper-parameters; with `lora` a LoRA beside bfloat16 weights is trained,
+            with `cpu` false on a GPU.
     """
     out = tempfile.TemporaryDirectory(dir=settings["work"], prefix="run-")
     atexit.register(out.cleanup)
@@ -41,7 +44,7 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
         _config(settings, out.name),
         lambda images, prompts, metadata: (brightness(images, list(prompts)), {}),
         lambda: (choice.choice(PROMPTS), {}),
-        DefaultDDPOStableDiffusionPipeline(settings["pipeline"], use_lora=False),
+        DefaultDDPOStableDiffusionPipeline(settings["pipeline"], use_lora=settings.get("lora", False)),
     )
     trainer.sd_pipeline.set_progress_bar_config(disable=True)
     info = {
@@ -62,7 +65,7 @@ def _config(settings: dict[str, Any], out: str) -> DDPOConfig:
     images, updates, train = settings["images"], settings["updates"], settings["train_batch_size"]
     return DDPOConfig(
         seed=settings["seed"],
-        mixed_precision="no",
+        mixed_precision="bf16" if settings.get("lora") else "no",
         project_kwargs={"project_dir": out, "automatic_checkpoint_naming": True, "total_limit": 2},
         save_freq=1,
         sample_num_steps=settings["num_steps"],

@@ -71,6 +71,19 @@ def save_pipeline(
     return directory
 
 
+def save_full_size(directory: Path, name: str, tiny: bool) -> Path:
+    """Saves a pipeline of `full_size.MODELS` with random weights in bfloat16, so that transformers 4 reads it, too."""
+    from benchmarks.full_size import random_pipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = random_pipeline(name, device, torch.bfloat16, tiny)
+    if tiny:
+        pipeline.unet.register_to_config(sample_size=8)
+    pipeline.save_pretrained(directory)
+    _let_transformers_4_read(directory, pipeline.tokenizer.get_vocab())
+    return directory
+
+
 def save_flux(directory: Path, heads: int, latent_size: int, seed: int = 0) -> Path:
     """Saves a random FluxPipeline with FLUX.1-dev's shift and guidance embedding, as safetensors.
 

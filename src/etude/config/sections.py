@@ -428,11 +428,13 @@ class TrainConfig(Section):
     """Precision of the frozen weights and of the network's computation. Adapters, latents and
     rewards stay float32. float16 is for GPUs without bfloat16: the loss is scaled so that gradients
     do not underflow."""
-    compile: Literal["off", "regional", "full", "auto"] = "off"
+    compile: Literal["off", "regional", "full", "graphs", "auto"] = "off"
     """Compilation of the network by torch.compile. regional: its repeated blocks. full: the whole
     network, which takes longer to compile. auto: regional on a GPU if the run makes at least 20,000
     network evaluations, otherwise off. Rollout and replay then round differently, so set
-    objective.old_log_prob to replay for ratios that start at 1."""
+    objective.old_log_prob to replay for ratios that start at 1. graphs: no compilation, but CUDA
+    graphs of the network's calls, with the same bits: for small networks, whose kernels are shorter
+    than their launches."""
     channels_last: bool = False
     """true: the weights of convolutions lie channel by channel, as a GPU's half-precision kernels
     for a UNet and an autoencoder read them. Changes speed and the last bits."""
@@ -512,7 +514,7 @@ class TrainConfig(Section):
                 )
         if self.objective.gradients == "rollout":
             others: list[tuple[str, Any, Any]] = [("dtype", self.dtype, "float16"), ("lora.rank", self.lora.rank, 0)]
-            others += [("compile", self.compile, how) for how in ("regional", "full", "auto")]
+            others += [("compile", self.compile, how) for how in ("regional", "full", "graphs", "auto")]
             for name, value, wrong in others:
                 if value == wrong:
                     raise ValueError(

@@ -25,6 +25,7 @@ from etude.errors import EtudeError, brief_value
 from etude.policies.adapter_file import WEIGHTS, read_adapter, sort_header
 from etude.policies.adapter_loading import adapted_parts, configuration, load_adapter
 from etude.policies.compiling import compile_network
+from etude.policies.graphs import graph_calls
 from etude.policies.kohya import KOHYA_WEIGHTS, kohya_tensors
 from etude.policies.prompt_cache import Key, PromptCache
 from etude.policies.trainable import TrainablePolicy
@@ -435,8 +436,11 @@ class PipelinePolicy(TrainablePolicy):
 
     def compile(self, how: str) -> None:
         for network in filter(None, (self._trained_network, self._initial)):
-            compile_network(network, how)
-        self.compiled = True
+            if how == "graphs":
+                graph_calls(network, self.device, lambda: self._is_reference)
+            else:
+                compile_network(network, how)
+        self.compiled = how != "graphs"
 
     def use_channels_last(self) -> None:
         for network in filter(None, (self._trained_network, self._initial, self.pipeline.vae)):

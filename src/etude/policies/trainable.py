@@ -91,7 +91,7 @@ class TrainablePolicy(Policy):
         raise EtudeError(f"{name} has no gradient checkpointing: leave memory.gradient_checkpointing off.")
 
     def compile(self, how: str) -> None:
-        """Compiles the network, "regional" or "full", after it was made trainable. Default: EtudeError."""
+        """Compiles the network after it was made trainable, as the setting `compile` says. Default: EtudeError."""
         raise EtudeError(f"{type(self).__name__} cannot be compiled: set compile to off.")
 
     def use_channels_last(self) -> None:
