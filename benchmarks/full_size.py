@@ -9,13 +9,13 @@ weights on the device itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     EulerDiscreteScheduler,
@@ -39,11 +39,14 @@ from transformers import (
     T5Tokenizer,
 )
 
+from benchmarks.flow_models import autoencoder, flux2_klein, qwen_image, sana, scheduler, z_image
 from etude.policies.weight_files import STEMS
 
 SCALE = 0.02
 """Standard deviation of a random matrix's entries, as transformers draws them."""
 ALIGNED = 8
+SHARD = 5 * 10**9
+"""Largest size of a weight file in bytes, that of diffusers' and transformers' own shards."""
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
@@ -81,34 +84,12 @@ def _t5(tiny: bool) -> T5EncoderModel:
     return T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu"))
 
 
-def _autoencoder(tiny: bool, channels: int, side: int, scale: float, shift: float | None = None) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8) if tiny else (128, 256, 512, 512),
-        norm_num_groups=8 if tiny else 32,
-        layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=channels,
-        sample_size=side,
-        scaling_factor=scale,
-        shift_factor=shift,
-        use_quant_conv=shift is None,
-        use_post_quant_conv=shift is None,
-    )
-
-
-def _scheduler(kind: Any, **options: Any) -> Any:
-    """A scheduler, whose tables have numbers wherever the weights are."""
-    with torch.device("cpu"):
-        return kind(**options)
-
-
 _BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
 def _stable_diffusion(tiny: bool) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
-        vae=_autoencoder(tiny, 4, 512, 0.18215),
+        vae=autoencoder(tiny, 4, 512, 0.18215),
         unet=UNet2DConditionModel(
             sample_size=64,
             cross_attention_dim=16 if tiny else 768,
@@ -117,7 +98,7 @@ def _stable_diffusion(tiny: bool) -> StableDiffusionPipeline:
         ),
         text_encoder=_clip(tiny),
         tokenizer=_clip_tokenizer(),
-        scheduler=_scheduler(DDIMScheduler, **_BETAS, clip_sample=False, set_alpha_to_one=False),
+        scheduler=scheduler(DDIMScheduler, **_BETAS, clip_sample=False, set_alpha_to_one=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -140,13 +121,13 @@ def _stable_diffusion_xl(tiny: bool) -> StableDiffusionXLPipeline:
         projection_class_embeddings_input_dim=6 * 256 + (24 if tiny else 1280),
     )
     return StableDiffusionXLPipeline(
-        vae=_autoencoder(tiny, 4, 1024, 0.13025),
+        vae=autoencoder(tiny, 4, 1024, 0.13025),
         unet=unet,
         text_encoder=_clip(tiny),
         tokenizer=_clip_tokenizer(),
         text_encoder_2=_clip(tiny, large=True, projected=True),
         tokenizer_2=_clip_tokenizer(),
-        scheduler=_scheduler(EulerDiscreteScheduler, **_BETAS, timestep_spacing="leading"),
+        scheduler=scheduler(EulerDiscreteScheduler, **_BETAS, timestep_spacing="leading"),
         add_watermarker=False,
     )
 
@@ -167,8 +148,8 @@ def _stable_diffusion_3_5_medium(tiny: bool) -> StableDiffusion3Pipeline:
         qk_norm="rms_norm",
     )
     return StableDiffusion3Pipeline(
-        scheduler=_scheduler(FlowMatchEulerDiscreteScheduler, shift=3.0),
-        vae=_autoencoder(tiny, 16, 1024, 1.5305, 0.0609),
+        scheduler=scheduler(FlowMatchEulerDiscreteScheduler, shift=3.0),
+        vae=autoencoder(tiny, 16, 1024, 1.5305, 0.0609),
         text_encoder=_clip(tiny, projected=True),
         tokenizer=_clip_tokenizer(),
         text_encoder_2=_clip(tiny, large=True, projected=True),
@@ -192,8 +173,8 @@ _TINY_FLUX: dict[str, Any] = {
 
 def _flux(tiny: bool) -> FluxPipeline:
     return FluxPipeline(
-        scheduler=_scheduler(FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True, shift=3.0),
-        vae=_autoencoder(tiny, 16, 1024, 0.3611, 0.1159),
+        scheduler=scheduler(FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True, shift=3.0),
+        vae=autoencoder(tiny, 16, 1024, 0.3611, 0.1159),
         text_encoder=_clip(tiny),
         tokenizer=_clip_tokenizer(),
         text_encoder_2=_t5(tiny),
@@ -207,6 +188,10 @@ MODELS: dict[str, Callable[[bool], DiffusionPipeline]] = {
     "sdxl": _stable_diffusion_xl,
     "sd35": _stable_diffusion_3_5_medium,
     "flux": _flux,
+    "flux2-klein": flux2_klein,
+    "z-image": z_image,
+    "qwen-image": qwen_image,
+    "sana": sana,
 }
 """A pipeline of each architecture, by the first word of its recipes. Call it in a context that says where weights go."""
 
@@ -231,19 +216,47 @@ def save_outline(name: str, directory: Path, tiny: bool = False) -> Path:
         if has_weights:
             save = component.config.save_pretrained if library == "transformers" else component.save_config
             save(directory / part)
-            _save_header(component, directory / part / f"{STEMS[library]}.safetensors")
+            _save_shards(component, directory / part, STEMS[library])
         elif component is not None:
             component.save_pretrained(directory / part)
     (directory / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return directory
 
 
-def _save_header(network: nn.Module, file: Path) -> None:
+def _save_shards(network: nn.Module, folder: Path, stem: str) -> None:
+    """Writes files of at most `SHARD` bytes, with an index where there is more than one, as published."""
+    tensors: dict[str, Tensor] = dict(network.named_parameters())  # tied ones once
+    stored = network.state_dict()
+    tensors |= {name: buffer for name, buffer in network.named_buffers() if name in stored}
+    shards: list[dict[str, Tensor]] = [{}]
+    for name, tensor in tensors.items():
+        if sum(map(_stored_bytes, shards[-1].values())) + _stored_bytes(tensor) > SHARD:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        return _save_header(shards[0], folder / f"{stem}.safetensors")
+    names = [f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    places: dict[str, str] = {}
+    for name, shard in zip(names, shards, strict=True):
+        _save_header(shard, folder / name)
+        places |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": sum(map(_stored_bytes, tensors.values()))}, "weight_map": places}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _stored_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor in a file, floats in bfloat16."""
+    return tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
+
+
+def _save_header(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Writes a safetensors file with names and shapes, and a hole where the numbers would be."""
-    places, end = {}, 0
-    for name, parameter in network.named_parameters():  # tied ones once
-        size = 2 * parameter.numel()
-        places[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [end, end + size]}
+    places: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        size = _stored_bytes(tensor)
+        kind = "BF16" if tensor.is_floating_point() else f"I{8 * tensor.element_size()}"
+        places[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [end, end + size]}
         end += size
     header = json.dumps({"__metadata__": {"format": "pt"}, **places}).encode()
     header += b" " * (-len(header) % ALIGNED)
@@ -255,8 +268,8 @@ def _save_header(network: nn.Module, file: Path) -> None:
 def random_pipeline(
     name: str, device: torch.device | str, dtype: torch.dtype, tiny: bool = False, seed: int = 0
 ) -> Any:
-    """A pipeline with random weights, drawn on the device: matrices small, scales 1, biases 0."""
-    with torch.device("meta"):
+    """A pipeline with random weights, drawn on the device: matrices small, scales 1, biases 0; buffers as published."""
+    with init_empty_weights(include_buffers=False):  # tables have numbers, weights have none
         pipeline = MODELS[name](tiny)
     generator = torch.Generator(device).manual_seed(seed)
     for _, network in networks(pipeline):
@@ -266,20 +279,19 @@ def random_pipeline(
                 if parameter is not None:  # tied ones stay tied
                     tensor = drawn.get(id(parameter))
                     if tensor is None:
-                        tensor = nn.Parameter(_drawn(key, parameter, generator, dtype), requires_grad=False)
+                        tensor = nn.Parameter(_drawn(key, parameter.shape, generator, dtype), requires_grad=False)
                         drawn[id(parameter)] = tensor
                     module._parameters[key] = tensor
             for key, buffer in module._buffers.items():
                 if buffer is not None:
-                    module._buffers[key] = _drawn(key, buffer, generator, dtype)
+                    kind = dtype if buffer.is_floating_point() else buffer.dtype
+                    module._buffers[key] = buffer.to(device, kind)
     return pipeline
 
 
-def _drawn(name: str, like: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """The numbers of a parameter, or of a buffer: positions in order where they are integers."""
+def _drawn(name: str, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """The numbers of a parameter."""
     device = generator.device
-    if not like.is_floating_point():
-        return torch.arange(like.numel(), device=device, dtype=like.dtype).reshape(like.shape)
-    if like.ndim < 2:
-        return torch.full(like.shape, float("weight" in name), device=device, dtype=dtype)
-    return torch.empty(like.shape, device=device, dtype=dtype).normal_(0, SCALE, generator=generator)
+    if len(shape) < 2:
+        return torch.full(shape, float("weight" in name), device=device, dtype=dtype)
+    return torch.empty(shape, device=device, dtype=dtype).normal_(0, SCALE, generator=generator)

@@ -18,17 +18,18 @@ def _benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35", "flux"])
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd35", "flux", "flux2-klein", "z-image", "qwen-image", "sana"])
 def test_a_model_has_the_parameters_of_the_published_one_and_its_outline_holds_no_numbers(
     name: str, tmp_path: Path
 ) -> None:
     from benchmarks.full_size import MODELS, save_outline
 
-    millions = {"sd15": 859.5, "sdxl": 2567.5, "sd35": 2243.2, "flux": 11901.4}[name]
+    millions = {"sd15": 859.5, "sdxl": 2567.5, "sd35": 2243.2, "flux": 11901.4, "flux2-klein": 3875.5}
+    millions |= {"z-image": 6154.9, "qwen-image": 20430.4, "sana": 1604.5}
     with torch.device("meta"):
         pipeline = MODELS[name](False)
     denoiser = pipeline.components.get("unet") or pipeline.transformer
-    assert sum(p.numel() for p in denoiser.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert sum(p.numel() for p in denoiser.parameters()) / 1e6 == pytest.approx(millions[name], abs=0.1)
     place = save_outline(name, tmp_path / name, tiny=True)
     file = next((place / ("unet" if name.startswith(("sd1", "sdx")) else "transformer")).glob("*.safetensors"))
     assert file.stat().st_blocks * 512 < file.stat().st_size

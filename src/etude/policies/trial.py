@@ -122,12 +122,13 @@ def check_agreement(model: str, policy: PipelinePolicy) -> None:
     for name, encoder in components.items():
         tokenizer = components.get(name.replace("text_encoder", "tokenizer"))
         if name.startswith("text_encoder") and encoder is not None and tokenizer is not None:
-            _check_text(model, name, encoder, tokenizer)
+            longest = policy._longest(name.replace("text_encoder", "tokenizer"), tokenizer)
+            _check_text(model, name, encoder, tokenizer, longest)
 
 
-def _check_text(model: str, name: str, encoder: Any, tokenizer: Any) -> None:
-    words = name.replace("text_encoder", "tokenizer")
-    places, longest = getattr(encoder.config, "max_position_embeddings", None), tokenizer.model_max_length
+def _check_text(model: str, name: str, encoder: Any, tokenizer: Any, longest: int) -> None:
+    """Compares an encoder with its tokenizer, of which the pipeline keeps so many tokens of a prompt."""
+    words, places = name.replace("text_encoder", "tokenizer"), getattr(encoder.config, "max_position_embeddings", None)
     if places is not None and longest > places:
         told = "gives no model_max_length" if longest > 1e9 else f"has model_max_length {longest}"
         raise EtudeError(
