@@ -84,7 +84,7 @@ def _measure(recipe: str, model: str, tiny: bool) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
         rows = [json.loads(line) for line in (trainer.out / "metrics.jsonl").read_text().splitlines()]
         estimated = estimated_bytes(tree, trainer, Path(folder), tiny)
-        trained = {name: parameter.detach().cpu() for name, parameter in trainer.parameters.items()}
+        trained = {name: values.detach().cpu() for name, values in (trainer.ema or trainer.parameters).items()}
         out, export = trainer.out, trainer.policy.export_name
         del trainer
         gc.collect()
