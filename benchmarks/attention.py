@@ -44,7 +44,11 @@ def run() -> list[dict[str, Any]]:
     calls = [{"call": name, "kernel": kernel, **call} for (name, call), kernel in product(CALLS.items(), KERNELS)]
     calls += [{"call": "FLUX.1 512", "kernel": "cudnn", **CALLS["FLUX.1 512"], **variant} for variant in WHY]
     with ThreadPoolExecutor(TOGETHER) as pool:
-        return list(pool.map(_one, calls))
+        results = []
+        for result in pool.map(_one, calls):
+            print(json.dumps(result), flush=True)
+            results.append(result)
+    return results
 
 
 def _one(call: dict[str, Any]) -> dict[str, Any]:
@@ -62,5 +66,3 @@ def _one(call: dict[str, Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     results = run()
     Path(sys.argv[1]).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    for result in results:
-        print(json.dumps(result), flush=True)

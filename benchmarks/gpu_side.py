@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,8 +58,7 @@ def _measure(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
     rate = _rate(device, TINY_MATRIX if tiny else MATRIX)
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         trainer = Trainer(parse_config(tree), Path(folder) / "run", policy=policy)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        forget_trials(trainer)
         trainer.train()
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
         rows = [json.loads(line) for line in (trainer.out / "metrics.jsonl").read_text().splitlines()]
@@ -72,6 +72,20 @@ def _measure(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
             "sizes": {batch.setting: batch.size for batch in trainer.sizes.automatic},
             "network": _network(trainer) if plain else {},
         }
+
+
+def forget_trials(trainer: Trainer) -> None:
+    """Lets the peak of a GPU's memory begin after the sizes of calls have been tried out, or now if they are given."""
+    if trainer.policy.device.type != "cuda":
+        return
+    torch.cuda.reset_peak_memory_stats()
+    agree = trainer.sizes.agree
+
+    def then_forget(accelerator: Accelerator) -> None:
+        agree(accelerator)
+        torch.cuda.reset_peak_memory_stats()
+
+    trainer.sizes.agree = then_forget  # type: ignore[method-assign]
 
 
 def _phases(rows: list[dict[str, Any]]) -> dict[str, float]:

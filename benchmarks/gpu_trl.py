@@ -34,15 +34,7 @@ class Entry:
 
 ENTRIES = (
     Entry("TRL's rows a call"),
-    Entry(
-        "sizes auto, channels last",
-        {
-            "rollout.batch_size": "auto",
-            "objective.batch_size": "auto",
-            "memory.decode_batch_size": "auto",
-            "channels_last": True,
-        },
-    ),
+    Entry("channels last, whole rollout and 16 rows a replay", {"channels_last": True, "objective.batch_size": 16}),
 )
 
 

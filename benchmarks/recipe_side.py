@@ -39,7 +39,7 @@ SHORT = {
     "objective.num_inner_epochs": 1,
 }
 """What is changed in every recipe: a short run, the smallest sizes of a call, a reward without a network."""
-STEPS, GROUP = 8, 2
+STEPS, GROUP = 6, 2
 TINY_SIDE = 64
 
 

@@ -23,6 +23,8 @@ from etude.training.memory_estimate import network_call, optimizer_bytes, trajec
 
 RUN_OUT = ("cuda", "xpu")
 """Devices whose lack of memory is an error. On a CPU it ends the process, so nothing is tried there."""
+HEADROOM = 0.1
+"""Share of the device's memory that the sizes leave free: in a device filled to the brim the allocator waits for it again and again."""
 
 
 class BatchSizes:
@@ -61,13 +63,18 @@ class BatchSizes:
         trained = list(policy.trainable().values())
         later = optimizer_bytes(trained, config.optimizer)
         later += images * trajectory_bytes(policy, learner.objective, table)
+        later += int(
+            HEADROOM * torch.get_device_module(policy.device).get_device_properties(policy.device).total_memory
+        )
         reserved = torch.empty(later, dtype=torch.uint8, device=policy.device)
         call = network_call(policy, table, policy.encode([prompt]), config.sampling.guidance_scale)
         pairs = max(len(rows) for rows, _ in learner.pairs(learner.objective.columns(table), 1))
 
         def replay(count: int) -> None:
             rows = count * learner.images_per_row
-            with learner.accelerator.no_sync(policy.network):
+            # Recomputed activations need the kernels of the first pass, in which `call` was made.
+            allowed = policy.attention.allowed(policy.device, policy.denoiser)
+            with learner.accelerator.no_sync(policy.network), allowed:
                 torch.autograd.grad(call(rows).square().mean(), trained)
 
         if self.rollout.automatic:
@@ -96,3 +103,10 @@ class BatchSizes:
         for batch in self.automatic:
             batch.size = sizes.get(batch.setting, batch.size)
         self.known = self.known or all(batch.setting in sizes for batch in self.automatic)
+
+
+def _headroom(device: torch.device) -> int:
+    """Bytes of a device that are to stay free; 0 for one that does not tell its memory."""
+    if device.type == "cpu":
+        return 0
+    return int(HEADROOM * torch.get_device_module(device).get_device_properties(device).total_memory)

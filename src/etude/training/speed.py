@@ -29,10 +29,8 @@ def compilation(config: TrainConfig, device: torch.device, evaluations: int) -> 
     return how, f"auto: {how} for {evaluations:,} network evaluations, where {WORTH_COMPILING:,} are worth it"
 
 
-def prepare_network(config: TrainConfig, policy: TrainablePolicy, evaluations: int) -> None:
-    """Brings the weights into the layout of the settings, and compiles the network."""
-    if config.channels_last:
-        policy.use_channels_last()
+def compile_as_set(config: TrainConfig, policy: TrainablePolicy, evaluations: int) -> None:
+    """Compiles the network as the settings say."""
     how, reason = compilation(config, policy.device, evaluations)
     if how != "off":
         policy.compile(how)
