@@ -60,7 +60,7 @@ def main(settings: dict[str, Any]) -> dict[str, Any]:
     with sdpa_kernel(KERNELS["math"]):
         first = slice(0, 1)
         exact = [tensor[first].detach().float().requires_grad_(tensor.requires_grad) for tensor in (q, k, v)]
-        truth = scaled_dot_product_attention(*exact)
+        truth = scaled_dot_product_attention(exact[0], exact[1], exact[2])
         gradients = torch.autograd.grad(truth, [t for t in exact if t.requires_grad], slope[first].float())
     errors = [
         ((ours[first].float() - right).norm() / right.norm()).item()

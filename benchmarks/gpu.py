@@ -67,7 +67,7 @@ class Case:
         flow = self.model in ("sd35", "flux")
         images, steps = (4, 4) if tiny else (self.images, self.steps)
         window = {"size": min(self.window, 2) if tiny else self.window} if self.window else None
-        tree = {
+        tree: Tree = {
             "resolution": 64 if tiny else self.side,
             "iterations": 2,
             "rewards": {"jpeg_compressibility": 1.0},
@@ -98,7 +98,7 @@ class Embedded(Case):
         return self.recipe
 
     def config(self, tiny: bool) -> Tree:
-        few = {"iterations": 2, "rollout.images_per_iteration": 16} if tiny else {"iterations": 6}
+        few: Tree = {"iterations": 2, "rollout.images_per_iteration": 16} if tiny else {"iterations": 6}
         few |= {"evaluation.num_images": 8, "evaluation.every": 100, "evaluation.held_out_rewards": []}
         return dict(yaml.safe_load(load_config(self.recipe, {**few, **self.settings}).to_yaml()))
 
@@ -113,6 +113,7 @@ def with_settings(tree: Tree, settings: Mapping[str, Any]) -> Tree:
 
 
 _LAST = {"channels_last": True}
+_OWN = {"autocast": False, **_LAST}
 _REGIONAL = {"compile": "regional", "objective.old_log_prob": "replay", "optimizer.fused": True}
 _GRAPHS = {"compile": "graphs"}
 _DDPO = Embedded("emoji-sd", 32, 0, 0, recipe="emoji-ddpo")
@@ -130,6 +131,8 @@ CASES: tuple[Case, ...] = (
     _FLUX,
     _SDXL,
     _SD35,
+    replace(_SD15, variant="channels last, no autocast", settings=_OWN),
+    replace(_SDXL, variant="channels last, no autocast", settings=_OWN),
     replace(_SD15, variant="channels last, regional", settings={**_LAST, **_REGIONAL}),
     replace(_SDXL, variant="channels last, regional", settings={**_LAST, **_REGIONAL}),
     replace(_SD15, variant="gradients of the rollout", settings={"objective.gradients": "rollout"}),

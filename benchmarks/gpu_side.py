@@ -127,10 +127,10 @@ def _network(trainer: Trainer) -> dict[str, dict[str, float]]:
     report = {}
     for phase, (work, size, rows) in counts.items():
         with FlopCounterMode(display=False) as counter:
-            work(size)
+            work(1)
         seconds = _seconds(partial(work, size), policy.device)
         report[phase] = {
-            "flops": counter.get_total_flops() / size * rows,
+            "flops": counter.get_total_flops() * rows,
             "seconds": seconds / size * rows,
             "rows": rows,
             "size": size,

@@ -38,7 +38,7 @@ def test_a_model_has_the_parameters_of_the_published_one_and_its_outline_holds_n
 def test_a_measured_process_reports_phases_flops_and_memory_of_a_tiny_model() -> None:
     from benchmarks import gpu, gpu_side
 
-    case = gpu.CASES[0]
+    case = next(case for case in gpu.CASES if case.name == "sd15 512")
     settings = {"model": case.model, "tiny": True, "dtype": "float32", "config": case.config(True)}
     info, handlers = gpu_side.start(settings)
     report = {**info, **handlers["measure"]()}
@@ -48,11 +48,12 @@ def test_a_measured_process_reports_phases_flops_and_memory_of_a_tiny_model() ->
     # Frozen weights need no gradient: a backward has the products of a forward, but the first layers'.
     assert 1.5 < update["flops"] / update["rows"] / (rollout["flops"] / rollout["rows"]) < 3
     assert min(report["peak_bytes"], report["estimated_bytes"], report["rate"]) > 0
-    rows = gpu._rows(case.name, report)
+    rows = gpu._rows(case, {case.name: report})
     assert [row[1] for row in rows] == list(report["phases"])
-    assert all(head.ratio.median > 0 for head in gpu._headlines(case, report))
+    assert all(head.ratio.median > 0 for head in gpu._headlines(case, {case.name: report}))
 
 
+FASTER = {"rollout": 1.0, "rewards": 0.1, "update": 2.0, "total": 3.1}
 REPORT = {
     "device": "some card",
     "versions": {"torch": "1"},
@@ -72,8 +73,24 @@ REPORT = {
 def test_the_use_of_a_card_is_counted_flops_over_seconds_and_rate() -> None:
     from benchmarks import gpu
 
-    shares = [head.ratio.median for head in gpu._headlines(gpu.CASES[0], REPORT)]
-    assert shares == pytest.approx([0.5, 0.4, 6.0 / 5.8, 0.95])
+    cases = {case.name: case for case in gpu.CASES}
+    measured = {"sd15 512": REPORT, "sd15 512, channels last": REPORT | {"phases": FASTER, "network": {}}}
+    plain, variant = (gpu._headlines(cases[name], measured) for name in measured)
+    assert [head.ratio.median for head in plain] == pytest.approx([0.5, 0.4, 6.0 / 5.8, 0.95])
+    assert [head.ratio.median for head in variant] == pytest.approx([2.0, 1.0, 0.8, 0.95])
+    assert variant[0].name == "sd15 512, channels last: plain / this"
+
+
+def test_settings_are_laid_over_a_case_and_name_what_exists() -> None:
+    from benchmarks import gpu
+    from etude.config import parse_config
+
+    for case in gpu.CASES:
+        config = parse_config({"model": case.model, **case.config(tiny=False)})
+        for name, value in case.settings.items():
+            section, _, rest = name.partition(".")
+            found = getattr(config, section)
+            assert (getattr(found, rest) if rest else found) == value
 
 
 def test_a_process_that_fails_or_hangs_costs_no_other_its_results(
@@ -85,7 +102,10 @@ def test_a_process_that_fails_or_hangs_costs_no_other_its_results(
 
     class FakeSide:
         def __init__(self, python: str, module: str, settings: dict[str, Any], **options: Any) -> None:
-            self.model = settings["model"]
+            self.model, self.imported = settings["model"], False
+
+        def stop(self) -> None:
+            pass
 
         def __enter__(self) -> FakeSide:
             return self
@@ -97,6 +117,9 @@ def test_a_process_that_fails_or_hangs_costs_no_other_its_results(
             assert do == "measure"
 
         def receive(self, within: float) -> dict[str, Any]:
+            if not self.imported:
+                self.imported = True
+                return {"device": "some card", "versions": {"torch": "1"}}
             if self.model == "sdxl":
                 raise TimeoutError(f"no reply within {within:g} seconds")
             if self.model == "sd35":
@@ -104,8 +127,9 @@ def test_a_process_that_fails_or_hangs_costs_no_other_its_results(
             return REPORT
 
     monkeypatch.setattr(gpu, "Side", FakeSide)
-    result = gpu.run(gpu.CASES, True, tmp_path, 5.0, lambda so_far: written.append(len(so_far.headlines)))
-    assert written == [4, 4, 4, 8, 12]
+    cases = [case for case in gpu.CASES if case.target is not None and not case.variant]
+    result = gpu.run(cases, True, tmp_path, 5.0, lambda so_far: written.append(len(so_far.headlines)))
+    assert written == [4, 8, 8, 8, 12]
     stored = json.loads((tmp_path / "gpu.json").read_text())
     assert set(stored["measurements"]["failed"]) == {"sdxl 1024", "sd35 512"}
     assert [row[-1] for row in result.rows if row[1] == "failed"] == [
@@ -113,7 +137,9 @@ def test_a_process_that_fails_or_hangs_costs_no_other_its_results(
         "a measured process ended with exit code 1",
     ]
     with pytest.raises(RuntimeError, match="no case could be measured: no reply"):
-        gpu.run([case for case in gpu.CASES if case.model == "sdxl"], True, tmp_path)
+        gpu.run([case for case in cases if case.model == "sdxl"], True, tmp_path, 5.0)
+    late = gpu.run(cases[:1] * 2, True, tmp_path, 5.0, within=60.0)
+    assert not late.measurements["failed"]
 
 
 def test_a_process_without_a_reply_in_time_is_a_time_out() -> None:

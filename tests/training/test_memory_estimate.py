@@ -124,6 +124,18 @@ def test_the_peak_is_the_most_alive_at_once_and_views_are_free():
     assert peak_bytes(work) == 8000
 
 
+def test_under_autocast_norms_count_as_a_gpu_computes_them_in_float32():
+    norm = torch.nn.GroupNorm(1, 4).requires_grad_(False)
+
+    def work():
+        x = torch.ones(10, 4, 25, dtype=torch.bfloat16)  # 2,000 bytes
+        with torch.autocast("cpu", torch.bfloat16):
+            return x, norm(x)
+
+    # 4,000 for the input in float32, as much for the result, and a mean and a deviation of each sample.
+    assert peak_bytes(work) == 2000 + 4000 + 4000 + 2 * 10 * 4
+
+
 @pytest.mark.parametrize("model", ["sd", "flux"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fake_activations_are_those_of_a_real_replay(settings, tmp_path, model, checkpointing):

@@ -12,7 +12,7 @@ from etude.errors import EtudeError
 from etude.learning.optimizers import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_3 import StableDiffusion3Policy
-from etude.training.speed import WORTH_COMPILING, compilation
+from etude.training.speed import SMALL, WORTH_COMPILING, compilation
 from etude.training.trainer import Trainer
 from support.small_runs import brief_settings, metrics, outcome, same, train_until, weights
 from support.tiny import stable_diffusion, stable_diffusion_3
@@ -78,13 +78,15 @@ def test_regional_compilation_takes_the_repeated_blocks_and_full_the_network():
     assert compiled(StableDiffusionPolicy(stable_diffusion()), "full") == {"UNet2DConditionModel"}
 
 
-def test_auto_compiles_long_runs_on_a_gpu_and_says_why():
+def test_auto_compiles_long_runs_on_a_gpu_graphs_small_networks_and_says_why():
     auto = load_config("emoji-ddpo", ["compile=auto"])
-    assert compilation(auto, CPU, 10**9) == ("off", "auto: off on a CPU")
-    assert compilation(auto, GPU, WORTH_COMPILING)[0] == "regional"
-    how, reason = compilation(auto, GPU, WORTH_COMPILING - 1)
+    assert compilation(auto, CPU, 10**9, 10**9) == ("off", "auto: off on a CPU")
+    assert compilation(auto, GPU, WORTH_COMPILING, SMALL)[0] == "regional"
+    how, reason = compilation(auto, GPU, WORTH_COMPILING - 1, SMALL)
     assert (how, reason) == ("off", "auto: off for 19,999 network evaluations, where 20,000 are worth it")
-    assert compilation(load_config("emoji-ddpo", ["compile=full"]), CPU, 1) == ("full", "full")
+    how, reason = compilation(auto, GPU, 1, 3_000_000)
+    assert (how, reason) == ("graphs", "auto: graphs for 3,000,000 parameters, fewer than 100,000,000")
+    assert compilation(load_config("emoji-ddpo", ["compile=full"]), CPU, 1, 1) == ("full", "full")
 
 
 def test_a_network_whose_blocks_are_unknown_is_refused():
@@ -152,3 +154,52 @@ def test_fused_adamw_takes_the_same_steps_and_resumes_exactly():
         assert torch.allclose(value, whole[0][name], rtol=1e-6, atol=1e-7)
     with pytest.raises(EtudeError, match=r"fused = true is for kind = adamw"):
         load_config("emoji-ddpo", ["optimizer.kind=adamw8bit", "optimizer.fused=true"])
+
+
+def in_half(**settings):
+    policy = StableDiffusionPolicy(stable_diffusion(), torch.bfloat16)
+    policy.add_lora(LoraConfig(**settings), seed=0)
+    return policy
+
+
+def test_without_autocast_the_network_computes_what_the_plain_pipelines_does_in_half_precision():
+    policy = in_half()
+    policy.leave_autocast()
+    x, timesteps, told = (
+        torch.linspace(-1, 1, 64).reshape(1, *policy.latent_shape),
+        torch.tensor([500]),
+        policy.encode(["a"]),
+    )
+    plain = StableDiffusionPolicy(stable_diffusion(), torch.bfloat16).pipeline.unet
+    with torch.no_grad():
+        theirs = plain(x.bfloat16(), timesteps, **told.prompt, return_dict=False)[0]
+        assert torch.equal(policy.predict(x, timesteps, told, 1.0), theirs.float())  # an adapter begins as nothing
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_out.0"], ["conv1", "to_k"]])
+def test_without_autocast_an_adapter_in_float32_gets_the_gradients_of_one_with_it_to_rounding(targets):
+    found = []
+    for autocast in (True, False):
+        policy = in_half(targets=targets)
+        if not autocast:
+            policy.leave_autocast()
+        for i, parameter in enumerate(policy.trainable().values()):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(i))
+        x = torch.linspace(-1, 1, 64).reshape(1, *policy.latent_shape)
+        output = policy.predict(x, torch.tensor([500]), policy.encode(["a"]), 2.0)
+        gradients = torch.autograd.grad(output.square().sum(), list(policy.trainable().values()))
+        assert {gradient.dtype for gradient in gradients} == {torch.float32}
+        found.append([output, *gradients])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < 0.05 * one.norm()
+
+
+def test_a_run_without_autocast_says_so_starts_at_ratios_of_one_and_is_refused_in_float32(settings, tmp_path):
+    changes = {"autocast": False, "dtype": "bfloat16", "sampling": settings["sampling"] | {"num_steps": 2}}
+    trained(settings, tmp_path / "half", **changes)
+    assert all(row["ratio_max_deviation"] == 0 for row in metrics(tmp_path / "half")[1:])
+    assert json.loads((tmp_path / "half" / "summary.json").read_text())["speed"] == {"autocast": "off: bfloat16 alone"}
+    with pytest.raises(EtudeError, match="autocast = false does not go with dtype = float32"):
+        load_config("emoji-ddpo", ["autocast=false"])
+    with pytest.raises(EtudeError, match=r"autocast = false does not go with lora.rank = 0"):
+        load_config("emoji-ddpo", ["autocast=false", "dtype=bfloat16", "lora.rank=0"])

@@ -430,11 +430,15 @@ class TrainConfig(Section):
     do not underflow."""
     compile: Literal["off", "regional", "full", "graphs", "auto"] = "off"
     """Compilation of the network by torch.compile. regional: its repeated blocks. full: the whole
-    network, which takes longer to compile. auto: regional on a GPU if the run makes at least 20,000
-    network evaluations, otherwise off. Rollout and replay then round differently, so set
+    network, which takes longer to compile. Rollout and replay then round differently, so set
     objective.old_log_prob to replay for ratios that start at 1. graphs: no compilation, but CUDA
     graphs of the network's calls, with the same bits: for small networks, whose kernels are shorter
-    than their launches."""
+    than their launches. auto: on a GPU graphs for a network of fewer than 100 million parameters,
+    regional for a larger one if the run makes at least 20,000 network evaluations, otherwise off."""
+    autocast: bool = True
+    """false: a network in half precision computes in that alone, as the plain pipeline does, and the
+    float32 adapter is cast for each call. true: torch.autocast, which on a GPU computes norms,
+    softmax and sums in float32; of a UNet the backward then keeps a third more."""
     channels_last: bool = False
     """true: the weights of convolutions lie channel by channel, as a GPU's half-precision kernels
     for a UNet and an autoencoder read them. Changes speed and the last bits."""
@@ -487,6 +491,12 @@ class TrainConfig(Section):
             raise ValueError(
                 f"rollout.dtype = {rollout.dtype} needs weights in float32, but dtype = {self.dtype} loads them in {self.dtype}; "
                 "set dtype to float32, or rollout.dtype to null"
+            )
+        if not self.autocast and (self.dtype == "float32" or not self.lora.rank):
+            other = "dtype = float32" if self.dtype == "float32" else "lora.rank = 0"
+            raise ValueError(
+                f"autocast = false does not go with {other}, because float32 weights are then trained or computed with; "
+                "set autocast to true"
             )
         if isinstance(sampling.eta, list) and evaluation.num_steps not in (None, sampling.num_steps):
             raise ValueError(

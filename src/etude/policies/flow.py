@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -246,9 +245,7 @@ class FlowPolicy(PipelinePolicy):
         guided = self.classifier_free and guidance_scale > self.off
         told = self._forms[guided].encode(len(x), rows, empty)
         guidance = self._guidance(guidance_scale, len(x))
-        mixed = self._computing != torch.float32  # adapters stay float32 beside half-precision weights
-        cast = torch.autocast(self.device.type, self._computing) if mixed else nullcontext()
-        with cast, self.attention.allowed(self.device, self.denoiser):
+        with self._casting(), self.attention.allowed(self.device, self.denoiser):
             x = x.to(self._latents_dtype)
             output = self._plain(**self._size).velocity(self.network, x, timesteps, guidance, told)
         return self._as_latents(output.float())

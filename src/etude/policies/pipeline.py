@@ -6,7 +6,8 @@ import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,8 +17,10 @@ from diffusers.training_utils import cast_training_params
 from diffusers.utils.peft_utils import set_adapter_layers
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from etude.batching import MicroBatch, Progress, Size
 from etude.config import LoraConfig
@@ -342,15 +345,17 @@ class PipelinePolicy(TrainablePolicy):
             empty = self._in_force(conditioning.unconditional)
             inputs, timesteps = torch.cat([inputs, inputs]), torch.cat([timesteps, timesteps])
             arguments = {name: torch.cat([empty[name].expand_as(rows), rows]) for name, rows in arguments.items()}
-        # Adapters stay float32 beside half-precision weights.
-        mixed = self._computing != torch.float32
-        cast = torch.autocast(self.device.type, self._computing) if mixed else nullcontext()
-        with cast, self.attention.allowed(self.device, self.denoiser):
+        with self._casting(), self.attention.allowed(self.device, self.denoiser):
             output = self._forward(inputs, timesteps, arguments, guidance_scale).float()
         if not guided:
             return output
         unconditional, conditional = output.chunk(2)
         return unconditional + guidance_scale * (conditional - unconditional)
+
+    def _casting(self) -> AbstractContextManager[Any]:
+        """Context of a call of the network: autocast in half precision, because adapters stay float32."""
+        mixed = self.autocast and self._computing != torch.float32
+        return torch.autocast(self.device.type, self._computing) if mixed else nullcontext()
 
     def settle(self) -> None:
         """Finds or checks at loading what no configuration tells. Default: nothing."""
@@ -441,6 +446,13 @@ class PipelinePolicy(TrainablePolicy):
             else:
                 compile_network(network, how)
         self.compiled = how != "graphs"
+
+    def leave_autocast(self) -> None:
+        self.autocast = False
+        for module in self._trained_network.modules():
+            if isinstance(module, LoraLayer):
+                for layer in [*module.lora_A.values(), *module.lora_B.values()]:
+                    layer.forward = partial(_in_precision_of_input, layer)
 
     def use_channels_last(self) -> None:
         for network in filter(None, (self._trained_network, self._initial, self.pipeline.vae)):
@@ -540,6 +552,12 @@ def _keep_inputs(network: nn.Module) -> None:
     for module in network.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+
+
+def _in_precision_of_input(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """The layer's output with its weight cast to the dtype of `x`, as autocast casts it. Layers of an adapter have no bias."""
+    weight = layer.weight.to(x.dtype)
+    return layer._conv_forward(x, weight, None) if isinstance(layer, nn.Conv2d) else functional.linear(x, weight)
 
 
 def _in_range(decoded: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class TrainablePolicy(Policy):
         in_training: whether it was made trainable: its weights need no longer be those that were loaded.
         attention: the attention kernels that its network may take.
         compilation: how its network was compiled, in words.
+        autocast: whether a half-precision network computes under autocast.
     """
 
     network: nn.Module
@@ -44,6 +45,7 @@ class TrainablePolicy(Policy):
     in_training: bool = False
     attention: AttentionBackend = AttentionBackend()
     compilation: str | None = None
+    autocast: bool = True
 
     @property
     @abstractmethod
@@ -93,6 +95,10 @@ class TrainablePolicy(Policy):
     def compile(self, how: str) -> None:
         """Compiles the network after it was made trainable, as the setting `compile` says. Default: EtudeError."""
         raise EtudeError(f"{type(self).__name__} cannot be compiled: set compile to off.")
+
+    def leave_autocast(self) -> None:
+        """Computes in the network's own half precision alone, its adapter cast for each call. Default: EtudeError."""
+        raise EtudeError(f"{type(self).__name__} has no adapter to cast: set autocast to true.")
 
     def use_channels_last(self) -> None:
         """Lays the weights of convolutions out channel by channel. Default: EtudeError."""

@@ -121,4 +121,6 @@ class Blueprint:
             policy.add_lora(config.lora, config.seed)
         else:
             policy.train_everything(keep_reference=self.objective.needs_reference)
+        if not config.autocast:
+            policy.leave_autocast()
         policy.in_training = True

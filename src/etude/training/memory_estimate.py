@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from etude.batching import AUTO, Size
 from etude.config import OptimizerConfig, TrainConfig
@@ -139,11 +141,33 @@ def network_call(
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """The largest number of bytes of tensors that `work` has alive at once, computed on shapes."""
+    """The largest number of bytes of tensors that `work` has alive at once on a GPU, computed on shapes."""
     live = _Live()
-    with Shapes(live.add):
+    with Shapes(live.add), _AutocastOfGPU():
         work()
     return live.peak
+
+
+_IN_FLOAT32 = {
+    *(functional.layer_norm, functional.group_norm, functional.softmax, torch.layer_norm, torch.group_norm),
+    *(torch.softmax, torch.pow, torch.rsqrt, torch.exp, torch.sum, torch.prod, torch.cumsum, torch.norm),
+    *(Tensor.softmax, Tensor.pow, Tensor.rsqrt, Tensor.exp, Tensor.sum, Tensor.prod, Tensor.cumsum, Tensor.norm),
+}
+"""Operations that autocast computes in float32 on a GPU, but not on a CPU, where shapes are. torch documents both lists."""
+
+
+class _AutocastOfGPU(TorchFunctionMode):
+    """Casts under autocast what a GPU would cast: in a UNet a third of what the backward keeps."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in _IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, _single, (args, kwargs))
+        return function(*args, **kwargs)
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 class _Live(TorchDispatchMode):

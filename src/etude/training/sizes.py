@@ -63,9 +63,7 @@ class BatchSizes:
         trained = list(policy.trainable().values())
         later = optimizer_bytes(trained, config.optimizer)
         later += images * trajectory_bytes(policy, learner.objective, table)
-        later += int(
-            HEADROOM * torch.get_device_module(policy.device).get_device_properties(policy.device).total_memory
-        )
+        later += _headroom(policy.device)
         reserved = torch.empty(later, dtype=torch.uint8, device=policy.device)
         call = network_call(policy, table, policy.encode([prompt]), config.sampling.guidance_scale)
         pairs = max(len(rows) for rows, _ in learner.pairs(learner.objective.columns(table), 1))
