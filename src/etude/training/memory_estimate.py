@@ -8,13 +8,13 @@ and a device may compute attention in another way. Models of rewards are not cou
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -143,31 +143,30 @@ def network_call(
 def peak_bytes(work: Callable[[], Any]) -> int:
     """The largest number of bytes of tensors that `work` has alive at once on a GPU, computed on shapes."""
     live = _Live()
-    with Shapes(live.add), _AutocastOfGPU():
+    with Shapes(live.add), _norms_of_gpu():
         work()
     return live.peak
 
 
-_IN_FLOAT32 = {
-    *(functional.layer_norm, functional.group_norm, functional.softmax, torch.layer_norm, torch.group_norm),
-    *(torch.softmax, torch.pow, torch.rsqrt, torch.exp, torch.sum, torch.prod, torch.cumsum, torch.norm),
-    *(Tensor.softmax, Tensor.pow, Tensor.rsqrt, Tensor.exp, Tensor.sum, Tensor.prod, Tensor.cumsum, Tensor.norm),
-}
-"""Operations that autocast computes in float32 on a GPU, but not on a CPU, where shapes are. torch documents both lists."""
+@contextmanager
+def _norms_of_gpu() -> Iterator[None]:
+    """Context in which autocast computes norms in float32, as it does on a GPU, but not on a CPU, where shapes are.
 
+    The backward keeps their inputs: in a UNet a third of all that it keeps. Not a mode for functions,
+    which would be off while a backward recomputes a block.
+    """
 
-class _AutocastOfGPU(TorchFunctionMode):
-    """Casts under autocast what a GPU would cast: in a UNet a third of what the backward keeps."""
+    def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            if torch.is_autocast_enabled("cpu"):
+                args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+            return norm(*args, **kwargs)
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function in _IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args, kwargs = tree_map_only(Tensor, _single, (args, kwargs))
-        return function(*args, **kwargs)
+        return call
 
-
-def _single(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+    group, layer = in_float32(torch.group_norm), in_float32(torch.layer_norm)
+    with patch.object(torch, "group_norm", group), patch.object(torch, "layer_norm", layer):
+        yield
 
 
 class _Live(TorchDispatchMode):
