@@ -52,7 +52,8 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
     return {"torch": torch.__version__}, {"measure": lambda: _measure(**settings)}
 
 
-def _short(recipe: str, tiny: bool) -> dict[str, Any]:
+def short_tree(recipe: str, tiny: bool) -> dict[str, Any]:
+    """The recipe as a tree, with a short run's settings."""
     plain = load_config(recipe)
     few = dict(SHORT) | {"sampling.num_steps": min(STEPS, plain.sampling.num_steps)}
     group = min(GROUP, plain.rollout.images_per_prompt)
@@ -64,7 +65,7 @@ def _short(recipe: str, tiny: bool) -> dict[str, Any]:
 
 def _measure(recipe: str, model: str, tiny: bool) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tree = {**_short(recipe, tiny), "model": model}
+    tree = {**short_tree(recipe, tiny), "model": model}
     config = parse_config(tree)
     dtype = DTYPES[config.dtype]
 
