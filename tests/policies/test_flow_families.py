@@ -207,19 +207,16 @@ def test_other_layers_than_the_default_are_taken_as_named() -> None:
     assert all("attention.to_q" in name for name in policy.trainable())
 
 
-def test_a_network_for_latents_of_another_autoencoder_is_refused_in_one_sentence(base: FlowPolicy) -> None:
+def test_a_network_for_latents_of_another_autoencoder_is_refused_in_one_sentence(
+    base: FlowPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_agreement("model", base)
-    key = "in_channels"
-    wide = base._trained_network.config[key] * 2
-    config = FrozenDict(base._trained_network.config | {key: wide})
-    network, base._trained_network = base._trained_network, SimpleNamespace(config=config)  # type: ignore[assignment]
-    try:
-        with pytest.raises(
-            EtudeError, match=rf"transformer\.in_channels is {wide}, but .*vae\.(latent_channels|z_dim) is"
-        ):
-            check_agreement("model", base)
-    finally:
-        base._trained_network = network
+    config = dict(base._trained_network.config)
+    wide = 2 * config["in_channels"]
+    network = SimpleNamespace(config=FrozenDict(config | {"in_channels": wide}))
+    monkeypatch.setattr(type(base), "_trained_network", network)
+    with pytest.raises(EtudeError, match=rf"transformer\.in_channels is {wide}, but .*vae\.(latent_channels|z_dim) is"):
+        check_agreement("model", base)
 
 
 def test_a_model_whose_padding_is_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

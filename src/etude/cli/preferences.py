@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -320,10 +320,9 @@ def _serve(pool: Pool, host: str, port: int, token_env: str | None, votes: int, 
     hosts = {host.lower(), *LOOPBACK_HOSTS} if is_loopback(host) else ()
     server = make_server(build_app(pool, pairing, token, target=votes, hosts=hosts))
     typer.echo(f"vote at {address(sock)} (Ctrl-C ends it; {pairing.total} pairs, {pool.count()} votes so far)")
-    try:
+    with suppress(KeyboardInterrupt):  # the usual way to end it, so no error
         server.run(sockets=[sock])
-    except KeyboardInterrupt:  # the usual way to end it, so no error
-        typer.echo(f"{pool.count()} votes in {pool.root}")
+    typer.echo(f"{pool.count()} votes in {pool.root}")
 
 
 def _print_verdict(pool: Pool, json: Path | None) -> None:
