@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -122,20 +123,27 @@ def denoiser_file(pipeline, file: Path) -> Path:
     return file
 
 
-def one_encoder_of_two(pipeline, file: Path) -> Path:
+def without_encoder(number: int, pipeline, file: Path) -> Path:
+    lost = f"conditioner.embedders.{number}."
     weights = load_file(write_single_file(pipeline, file))
-    save_file({name: value for name, value in weights.items() if not name.startswith("conditioner.embedders.1.")}, file)
+    save_file({name: value for name, value in weights.items() if not name.startswith(lost)}, file)
     return file
 
 
-def test_a_file_that_lacks_one_of_its_text_encoders_keeps_the_other(tmp_path):
+def test_a_file_that_lacks_one_of_its_text_encoders_keeps_the_other_or_is_refused_by_run_and_dry_run(tmp_path):
     stable_diffusion_xl().save_pretrained(tmp_path / "config")
-    file = one_encoder_of_two(stable_diffusion_xl(seed=1), tmp_path / "model.safetensors")
+    file = without_encoder(0, stable_diffusion_xl(seed=1), tmp_path / "model.safetensors")
     load_policy(file, outline=True, pipeline_config=tmp_path / "config")
     parts = load_policy(file, device="cpu", pipeline_config=tmp_path / "config").pipeline.components
-    for name, seed in (("text_encoder", 1), ("text_encoder_2", 0), ("unet", 1), ("vae", 1)):
+    for name, seed in (("text_encoder", 0), ("text_encoder_2", 1), ("unet", 1), ("vae", 1)):
         expected = stable_diffusion_xl(seed=seed).components[name].state_dict()
         assert all(torch.equal(value, expected[key]) for key, value in parts[name].state_dict().items())
+    file = without_encoder(1, stable_diffusion_xl(), tmp_path / "model.safetensors")
+    for outline in (False, True):
+        with pytest.raises(
+            EtudeError, match=r"the first of two text encoders .* give the file with both or with neither"
+        ):
+            load_policy(file, device="cpu", outline=outline, pipeline_config=tmp_path / "config")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +164,7 @@ def test_each_text_encoder_of_a_file_is_looked_for_under_its_own_name(kind, held
 
 @pytest.mark.parametrize(
     ("pipeline", "write"),
-    [(stable_diffusion, write_single_file), (flux, denoiser_file), (stable_diffusion_xl, one_encoder_of_two)],
+    [(stable_diffusion, write_single_file), (flux, denoiser_file), (stable_diffusion_xl, partial(without_encoder, 0))],
     ids=["whole", "denoiser", "one encoder of two"],
 )
 def test_the_cards_lines_load_the_file_and_the_adapter(pipeline, write, tmp_path, monkeypatch):

@@ -131,6 +131,11 @@ def check_single_file(
         check_markers(header, location, diffusers.DDIMScheduler.load_config(location, subfolder="scheduler"))
     networks = networks_of(index, left_out)
     absent = absent_parts(model, _classes(networks), denoiser)
+    if "text_encoder_2" in absent and any(name.startswith(f"{SEVERAL[0]}0.") for name in header.shapes):
+        raise EtudeError(
+            f"model '{model}' holds the first of two text encoders ('{SEVERAL[0]}0.'), which diffusers finds beside the second alone: "
+            "give the file with both or with neither."
+        )
     if Path(location).is_dir():
         try:
             check_folders(Path(location), {part: networks[part][0] for part in absent}, None)
