@@ -18,6 +18,11 @@ from etude.errors import EtudeError
 from etude.learning.objectives.dpo import DPO, dpo_loss
 from etude.learning.objectives.objective import Samples
 from etude.policies.loading import load_policy
+from etude.preferences.pairing import Pairing
+from etude.preferences.pool import Pool, encode_pictures
+from etude.preferences.vote_exchange import export_votes
+from etude.preferences.voting_desk import Desk
+from etude.prompts.preference_pairs import load_pairs
 from etude.sampling.kernels import GDDIM
 from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import SamplingPlan
@@ -119,12 +124,34 @@ def write_pairs(root: Path, captions: list[str]) -> str:
     return str(root / "pairs.jsonl")
 
 
-@pytest.mark.parametrize("model", ["sd", "flux"])
-def test_pairs_of_a_file_are_learnt_without_a_rollout(tmp_path: Path, model: str) -> None:
+def vote_on_pairs(root: Path, captions: list[str]) -> str:
+    """The same pictures in a pool, voted on by somebody who likes red, and exported; a tie and a skip beside them."""
+    with Pool(root / "pool", create=True) as pool:
+        pixels = [np.full((10, 10, 3), colour, np.uint8) for colour in [(220, 30, 30), (30, 30, 220)]]
+        files = encode_pictures([each.transpose(2, 0, 1) for each in pixels])
+        texts = [*captions, "a tie", "a skip"]
+        items = [(2 * n + side, text, files[side]) for n, text in enumerate(texts) for side in (0, 1)]
+        pool.add_images(pool.add_maker("squares", {}), items)
+        images = {image.id: image for image in pool.images()}
+        red = {image.digest for image in images.values() if image.sample % 2 == 0}
+        desk = Desk(pool, Pairing(pool, repeat_share=0.0, seed=0), 0)
+        state = desk.pairs({"rater": "ann"})
+        while state["queue"]:
+            pair = state["queue"][0]
+            answer = {"a tie": "tie", "a skip": "skip"}.get(pair["prompt"], "left" if pair["left"] in red else "right")
+            state = desk.vote({"rater": "ann", "pair": pair["pair"], "answer": answer})
+        assert export_votes(pool, root / "votes.jsonl") == len(captions) + 1
+    preferred = [Image.open(pair.preferred).getpixel((0, 0)) for pair in load_pairs(str(root / "votes.jsonl"))]
+    assert preferred == [(220, 30, 30)] * len(captions)
+    return str(root / "votes.jsonl")
+
+
+@pytest.mark.parametrize(("model", "source"), [("sd", vote_on_pairs), ("flux", write_pairs)])
+def test_pairs_of_a_file_or_of_voters_are_learnt_without_a_rollout(tmp_path: Path, model: str, source: Any) -> None:
     tree = brief_settings(tmp_path)
     if model == "flux":
         tree["model"] = str(save_flux(tmp_path / "flux"))
-    pairs = write_pairs(tmp_path, ["red heart", "pizza", "sun"])
+    pairs = source(tmp_path, ["red heart", "pizza", "sun"])
     tree |= {"iterations": 6, "evaluation": {"every": 6, "num_images": 2, "grid_images": 2}}
     tree["objective"] = {"kind": "dpo", "options": {"pairs": pairs, "beta": 200.0, "levels": 3}, "updates_per_epoch": 1}
     tree["optimizer"] = {"learning_rate": 2e-2}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
 
 from etude.config import LoraConfig
@@ -17,6 +19,7 @@ from etude.policies import load_policy
 from etude.policies.flow import FlowPolicy, lacks
 from etude.policies.flow_families import ChromaPolicy, Flux2KleinPolicy, QwenImagePolicy, ZImagePolicy
 from etude.policies.self_check import PROMPTS, batch_difference
+from etude.policies.trial import check_agreement
 from etude.registry import POLICIES
 from etude.sampling.kernels import GDDIM
 from etude.sampling.noise import NoiseSource
@@ -202,6 +205,18 @@ def test_other_layers_than_the_default_are_taken_as_named() -> None:
     policy = ZImagePolicy(z_image(), resolution=16)
     policy.add_lora(LoraConfig(targets=["attention.to_q"]), seed=0)
     assert all("attention.to_q" in name for name in policy.trainable())
+
+
+def test_a_network_for_latents_of_another_autoencoder_is_refused_in_one_sentence(
+    base: FlowPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_agreement("model", base)
+    config = dict(base._trained_network.config)
+    wide = 2 * config["in_channels"]
+    network = SimpleNamespace(config=FrozenDict(config | {"in_channels": wide}))
+    monkeypatch.setattr(type(base), "_trained_network", network)
+    with pytest.raises(EtudeError, match=rf"transformer\.in_channels is {wide}, but .*vae\.(latent_channels|z_dim) is"):
+        check_agreement("model", base)
 
 
 def test_a_model_whose_padding_is_seen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from etude.learning.objectives import make_objective
 from etude.measuring.statistics import estimate_mean
 from etude.policies import Policy, load_policy
 from etude.policies.deployment import deployment_snippet, stochastic_snippet
+from etude.policies.kohya import KOHYA_WEIGHTS
 from etude.policies.source import ModelSource
 from etude.sampling.noise import NoiseSource
 from etude.sampling.rollout import rollout
@@ -134,7 +135,8 @@ def test_the_card_names_the_algorithm_and_the_sde_with_its_kernel_and_first_step
         "iterations": 3,
         "deploy": deployment_advice(config, policy, final),
     }
-    card = model_card(summary, config, policy, make_objective(config.objective))
+    objective = make_objective(config.objective)
+    card = model_card(summary, config, policy, objective, tmp_path / "lora")
     assert (
         "with DDPO (PPO's clipped ratio) under the\ndance_sde sampler at eta = 0.3 (first step sde): 3 iterations"
         in card
@@ -142,3 +144,7 @@ def test_the_card_names_the_algorithm_and_the_sde_with_its_kernel_and_first_step
     told = "FlowMatchGDDIMScheduler with eta=0.3, kernel='dance_sde', first_step='sde'"
     assert f"deploy {told}, as the model card shows" in card
     assert stochastic_snippet(policy, STEPS, 5.0, "dance_sde", 0.3, "sde") in card
+    others = f"ComfyUI and kohya's tools read `{KOHYA_WEIGHTS}`"
+    assert others in card
+    (tmp_path / "lora" / KOHYA_WEIGHTS).unlink()  # as of a DoRA, which has no such file
+    assert others not in model_card(summary, config, policy, objective, tmp_path / "lora")

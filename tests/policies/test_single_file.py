@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from etude.cli.app import app
@@ -19,6 +20,7 @@ from etude.policies import Policy, load_policy
 from etude.policies.deployment import deployment_snippet
 from etude.policies.flux import FluxPolicy
 from etude.policies.loading import load_source
+from etude.policies.single_file import absent_parts
 from etude.policies.source import ModelSource
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
@@ -121,8 +123,49 @@ def denoiser_file(pipeline, file: Path) -> Path:
     return file
 
 
+def without_encoder(number: int, pipeline, file: Path) -> Path:
+    lost = f"conditioner.embedders.{number}."
+    weights = load_file(write_single_file(pipeline, file))
+    save_file({name: value for name, value in weights.items() if not name.startswith(lost)}, file)
+    return file
+
+
+def test_a_file_that_lacks_one_of_its_text_encoders_keeps_the_other_or_is_refused_by_run_and_dry_run(tmp_path):
+    stable_diffusion_xl().save_pretrained(tmp_path / "config")
+    file = without_encoder(0, stable_diffusion_xl(seed=1), tmp_path / "model.safetensors")
+    load_policy(file, outline=True, pipeline_config=tmp_path / "config")
+    parts = load_policy(file, device="cpu", pipeline_config=tmp_path / "config").pipeline.components
+    for name, seed in (("text_encoder", 0), ("text_encoder_2", 1), ("unet", 1), ("vae", 1)):
+        expected = stable_diffusion_xl(seed=seed).components[name].state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in parts[name].state_dict().items())
+    file = without_encoder(1, stable_diffusion_xl(), tmp_path / "model.safetensors")
+    for outline in (False, True):
+        with pytest.raises(
+            EtudeError, match=r"the first of two text encoders .* give the file with both or with neither"
+        ):
+            load_policy(file, device="cpu", outline=outline, pipeline_config=tmp_path / "config")
+
+
 @pytest.mark.parametrize(
-    ("pipeline", "write"), [(stable_diffusion, write_single_file), (flux, denoiser_file)], ids=["whole", "denoiser"]
+    ("kind", "held"),
+    [
+        ("CLIPTextModel", "text_encoders.clip_l.x"),
+        ("T5EncoderModel", "text_encoders.t5xxl.x"),
+        ("Qwen3Model", "text_encoders.q.x"),
+    ],
+)
+def test_each_text_encoder_of_a_file_is_looked_for_under_its_own_name(kind, held, tmp_path):
+    networks = {"text_encoder": kind, "transformer": "T", "vae": "V"}
+    for name in ("text_encoders.clip_l.x", "text_encoders.t5xxl.x", held):
+        save_file({name: torch.zeros(1), "vae.x": torch.zeros(1)}, tmp_path / "a.safetensors")
+        absent = absent_parts(str(tmp_path / "a.safetensors"), networks, "transformer")
+        assert (absent == []) == (name == held or kind == "Qwen3Model")
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "write"),
+    [(stable_diffusion, write_single_file), (flux, denoiser_file), (stable_diffusion_xl, partial(without_encoder, 0))],
+    ids=["whole", "denoiser", "one encoder of two"],
 )
 def test_the_cards_lines_load_the_file_and_the_adapter(pipeline, write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

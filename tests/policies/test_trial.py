@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,9 @@ def test_an_encoded_prompt_that_is_not_finite_is_named() -> None:
         policy.encode(["red heart"])
 
 
-@pytest.mark.parametrize("command", ["train", "gap", "sample", "advise"])
+@pytest.mark.parametrize(
+    "command", ["train", "gap", "sample", "advise", "bench", "check-model", "preferences draw", "preferences judge"]
+)
 @pytest.mark.parametrize("case", ["nan", "float16"])
 def test_every_command_refuses_values_that_are_not_finite_and_leaves_nothing(
     command: str, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -144,7 +147,15 @@ def test_every_command_refuses_values_that_are_not_finite_and_leaves_nothing(
     arguments = not_a_number(tmp_path) if case == "nan" else scaled(tmp_path, 3e4, "float16")
     monkeypatch.chdir(tmp_path)
     place, dtype = str(arguments["model"]), arguments.get("dtype", "float32")
+    sampler = {"solver": "ode", "steps": 2, "guidance": 1.0}
+    protocol = {"name": "mine", "prompts": "emoji-eval", "num_prompts": 2, "images_per_prompt": 1, "sampler": sampler}
+    Path("mine.yaml").write_text(json.dumps(protocol | {"dtype": dtype, "rewards": ["colorfulness"]}))
+    few = ("--limit", "2", "--steps", "2", "--dtype", dtype, "--out", "run")
     lines = {
+        "bench": [place, "--protocol", "mine.yaml", "--out", "run"],
+        "check-model": [place, "--dtype", dtype],
+        "preferences draw": [place, *few],
+        "preferences judge": [place, f"{place},eta=1", "--draw-only", *few],
         "train": [
             "emoji-ddpo",
             "--model",
@@ -162,7 +173,7 @@ def test_every_command_refuses_values_that_are_not_finite_and_leaves_nothing(
             "run",
         ],
     }
-    done = CliRunner().invoke(app, [command, *lines[command]])
+    done = CliRunner().invoke(app, [*command.split(), *lines[command]])
     assert done.exit_code == 1
     assert f"in {dtype} holds NaN or infinity" in done.output
     assert not (tmp_path / "run").exists()

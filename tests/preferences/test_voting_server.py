@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 from etude.errors import EtudeError
 from etude.preferences.pairing import Pairing
 from etude.preferences.pool import Pool
+from etude.preferences.voting_desk import AHEAD, Desk
 from etude.preferences.voting_server import LONGEST_BODY, build_app, voting_token
 from support.fuzzing import fuzz
 from support.preferences import SimulatedRater, fill, quick
@@ -48,6 +49,36 @@ def test_a_vote_answers_with_the_next_pairs_and_the_progress(client: TestClient,
     back = client.post("/api/undo", json={"rater": "ann"}).json()
     assert (back["queue"][0], back["votes"]) == (first, 0)
     assert client.post("/api/pairs", json={"rater": "ann"}).json() == back  # a refresh shows the same pair
+
+
+def test_the_answer_to_a_vote_waits_for_one_write_and_the_next_pair_is_chosen_after_it(pool: Pool) -> None:
+    desk, statements = Desk(pool, Pairing(pool, seed=0), 0), []
+    shown = desk.pairs({"rater": "ann"})["queue"]
+    pool._connection.set_trace_callback(statements.append)
+    state = desk.vote({"rater": "ann", "pair": shown[0]["pair"], "answer": "left"})
+    pool._connection.set_trace_callback(None)
+    assert state["queue"] == shown[1:]
+    assert statements.count("COMMIT") == 1
+    assert len(statements) <= 7  # one of them opens the transaction, three look the pair up, one counts
+    desk.choose_ahead()
+    assert [pair for pair, *_ in pool.open_pairs("ann")] == [pair["pair"] for pair in shown[1:]] + [AHEAD + 1]
+    assert len(desk.pairs({"rater": "ann"})["queue"]) == AHEAD
+
+
+def test_pairs_are_chosen_in_one_order_however_soon_the_next_vote_comes(tmp_path: Path) -> None:
+    queues = []
+    for patient in (True, False):
+        pool = fill(quick(tmp_path / f"{patient}"), prompts=3, each=4)
+        desk, shown = Desk(pool, Pairing(pool, seed=0), 0), []
+        state = desk.pairs({"rater": "ann"})
+        for number in range(14):
+            if patient:
+                desk.choose_ahead()
+            what = desk.undo if number in (4, 5) else desk.vote
+            shown.append(state["queue"][0])
+            state = what({"rater": "ann", "pair": state["queue"][0]["pair"], "answer": "tie"})
+        queues.append(shown)
+    assert queues[0] == queues[1]
 
 
 def test_raters_do_not_see_one_another(client: TestClient) -> None:
@@ -172,6 +203,20 @@ def test_a_failing_disk_is_told_to_the_page_and_the_vote_can_be_given_again(clie
     assert client.post("/api/vote", json=vote).json()["votes"] == 1
 
 
+def test_a_full_disk_after_a_vote_fails_the_next_request_alone(client: TestClient, pool: Pool) -> None:
+    queue = client.post("/api/pairs", json={"rater": "ann"}).json()["queue"]
+    votes = [{"rater": "ann", "pair": pair["pair"], "answer": "left"} for pair in queue]
+    add_pair, pool.add_pair = pool.add_pair, _no_space  # type: ignore[method-assign]
+    assert client.post("/api/vote", json=votes[0]).status_code == 200  # it is stored, and says so
+    assert client.post("/api/vote", json=votes[1]).status_code == 507
+    pool.add_pair = add_pair  # type: ignore[method-assign]
+    assert client.post("/api/vote", json=votes[1]).json()["votes"] == 2
+
+
+def _no_space(*pair: object) -> int:
+    raise EtudeError("the disk is full: nothing was stored; free some space.")
+
+
 def _requests() -> dict:
     from hypothesis import strategies as st
 
@@ -232,4 +277,39 @@ def test_a_kill_between_any_two_votes_loses_none_that_was_acknowledged(tmp_path:
         assert {pair: stored[pair] for pair in kept} == kept
         assert set(stored) - set(kept) <= doubtful  # whole or not at all
         assert all(stored[pair] == 0 for pair in set(stored) - set(kept))
+        assert pool._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+@pytest.mark.slow
+def test_two_servers_share_a_pool(tmp_path: Path) -> None:
+    """Two raters at once, one at each server, and a third who goes from one to the other and back."""
+    fill(Pool(tmp_path / "pool", create=True), prompts=8, each=5).close()
+    with (
+        serving(tmp_path / "pool") as (_, one),
+        serving(tmp_path / "pool") as (_, two),
+        httpx2.Client(base_url=one, timeout=60) as first,
+        httpx2.Client(base_url=two, timeout=60) as second,
+    ):
+        voters = [Voter(first, "ann"), Voter(second, "bob")]
+        raters = [SimulatedRater(np.mean, sharpness=0.05, seed=seed) for seed in (1, 2)]
+        threads = [
+            threading.Thread(target=voter.vote_all, args=(rater, 12))
+            for voter, rater in zip(voters, raters, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        given = {}
+        for i in range(8):
+            here = Voter((first, second)[i % 2], "cal")
+            pair = here.ask("pairs")["queue"][0]["pair"]
+            given[pair] = "left"
+            assert here.ask("vote", pair=pair, answer="left")["votes"] == i + 1
+        for thread in threads:
+            thread.join()
+    with Pool(tmp_path / "pool") as pool:
+        assert [pool.count(name) for name in ("ann", "bob", "cal")] == [12, 12, 8]
+        ballots = pool.ballots()
+        assert set(ballots.pair[ballots.rater == "cal"].tolist()) == set(given)
+        fresh = [(rater, *sorted(images)) for _, *images, rater, repeats in pool.pairs() if not repeats]
+        assert len(set(fresh)) == len(fresh)  # each server knows what the other one has shown
         assert pool._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)

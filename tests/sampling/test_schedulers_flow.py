@@ -244,6 +244,8 @@ def test_misuse_is_an_error_that_says_what_to_do():
         scheduler.set_timesteps(4, sigmas=[1.0, 0.5])
     with pytest.raises(EtudeError, match="must fall"):
         scheduler.set_timesteps(sigmas=[0.5, 1.0])
+    with pytest.raises(EtudeError, match="give the levels 1, 1, 0, but they must fall"):
+        FlowMatchGDDIMScheduler(use_dynamic_shifting=True).set_timesteps(2, mu=40.0)
     with pytest.raises(EtudeError, match="no mu was given"):
         FlowMatchGDDIMScheduler(use_dynamic_shifting=True).set_timesteps(4)
     with pytest.raises(EtudeError, match="largest legal eta"):

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, ConsistencyDecoderVAE, LCMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderTiny,
+    ConsistencyDecoderVAE,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    LCMScheduler,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 
 from etude.sampling.schedulers import GDDIMScheduler
@@ -66,6 +74,12 @@ def unet(like: UNet2DConditionModel | None = None, **options: Any) -> UNet2DCond
 def with_parts(place: Path, pipeline: Any, **parts: Any) -> Arguments:
     pipeline.register_modules(**parts)
     return {"model": model(place, pipeline)}
+
+
+def with_scheduler(place: Path, kind: Any, **options: Any) -> Arguments:
+    """Stable Diffusion with a scheduler of another class."""
+    pipeline = stable_diffusion()
+    return with_parts(place, pipeline, scheduler=kind.from_config(pipeline.scheduler.config, **options))
 
 
 def tiny_autoencoder() -> AutoencoderTiny:
@@ -188,6 +202,16 @@ ROWS = (
             at, stable_diffusion(), scheduler=LCMScheduler.from_config(stable_diffusion().scheduler.config)
         ),
     ),
+    Row(
+        "schedulers of other solvers (Euler ancestral, DPM-Solver, UniPC)",
+        "read: the ODE on DDIM's levels of their spacing",
+        lambda at: with_scheduler(at, EulerAncestralDiscreteScheduler),
+    ),
+    Row(
+        "their Karras, exponential and beta sigmas",
+        "read with a word: the levels are those of the spacing",
+        lambda at: with_scheduler(at, DPMSolverMultistepScheduler, use_karras_sigmas=True),
+    ),
     Row("`AutoencoderTiny`", "read", lambda at: {**with_parts(at, flux(), vae=tiny_autoencoder()), "resolution": 16}),
     Row(
         "one safetensors file, whole or in parts",
@@ -199,6 +223,18 @@ ROWS = (
         "tensors that no part has a place for",
         "read with a word",
         lambda at: rewritten(at, "unet", lambda w: w | {"extra.weight": torch.zeros(1)}),
+    ),
+    Row(
+        "a scheduler on EDM's noise levels",
+        "refused",
+        lambda at: with_parts(at, stable_diffusion(), scheduler=EDMEulerScheduler()),
+        "EDMEulerScheduler",
+    ),
+    Row(
+        "pipelines of another kind (Kandinsky, DeepFloyd)",
+        "refused",
+        lambda at: changed(at, "model_index.json", _class_name="KandinskyPipeline"),
+        "is a KandinskyPipeline; the supported pipelines are",
     ),
     Row(
         "parts whose channels differ (inpainting, other autoencoders)",
@@ -216,7 +252,7 @@ ROWS = (
         "a denoiser with inputs that the pipeline does not give",
         "refused",
         lambda at: with_parts(at, stable_diffusion(), unet=unet(num_class_embeds=3)),
-        "fails at its first prediction",
+        "fails at its first prediction at 8 x 8 pixels",
     ),
     Row(
         "a tokenizer without `model_max_length`, or beyond the encoder's",

@@ -25,6 +25,7 @@ from etude.errors import EtudeError, brief
 from etude.files import append_line, atomic_write_bytes, atomic_write_text, fingerprints, locked, made
 from etude.measuring.pairs import Measurement, Scores
 from etude.policies import TrainablePolicy
+from etude.policies.adapter_file import read_adapter
 from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
 from etude.rewards import WeightedRewards
@@ -105,12 +106,16 @@ def measure_cells(
         pinned.prompts, score, count, pinned.settings.seed, batch_size=batch_size, images_per_prompt=each
     )
     total, cells = len(models) * count * sum(s.sampler().evaluations for s in samplers), []
+    for entry in models:  # what is refused leaves nothing
+        if entry.source.lora is not None:
+            read_adapter(Path(entry.source.lora))
+    policy: TrainablePolicy | None = load_source(models[0].source)
     with made(out), locked(out):
         settings = {"hash": pinned.hash, "batch_size": batch_size}
         atomic_write_text(out / "bench.json", json.dumps(settings) + "\n")
         (out / "cells").mkdir(exist_ok=True)
         for entry in models:
-            policy = load_source(entry.source)
+            policy = policy or load_source(entry.source)
             for sampler in samplers:
                 sampler.sampler().check(policy.resized(sampler.size))
             identity = entry.identity(policy)
@@ -118,7 +123,7 @@ def measure_cells(
                 file = CellFile(out, {"model": identity, "sampler": sampler.model_dump(mode="json")}, entry.label)
                 scores = file.measure(policy, sampler, measurement, batch_size, lambda done: advance(done, total))
                 cells.append(Cell(entry.label, identity, sampler, scores, tuple(file.pictures())))
-            del policy
+            policy = None
     return cells
 
 

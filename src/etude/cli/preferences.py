@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from etude.cli.waiting import heavy_imports, progress, quiet_libraries
 from etude.errors import EtudeError
 
 if TYPE_CHECKING:
+    from etude.policies import TrainablePolicy
     from etude.policies.source import ModelSource
     from etude.preferences.pool import Pool
     from etude.sampling.sampler import Sampler
@@ -242,17 +243,17 @@ def judge(
         return
     assert a is not None
     assert b is not None
-    with Pool(out, create=True) as pool:
-        _draw_sides(pool, [a, b], prompts, limit, steps, guidance, seed, resolution, dtype or "float32", batch_size)
-        if draw_only:
-            typer.echo(f"judgement: {out}\nvote: etude preferences vote {out}")
-            return
+    _draw_sides(out, [a, b], prompts, limit, steps, guidance, seed, resolution, dtype or "float32", batch_size)
+    if draw_only:
+        typer.echo(f"judgement: {out}\nvote: etude preferences vote {out}")
+        return
+    with Pool(out) as pool:
         _serve(pool, host, port, token_env, votes, None)
         _print_verdict(pool, json)
 
 
 def _draw_sides(
-    pool: Pool,
+    out: Path,
     sides: list[str],
     prompts: str,
     limit: int,
@@ -266,6 +267,7 @@ def _draw_sides(
     from etude.policies.loading import load_source
     from etude.policies.source import ModelSource
     from etude.preferences.drawing import draw_into, parse_side
+    from etude.preferences.pool import Pool
     from etude.prompts import load_prompts
 
     base = ModelSource("", resolution=resolution, dtype=dtype)
@@ -276,13 +278,17 @@ def _draw_sides(
         raise EtudeError(f"A and B are both '{sides[0]}': give two sides that differ.")
     texts = list(dict.fromkeys(load_prompts(prompts).texts))[:limit]
     total = len(texts) * sum(sampler.evaluations for _, sampler in parsed)
+    # Models first, so that one that is refused leaves nothing: B by its files, since one is held at a time.
+    load_source(parsed[1][0], outline=True)
+    policy: TrainablePolicy | None = load_source(parsed[0][0])
     makers = []
-    with progress("drawing both sides") as advance:
+    with Pool(out, create=True) as pool, progress("drawing both sides") as advance:
         for source, sampler in parsed:
+            policy = policy or load_source(source)
             makers.append(
                 draw_into(
                     pool,
-                    load_source(source),
+                    policy,
                     source,
                     sampler,
                     texts,
@@ -292,10 +298,11 @@ def _draw_sides(
                     on_step=lambda done: advance(done, total),
                 )
             )
-    before = pool.fact("sides")
-    if before is not None and before != makers:
-        raise EtudeError(f"'{pool.root}' judges other sides already: give another --out.")
-    pool.set_fact("sides", makers)
+            policy = None
+        before = pool.fact("sides")
+        if before is not None and before != makers:
+            raise EtudeError(f"'{out}' judges other sides already: give another --out.")
+        pool.set_fact("sides", makers)
 
 
 def _serve(pool: Pool, host: str, port: int, token_env: str | None, votes: int, unsure: Any) -> None:
@@ -313,10 +320,9 @@ def _serve(pool: Pool, host: str, port: int, token_env: str | None, votes: int, 
     hosts = {host.lower(), *LOOPBACK_HOSTS} if is_loopback(host) else ()
     server = make_server(build_app(pool, pairing, token, target=votes, hosts=hosts))
     typer.echo(f"vote at {address(sock)} (Ctrl-C ends it; {pairing.total} pairs, {pool.count()} votes so far)")
-    try:
+    with suppress(KeyboardInterrupt):  # the usual way to end it, so no error
         server.run(sockets=[sock])
-    except KeyboardInterrupt:  # the usual way to end it, so no error
-        typer.echo(f"{pool.count()} votes in {pool.root}")
+    typer.echo(f"{pool.count()} votes in {pool.root}")
 
 
 def _print_verdict(pool: Pool, json: Path | None) -> None:

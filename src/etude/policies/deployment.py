@@ -43,14 +43,14 @@ def deployment_snippet(
         classes, load = _single_file(policy, model, config, loading)
     else:
         place = f"zoo.path({model!r})" if embedded else repr(model if adapter else tuned)
-        classes, load = [policy.pipeline_name], [f"pipe = {_loaded(policy.pipeline_name, place, loading)}"]
+        classes, load = {policy.pipeline_name: "diffusers"}, [f"pipe = {_loaded(policy.pipeline_name, place, loading)}"]
     if adapter:
         load.append(f"pipe.load_lora_weights({tuned!r})")
     load.append('pipe.to("cuda" if torch.cuda.is_available() else "cpu")')
     ode = ode_scheduler(policy, num_steps)
-    imports = {ode.name: ode.package} if ode.package else {}
+    imports = classes | ({ode.name: ode.package} if ode.package else {})
     scheduler = [f"# {ode.why}", *([_scheduler(ode.name, ode.settings)] if ode.package else [])]
-    names = sorted([*classes, *(name for name, package in imports.items() if package == "diffusers")])
+    names = sorted(name for name, package in imports.items() if package == "diffusers")
     head = ["import torch", f"from diffusers import {', '.join(names)}"]
     if policy.scheduler_config["_class_name"] in OWN_SCHEDULERS and "GDDIMScheduler" not in imports:
         head.append("import etude  # whose scheduler the saved pipeline names")
@@ -85,25 +85,27 @@ def _picture(policy: TrainablePolicy, num_steps: int, guidance_scale: float) -> 
 
 def _single_file(
     policy: TrainablePolicy, model: str, pipeline_config: str | None, loading: dict[str, Any]
-) -> tuple[list[str], list[str]]:
-    """The diffusers classes and the lines that load a single file as etude does."""
+) -> tuple[dict[str, str], list[str]]:
+    """The classes with their packages, and the lines that load a single file as etude does."""
     pipeline, (part, network), networks = policy.pipeline_name, policy.denoiser_names, policy.networks()
     absent = absent_parts(model, networks, part)
     precision = {name: value for name, value in loading.items() if name == "torch_dtype"}
     if set(absent) != networks.keys() - {part}:
         config = {"config": repr(pipeline_config)} if pipeline_config else {}
-        # The pipeline's class finds text encoders in the configuration itself, but no autoencoder.
-        names = {name: networks[name] for name in absent if name == "vae"}
+        # The pipeline's class finds text encoders in the configuration itself if the file has none, but no autoencoder.
+        some = any(name.startswith("text_encoder") for name in networks.keys() - set(absent))
+        names = {name: networks[name] for name in absent if name == "vae" or some}
         place = repr(configuration(model, pipeline_config)) if names else ""
         lines = [
             f"{name} = {_loaded(kind, place, {'subfolder': repr(name)} | precision)}" for name, kind in names.items()
         ]
         arguments = config | {name: name for name in names} | loading
         lines.append(f"pipe = {_loaded(pipeline, repr(model), arguments, 'from_single_file')}")
-        return [*names.values(), pipeline], lines
+        packages = {kind: "diffusers" if name == "vae" else "transformers" for name, kind in names.items()}
+        return packages | {pipeline: "diffusers"}, lines
     place = repr(configuration(model, pipeline_config))
     of_part = {"config": place, "subfolder": repr(part)} | precision
-    return [network, pipeline], [
+    return {network: "diffusers", pipeline: "diffusers"}, [
         f"{part} = {_loaded(network, repr(model), of_part, 'from_single_file')}",
         f"pipe = {_loaded(pipeline, place, {part: part} | loading)}",
     ]

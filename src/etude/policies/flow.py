@@ -14,7 +14,7 @@ from etude.batching import is_out_of_memory
 from etude.config import LoraConfig
 from etude.errors import EtudeError
 from etude.policies.outline import is_outline, known_masks
-from etude.policies.pipeline import PipelinePolicy
+from etude.policies.pipeline import Agreement, PipelinePolicy
 from etude.policies.plain_call import PlainCall
 from etude.policies.prompt_slots import Form, padded
 from etude.policies.self_check import PROMPTS, batch_difference, guidance_difference, tolerance
@@ -63,6 +63,7 @@ class FlowPolicy(PipelinePolicy):
             evaluation for each distinct timestep, which is always right. None: the trial at loading
             finds it.
         targets: layers of the adapter where `lora.targets` is the default.
+        patch: latents of the autoencoder in one that the network reads. None: not known.
     """
 
     path: FlowPath
@@ -73,11 +74,15 @@ class FlowPolicy(PipelinePolicy):
     call: ClassVar[Mapping[str, Any]] = {}
     mixed: Mixed | None = None
     targets: ClassVar[tuple[str, ...]] = tuple(LoraConfig().targets)
+    patch: ClassVar[int | None] = None
     _seen_to_guide = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.classifier_free = self._forms[True].guided
+
+    def agreements(self) -> list[Agreement]:
+        return [] if self.patch is None else self._channels(self.patch)[:1]  # of predictions each counts its own way
 
     def _guidance(self, scale: float, prompts: int | None = None) -> dict[str, Any]:
         """Arguments of guidance for so many prompts, or for one prompt that is a text."""

@@ -16,6 +16,7 @@ class Flux2KleinPolicy(FlowPolicy):
     """FLUX.2-klein, base (classifier-free guidance) and distilled (no guidance)."""
 
     mixed: Mixed | None = "vector"
+    patch = 4
     targets = (*FlowPolicy.targets, "to_qkv_mlp_proj")  # the single blocks' attention
 
     def _as_latents(self, stepped: Tensor) -> Tensor:
@@ -30,12 +31,14 @@ class ZImagePolicy(FlowPolicy):
     off = 0.0
     call: ClassVar[Mapping[str, Any]] = {"cfg_truncation": None}  # 1, the default, is compared with a number alone
     mixed: Mixed | None = "vector"
+    patch = 1
 
 
 class QwenImagePolicy(FlowPolicy):
     """Qwen-Image: guidance rescaled to the norm of its conditional part, token by token."""
 
     mixed: Mixed | None = "vector"
+    patch = 4
 
     def _guidance(self, scale: float, prompts: int | None = None) -> dict[str, Any]:
         """`true_cfg_scale`, which works beside a negative prompt only: a space, as published."""
@@ -48,12 +51,14 @@ class SanaPolicy(FlowPolicy):
 
     call: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False}
     mixed: Mixed | None = "doubled"
+    patch = 1
 
 
 class Lumina2Policy(FlowPolicy):
     """Lumina-Image 2.0: guidance rescaled to the norm of its conditional part."""
 
     mixed: Mixed | None = "vector"
+    patch = 1
 
 
 class Krea2Policy(FlowPolicy):
@@ -61,6 +66,7 @@ class Krea2Policy(FlowPolicy):
 
     off = 0.0
     mixed: Mixed | None = "vector"
+    patch = 4
 
 
 class ChromaPolicy(FlowPolicy):
@@ -68,6 +74,7 @@ class ChromaPolicy(FlowPolicy):
 
     load_arguments = PipelinePolicy.load_arguments
     mixed: Mixed | None = "vector"
+    patch = 4
 
     def enable_gradient_checkpointing(self) -> None:
         """Raises EtudeError: under it diffusers leaves the mask out of the single blocks (gradients differ by 14 %)."""
@@ -82,3 +89,4 @@ class ErnieImagePolicy(FlowPolicy):
 
     call: ClassVar[Mapping[str, Any]] = {"use_pe": False}
     mixed: Mixed | None = "one"
+    patch = 4

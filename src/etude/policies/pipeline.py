@@ -162,8 +162,10 @@ class PipelinePolicy(TrainablePolicy):
 
     def _channels(self, patch: int = 1) -> list[Agreement]:
         """The denoiser reads and predicts the autoencoder's channels, `patch` latents in a token."""
-        config, channels = self._trained_network.config, self.pipeline.vae.config.get("latent_channels")
-        wanted = f"{patch} x vae.latent_channels" if patch > 1 else "vae.latent_channels"
+        config, own = self._trained_network.config, self.pipeline.vae.config
+        key = "latent_channels" if "latent_channels" in own else "z_dim"
+        channels = own.get(key)
+        wanted = f"{patch} x vae.{key}" if patch > 1 else f"vae.{key}"
         needed = (wanted, None if channels is None else patch * channels)
         return [((f"{self.denoiser}.{name}", config.get(name)), needed) for name in ("in_channels", "out_channels")]
 

@@ -8,7 +8,7 @@ part the file holds comes from the file.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ AUTOENCODER = ("first_stage_model.", "vae.")
 """Prefixes of the names of an autoencoder's weights in a file that holds one."""
 TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.", "text_encoder.", "te.")
 """Prefixes of the names of a text encoder's weights."""
+SEVERAL = ("conditioner.embedders.", "text_encoders.")
+"""Those of them that a number or a name of the encoder follows: in SDXL's files, and in those of SD3 and FLUX."""
+_ENDS = {"text_encoder": ("0", "clip_l"), "text_encoder_2": ("1", "clip_g")}
 
 
 def is_single_file(model: str) -> bool:
@@ -70,15 +73,35 @@ def configuration(model: str, given: str | Path | None) -> str:
     return inferred
 
 
-def absent_parts(model: str, networks: Iterable[str], denoiser: str) -> list[str]:
-    """The parts of a pipeline that a file has no weights of."""
+def absent_parts(model: str, networks: Mapping[str, str], denoiser: str) -> list[str]:
+    """The parts of a pipeline that a file has no weights of.
+
+    Args:
+        networks: name of the class of each part with weights.
+        denoiser: name of the denoiser.
+    """
     names = list(Header.of(Path(model)).shapes)
-    autoencoder, text = (any(name.startswith(prefix) for name in names) for prefix in (AUTOENCODER, TEXT_ENCODERS))
-    absent = []
-    for part in networks:
-        held = autoencoder if part == "vae" else text if part.startswith("text_encoder") else part == denoiser
-        absent += [] if held else [part]
-    return absent
+
+    def held(part: str) -> bool:
+        prefixes: tuple[str, ...] = AUTOENCODER if part == "vae" else TEXT_ENCODERS
+        if part.startswith("text_encoder") and any(name.startswith(SEVERAL) for name in names):
+            prefixes = _of_several(part, networks[part])
+        return any(name.startswith(prefixes) for name in names)
+
+    return [part for part in networks if part != denoiser and not held(part)]
+
+
+def _of_several(part: str, kind: str) -> tuple[str, ...]:
+    """Prefixes of a text encoder's weights in the layouts that hold several."""
+    if kind.startswith("T5"):
+        return ("text_encoders.t5xxl.",)
+    if not kind.startswith("CLIP"):
+        return TEXT_ENCODERS
+    return tuple(f"{prefix}{end}." for prefix, end in zip(SEVERAL, _ENDS.get(part, _ENDS["text_encoder"]), strict=True))
+
+
+def _classes(networks: Mapping[str, tuple[str, Any]]) -> dict[str, str]:
+    return {part: kind.__name__ for part, (_, kind) in networks.items()}
 
 
 def _shapes(header: Header) -> dict[str, torch.Tensor]:
@@ -107,7 +130,12 @@ def check_single_file(
     if isinstance(index.get("scheduler"), list | tuple):
         check_markers(header, location, diffusers.DDIMScheduler.load_config(location, subfolder="scheduler"))
     networks = networks_of(index, left_out)
-    absent = absent_parts(model, networks, denoiser)
+    absent = absent_parts(model, _classes(networks), denoiser)
+    if "text_encoder_2" in absent and any(name.startswith(f"{SEVERAL[0]}0.") for name in header.shapes):
+        raise EtudeError(
+            f"model '{model}' holds the first of two text encoders ('{SEVERAL[0]}0.'), which diffusers finds beside the second alone: "
+            "give the file with both or with neither."
+        )
     if Path(location).is_dir():
         try:
             check_folders(Path(location), {part: networks[part][0] for part in absent}, None)
@@ -179,7 +207,7 @@ def load_single_file(
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     networks = networks_of(index, parts)
-    absent = absent_parts(model, networks, denoiser)
+    absent = absent_parts(model, _classes(networks), denoiser)
     try:
         with _without_deprecations():
             if set(absent) == networks.keys() - {denoiser}:

@@ -22,6 +22,7 @@ from etude.errors import EtudeError, brief, brief_value
 from etude.policies.outline import is_outline, names_part
 from etude.sampling.finite import FiniteMarks
 from etude.sampling.noise import NoiseSource
+from etude.sampling.paths import is_flow_config
 
 if TYPE_CHECKING:
     from etude.policies.pipeline import PipelinePolicy
@@ -33,6 +34,9 @@ _DRAWING_DECODERS = ("ConsistencyDecoderVAE",)
 """Decoders that draw noise, for an outline: they compute with numbers that it has not."""
 _DISTILLED = ("LCM", "TCD")
 """Marks in the names of schedulers that only consistency-distilled networks are made for."""
+
+_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+"""Settings by which a solver of diffusers takes other levels than those of its spacing."""
 
 
 def check_index(
@@ -80,8 +84,17 @@ def _needed(kind: Any) -> list[str]:
 
 
 def tell_of_scheduler(model: str, scheduler: Any) -> None:
-    """Tells of a scheduler whose sampling etude does not do: the network was distilled for it, or it is a solver."""
+    """Tells of a scheduler whose sampling etude does not do: distilled for it, a solver, or on levels of its own."""
     name = type(scheduler).__name__
+    own = next((key for key in _SIGMAS if scheduler.config.get(key)), None)
+    if own and not (
+        scheduler.config.get("use_flow_sigmas") or is_flow_config({**scheduler.config, "_class_name": name})
+    ):
+        warnings.warn(
+            f"model '{model}' comes with {name} and {own}, which is a choice of levels of that solver; etude trains and measures the ODE on the "
+            f"levels of timestep_spacing = {scheduler.config.get('timestep_spacing', 'linspace')}",
+            stacklevel=2,
+        )
     if scheduler.config.get("use_flow_sigmas"):
         corrector = " without its corrector" if name == "UniPCMultistepScheduler" else ""
         warnings.warn(
@@ -182,9 +195,10 @@ def try_out(model: str, policy: PipelinePolicy) -> None:
             raise
         if isinstance(error, NotImplementedError) and is_outline(policy):
             return
+        size = "" if stage.startswith("encoding") else " at {} x {} pixels".format(*policy.image_size)
         raise EtudeError(
-            f"model '{model}' fails at its first {stage}, so its parts do not fit together ({type(error).__name__}: {brief(error, 200)}): "
-            "give parts that belong together."
+            f"model '{model}' fails at its first {stage}{size}, so its parts do not fit together ({type(error).__name__}: "
+            f"{brief(error, 200)}): give parts that belong together{', or another resolution' if size else ''}."
         ) from error
 
 

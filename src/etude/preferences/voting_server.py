@@ -2,7 +2,8 @@
 
     GET  /                 the page; behind a token, a form that asks for it
     POST /api/pairs        {rater} -> the next pairs and the progress
-    POST /api/vote         {rater, pair, answer, seconds} -> the same, once the vote is on the disk
+    POST /api/vote         {rater, pair, answer, seconds} -> the same, once the vote is on the disk;
+                           further pairs are chosen after the answer
     POST /api/undo         {rater} -> the same, with the withdrawn pair first
     GET  /image/DIGEST     an image of the pool
 
@@ -17,16 +18,16 @@ import hmac
 import json
 import os
 import re
-import threading
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from importlib import resources
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from etude.errors import EtudeError
 from etude.preferences.pairing import Pairing
-from etude.preferences.pool import ANSWERS, Pool, VoteError, check_rater
-from etude.preferences.verdict import enough
+from etude.preferences.pool import Pool, VoteError
+from etude.preferences.voting_desk import Desk, RefusedError
 from etude.rewards.remote.wire import check_token, is_loopback
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 TOKEN_VARIABLE = "ETUDE_VOTE_TOKEN"  # noqa: S105 - the name of an environment variable
 LONGEST_BODY = 4096
-AHEAD = 3
-"""Pairs that a page holds: the one that is shown, and those that load meanwhile."""
 _COOKIE = "etude-vote"
 _STATIC = {"voting.css": "text/css", "voting.js": "text/javascript"}
 _HEADERS = {
@@ -49,14 +48,6 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
-
-
-class _RefusedError(Exception):
-    """A request that gets nothing: the status and one sentence."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status, self.reason = status, reason
 
 
 def build_app(
@@ -82,12 +73,13 @@ def build_app(
     check_installed()
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from starlette.applications import Starlette
+    from starlette.background import BackgroundTask
     from starlette.concurrency import run_in_threadpool
     from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
     from starlette.routing import Route
 
     pages = Environment(loader=PackageLoader("etude.preferences", "."), autoescape=True, undefined=StrictUndefined)
-    desk = _Desk(pool, pairing, target)
+    desk = Desk(pool, pairing, target)
     files = resources.files("etude.preferences")
 
     def guarded(
@@ -97,9 +89,9 @@ def build_app(
             try:
                 _check_origin(request, hosts)
                 if not (open_to_all or _knows(request, token)):
-                    raise _RefusedError(401, "this page asks for a token: open the address that you were given")
+                    raise RefusedError(401, "this page asks for a token: open the address that you were given")
                 response = await handler(request)
-            except _RefusedError as refused:
+            except RefusedError as refused:
                 response = JSONResponse({"error": refused.reason}, refused.status)
             except VoteError as error:
                 response = JSONResponse({"error": str(error)}, 409)
@@ -130,24 +122,28 @@ def build_app(
             _hand_cookie(response, token)
         return response
 
+    def prepare() -> None:
+        with suppress(EtudeError):  # which the next vote meets again, and tells
+            desk.choose_ahead()
+
     def work(action: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Request], Awaitable[Response]]:
         async def handler(request: Request) -> Response:
             message = _message(await _body(request, "application/json"))
-            return JSONResponse(await run_in_threadpool(action, message))
+            return JSONResponse(await run_in_threadpool(action, message), background=BackgroundTask(prepare))
 
         return handler
 
     async def image(request: Request) -> Response:
         digest = request.path_params["digest"]
         if not await run_in_threadpool(pool.holds, digest):
-            raise _RefusedError(404, "there is no such image")
+            raise RefusedError(404, "there is no such image")
         data = await run_in_threadpool(pool.read_image, digest)
         return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=86400, immutable"})
 
     async def static(request: Request) -> Response:
         name = request.path_params["name"]
         if name not in _STATIC:
-            raise _RefusedError(404, "there is no such file")
+            raise RefusedError(404, "there is no such file")
         return Response((files / name).read_bytes(), media_type=_STATIC[name])
 
     return Starlette(
@@ -195,69 +191,13 @@ def check_installed() -> None:
             raise EtudeError(f"the voting page needs {module}: pip install 'etude[serve]'.")
 
 
-class _Desk:
-    """What the page asks for, one request at a time where pairs are chosen."""
-
-    def __init__(self, pool: Pool, pairing: Pairing, target: int) -> None:
-        self.pool, self.pairing, self.target = pool, pairing, target
-        self.title = "Which is better?" if pool.fact("sides") is None else "Blind comparison"
-        self._turn = threading.Lock()
-        self._prompts: dict[int, tuple[str, str]] = {}
-
-    def pairs(self, message: dict[str, Any]) -> dict[str, Any]:
-        rater = _name(message)
-        with self._turn:
-            queue = self.pool.open_pairs(rater)
-            while len(queue) < AHEAD and self.pairing.next(rater) is not None:
-                queue = self.pool.open_pairs(rater)
-        return {
-            "queue": [self._shown(*pair) for pair in queue[:AHEAD]],
-            "votes": self.pool.count(rater),
-            "target": self.target,
-            "enough": enough(self.pool),
-        }
-
-    def vote(self, message: dict[str, Any]) -> dict[str, Any]:
-        rater, pair, answer, seconds = _name(message), *(message.get(k) for k in ("pair", "answer", "seconds"))
-        if type(pair) is not int or not 0 < pair < 1 << 62 or answer not in ANSWERS:
-            raise _RefusedError(400, f"a vote has a number `pair` and an `answer` of {', '.join(ANSWERS)}")
-        timed = float(seconds) if isinstance(seconds, int | float) and 0 <= seconds < 1e6 else None
-        self.pool.vote(pair, rater, answer, timed)
-        return self.pairs(message)
-
-    def undo(self, message: dict[str, Any]) -> dict[str, Any]:
-        self.pool.undo(_name(message))
-        return self.pairs(message)
-
-    def _shown(self, pair: int, left: int, right: int) -> dict[str, Any]:
-        for number in (left, right):
-            if number not in self._prompts:
-                image = self.pool.image(number)
-                self._prompts[number] = image.digest, image.prompt
-        return {
-            "pair": pair,
-            "prompt": self._prompts[left][1],
-            "left": self._prompts[left][0],
-            "right": self._prompts[right][0],
-        }
-
-
-def _name(message: dict[str, Any]) -> str:
-    """The rater of a message."""
-    name = message.get("rater")
-    try:
-        return check_rater(name if isinstance(name, str) else "")
-    except EtudeError as error:
-        raise _RefusedError(400, str(error)) from None
-
-
 def _message(body: bytes) -> dict[str, Any]:
     try:
         message = json.loads(body)
     except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict):
-        raise _RefusedError(400, "send a JSON object")
+        raise RefusedError(400, "send a JSON object")
     return message
 
 
@@ -265,15 +205,15 @@ async def _body(request: Request, kind: str) -> bytes:
     from starlette.requests import ClientDisconnect
 
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
-        raise _RefusedError(415, f"send Content-Type: {kind}")
+        raise RefusedError(415, f"send Content-Type: {kind}")
     body = bytearray()
     try:
         async for chunk in request.stream():
             body += chunk
             if len(body) > LONGEST_BODY:
-                raise _RefusedError(413, f"a request has at most {LONGEST_BODY} bytes")
+                raise RefusedError(413, f"a request has at most {LONGEST_BODY} bytes")
     except ClientDisconnect:
-        raise _RefusedError(400, "the request ended early") from None
+        raise RefusedError(400, "the request ended early") from None
     return bytes(body)
 
 
@@ -282,12 +222,12 @@ def _check_origin(request: Request, hosts: Collection[str]) -> None:
     host = request.headers.get("host", "").lower()
     name = host.removeprefix("[").partition("]")[0] if host.startswith("[") else host.partition(":")[0]
     if hosts and name not in hosts:
-        raise _RefusedError(421, "this server answers to the name of this machine only: use 127.0.0.1 or localhost")
+        raise RefusedError(421, "this server answers to the name of this machine only: use 127.0.0.1 or localhost")
     origin = request.headers.get("origin")
     foreign = origin is not None and re.sub(r"^https?://", "", origin.lower()) != host
     foreign = foreign or request.headers.get("sec-fetch-site", "same-origin") not in {"same-origin", "none"}
     if foreign and (request.method, request.url.path) != ("GET", "/"):  # a link from elsewhere may open the page
-        raise _RefusedError(403, "a page from another origin may not vote here")
+        raise RefusedError(403, "a page from another origin may not vote here")
 
 
 def _knows(request: Request, token: str) -> bool:

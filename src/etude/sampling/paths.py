@@ -270,15 +270,17 @@ def flow_grid(timesteps: Tensor, sigmas: Tensor) -> Grid:
     """The grid of a flow scheduler's timesteps `[N]` and sigmas `[N + 1]`, held in fp64 on the CPU.
 
     A sigma within 1e-6 of 1 becomes exactly 1, pure noise: a shift in fp32 may round 1 to a
-    neighbouring number, and a kernel would divide by 1 - sigma. Levels must fall, from (0, 1].
+    neighbouring number, and a kernel would divide by 1 - sigma. Levels must fall, from (0, 1]; a
+    large mu rounds several to pure noise, from which no step leads to pure noise.
     """
     s = sigmas.detach().cpu().double()
     s = torch.where((s - 1).abs() <= 1e-6, 1.0, s)
     # In this form the condition fails for NaN, too.
-    if not bool(((s[:-1] > 0) & (s[:-1] <= 1)).all() and (s.diff() <= 0).all()):
+    if not bool(((s[:-1] > 0) & (s[:-1] <= 1)).all() and (s.diff() <= 0).all() and (s[1:] < 1).all()):
         raise EtudeError(
             f"the flow scheduler's options give the levels {_shorten(s.tolist())}, but they must fall from at most 1 "
-            "and stay above 0 until the last: change the shift (shift_terminal needs at least 2 steps), mu or sigmas."
+            "and stay above 0 until the last: change the shift (shift_terminal needs at least 2 steps), mu, sigmas or the "
+            "resolution."
         )
     return Grid(timesteps.detach().cpu().float(), 1 - s, s)
 

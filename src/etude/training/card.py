@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from etude.config import TrainConfig
@@ -11,6 +12,7 @@ from etude.learning.objectives import Objective
 from etude.measuring.statistics import Estimate
 from etude.policies import TrainablePolicy
 from etude.policies.deployment import deployment_snippet, stochastic_scheduler, stochastic_snippet
+from etude.policies.kohya import KOHYA_WEIGHTS
 from etude.policies.loading import split_revision
 from etude.policies.source import ModelSource
 from etude.sampling.etas import eta_text
@@ -47,9 +49,14 @@ def deployment_advice(config: TrainConfig, policy: TrainablePolicy, evaluation: 
 
 
 def model_card(
-    summary: dict[str, Any], config: TrainConfig, policy: TrainablePolicy, objective: Objective, suffix: str = ""
+    summary: dict[str, Any],
+    config: TrainConfig,
+    policy: TrainablePolicy,
+    objective: Objective,
+    directory: Path,
+    suffix: str = "",
 ) -> str:
-    """The README.md beside the weights: their origin, a table of rewards, and lines that load them."""
+    """The README.md beside the weights in `directory`: their origin, a table of rewards, and lines that load them."""
     final, sampling = summary["final"], config.sampling
     rows = [
         f"| {reward}{' (held out)' if reward in summary['held_out_rewards'] else ''} | "
@@ -88,7 +95,17 @@ intervals clustered by prompt, {config.evaluation.num_images} pairs of images of
 ```python
 {snippet}
 ```
-{_stochastic(final["eta"], num_steps, config, policy)}{_reward_models(summary)}{_changed_inputs(summary)}"""
+{_other_programs(directory)}{_stochastic(final["eta"], num_steps, config, policy)}{_reward_models(summary)}{_changed_inputs(summary)}"""
+
+
+def _other_programs(directory: Path) -> str:
+    """A line on the file for ComfyUI and kohya's tools; empty without it."""
+    if not (directory / KOHYA_WEIGHTS).is_file():
+        return ""
+    return (
+        f"\nComfyUI and kohya's tools read `{KOHYA_WEIGHTS}`: the same adapter in their names, with the strength of each layer in its "
+        "`alpha`.\n"
+    )
 
 
 def _reward_models(summary: dict[str, Any]) -> str:

@@ -142,9 +142,11 @@ def finish(state: RunState, confirmed: dict[str, Any], started: float) -> dict[s
     if state.inputs.changes:
         summary["changed_inputs"] = state.inputs.changes
     atomic_write_text(out / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
-    atomic_write_text(out / policy.export_name / "README.md", model_card(summary, config, policy, objective))
+    last_weights = out / policy.export_name
+    atomic_write_text(last_weights / "README.md", model_card(summary, config, policy, objective, last_weights))
     if best.weights:
-        card = model_card(summary_of_the_best(summary, config, policy), config, policy, objective, BEST)
+        best_summary = summary_of_the_best(summary, config, policy)
+        card = model_card(best_summary, config, policy, objective, out / place, BEST)
         atomic_write_text(out / place / "README.md", card)
     write_report(out)
     return summary
