@@ -236,6 +236,7 @@ REWARDS = Registry(
     {
         "aesthetic": Entry("etude.rewards.models.aesthetic:Aesthetic"),
         "alignment": Entry("etude.rewards.alignment:Alignment"),
+        "clip_iqa": Entry("etude.rewards.models.clip_iqa:CLIPIQA"),
         "clip_score": Entry("etude.rewards.models.clip:CLIPScore"),
         "colorfulness": Entry("etude.rewards.colorfulness:colorfulness"),
         "diversity": Entry("etude.rewards.diversity:Diversity"),
@@ -243,9 +244,11 @@ REWARDS = Registry(
         "imagereward": Entry("etude.rewards.models.imagereward:ImageReward"),
         "jpeg_compressibility": Entry("etude.rewards.jpeg:jpeg_compressibility"),
         "jpeg_incompressibility": Entry("etude.rewards.jpeg:jpeg_incompressibility"),
+        "ocr": Entry("etude.rewards.ocr:OCR"),
         "pickscore": Entry("etude.rewards.models.clip:PickScore"),
         "preference": Entry("etude.preferences.preference_reward:PreferenceReward"),
         "vendi": Entry("etude.rewards.diversity:Vendi"),
+        "vlm_judge": Entry("etude.rewards.remote.judge:VLMJudge"),
     },
     "module:function, where function(images, prompts, **metadata) returns one float32 score per image",
 )

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -280,3 +285,45 @@ def test_adapters_get_short_names_and_no_two_the_same():
 def test_the_contact_sheet_shows_the_first_prompts_of_every_cell(done):
     pictures = sorted(path.name for path in (done / "cells").glob("base-*.png"))
     assert len(pictures) == 6 * min(SHOWN, 6)
+
+
+GENEVAL = "a photo of a bench\na photo of two clocks\na photo of a bench\n"
+DPG = """item_id,text,keywords,proposition_id,dependency,question_natural_language
+partiprompts0,"A tall, red tower",,1,0,Is there a tower?
+partiprompts0,"A tall, red tower",,2,1,Is the tower red?
+coco1,Two dogs on a bench,,1,0,Are there dogs?
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "text", "texts"),
+    [
+        ("geneval", "generation_prompts.txt", GENEVAL, ["a photo of a bench", "a photo of two clocks"]),
+        ("dpg", "dpg_bench.csv", DPG, ["A tall, red tower", "Two dogs on a bench"]),
+    ],
+)
+def test_published_prompts_are_read_from_their_authors_files_at_a_commit(
+    name, file, text, texts, tmp_path, monkeypatch
+):
+    """A stand-in of the same layout takes the place of the file that the protocol names."""
+    asked = []
+
+    class Table(dict):
+        column_names = property(list)
+
+    def load_dataset(builder, config, *, split, revision, data_files):
+        asked.append((builder, split, revision, data_files))
+        if builder == "text":
+            return Table(text=text.splitlines())
+        rows = list(csv.DictReader(io.StringIO(text)))
+        return Table({column: [row[column] for row in rows] for column in rows[0]})
+
+    module = types.ModuleType("datasets")
+    module.load_dataset = load_dataset
+    module.__spec__ = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    pinned = pin(read_protocol(name))
+    assert pinned.prompts.texts == texts
+    ((builder, split, revision, url),) = asked
+    assert (builder, split, revision) == ({"geneval": "text", "dpg": "csv"}[name], "train", None)
+    assert re.fullmatch(rf"https://raw\.githubusercontent\.com/[\w/]+/[0-9a-f]{{40}}/[\w/]+/{re.escape(file)}", url)

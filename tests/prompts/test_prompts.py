@@ -214,6 +214,12 @@ def test_a_dataset_gives_a_column_and_the_metadata_that_is_asked_for(hub: list[A
     ]
 
 
+def test_a_file_anywhere_is_a_dataset_of_its_format(hub: list[Any]) -> None:
+    load_prompts("hub:csv?data_files=https://host/at/COMMIT/set.csv&column=caption")
+    expected = {"split": "train", "revision": None, "data_files": "https://host/at/COMMIT/set.csv"}
+    assert hub == [("csv", None, expected)]
+
+
 @pytest.mark.parametrize(
     ("source", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def found(run: Run) -> dict[str, str]:
     ("run", "name", "figure"),
     [
         (a_run(ratio_max_deviation=2e-5), "ratio always 1", "2e-05"),
-        (a_run(clipfrac=5e-4), "clip range idle", "0.05 %"),
+        (a_run({"a": -1.0}, clipfrac=5e-4), "clip range idle", "0.05 %"),
         (a_run(clipfrac=0.9), "most of the update clipped", "90 %"),
         (a_run(zero_std_ratio=0.75), "groups without variance", "75 %"),
         (a_run(first_gap=3.0), "eta too high for these steps", "3.0 standard deviations of a lower"),
@@ -161,6 +162,26 @@ def test_the_runs_on_jpeg_size_were_hacked_and_are_told_so() -> None:
     runs = [run for name, run in archived("eta").items() if name.endswith("jpeg-compressibility_eta-1.2")]
     assert len(runs) == 5
     assert all(list(found(run)) == ["reward hacking"] for run in runs)
+
+
+def test_of_all_archived_runs_none_is_ill_but_by_hacking_or_noise_above_the_effect() -> None:
+    """As the page on metrics says, with its numbers."""
+    runs = [run for study in ("eta", "eta-mixgrpo", "flash") for run in archived(study).values()]
+    counts = Counter(tuple(found(run)) for run in runs)
+    assert counts == {(): 136, ("noise above the effect",): 62, ("reward hacking",): 53}
+    hacked = [list(run.config["rewards"]) for run in runs if "reward hacking" in found(run)]
+    assert hacked.count(["jpeg_compressibility"]) == 52
+    page = (STUDIES.parent / "docs" / "how-to" / "read-metrics.md").read_text()
+    assert all(f"{number} " in page for number in (251, 136, 62, 53, 52))
+
+
+def test_the_size_of_a_file_is_no_sign_of_hacking_unless_it_is_gold_and_an_idle_clip_none_where_the_reward_rose() -> (
+    None
+):
+    run = a_run({"a": 1.0, "jpeg_compressibility": -0.8}, clipfrac=0.0)
+    assert found(run) == {}
+    run.config["evaluation"]["gold_rewards"] = ["jpeg_compressibility"]
+    assert list(found(run)) == ["reward hacking"]
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 from etude.errors import EtudeError
 from etude.measuring.pairs import Measurement
@@ -84,3 +97,71 @@ def test_a_measurement_gives_it_an_interval_clustered_by_prompt(images):
     measurement = Measurement.of(["diversity:pixels"], ["sun", "moon"], num_images=6, images_per_prompt=3)
     assert measurement.scores(images)["diversity:pixels"].shape == (6,)
     assert measurement.clusters == [0, 1] * 3
+
+
+def save_clip(directory: Path) -> CLIPModel:
+    """A tiny CLIP of random weights, in the layout of its hub repositories."""
+    words = CLIPTokenizer(vocab={"a</w>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2}, merges=[], model_max_length=8)
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "vocab_size": 3, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
+    config = CLIPConfig(text_config=text, vision_config={**tower, "image_size": 16, "patch_size": 8}, projection_dim=12)
+    network = CLIPModel(config).eval()
+    network.save_pretrained(directory)
+    words.save_pretrained(directory)
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16).save_pretrained(directory)
+    return network
+
+
+def save_dino(directory: Path) -> Dinov2Model:
+    """A tiny DINOv2 of random weights, with the published processor's steps: resize, crop the centre, normalise."""
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    network = Dinov2Model(Dinov2Config(**tower)).eval()
+    network.save_pretrained(directory)
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    steps = {"size": {"shortest_edge": 18}, "crop_size": 16, "image_mean": mean, "image_std": std}
+    CLIPImageProcessorPil(**steps).save_pretrained(directory)
+    return network
+
+
+@pytest.fixture(scope="module", params=["clip", "dino"])
+def network(request, tmp_path_factory) -> tuple[str, Tensor]:
+    """The name of features from a checkpoint, and the unit vectors of IMAGES by the network's own forward."""
+    directory, kind = tmp_path_factory.mktemp(request.param), request.param
+    torch.manual_seed(0)
+    made = save_clip(directory) if kind == "clip" else save_dino(directory)
+    processor = CLIPImageProcessorPil.from_pretrained(directory)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in CHECKPOINT_IMAGES]
+    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        rows = made.get_image_features(pixel_values=pixels) if kind == "clip" else made(pixel_values=pixels)
+    return f"{kind}:{directory}", torch.nn.functional.normalize(rows.pooler_output, dim=-1)
+
+
+CHECKPOINT_IMAGES = torch.randint(0, 256, (5, 3, 24, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+GROUPS = [0, 1, 0, 1, 0]
+
+
+def test_in_the_features_of_a_checkpoint_diversity_is_the_mean_cosine_distance(network):
+    name, rows = network
+    found = get(f"diversity:{name}")(CHECKPOINT_IMAGES, ["p"] * 5, groups=GROUPS)
+    distances = 1 - rows @ rows.T
+    expected = [sum(distances[i, j] for j in range(5) if j != i and GROUPS[j] == GROUPS[i]) for i in range(5)]
+    expected = [total / (GROUPS.count(GROUPS[i]) - 1) for i, total in enumerate(expected)]
+    assert found.tolist() == pytest.approx([float(each) for each in expected], abs=1e-5)
+    assert found.std() > 1e-4
+
+
+def test_in_the_features_of_a_checkpoint_the_vendi_score_lies_between_one_and_the_number_of_images(network):
+    reward = get(f"vendi:{network[0]}")
+    found = reward(CHECKPOINT_IMAGES, ["p"] * 5, groups=GROUPS)
+    assert 1 < found[1] == found[3] <= 2
+    assert 1 < found[0] == found[2] == found[4] <= 3
+    same = CHECKPOINT_IMAGES[:1].expand(5, -1, -1, -1).contiguous()
+    assert reward(same, ["p"] * 5, groups=GROUPS).tolist() == pytest.approx([1] * 5, abs=1e-4)
+    assert {Path(place).parent for place in reward.files()} == {Path(network[0].partition(":")[2])}
+
+
+def test_dinov2_is_pinned_to_a_commit_and_pixels_have_no_vendi_score():
+    assert re.fullmatch(r"facebook/dinov2-base@[0-9a-f]{40}", get("diversity:dino").sources()[0])
+    with pytest.raises(EtudeError, match="embedded, clip, dino"):
+        get("vendi:pixels")

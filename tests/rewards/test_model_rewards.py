@@ -26,7 +26,7 @@ from etude.rewards.models.preprocessing import MEAN, STD, crop_to_square, pad_to
 SIZE = 32
 PROMPTS = ["a cat", "a red <car>", "the sea", "a cat", "x" * 100]
 IMAGES = torch.randint(0, 256, (5, 3, 40, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-NAMES = ["aesthetic", "clip_score", "hpsv2", "imagereward", "pickscore"]
+NAMES = ["aesthetic", "clip_iqa", "clip_score", "hpsv2", "imagereward", "pickscore"]
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -113,6 +113,21 @@ def test_the_processor_may_come_from_another_checkpoint_than_the_weights(
     network.save_pretrained(tmp_path / "weights")
     reward = get(f"pickscore:{tmp_path / 'weights'},base={directory}")
     assert_scores(reward, direct_logits(network, PROMPTS))
+
+
+# ---- CLIP-IQA
+
+
+def test_clip_iqa_is_the_probability_of_the_positive_of_two_opposite_descriptions(clip: tuple[CLIPModel, Path]) -> None:
+    network, directory = clip
+    good, bad = (direct_logits(network, [text] * 5) for text in ("Good photo.", "Bad photo."))
+    assert_scores(get(f"clip_iqa:{directory}"), torch.sigmoid(good - bad))
+    sharp = get(f"clip_iqa:{directory},positive=Sharp photo.,negative=Blurry photo.")
+    blurry = get(f"clip_iqa:{directory},positive=Blurry photo.,negative=Sharp photo.")
+    torch.testing.assert_close(sharp(IMAGES, PROMPTS) + blurry(IMAGES, PROMPTS), torch.ones(5))
+    assert torch.equal(sharp(IMAGES, PROMPTS), sharp(IMAGES, ["another"] * 5))  # the prompt is not asked
+    with pytest.raises(EtudeError, match="must be two descriptions"):
+        get(f"clip_iqa:{directory},negative=Good photo.")
 
 
 # ---- LAION aesthetic

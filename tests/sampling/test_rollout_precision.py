@@ -15,6 +15,7 @@ from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import SamplingPlan
 from etude.sampling.replay import replay, replay_log_prob
 from etude.sampling.rollout import denoise, rollout
+from etude.training.blueprint import make_algorithm
 from etude.training.trainer import Trainer
 from support.gaussian_policy import GaussianPolicy, sd_path
 from support.small_runs import brief_settings, metrics, redness, same, weights
@@ -74,7 +75,7 @@ def test_ratios_against_the_replays_own_log_probabilities_start_at_exactly_one(p
         for row, column in zip(rows.split(micro_batch), columns.split(micro_batch), strict=True):
             transition, target = replay(policy, table, trajectory, row, column, conditioning, 2.0)
             assert torch.equal(transition.log_prob(target), trajectory.log_prob[row, column])
-    differences = (trajectory.log_prob - drawn).exp().flatten()
+    differences = (trajectory.log_prob - drawn).flatten()
     assert torch.equal(torch.cat(found).sort().values, differences.sort().values)
 
 
@@ -150,6 +151,53 @@ def test_a_run_says_what_the_rollouts_precision_does_to_the_ratio_before_the_fir
     assert first["rollout_ratio_max_deviation"] == first["ratio_max_deviation"] > 0
     assert other["rollout_ratio_deviation"] == pytest.approx(first["rollout_ratio_deviation"], rel=1e-3)
     assert all(row["ratio_max_deviation"] == 0 and row["ratio_mean"] == 1 for row in corrected[1:])
+
+
+def test_the_disagreement_in_nats_is_that_of_the_image_whatever_the_reduction(settings, tmp_path):
+    """In equal batches and float32 it is exactly 0; in half precision the replay's own log-probabilities do not hide it."""
+    steps = {"updates_per_epoch": 1, "batch_size": 4, "num_inner_epochs": 1}
+    one = {"iterations": 1, "sampling": {**settings["sampling"], "num_steps": 1}}
+    _, equal = run({**settings, **one}, tmp_path / "equal", rollout={"batch_size": 4}, objective=steps)
+    assert (equal[1]["rollout_mismatch"], equal[1]["rollout_mismatch_max"]) == (0, 0)
+    half, short = {"dtype": "bfloat16"}, {**settings, "iterations": 1}
+    trainer, mean = run(short, tmp_path / "mean", rollout=half, objective=steps)
+    again = {**steps, "old_log_prob": "replay"}
+    summed = {**again, "logprob_reduction": "sum"}
+    _, replayed = run(short, tmp_path / "again", rollout=half, objective=again)
+    _, total = run(short, tmp_path / "sum", rollout=half, objective=summed)
+    found = mean[1]["rollout_mismatch"]
+    assert found == pytest.approx(mean[1]["rollout_ratio_deviation"] * trainer.policy.dimensions, rel=1e-2)
+    assert replayed[1]["rollout_mismatch"] == pytest.approx(found, rel=1e-3)
+    assert total[1]["rollout_mismatch"] == pytest.approx(found, rel=1e-2)
+    assert mean[1]["rollout_mismatch_max"] > found > 0
+
+
+def test_a_disagreement_above_its_limit_stops_the_run_before_the_iteration_is_kept(settings, tmp_path):
+    limited = {"objective": {"mismatch_limit": 1e-6, "updates_per_epoch": 1}, "rollout": {"dtype": "bfloat16"}}
+    with pytest.raises(
+        EtudeError, match=r"nats a step in iteration 1, and objective.mismatch_limit allows 1e-06.*iteration 0"
+    ):
+        run(settings, tmp_path / "limited", **limited)
+    assert [row["iteration"] for row in metrics(tmp_path / "limited")] == [0]
+    limited["objective"]["mismatch_limit"] = 1e6
+    assert len(run(settings, tmp_path / "allowed", **limited)[1]) == 3
+    with pytest.raises(
+        EtudeError, match=r"mismatch_limit is for log-probabilities of steps, which objective.kind = nft"
+    ):
+        make_algorithm(parse_config({"objective": {"kind": "nft", "mismatch_limit": 1.0}}))
+
+
+def test_a_disagreement_is_normal_with_the_distance_of_the_means_as_its_deviation(policy):
+    """log p' - log p = k z - k^2 / 2 for x drawn by p, k = ||m' - m|| / std: the bound that the documentation states."""
+    table, conditioning, trajectory = sampled(policy, torch.bfloat16, reduction="sum")
+    rows, columns = pairs(trajectory, torch.arange(6 * len(trajectory.steps)))
+    with policy.precision(torch.bfloat16):
+        drew, target = replay(policy, table, trajectory, rows, columns, conditioning, 2.0, False)
+    trains, _ = replay(policy, table, trajectory, rows, columns, conditioning, 2.0, False)
+    k = ((trains.mean - drew.mean) / drew.std).double().flatten(1).norm(dim=1)
+    mismatch = (trains.log_prob(target, "sum") - drew.log_prob(target, "sum")).double()
+    assert (mismatch.abs() <= 4.5 * k + k**2 / 2 + 1e-4).all()  # 4.5 deviations: one of 150,000
+    assert mismatch.abs().mean() <= 1.4 * (2 / torch.pi) ** 0.5 * k.square().mean().sqrt()
 
 
 def test_the_rollouts_precision_is_nobody_elses(settings, tmp_path):

@@ -125,7 +125,7 @@ def test_prompts_that_are_trained_on_are_counted_and_warned_of(policy, tmp_path)
 
 
 def test_grids_are_written_when_asked_for(policy, tmp_path):
-    made = evaluation(config(tmp_path), policy, tmp_path)
+    made = evaluation(config(tmp_path, evaluation={"strip_images": 0}), policy, tmp_path)
     made.measure(lambda images: None)
     assert not (tmp_path / "samples").exists()
     made.measure(lambda images: None, grids="before")

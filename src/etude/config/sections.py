@@ -285,6 +285,10 @@ class ObjectiveConfig(Section):
     replay: computed again before the first update, in the precision and batches of the replay;
     every ratio then starts at exactly 1, at the cost of one more evaluation of each trained
     step."""
+    mismatch_limit: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """ppo and reinforce: largest mean distance between the log-probabilities of rollout and replay
+    before the first update, in nats a step (`rollout_mismatch` in the metrics). The run stops above
+    it, and its last checkpoint is the iteration before. null: no limit."""
     logprob_reduction: Literal["mean", "sum"] = "mean"
     """Log-probability of a step: mean over the latent dimensions (as other libraries) or sum (the
     true density)."""
@@ -367,8 +371,16 @@ class EvaluationConfig(Section):
     """Largest fall of a reward's held-out ODE mean below that of the base model: reward name to
     fall, in the reward's own unit. Once the whole 95 % interval of the change lies below this
     limit, the run exports its weights and stops."""
+    path_kl: bool = False
+    """true: evaluations also have the KL of the SDE's path from that of the model before training, in
+    nats an image, at the cost of one more network evaluation for each stochastic step. Needs an eta
+    above 0: a deterministic path has no KL. Full fine-tuning then keeps a copy of the model before
+    training."""
     grid_images: int = Field(24, ge=1, le=4096)
     """Images in the before / after grids."""
+    strip_images: int = Field(4, ge=0, le=64)
+    """Images of each evaluation that are kept in samples/along/, under the ODE, from the same noise
+    each time and at most 128 px wide. The report shows them as a strip for each prompt. 0: none."""
 
 
 class CheckpointConfig(Section):
@@ -530,6 +542,11 @@ class TrainConfig(Section):
                     raise ValueError(
                         f"objective.gradients = rollout does not go with {name} = {value}; set one of them back"
                     )
+        if evaluation.path_kl and max(sampling.all_etas) == 0:
+            raise ValueError(
+                "evaluation.path_kl = true needs a stochastic step, and sampling.eta = 0 has none: a deterministic path "
+                "has no KL; set sampling.eta above 0, or evaluation.path_kl to false"
+            )
         for name in evaluation.gold_rewards:
             if name not in evaluation.held_out_rewards or name in self.rewards:
                 raise ValueError(

@@ -21,6 +21,7 @@ from etude.learning.first_backward import check_gradients, order_of_gradients
 from etude.learning.loss_scale import LossScale
 from etude.learning.metrics import COMMON, LARGEST_WEIGHT, Records, beyond_limit, compute_all, merge
 from etude.learning.objectives import Objective, Samples
+from etude.learning.objectives.policy_gradient import ROLLOUT_MISMATCH
 from etude.policies import TrainablePolicy
 from etude.policies.sharding import held_here, whole
 from etude.sampling.noise import keyed_generator
@@ -100,6 +101,13 @@ class Learner:
                 self.accelerator, torch.tensor([list(numbers.values())], dtype=torch.float32), processes
             ).unbind(1)
             numbers = merge(self.metrics, dict(zip(numbers, columns, strict=True)))
+        limit, mismatch = self.config.objective.mismatch_limit, numbers.get(ROLLOUT_MISMATCH.name)
+        if limit is not None and mismatch is not None and not mismatch <= limit:
+            raise EtudeError(
+                f"the log-probabilities of rollout and replay differ by {mismatch:.3g} nats a step in iteration {iteration}, and "
+                f"objective.mismatch_limit allows {limit:g}: leave rollout.dtype null or give it more digits, give both the same "
+                "batch size, or raise the limit."
+            )
         broken = beyond_limit(self.metrics, numbers)
         if broken is not None:
             half = ", or use bfloat16, which has the range of float32," if self.config.dtype == "float16" else ""

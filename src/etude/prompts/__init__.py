@@ -23,7 +23,7 @@ from etude.undisturbed import undisturbed
 
 _SETS = Path(__file__).parent / "sets"
 _HUB = "hub:"
-_HUB_OPTIONS = ("column", "config", "metadata", "revision", "split")
+_HUB_OPTIONS = ("column", "config", "data_files", "metadata", "revision", "split")
 PARTS = ("train", "eval")
 """Parts of a source, named after a `#`: nine tenths of its prompts, and the rest."""
 _RESERVED = {"groups", "images", "prompts", "self"}  # names of a reward's own arguments
@@ -182,8 +182,9 @@ def _from_hub(source: str) -> PromptSet:
     from datasets import load_dataset
 
     split, revision = options.get("split", "train"), options.get("revision")
+    files = {"data_files": options["data_files"]} if "data_files" in options else {}
     try:
-        dataset = load_dataset(name, options.get("config"), split=split, revision=revision)
+        dataset = load_dataset(name, options.get("config"), split=split, revision=revision, **files)
     except Exception as error:  # the library passes on whatever its readers raise
         raise EtudeError(f"prompts '{source}' cannot be loaded ({type(error).__name__}: {brief(error)}).") from error
     column = options.get("column", "prompt")

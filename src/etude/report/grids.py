@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
@@ -38,14 +39,30 @@ def image_grid(
         EtudeError: fewer than 1 image, column or scale, or another number of labels than of images,
             or of titles than of rows.
     """
-    count = len(images)
+    return picture_grid(pictures_of(images), columns, scale, labels, titles)
+
+
+def pictures_of(images: Tensor) -> list[Image.Image]:
+    """The images, uint8 `[n, 3, h, w]`, as pictures."""
+    return [Image.fromarray(pixels) for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def picture_grid(
+    pictures: Sequence[Image.Image],
+    columns: int,
+    scale: int = 1,
+    labels: list[str] | None = None,
+    titles: list[str] | None = None,
+) -> Image.Image:
+    """The grid of `image_grid`, of pictures of one size."""
+    count = len(pictures)
     if count < 1 or columns < 1 or scale < 1:
         raise EtudeError(
             f"a grid needs an image, a column and a scale of at least 1, not {count}, {columns} and {scale}."
         )
     if labels is not None and len(labels) != count:
         raise EtudeError(f"a grid of {count} images needs as many labels, not {len(labels)}.")
-    height, width = images.shape[2] * scale, images.shape[3] * scale
+    width, height = (side * scale for side in pictures[0].size)
     cell = width if labels is None else max(width, MIN_LABELLED_WIDTH)
     font = ImageFont.load_default(size=FONT_SIZE)
     captions = [_wrap(label, cell, font) for label in labels or [""] * count]
@@ -56,10 +73,9 @@ def image_grid(
     row = above + height + GAP + LINE_HEIGHT * max(len(lines) for lines in captions)
     grid = Image.new("RGB", (GAP + columns * (cell + GAP), GAP + rows * row), "white")
     draw = ImageDraw.Draw(grid)
-    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     for index, lines in enumerate(captions):
         left, top = GAP + index % columns * (cell + GAP), GAP + above + index // columns * row
-        picture = Image.fromarray(pixels[index]).resize((width, height), Image.Resampling.NEAREST)
+        picture = pictures[index].resize((width, height), Image.Resampling.NEAREST)
         grid.paste(picture, (left + (cell - width) // 2, top))
         for number, line in enumerate(lines):
             position = (left + cell / 2, top + height + 1 + number * LINE_HEIGHT)

@@ -14,6 +14,7 @@ from etude.learning.metrics import metrics_of
 from etude.measuring.statistics import format_interval, sure_since
 from etude.report.doctor import clean_bill, examine
 from etude.report.figures import PHASES, Line, bar_figure, line_figure, visits_figure, window_figure
+from etude.report.strips import strips
 from etude.rewards import WEIGHTED_SUM
 from etude.runs.reader import Interval, Run, read_run
 from etude.sampling.etas import eta_text, setting_text
@@ -63,6 +64,7 @@ def render(run: Run) -> str:
         curves=[(reward, reward in {*run.trained, WEIGHTED_SUM}, _curves(run, reward)) for reward in run.rewards],
         window=_window(run),
         grids=_grids(run),
+        strips=strips(run),
         diagnostics=_diagnostics(run),
         findings=examine(run),
         clean_bill=clean_bill(run),
@@ -288,6 +290,11 @@ def _grids(run: Run) -> list[tuple[str, str, str]]:
 
 def _diagnostics(run: Run) -> list[Panel]:
     figures = []
+    if points := run.estimates("path_kl"):
+        line = Line.of(points, "train")
+        alt = f"KL of the SDE from the model before training: {_first_to_last(line.y)} nats an image."
+        note = "Of the SDE's path, exact at each stochastic step, in nats an image, with 95 % intervals."
+        figures.append(("KL from the model before training", note, line_figure([line], alt, from_zero=True)))
     objective = str((run.config.get("objective") or {}).get("kind", "ppo"))
     for metric in metrics_of(objective):
         x, y = run.series(metric.name)

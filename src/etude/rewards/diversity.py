@@ -14,7 +14,8 @@ images. It grows with n, so only scores of equal n compare.
     diversity, vendi                 EfficientNet-Lite0's pooled features, which come with etude
     diversity:pixels                 root mean square difference of pixels in [0, 1], in place of 1 - cos
     diversity:clip, vendi:clip       CLIP ViT-B/32's image embedding
-    diversity:clip:MODEL             that of any CLIP in a directory or on the hub
+    diversity:dino, vendi:dino       DINOv2 ViT-B/14's class token (arXiv 2304.07193, Apache-2.0)
+    diversity:clip:MODEL, :dino:...  that of any CLIP or DINOv2 in a directory or on the hub
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from torch import Tensor, nn
 from etude.batching import Progress
 from etude.errors import EtudeError, unknown
 from etude.rewards.alignment import BATCH_SIZE, ImageFeatures
-from etude.rewards.models.clip import CLIPScore, image_embedding
+from etude.rewards.models.clip import CLIPScore, companion, image_embedding, preprocess
+from etude.rewards.models.model_reward import ModelReward
+from etude.rewards.models.weights import WEIGHT_FILES, fetch, load_pretrained
 
-FEATURES = ("embedded", "pixels", "clip")
+FEATURES = ("embedded", "pixels", "clip", "dino")
 
 
 class EmbeddedFeatures:
@@ -47,29 +50,68 @@ class EmbeddedFeatures:
         return nn.functional.normalize(rows, dim=-1).cpu()
 
 
-class ClipFeatures(CLIPScore):
-    """The normalised image embedding of a CLIP, float32 `[n, d]`."""
+class NetworkFeatures(ModelReward):
+    """The features of a network from a checkpoint, which is found and held as that of a reward."""
+
+    processor: Any
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
-        """Embed uint8 images `[n, 3, h, w]`, in batches."""
+        """Embed uint8 images `[n, 3, h, w]`, in batches, as unit vectors, float32 `[n, d]`."""
         self.load()
         device, rows = self._place(images), {}
         self.network.to(device)
 
         def work(part: slice, _: Progress) -> None:
-            pixels = self._pixels(images[part].cpu()).to(device, self.dtype)
-            rows[part.start] = image_embedding(self.network, pixels).cpu()
+            pixels = preprocess(self.processor, images[part].cpu()).to(device, self.dtype)
+            rows[part.start] = self._vectors(pixels).cpu()
 
         self.batches.run(len(images), work)
         return torch.cat([rows[start] for start in sorted(rows)])
+
+    @abstractmethod
+    def _vectors(self, pixels: Tensor) -> Tensor:
+        """Unit vectors, float32 `[n, d]`."""
+
+    def _score(self, images: Tensor, prompts: list[str], device: torch.device) -> Tensor:
+        raise EtudeError(f"{type(self).__name__} are no scores: name diversity or vendi.")
+
+
+class ClipFeatures(NetworkFeatures, CLIPScore):
+    """The image embedding of a CLIP."""
+
+    def _vectors(self, pixels: Tensor) -> Tensor:
+        return image_embedding(self.network, pixels)
+
+
+class DinoFeatures(NetworkFeatures):
+    """The class token of a DINOv2."""
+
+    MODEL = BASE = "facebook/dinov2-base@f9e44c814b77203eaa57a6bdbbd535f21ede1415"
+
+    def __init__(self, model: str = "") -> None:
+        super().__init__(model, base=model)
+
+    def _load(self) -> nn.Module:
+        from transformers import Dinov2Model
+
+        network: nn.Module = load_pretrained(Dinov2Model, fetch(self.model, WEIGHT_FILES))
+        self.processor = companion("image processor", self.base)
+        return network
+
+    def _vectors(self, pixels: Tensor) -> Tensor:
+        return nn.functional.normalize(self.network(pixel_values=pixels).pooler_output.float(), dim=-1)
+
+
+NETWORKS: dict[str, type[NetworkFeatures]] = {"clip": ClipFeatures, "dino": DinoFeatures}
+"""The features that are read from a checkpoint."""
 
 
 class Spread(ABC):
     """A reward that compares the images of a prompt in a frozen feature space.
 
     Args:
-        features: `embedded`, `pixels`, `clip` or `clip:MODEL`.
+        features: `embedded`, `pixels`, `clip`, `dino`, `clip:MODEL` or `dino:MODEL`.
 
     Raises:
         EtudeError: the features are unknown; from a call, a prompt has one image only.
@@ -80,10 +122,10 @@ class Spread(ABC):
 
     def __init__(self, features: str = "embedded") -> None:
         kind, _, model = features.partition(":")
-        if kind not in self.FEATURES or (model and kind != "clip"):
+        if kind not in self.FEATURES or (model and kind not in NETWORKS):
             raise unknown(f"features of {type(self).__name__.lower()}", features, self.FEATURES)
         self.kind = kind
-        self.clip = ClipFeatures(model) if kind == "clip" else None
+        self.model = NETWORKS[kind](model) if kind in NETWORKS else None
         self.embedded = EmbeddedFeatures() if kind == "embedded" else None
 
     @classmethod
@@ -92,26 +134,26 @@ class Spread(ABC):
         return cls(text or "embedded")
 
     def load(self) -> None:
-        """Reads CLIP's weights, if it is CLIP that compares."""
-        if self.clip is not None:
-            self.clip.load()
+        """Reads the network's weights, if one from a checkpoint compares."""
+        if self.model is not None:
+            self.model.load()
 
     def offload(self) -> None:
-        """Moves CLIP to the CPU until the next call."""
-        if self.clip is not None:
-            self.clip.offload()
+        """Moves the network to the CPU until the next call."""
+        if self.model is not None:
+            self.model.offload()
 
     def sources(self) -> list[str]:
-        """Where a CLIP is read from."""
-        return [] if self.clip is None else self.clip.sources()
+        """Where the network is read from."""
+        return [] if self.model is None else self.model.sources()
 
     def files(self) -> dict[str, Path]:
-        """The files of a CLIP on the disk."""
-        return {} if self.clip is None else self.clip.files()
+        """The files of the network on the disk."""
+        return {} if self.model is None else self.model.files()
 
     def revisions(self) -> dict[str, str]:
-        """The commit of a CLIP that was read from the hub."""
-        return {} if self.clip is None else self.clip.revisions()
+        """The commit of the network that was read from the hub."""
+        return {} if self.model is None else self.model.revisions()
 
     def __call__(self, images: Tensor, prompts: list[str], groups: list[int], **metadata: Any) -> Tensor:
         features, scores = self._features(images), torch.zeros(len(prompts))
@@ -126,8 +168,8 @@ class Spread(ABC):
         return scores
 
     def _features(self, images: Tensor) -> Tensor:
-        if self.clip is not None:
-            return self.clip.embed(images)
+        if self.model is not None:
+            return self.model.embed(images)
         return images.cpu().flatten(1).float() / 255 if self.embedded is None else self.embedded(images)
 
     @abstractmethod
@@ -150,7 +192,7 @@ class Diversity(Spread):
 class Vendi(Spread):
     """Effective number of different images of a prompt, the same for each of them."""
 
-    FEATURES = ("embedded", "clip")
+    FEATURES = ("embedded", "clip", "dino")
 
     def spread(self, features: Tensor) -> Tensor:
         weights = torch.linalg.eigvalsh(features @ features.T / len(features)).clamp(min=0)

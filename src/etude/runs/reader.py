@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ class _Evaluation(_Checked):
     sde: dict[str, _Estimate] | None = None
     gap: dict[str, _Estimate] | None = None
     improvement: dict[str, _Estimate] | None = None
+    path_kl: _Estimate | None = None
 
 
 class _Row(_Checked):
@@ -56,6 +58,8 @@ class Run:
     summary: dict[str, Any]  # content of `summary.json`; empty while the run goes on
     grids: dict[str, bytes]  # PNG bytes of each of `GRIDS` that exists under `samples/`
     prompts: list[str]  # captions of the grids' cells
+    strips: dict[int, Path] = field(default_factory=dict)  # by iteration, the row of images of its evaluation
+    strip_prompts: list[str] = field(default_factory=list)  # prompts of the images in a row
 
     @property
     def evaluations(self) -> list[tuple[int, dict[str, Any]]]:
@@ -89,7 +93,11 @@ class Run:
 
     def intervals(self, quantity: str, reward: str) -> list[tuple[int, Interval]]:
         """(iteration, estimate) of `ode`, `sde`, `gap` or `improvement` for one reward."""
-        estimates = [(i, _follow(evaluation, (quantity, reward))) for i, evaluation in self.evaluations]
+        return self.estimates(quantity, reward)
+
+    def estimates(self, *path: str) -> list[tuple[int, Interval]]:
+        """(iteration, estimate) of the evaluations that have an estimate under the keys `path`."""
+        estimates = [(i, _follow(evaluation, path)) for i, evaluation in self.evaluations]
         return [(iteration, estimate) for iteration, estimate in estimates if isinstance(estimate, dict)]
 
 
@@ -114,7 +122,10 @@ def read_run(directory: Path) -> Run:
     files = {name: samples / f"{name}.png" for name in GRIDS}
     grids = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
     summary, prompts = _read_json(directory / "summary.json", {}), _read_json(samples / "prompts.json", [])
-    return Run(directory, config_text, config, rows, torn, summary, grids, prompts)
+    along = samples / "along"
+    strips = {int(file.stem): file for file in sorted(along.glob("*.png")) if re.fullmatch(r"[0-9]{1,18}", file.stem)}
+    strip_prompts = _read_json(along / "prompts.json", [])
+    return Run(directory, config_text, config, rows, torn, summary, grids, prompts, strips, strip_prompts)
 
 
 def parse_metrics(text: str, place: str) -> tuple[list[dict[str, Any]], bool]:

@@ -70,10 +70,10 @@ def replay_log_prob(
     A second replay of the same pairs in the same micro-batches computes the same bits, with ratios
     of exactly 1, whatever the precision and the batches of sampling were. `batches` holds the rows
     and columns of each optimiser step. A pair in several steps gets its log-probability from the
-    first of them. Returns the ratios exp(log_prob - the rollout's log_prob) of each micro-batch, in
+    first of them. Returns the log ratios, log_prob - the rollout's log_prob, of each micro-batch, in
     no particular order.
     """
-    ratios = []
+    log_ratios = []
     for rows, columns in reversed(batches):
 
         def score(at: slice, report: Progress, rows: Tensor = rows, columns: Tensor = columns) -> None:
@@ -83,11 +83,11 @@ def replay_log_prob(
                     policy, table, trajectory, row, column, conditioning, guidance_scale, with_gradient=policy.compiled
                 )
                 log_prob = transition.log_prob(target, reduction).detach()
-            ratios.append((log_prob - trajectory.log_prob[row, column]).exp())
+            log_ratios.append(log_prob - trajectory.log_prob[row, column])
             trajectory.log_prob[row, column] = log_prob
             if trajectory.mean is not None:
                 trajectory.mean[row, column] = transition.mean.detach()
             report(len(row))
 
         MicroBatch.of(batch_size).run(len(rows), score, on_step)
-    return ratios
+    return log_ratios

@@ -122,7 +122,7 @@ class PlannedSampler(Sampler):
         return self.plan().num_steps
 
     def check(self, policy: Policy) -> None:
-        self._table(policy)
+        self.table(policy)
 
     def walk(
         self,
@@ -134,13 +134,14 @@ class PlannedSampler(Sampler):
         on_step: Progress,
         on_rows: Callable[[slice, Tensor], None] | None = None,
     ) -> Tensor:
-        table, guidance = self._table(policy).to(policy.device), self.guidance
+        table, guidance = self.table(policy).to(policy.device), self.guidance
         return rollout(
             policy, table, conditioning, noise, samples, guidance, batch_size, on_step=on_step, on_rows=on_rows
         ).latents
 
     @undisturbed()
-    def _table(self, policy: Policy) -> StepTable:
+    def table(self, policy: Policy) -> StepTable:
+        """The coefficients of the plan on the policy's levels, on the CPU."""
         plan = self.plan()
         return plan.tabulate(policy.grid(plan.grid_size))
 

@@ -41,6 +41,11 @@ def make_algorithm(config: TrainConfig) -> tuple[Objective, Advantage]:
             f"objective.gradients = rollout is for ppo and reinforce without a KL, kl_limit or normalised ratio, not for "
             f"objective.kind = {config.objective.kind} as it is set: set objective.gradients to replay."
         )
+    if config.objective.mismatch_limit is not None and not isinstance(objective, PolicyGradient):
+        raise EtudeError(
+            f"objective.mismatch_limit is for log-probabilities of steps, which objective.kind = {config.objective.kind} has "
+            "none of: set it to null."
+        )
     if config.rollout.shared_noise and (sampling.solver is not None or max(sampling.all_etas) == 0):
         raise EtudeError(
             "rollout.shared_noise = true makes the images of a group equal under a deterministic sampler: set it to false."
@@ -74,6 +79,11 @@ class Blueprint:
         each = config.evaluation.images_per_prompt or 1
         evaluated = self.evaluation_prompts.head(config.evaluation.num_images // each)
         self.inputs.take(digests_before_loading(config, source, self.prompts, evaluated))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the run needs the model before training: for its loss, or to measure the KL from it."""
+        return self.objective.needs_reference or self.config.evaluation.path_kl
 
     def check_groups(self, processes: int) -> None:
         """Refuses a group that is cut between two processes if a reward or the objective compares its images.
@@ -120,7 +130,7 @@ class Blueprint:
         elif config.lora.rank:
             policy.add_lora(config.lora, config.seed)
         else:
-            policy.train_everything(keep_reference=self.objective.needs_reference)
+            policy.train_everything(keep_reference=self.needs_reference)
         if not config.autocast:
             policy.leave_autocast()
         policy.in_training = True

@@ -7,7 +7,8 @@ iteration has n images, each with T steps. The first P are deterministic, and K 
                  n times those of `sampling.solver`, if there is one; 0 for pairs of a file
     reference    n K with a KL to the reference model
     replay       n max(1, round(timestep_fraction K)) num_inner_epochs; 0 with gradients of the rollout
-    evaluation   2 evaluation.num_images N, N steps of the ODE and of the SDE, where one is due
+    evaluation   2 evaluation.num_images N, N steps of the ODE and of the SDE, where one is due; with
+                 evaluation.path_kl up to N more an image, for the reference model
 
 The counts are those of a run in one process: only there do images with the same noise share steps.
 """
@@ -61,9 +62,19 @@ def evaluations(config: TrainConfig, objective: Objective, steps: ImageSteps, co
 
 
 def gap_evaluations(config: TrainConfig) -> int:
-    """Network evaluations of one evaluation: every held-out image under the ODE, the SDE and the deployed sampler."""
-    steps, pair = config.evaluation.num_steps or config.sampling.num_steps, SamplerPair(config)
-    return config.evaluation.num_images * (2 * steps + pair.deployed_evaluations)
+    """Network evaluations of one evaluation: every held-out image under the ODE, the SDE and the deployed sampler.
+
+    The KL of the SDE's path counts as one more at each step, also where the step is deterministic.
+    """
+    pair, with_kl = SamplerPair(config), config.evaluation.path_kl
+    return config.evaluation.num_images * ((2 + with_kl) * pair.num_steps + pair.deployed_evaluations)
+
+
+def base_evaluations(config: TrainConfig) -> int:
+    """Network evaluations of the base model in the first evaluation; 0 where it is the model that is evaluated."""
+    pair = SamplerPair(config)
+    images = config.evaluation.num_images if config.lora.init is not None else 0
+    return images * (pair.num_steps + pair.deployed_evaluations)
 
 
 def evaluated(config: TrainConfig) -> list[int]:
@@ -87,8 +98,7 @@ def run_evaluations(
     for part in next(iter(counts.values())):
         numbers = [count[part] for count in counts.values()]
         result[part] = min(numbers), max(numbers), sum(counts[case][part] * times for case, times in cases.items())
-    one = gap_evaluations(config)
-    base = one // 2 if config.lora.init is not None else 0  # at first, images of the base model as well
+    one, base = gap_evaluations(config), base_evaluations(config)
     return result | {"evaluation": (one, one + base, one * len(evaluated(config)) + base)}
 
 

@@ -9,7 +9,8 @@ tail, with the training kernel at the eta of the iteration that the evaluation f
 schedule over steps is stretched to the evaluation's number of steps.
 
 `evaluation.deployment` adds a third sampler, the one that will serve the model, with its gap to the
-SDE and the improvement under it.
+SDE and the improvement under it. `evaluation.path_kl` adds the KL of the SDE's path from that of the
+model before training.
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ from etude.files import atomic_write_bytes, atomic_write_text
 from etude.learning.exchange import gather, share
 from etude.measuring.divergence import divergences
 from etude.measuring.pairs import Measurement, Scores, by_quantity, compare
+from etude.measuring.path_kl import images_and_path_kl
+from etude.measuring.statistics import estimate_mean
 from etude.policies import Policy, TrainablePolicy
 from etude.prompts import PromptSet, load_prompts, overlap
 from etude.report.grids import image_grid
+from etude.report.strips import thumbnails, write_strip
 from etude.rewards import WEIGHTED_SUM, WeightedRewards
 from etude.sampling.etas import compact
 from etude.sampling.sampler import ODE, SDE, Sampler
@@ -169,10 +173,13 @@ class Evaluation:
         Returns:
             `eta`, `num_steps`, `prompts_trained_on` (number of prompts that are not held out), and the
             estimates of `compare` by quantity and reward, as plain values; under `deployed` those of
-            the deployed sampler, if there is one, and under `divergence` those from each gold reward.
+            the deployed sampler, if there is one, under `divergence` those from each gold reward, and
+            under `path_kl` that of the KL in nats, if asked for.
         """
         ode_images, ode = self._images(self.samplers.ode, on_step)
-        sde_images, sde = self._images(self.samplers.sde(iteration), on_step)
+        stochastic = self.samplers.sde(iteration)
+        kl: list[Tensor] | None = [] if self.config.evaluation.path_kl else None
+        sde_images, sde = self._images(stochastic, on_step, kl=kl)
         deployed = {} if self.samplers.deployed is None else {"deployed": self._deployed(sde, on_step)}
         if self.base_scores is None:
             base_ode = ode
@@ -192,6 +199,12 @@ class Evaluation:
             trained = WEIGHTED_SUM if len(self.config.rewards) > 1 else next(iter(self.config.rewards))
             found = divergences(ode, base, trained, gold, self.measurement.clusters)
             self.last["divergence"] = {name: estimate.to_dict() for name, estimate in found.items()}
+        if kl:
+            self.last["path_kl"] = estimate_mean(self._gather(kl[0]).numpy(), self.measurement.clusters).to_dict()
+        if count := self.config.evaluation.strip_images:
+            strip = self._gather(thumbnails(ode_images))[:count]
+            if self.accelerator.is_main_process:
+                write_strip(self.out, iteration, strip, self.measurement.shown().head(count).texts)
         if grids is None and self.fallen is not None:
             grids = "after"
         if grids is not None:
@@ -229,11 +242,24 @@ class Evaluation:
         return {"sampler": settings.model_dump(mode="json"), **chosen}
 
     def _images(
-        self, sampler: Sampler, on_step: Progress, measurement: Measurement | None = None, size: int | None = None
+        self,
+        sampler: Sampler,
+        on_step: Progress,
+        measurement: Measurement | None = None,
+        size: int | None = None,
+        kl: list[Tensor] | None = None,
     ) -> tuple[Tensor, Scores]:
-        """This process's images, of a `size` in pixels or the policy's own, and every image's scores."""
+        """This process's images, of a `size` in pixels or the policy's own, and every image's scores.
+
+        The list `kl` receives the KL of this process's images.
+        """
         measurement = measurement or self.measurement
-        images = measurement.images(self.policy.resized(size), sampler, on_step, self.samples)
+        if kl is not None:
+            assert isinstance(sampler, SDE)
+            images, nats = images_and_path_kl(self.policy, sampler, measurement, on_step, self.samples)
+            kl.append(nats)
+        else:
+            images = measurement.images(self.policy.resized(size), sampler, on_step, self.samples)
         if self.whole_groups and self.accelerator.num_processes > 1:  # the processes share the images of a prompt
             scores: list[Scores | None] = [None]
             everything = self._gather(images)

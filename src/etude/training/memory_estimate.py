@@ -40,7 +40,7 @@ def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: Pla
 
     `policy` is an outline of the model, made trainable.
     """
-    config, reference = blueprint.config, blueprint.objective.needs_reference
+    config, reference = blueprint.config, blueprint.needs_reference
     parameters, prompt = list(policy.trainable().values()), blueprint.prompts.texts[:1]
     trained, images = sum(parameter.nbytes for parameter in parameters), config.rollout.images_per_iteration
     staying = [_bytes(part) for name, part in _parts(policy).items() if name not in _waiting(policy)]

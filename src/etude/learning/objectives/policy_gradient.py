@@ -60,7 +60,27 @@ REFERENCE_KL = Metric(
     "With `objective.kl_coef`: the KL to the model before training, closed form, per step.",
     compute=mean("reference_kl"),
 )
-RATIOS = (RATIO_MEAN, RATIO_MAX_DEVIATION, CLIPFRAC, APPROX_KL)
+ROLLOUT_MISMATCH = Metric(
+    "rollout_mismatch",
+    "disagreement of rollout and replay",
+    "The mean distance of a step's log-probability in the rollout from that in the replay before the first update, in "
+    "nats of the whole image: precision and batch shape alone.",
+    "near `objective.clip_nats`: more digits in the rollout; `objective.mismatch_limit` stops a run above a limit",
+    compute=lambda records: joined(records["rollout_log_ratio"]).abs().mean(),
+    needs=("rollout_log_ratio",),
+    from_zero=True,
+)
+ROLLOUT_MISMATCH_MAX = Metric(
+    "rollout_mismatch_max",
+    "largest disagreement of rollout and replay",
+    "The largest distance of a step's log-probability in the rollout from that in the replay before the first update, "
+    "in nats of the whole image.",
+    compute=lambda records: joined(records["rollout_log_ratio"]).abs().max(),
+    needs=("rollout_log_ratio",),
+    merge="max",
+    from_zero=True,
+)
+RATIOS = (RATIO_MEAN, RATIO_MAX_DEVIATION, CLIPFRAC, APPROX_KL, ROLLOUT_MISMATCH, ROLLOUT_MISMATCH_MAX)
 
 
 class PolicyGradient(Objective):
@@ -92,7 +112,7 @@ class PolicyGradient(Objective):
             advantages = samples.advantages[:, None].expand_as(old).flatten()
             result = self.surrogate(log_prob.flatten(), old.flatten(), advantages, policy)
             (slope,) = torch.autograd.grad(result.value, log_prob)
-        return Loss(result.value.detach(), result.records), slope
+        return Loss(result.value.detach(), {**result.records, "log_ratio": torch.zeros_like(advantages)}), slope
 
     def averaged_dimensions(self, policy: TrainablePolicy) -> int:
         return policy.dimensions if self.logprob_reduction == "mean" else 1
@@ -122,10 +142,19 @@ class PolicyGradient(Objective):
         else:
             moved = gaussian_kl(transition.mean, trajectory.mean[rows, columns], transition.std, reduction)
             result = self.surrogate_of(log_prob - old, moved, transition.std.flatten(), advantages, policy)
+        records = {**result.records, "log_ratio": self.in_nats((log_prob - old).detach(), policy)}
         if trajectory.reference_mean is None:
-            return result
+            return Loss(result.value, records)
         kl = gaussian_kl(transition.mean, trajectory.reference_mean[rows, columns], transition.std, reduction)
-        return Loss(result.value + self.kl_coef * kl.mean(), {**result.records, "reference_kl": kl.detach()})
+        return Loss(result.value + self.kl_coef * kl.mean(), {**records, "reference_kl": kl.detach()})
+
+    def in_nats(self, log_ratio: Tensor, policy: TrainablePolicy) -> Tensor:
+        """A log ratio in nats of the whole image, from one that is reduced like the log-probability."""
+        return log_ratio * policy.dimensions if self.logprob_reduction == "mean" else log_ratio
+
+    def after_first_step(self, records: Records) -> Records:
+        """Records the log ratios before any weight has moved."""
+        return {"rollout_log_ratio": list(records.get("log_ratio", []))}
 
     def evaluations(self, images: int, trained: int, distinct: int, pairs: int) -> dict[str, int]:
         return {"reference": images * trained if self.needs_reference else 0, "replay": pairs}

@@ -118,14 +118,17 @@ class PPO(PolicyGradient):
             return {}
         table, trajectory, reduction = samples.table, samples.trajectory, self.logprob_reduction
         conditioning, scale = samples.conditioning, samples.guidance_scale
-        ratios = replay_log_prob(
+        log_ratios = replay_log_prob(
             policy, table, trajectory, batches, conditioning, scale, micro_batches, reduction, lambda pairs: on_step(0)
         )
-        return {"rollout_ratio": ratios}
+        nats = [self.in_nats(log_ratio, policy) for log_ratio in log_ratios]
+        return {"rollout_ratio": [log_ratio.exp() for log_ratio in log_ratios], "rollout_log_ratio": nats}
 
     def after_first_step(self, records: Records) -> Records:
         """Records the ratios before any weight has moved, unless the replay has set them to 1."""
-        return {"rollout_ratio": list(records["ratio"])} if self.old_log_prob == "rollout" else {}
+        if self.old_log_prob == "replay":
+            return {}
+        return {"rollout_ratio": list(records["ratio"]), **super().after_first_step(records)}
 
     def evaluations(self, images: int, trained: int, distinct: int, pairs: int) -> dict[str, int]:
         parts = super().evaluations(images, trained, distinct, pairs)

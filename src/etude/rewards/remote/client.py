@@ -10,7 +10,7 @@ import re
 import ssl
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import torch
@@ -26,6 +26,7 @@ RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 Client = httpx2.AsyncClient
 Answer = tuple[int, bytes]
 Metadata = dict[str, Any]
+T = TypeVar("T")
 _LARGEST_ANSWER = 1 << 20  # bytes; the scores of a batch are a few hundred
 _LEAST = {"timeout": 1e-3, "batch_size": 1, "concurrency": 1, "retries": 0, "backoff": 0, "whole_groups": 0}
 
@@ -124,17 +125,12 @@ class RemoteReward:
     async def _all(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         batches = self._batches(len(prompts), metadata.get("groups") if self.whole_groups else None)
         async with self._client() as client:
-            tasks = []
+            tasks: list[asyncio.Future[list[float]]] = []
             for rows in batches:
                 columns = {name: [values[row] for row in rows] for name, values in metadata.items()}
                 own = [prompts[row] for row in rows]
                 tasks.append(asyncio.ensure_future(self._batch(client, images[rows], own, columns)))
-            try:
-                answers = await asyncio.gather(*tasks)
-            finally:  # after a failure the other answers are not needed
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            answers = await all_or_none(tasks)
         scores = torch.empty(len(prompts), dtype=torch.float32)
         for rows, answer in zip(batches, answers, strict=True):
             scores[rows] = torch.tensor(answer, dtype=torch.float32)
@@ -153,11 +149,15 @@ class RemoteReward:
                 batches.append(rows)
         return batches
 
-    async def _batch(self, client: Client, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
+    def _turn(self) -> asyncio.Semaphore:
+        """The semaphore of the running loop, which lets `concurrency` requests pass at a time."""
         loop = asyncio.get_running_loop()
         if self._turns is None or self._turns[0] is not loop:
             self._turns = loop, asyncio.Semaphore(self.concurrency)
-        async with self._turns[1]:
+        return self._turns[1]
+
+    async def _batch(self, client: Client, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
+        async with self._turn():
             body = await asyncio.to_thread(self._body, images, prompts, metadata)
             status, answer = await self._attempts(client, "POST", body)
         return self._scores(status, answer, len(prompts))
@@ -212,6 +212,20 @@ class RemoteReward:
 
     def _scores(self, status: int, answer: bytes, count: int) -> list[float]:
         place, expected = f"{self.url}: status {status}", f'expected 200 and {{"scores": [{count} finite numbers]}}'
+        self._check(status, answer, expected)
+        try:
+            scores = ScoreAnswer.model_validate_json(answer).scores
+        except ValidationError as error:
+            raise EtudeError(f"{place} with {self._hide_token(explain(error))[:120]}; {expected}.") from None
+        if len(scores) != count:
+            raise EtudeError(f"{place} with {len(scores)} scores; {expected}.")
+        if not torch.tensor(scores, dtype=torch.float32).isfinite().all():
+            raise EtudeError(f"{place} with a score beyond float32; {expected}.")
+        return scores
+
+    def _check(self, status: int, answer: bytes, expected: str) -> None:
+        """Raises the error of an answer whose status is not 200."""
+        place = f"{self.url}: status {status}"
         if 300 <= status < 400:
             raise EtudeError(f"{place}, a redirect, which is not followed: give the url it leads to.")
         if status in {401, 403}:
@@ -223,15 +237,6 @@ class RemoteReward:
             raise EtudeError(f"{place}{self._quote(answer)}: {remedy}.")
         if status != 200:
             raise EtudeError(f"{place}{self._quote(answer)}; {expected}.")
-        try:
-            scores = ScoreAnswer.model_validate_json(answer).scores
-        except ValidationError as error:
-            raise EtudeError(f"{place} with {self._hide_token(explain(error))[:120]}; {expected}.") from None
-        if len(scores) != count:
-            raise EtudeError(f"{place} with {len(scores)} scores; {expected}.")
-        if not torch.tensor(scores, dtype=torch.float32).isfinite().all():
-            raise EtudeError(f"{place} with a score beyond float32; {expected}.")
-        return scores
 
     def _quote(self, answer: bytes) -> str:
         """The server's words on an error: its field `error` or `detail`, else the start of its text."""
@@ -245,6 +250,16 @@ class RemoteReward:
 
     def _hide_token(self, text: str) -> str:
         return text.replace(self._token, "***") if self._token else text
+
+
+async def all_or_none(tasks: list[asyncio.Future[T]]) -> list[T]:
+    """The results of all tasks; after a failure the others are cancelled, since their answers are not needed."""
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _wait(future: Future[Any]) -> Any:
