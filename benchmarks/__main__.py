@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks import (
     against_trl,
+    agreement,
     async_rewards,
     cost,
     gpu,
@@ -64,6 +65,10 @@ def _micro_batch(options: argparse.Namespace) -> Result:
 
 def _precision(options: argparse.Namespace) -> Result:
     return precision.run(options.recipe or RECIPES, options.set, options.repeats or 3, options.threads)
+
+
+def _agreement(options: argparse.Namespace) -> Result:
+    return agreement.run(options.recipe or RECIPES, options.threads, options.seed)
 
 
 def _scaling(options: argparse.Namespace) -> Result:
@@ -133,6 +138,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "trl": _trl,
     "mixgrpo": _mixgrpo,
     "precision": _precision,
+    "agreement": _agreement,
     "micro_batch": _micro_batch,
     "cost": _cost,
     "scaling": _scaling,
@@ -158,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe",
         action="append",
-        help=f"overhead, profile, precision, micro_batch, cost, scaling: a recipe, by name or YAML file (default: {', '.join(RECIPES)})",
+        help=f"overhead, profile, precision, agreement, micro_batch, cost, scaling: a recipe, by name or YAML file (default: {', '.join(RECIPES)})",
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="A.B=VALUE", help="overrides of what --recipe names"

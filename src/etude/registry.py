@@ -241,6 +241,7 @@ REWARDS = Registry(
         "colorfulness": Entry("etude.rewards.colorfulness:colorfulness"),
         "diversity": Entry("etude.rewards.diversity:Diversity"),
         "hpsv2": Entry("etude.rewards.models.hpsv2:HPSv2"),
+        "hpsv3": Entry("etude.rewards.models.hpsv3:HPSv3"),
         "imagereward": Entry("etude.rewards.models.imagereward:ImageReward"),
         "jpeg_compressibility": Entry("etude.rewards.jpeg:jpeg_compressibility"),
         "jpeg_incompressibility": Entry("etude.rewards.jpeg:jpeg_incompressibility"),

@@ -3,9 +3,9 @@
     KL = E sum_t ||m(x_t) - m_ref(x_t)||^2 / (2 std_t^2)        x_t drawn by the tuned model, t over the stochastic steps
 
 m and m_ref are the means of the tuned and of the reference model out of the same state. Each term is
-the exact KL of two Gaussians of one std, so an image's sum is an unbiased estimate of the KL between
-the two laws of the whole path, and bounds the KL between those of its last stochastic state
-(Girsanov's theorem in discrete time). Equal weights give exactly 0.
+the exact KL of two Gaussians of one std. Where every step is stochastic, an image's sum is therefore
+an unbiased estimate of the KL between the two laws of the path (the chain rule), which bounds the KL
+between those of its last state. Equal weights give exactly 0.
 
 A deterministic step has no density: its KL is 0 or infinite, and the sum leaves it out. Under eta = 0
 every step is deterministic, so the KL is not defined, and asking for it is an error.

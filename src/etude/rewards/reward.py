@@ -42,7 +42,9 @@ _loaded: dict[str, Reward] = {}
 _factories: dict[str, Callable[[], Reward]] = {}
 WEIGHTED_SUM = "weighted_sum"
 """The name under which the weighted sum of several raw rewards is reported."""
-WEIGHTS_GB = {"aesthetic": 1.2, "clip_iqa": 0.6, "clip_score": 0.6, "hpsv2": 3.9, "imagereward": 1.9, "pickscore": 3.9}
+WEIGHTS_GB = {
+    "aesthetic": 1.2, "clip_iqa": 0.6, "clip_score": 0.6, "hpsv2": 3.9, "hpsv3": 33.2, "imagereward": 1.9, "pickscore": 3.9,
+}  # fmt: skip
 """Size in GB of the published weights of the preference models, in float32, as they are used."""
 CLOSED_FORMS = ("colorfulness", "jpeg_compressibility", "jpeg_incompressibility")
 """Rewards without weights."""
