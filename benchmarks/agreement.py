@@ -16,14 +16,15 @@ from etude.prompts import load_prompts
 from etude.sampling.kernels import make_kernel
 from etude.sampling.model import Conditioning
 from etude.sampling.noise import NoiseSource
+from etude.sampling.paths import to_x0_eps
 from etude.sampling.plans import SamplingPlan, StepTable
 from etude.sampling.replay import replay
-from etude.sampling.rollout import Trajectory, rollout
+from etude.sampling.rollout import rollout
 
 FULL = "float32"
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
-LARGEST_ERROR = 8.0
-"""Bound on the relative error of the network's output in half precision, in units of its roundoff."""
+LARGEST_ERROR = 16.0
+"""Bound on the relative error of the guided output of the network in half precision, in units of its roundoff."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,9 @@ class Case:
         return f"{self.rows} / {self.pairs}"
 
 
-CASES = (
-    Case(FULL, 8, 8),
-    Case(FULL, 8, 3),
-    Case("bfloat16", 8, 8),
-    Case("float16", 8, 8),
-)
-IMAGES = 8
+IMAGES = 3
+"""Few, since a CPU without half-precision arithmetic takes many times as long."""
+CASES = (Case(FULL, 3, 3), Case(FULL, 3, 2), Case("bfloat16", 3, 3), Case("float16", 3, 3))
 
 
 def run(recipes: list[str], threads: int | None, seed: int = 0) -> Result:
@@ -96,26 +93,16 @@ def measure(
         assert path.mean is not None
         distance = (step.mean - path.mean[r, c]).flatten(1).norm(dim=1)
         k.append((distance / step.std.flatten()).double())
-        if dtype is not None:
-            errors.append(_output_error(policy, table, path, conditioning.take(r), guidance, (r, c), dtype))
+        x, at = path.states[r, path.level_index[c]], path.step_index[c]
+        output = policy.predict(x, table.timesteps[at], conditioning.take(r), guidance)
+        errors.append(distance / (slope(policy, table)[at].abs() * output.flatten(1).norm(dim=1)))
     expected = math.sqrt(2 / math.pi) * torch.cat(k).mean().item()
-    distances, error = torch.cat(nats).abs(), torch.cat(errors).max().item() if errors else 0.0
+    distances, error = torch.cat(nats).abs(), torch.cat(errors).max().item()
     return {"mean": distances.mean().item(), "largest": distances.max().item(), "expected": expected, "error": error}
 
 
-def _output_error(
-    policy: TrainablePolicy,
-    table: StepTable,
-    path: Trajectory,
-    conditioning: Conditioning,
-    guidance: float,
-    pairs: tuple[torch.Tensor, torch.Tensor],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The relative error of the network's output in half precision, `[m]`."""
-    row, column = pairs
-    x, at = path.states[row, path.level_index[column]], table.timesteps[path.step_index[column]]
-    full = policy.predict(x, at, conditioning, guidance)
-    with policy.precision(dtype):
-        half = policy.predict(x, at, conditioning, guidance)
-    return (half - full).flatten(1).norm(dim=1) / full.flatten(1).norm(dim=1)
+def slope(policy: TrainablePolicy, table: StepTable) -> torch.Tensor:
+    """The derivative of each step's mean by the network's output, `[N]`."""
+    one = torch.ones_like(table.x0)
+    x0, eps = to_x0_eps(one, torch.zeros_like(one), table.a[:-1], table.s[:-1], policy.prediction_type)
+    return table.x0 * x0 + table.eps * eps

@@ -163,5 +163,5 @@ def test_in_the_features_of_a_checkpoint_the_vendi_score_lies_between_one_and_th
 
 def test_dinov2_is_pinned_to_a_commit_and_pixels_have_no_vendi_score():
     assert re.fullmatch(r"facebook/dinov2-base@[0-9a-f]{40}", get("diversity:dino").sources()[0])
-    with pytest.raises(EtudeError, match="unknown features of vendi .pixels."):
+    with pytest.raises(EtudeError, match="unknown features of vendi 'pixels'"):
         get("vendi:pixels")
