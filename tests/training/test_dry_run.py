@@ -18,6 +18,7 @@ from etude.training import dry_run
 from etude.training.dry_run import (
     ImageSteps,
     _models_of_rewards,
+    base_evaluations,
     evaluated,
     gap_evaluations,
     resolved,
@@ -85,6 +86,10 @@ def test_evaluations_are_those_of_the_base_model_of_every_kth_and_of_the_last_it
     assert evaluated(config(evaluation={"every": 9})) == [0, 5]
     assert gap_evaluations(config()) == 2 * 16 * 10
     assert gap_evaluations(config(evaluation={"num_steps": 4})) == 2 * 16 * 4
+    assert gap_evaluations(config(evaluation={"path_kl": True})) == 3 * 16 * 10
+    deployed = config(evaluation={"deployment": {"steps": 3}}, lora={"init": "adapter"})
+    assert (gap_evaluations(deployed), base_evaluations(deployed)) == (16 * (2 * 10 + 3), 16 * (10 + 3))
+    assert base_evaluations(config()) == 0
 
 
 def test_the_run_is_the_sum_of_its_iterations() -> None:

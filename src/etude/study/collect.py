@@ -19,7 +19,9 @@ from etude.study.inference import Floats
 from etude.study.labels import setting_label
 from etude.study.study_file import Cell, Study
 
-_WATCHING = ("evaluation.every", "evaluation.num_images", "evaluation.held_out_rewards", "evaluation.grid_images")
+_WATCHING = tuple(
+    f"evaluation.{key}" for key in ("every", "num_images", "held_out_rewards", "grid_images", "strip_images", "path_kl")
+)
 _NOT_A_CONDITION = (*_WATCHING, "checkpoint.", "memory.", "trackers")
 """Beginnings of keys that do not change the final weights.
 
