@@ -68,6 +68,7 @@ def found(run: Run) -> dict[str, str]:
     ("run", "name", "figure"),
     [
         (a_run(ratio_max_deviation=2e-5), "ratio always 1", "2e-05"),
+        (a_run(rollout_ratio_deviation=8e-5), "rollout and replay disagree", "80 % of clip range"),
         (a_run({"a": -1.0}, clipfrac=5e-4), "clip range idle", "0.05 %"),
         (a_run(clipfrac=0.9), "most of the update clipped", "90 %"),
         (a_run(zero_std_ratio=0.75), "groups without variance", "75 %"),
@@ -94,6 +95,14 @@ def found(run: Run) -> dict[str, str]:
 )
 def test_an_illness_is_found_by_its_figure_and_alone(run: Run, name: str, figure: str) -> None:
     assert found(run) == {name: figure}
+
+
+def test_rounding_that_a_replay_takes_away_is_no_disagreement_and_nats_are_held_against_nats() -> None:
+    run = a_run(rollout_ratio_deviation=8e-5, rollout_mismatch=1.0)
+    run.config["objective"] |= {"clip_range": None, "clip_nats": 1.6}
+    assert found(run) == {"rollout and replay disagree": "62 % of clip nats"}
+    run.config["objective"]["old_log_prob"] = "replay"
+    assert found(run) == {}
 
 
 def test_one_reward_that_makes_the_advantages_is_named() -> None:

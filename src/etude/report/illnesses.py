@@ -52,6 +52,17 @@ def ratio_never_moves(run: Run) -> str | None:
     return f"{max(moved):.2g}" if len(moved) >= ENOUGH and max(moved) <= limit else None
 
 
+def rollout_disagrees(run: Run) -> str | None:
+    """The median disagreement of rollout and replay, in shares of the clip range, where it is above a half."""
+    if run.setting("old_log_prob", "objective") == "replay":
+        return None
+    for setting, metric in (("clip_range", "rollout_ratio_deviation"), ("clip_nats", "rollout_mismatch")):
+        clip, values = _number(run.setting(setting, "objective")), run.series(metric)[1]
+        if clip > 0 and len(values) >= ENOUGH and median(values) > clip / 2:
+            return f"{_percent(median(values) / clip)} of {setting.replace('_', ' ')}"
+    return None
+
+
 def nothing_clipped(run: Run) -> str | None:
     """The mean clipped fraction, where it is below a thousandth and no trained reward surely rose.
 
@@ -183,6 +194,12 @@ ILLNESSES = (
         ratio_never_moves,
         "No importance ratio left 1 by more than {figure}, which is rounding.",
         "Raise optimizer.learning_rate, or objective.updates_per_epoch above 1 (the first update of a rollout always has ratio 1).",
+    ),
+    Illness(
+        "rollout and replay disagree",
+        rollout_disagrees,
+        "Before the first update the ratios of rollout and replay were off by {figure}, from rounding alone.",
+        "Set objective.old_log_prob to replay, or rollout.dtype to null, or give both the same batch size.",
     ),
     Illness(
         "clip range idle",
