@@ -8,7 +8,6 @@ from pathlib import Path
 
 from benchmarks import (
     against_trl,
-    agreement,
     async_rewards,
     cost,
     gpu,
@@ -68,6 +67,8 @@ def _precision(options: argparse.Namespace) -> Result:
 
 
 def _agreement(options: argparse.Namespace) -> Result:
+    from benchmarks import agreement  # which loads torch, and the timings of other processes must not wait for it
+
     return agreement.run(options.recipe or RECIPES, options.threads, options.seed)
 
 
