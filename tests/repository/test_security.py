@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "etude"
-WITHOUT_WEIGHTS = {"CLIPConfig", "AutoTokenizer", "config_class"}
-"""Classes that have no weights: configurations and tokenizers."""
+WITHOUT_WEIGHTS = {"CLIPConfig", "Qwen2VLConfig", "Qwen2VLImageProcessorPil", "AutoTokenizer", "config_class"}
+"""Classes that have no weights: configurations, tokenizers and an image processor."""
 WITHOUT_WEIGHTS_IN = {"policies/outline.py": "cls", "rewards/models/clip.py": "kind"}
 """Variables that hold a class without weights, by file: the outline has just asked; a tokenizer or image processor."""
 
