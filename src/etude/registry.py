@@ -36,7 +36,7 @@ class Entry:
 
 
 class Registry:
-    """The things of one kind by name.
+    """All kernels, or all things of another kind, by name: registered, built in, or of an installed package.
 
     Args:
         kind: noun for errors, for example "kernel".

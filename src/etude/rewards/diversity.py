@@ -92,7 +92,7 @@ class Spread(ABC):
         return cls(text or "embedded")
 
     def load(self) -> None:
-        """Reads CLIP's weights, if it is CLIP that compares."""
+        """Loads CLIP's weights, if images are compared by CLIP."""
         if self.clip is not None:
             self.clip.load()
 
@@ -102,7 +102,7 @@ class Spread(ABC):
             self.clip.offload()
 
     def sources(self) -> list[str]:
-        """Where a CLIP is read from."""
+        """The places from which CLIP's files are read."""
         return [] if self.clip is None else self.clip.sources()
 
     def files(self) -> dict[str, Path]:
