@@ -114,6 +114,10 @@ def test_a_run_is_trained_in_the_window(models: dict[str, str], tmp_path: Path) 
     assert [row["window"]["start"] for row in rows] == [1, 2, 3, 2]  # steps 1 to 3 can be stochastic, there and back
     with pytest.raises(EtudeError, match="does not fit"):
         make_window("ping_pong", {"stop": 3, "size": 4})
+    with pytest.raises(
+        EtudeError, match=r"key of sampling.window.options 'iters_per_shfit': did you mean 'iters_per_shift'"
+    ):
+        make_window("ping_pong", {"stop": 3, "size": 1}, {"iters_per_shfit": 2})
 
 
 def test_the_reward_is_given_whole_groups_whatever_the_batches(models: dict[str, str], tmp_path: Path) -> None:

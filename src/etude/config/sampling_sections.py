@@ -52,8 +52,8 @@ class WindowConfig(Section):
     """Arguments of a strategy of your own, by name. Default: none."""
 
     def settings(self) -> dict[str, Any]:
-        """Arguments for a strategy by name: those that the built-in ones share, and `options`."""
-        return {**self.model_dump(exclude={"strategy", "start", "end", "compression", "options"}), **self.options}
+        """Arguments that the built-in strategies share, by name."""
+        return self.model_dump(exclude={"strategy", "start", "end", "compression", "options"})
 
 
 class EtaScheduleConfig(Section):
@@ -153,5 +153,6 @@ class SamplingConfig(Section):
         if window is not None and (window.end or 0) > steps:
             raise ValueError(f"window.end = {window.end} is beyond num_steps = {steps}")
         if window is not None and window.strategy in WINDOWS.builtin:  # the constructor is the check
-            make_window(window.strategy, {**window.settings(), "start": window.start or 0, "stop": window.end or steps})
+            place = {"start": window.start or 0, "stop": window.end or steps}
+            make_window(window.strategy, {**window.settings(), **place}, window.options)
         return self
