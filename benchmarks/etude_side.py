@@ -41,7 +41,7 @@ def start(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Callable[
             group once; default true).
     """
     if not settings.get("share_prefix", True):
-        etude.training.trainer.rollout = _unshared
+        etude.training.training_sampler.rollout = _unshared
     out = tempfile.TemporaryDirectory(dir=settings["work"], prefix="run-")
     atexit.register(out.cleanup)
     never = 10**6  # an evaluation is not part of an iteration, so none is ever due

@@ -36,7 +36,7 @@ class Entry:
 
 
 class Registry:
-    """The things of one kind by name.
+    """All kernels, or all things of another kind, by name: registered, built in, or of an installed package.
 
     Args:
         kind: noun for errors, for example "kernel".
@@ -70,8 +70,9 @@ class Registry:
 
     def check(self, name: str) -> str:
         """Returns the name, or raises `errors.unknown`; an import path is checked for its form alone."""
-        if name not in self.names() and not _PATH.fullmatch(name):
-            raise unknown(self.kind, name, self.names())
+        known = name in self.registered or name in self.builtin or _PATH.fullmatch(name)
+        if not known and name not in (names := self.names()):  # which reads the metadata of every installed package
+            raise unknown(self.kind, name, names)
         return name
 
     def get(self, name: str) -> Any:

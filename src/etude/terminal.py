@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 
 PLAIN_WIDTH = 200
 """Columns where there is no terminal to measure."""
@@ -34,6 +35,15 @@ def plain_text(*blocks: RenderableType) -> str:
         console.print(block, soft_wrap=not isinstance(block, Table), highlight=False, markup=False)
     assert isinstance(console.file, io.StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def figures_table(*columns: str, title: str | None = None) -> Table:
+    """An empty table whose first column holds names and whose others hold figures. Long entries are folded, not cut."""
+    headers = [
+        Column(name, justify="right" if place else "left", overflow="fold") for place, name in enumerate(columns)
+    ]
+    style: dict[str, Any] = {"box": None, "pad_edge": False, "header_style": "bold", "padding": (0, 2, 0, 0)}
+    return Table(*headers, title=title, title_justify="left", **style)
 
 
 def clock(seconds: float) -> str:

@@ -214,18 +214,18 @@ def test_the_table_of_all_ratios_is_that_of_the_results_beside_it(tmp_path: Path
 @pytest.mark.slow
 def test_a_group_of_processes_takes_the_iteration_of_one(tmp_path: Path) -> None:
     """Both have the same metrics, but for what rounding makes of them."""
-    import sys
-
     from benchmarks.against_trl import Comparison, Work, _recipe
-    from benchmarks.processes import Group, Side
+    from benchmarks.etude_side import start
+    from benchmarks.processes import Group
     from benchmarks.workload import save_pipeline
 
     pipeline = save_pipeline(tmp_path / "pipeline", (4, 8), 4)
     recipe = _recipe(tmp_path, pipeline, Comparison(Work((4, 8), 4, images=4, num_steps=2), (2, 1), (2, 2)), 0)
     settings = {"recipe": recipe, "overrides": [], "work": str(tmp_path)}
-    with Side(sys.executable, "benchmarks.etude_side", settings, 1) as one:
-        assert one.ask("iterate")["seconds"] > 0
-        alone = one.ask("metrics")
+    (tmp_path / "one").mkdir()
+    _, handlers = start({**settings, "work": str(tmp_path / "one")})
+    assert handlers["iterate"]()["seconds"] > 0
+    alone = handlers["metrics"]()
     with Group("benchmarks.etude_side", settings, 2, 1) as two:
         assert [reply["seconds"] > 0 for reply in two.ask("iterate")] == [True, True]
         assert two.info["images"] == 2

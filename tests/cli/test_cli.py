@@ -7,14 +7,19 @@ import re
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
+import typer
 from PIL import Image
+from typer.models import OptionInfo
 from typer.testing import CliRunner, Result
 
 from etude.cli.app import app
+from etude.cli.options import expanded
+from etude.cli.theory import app as theory_app
 from etude.cli.training_display import TrainingDisplay
 from etude.config import TrainConfig, load_config, recipe_names, recipe_text
 from etude.config.algorithm import algorithm
@@ -476,3 +481,22 @@ def test_a_failure_of_all_processes_is_told_once(
     result = run("report", tmp_path)
     assert result.exit_code == 1
     assert ("process 1: no." in result.stderr) is told
+
+
+def _callbacks(application: typer.Typer) -> Iterator[Any]:
+    yield getattr(application.registered_callback, "callback", None)
+    yield from (command.callback for command in application.registered_commands)
+    for group in application.registered_groups:
+        yield from _callbacks(group.typer_instance)
+
+
+def test_every_option_for_a_path_takes_a_tilde_that_the_shell_has_left() -> None:
+    options = {
+        (callback.__name__, name): option.callback
+        for callback in filter(None, [*_callbacks(app), *_callbacks(theory_app)])
+        for name, hint in get_type_hints(callback, include_extras=True).items()
+        for option in getattr(hint, "__metadata__", ())
+        if isinstance(option, OptionInfo) and Path in (hint.__origin__, *get_args(hint.__origin__))
+    }
+    assert {("study", "out"), ("theory", "out"), ("training", "out"), ("train", "out")} <= options.keys()
+    assert [place for place, callback in options.items() if callback is not expanded] == []

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from etude.cli import streams
+from etude.cli.app import app
 from etude.cli.streams import LastingStream, only_shows, outlast_readers, reader_is_gone
 from etude.cli.training_display import TrainingDisplay
 from etude.config import parse_config
@@ -202,7 +204,7 @@ def test_help_and_errors_obey_no_color_on_a_terminal(arguments):
 
 
 @pytest.mark.slow
-def test_a_run_outlives_the_reader_of_its_lines_and_its_terminal(tmp_path: Path):
+def test_a_run_outlives_the_reader_of_its_lines_and_its_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     settings = brief_settings(tmp_path) | {"rewards": {"chatty:chatty": 1.0}}
     (tmp_path / "chatty.py").write_text(
         "def chatty(images, prompts, **metadata):\n"
@@ -214,15 +216,10 @@ def test_a_run_outlives_the_reader_of_its_lines_and_its_terminal(tmp_path: Path)
     lost = etude(*("train", "run.yaml", "--out", "lost"), output=pipe, environment={}, stderr=terminal, cwd=tmp_path)
     os.close(terminal)
     os.close(pipe)
-    seen = etude(
-        *("train", "run.yaml", "--out", "seen"),
-        output=subprocess.PIPE,
-        environment={"FORCE_COLOR": "1"},
-        cwd=tmp_path,
-        text=True,
-        stderr=subprocess.STDOUT,
-    )
-    assert (lost.returncode, seen.returncode) == (0, 0), seen.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    seen = CliRunner().invoke(app, ["train", "run.yaml", "--out", "seen"])
+    assert (lost.returncode, seen.exit_code) == (0, 0), seen.output
     assert outcome(tmp_path / "lost") == outcome(tmp_path / "seen")
     lines = [line for line in seen.stdout.splitlines() if line.startswith("iteration ")]
     assert [line.split(" | ")[0] for line in lines] == ["iteration 0/2", "iteration 1/2", "iteration 2/2"]

@@ -19,6 +19,7 @@ from etude.rewards.scoring import score_one
 from etude.sampling.kernels import make_kernel
 from etude.sampling.sampler import ODE
 from etude.sampling.windows import make_window
+from etude.training.blueprint import Blueprint
 from etude.training.trainer import Trainer
 from support.launching import launch
 from support.small_runs import metrics, same, weights
@@ -113,6 +114,10 @@ def test_a_run_is_trained_in_the_window(models: dict[str, str], tmp_path: Path) 
     assert [row["window"]["start"] for row in rows] == [1, 2, 3, 2]  # steps 1 to 3 can be stochastic, there and back
     with pytest.raises(EtudeError, match="does not fit"):
         make_window("ping_pong", {"stop": 3, "size": 4})
+    with pytest.raises(
+        EtudeError, match=r"key of sampling.window.options 'iters_per_shfit': did you mean 'iters_per_shift'"
+    ):
+        make_window("ping_pong", {"stop": 3, "size": 1}, {"iters_per_shfit": 2})
 
 
 def test_the_reward_is_given_whole_groups_whatever_the_batches(models: dict[str, str], tmp_path: Path) -> None:
@@ -221,8 +226,7 @@ def test_a_family_that_is_not_installed_is_one_sentence(models: dict[str, str], 
 def test_two_processes_train_with_whole_groups_as_one_does(models: dict[str, str], tmp_path: Path) -> None:
     run(models["sd"], tmp_path / "one" / "run")
     config = tmp_path / "one" / "run" / "config.yaml"
-    arguments = ["-m", "etude", "train", str(config), "--quiet", "--out"]
-    code, output = launch(2, [*arguments, str(tmp_path / "two")])
+    code, output = launch(2, ["-m", "etude", "train", str(config), "--quiet", "--out", str(tmp_path / "two")])
     assert code == 0, output
     alone, both = metrics(tmp_path / "one" / "run"), metrics(tmp_path / "two")
     trained = [rows[1]["reward"]["distinctness"]["mean"] for rows in (alone, both)]
@@ -230,6 +234,14 @@ def test_two_processes_train_with_whole_groups_as_one_does(models: dict[str, str
     evaluated = [rows[0]["evaluation"]["ode"]["distinctness"]["mean"] for rows in (alone, both)]
     assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-4)  # the images of a prompt come from both processes
     assert evaluated[0] > 0
-    code, output = launch(2, [*arguments, str(tmp_path / "cut"), "--set", "rollout.images_per_prompt=2"])
-    assert code != 0
-    assert "do not divide among 2 processes" in output
+
+
+def test_groups_that_the_processes_would_cut_are_refused_for_a_reward_that_compares_them(
+    models: dict[str, str], tmp_path: Path
+) -> None:
+    rollout = {"images_per_iteration": 6, "images_per_prompt": 2}
+    groups = parse_config({"model": models["sd"], "rewards": {"distinctness": 1.0}, "rollout": rollout})
+    blueprint = Blueprint(groups, tmp_path / "run")
+    blueprint.check_groups(3)
+    with pytest.raises(EtudeError, match="do not divide among 2 processes"):
+        blueprint.check_groups(2)

@@ -253,6 +253,12 @@ def test_a_model_too_large_for_the_memory_is_no_broken_one(tmp_path, monkeypatch
         load_policy(tmp_path, device="cpu")
 
 
+def test_a_network_that_diffusers_gives_no_adapters_is_refused_for_a_lora(policy, monkeypatch):
+    monkeypatch.delattr("diffusers.loaders.peft.PeftAdapterMixin.add_adapter")
+    with pytest.raises(EtudeError, match=r"UNet2DConditionModel no adapters: set lora\.rank to 0"):
+        policy.add_lora(LoraConfig(), seed=0)
+
+
 def test_lora_targets_that_match_no_layer_are_named(policy):
     with pytest.raises(EtudeError, match="to_qq"):
         policy.add_lora(LoraConfig(targets=["to_q", "to_qq"]), seed=0)

@@ -45,6 +45,7 @@ from etude.cli import app as command_line
 from etude.runs.checkpoint import Checkpoints, load_latest
 from etude.training import durability, finish
 from etude.training.supervision import Supervisor
+from support.figures import leave_figures_out
 from support.small_runs import metrics
 from support.tiny import save_stable_diffusion
 
@@ -520,6 +521,7 @@ def main(
     console = Console(stderr=False)
     root = Path(tempfile.mkdtemp(prefix="torture-"))
     torture, started = Torture(root, random.Random(seed)), time.monotonic()
+    leave_figures_out()  # they take most of a small run's time, and are not compared
     try:
         torture.prepare()
         for fault in only or FAULTS:

@@ -3,7 +3,7 @@
 `torchrun ... two_process_driver.py DIRECTORY NAME...` trains the runs of those names in DIRECTORY, `NAME=OTHER` under another name, or
 goes on with those that are there. With DIE_AT=n the first process of a run kills itself when it is to score its n-th batch of images. In
 the run `ddpo-signalled` the second one gets SIGTERM, whereupon the run is resumed; in `ddpo-memory` it has
-little memory; and somebody else writes `ddpo-locked`.
+little memory; in `ddpo-failing` its reward fails; and somebody else writes `ddpo-locked`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ from support.tiny import save_flux, save_stable_diffusion
 BATCHES: list[tuple[list[str], Tensor]] = []
 RUNS: dict[str, dict[str, Any]] = {
     "ddpo-lora": {"lora": {"rank": 4}},
-    "ddpo-full": {"lora": {"rank": 0}, "ema": {"decay": 0.5}},
-    "mixgrpo-lora": {"lora": {"rank": 4}},
-    "mixgrpo-full": {"lora": {"rank": 0}},
+    "ddpo-full": {"lora": {"rank": 0}, "ema": {"decay": 0.5}, "iterations": 2},
+    "mixgrpo-lora": {"lora": {"rank": 4}, "iterations": 3},
+    "mixgrpo-full": {"lora": {"rank": 0}, "iterations": 2},
     "ddpo-memory": {"lora": {"rank": 4}, "iterations": 2},
     "ddpo-locked": {"lora": {"rank": 4}},
-    "ddpo-signalled": {"lora": {"rank": 4}, "checkpoint": {"every": 5}},
+    "ddpo-failing": {"lora": {"rank": 4}, "iterations": 3, "evaluation": {"every": 2}, "checkpoint": {"every": 3}},
+    "ddpo-signalled": {"lora": {"rank": 4}, "checkpoint": {"every": 4}},
     "nft-lora": {
-        "iterations": 3,
+        "iterations": 2,
         "sampling": {"solver": "ddim"},
         "objective": {
             "kind": "nft",
@@ -100,6 +101,8 @@ def bright(images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:
     for variable, rank, number in (("DIE_AT", "0", signal.SIGKILL), ("SIGNAL_AT", "1", signal.SIGTERM)):
         if len(BATCHES) == int(os.environ.get(variable, "0")) and os.environ.get("RANK") == rank:
             os.kill(os.getpid(), number)
+    if len(BATCHES) == int(os.environ.get("FAIL_AT", "0")) and os.environ.get("RANK") == "1":
+        raise RuntimeError("the scorer of one process is gone")
     return (images >= 128).float().mean((1, 2, 3))
 
 
@@ -117,13 +120,13 @@ def config(root: Path, name: str) -> TrainConfig:
     as the others, to either side by chance. The epsilon here is well above such gradients, and below those that matter.
     """
     tree: dict[str, Any] = {
-        "iterations": 5,
+        "iterations": 4,
         "rewards": {"support.two_process_driver:bright": 1.0},
         "prompts": {"train": str(root / "prompts.txt"), "evaluation": str(root / "prompts.txt")},
         "sampling": {"eta": 1.0, "num_steps": 4, "guidance_scale": 3.0},
         "objective": {"clip_range": None, "clip_nats": 1.6},
         "optimizer": {"learning_rate": 3e-3, "epsilon": 3e-3},
-        "evaluation": {"every": 5, "num_images": 4, "grid_images": 2},
+        "evaluation": {"every": 4, "num_images": 4, "grid_images": 2},
         "checkpoint": {"every": 1},
     }
     own = json.loads(json.dumps(RUNS[name]).replace('"bright"', '"support.two_process_driver:bright"'))
@@ -162,13 +165,15 @@ def _take_memory(policy: Policy) -> None:
 
 
 def _refused(root: Path, name: str, out: Path) -> None:
-    """What this process is told of a run that somebody else writes."""
+    """What this process is told of a run that somebody else writes, or whose second process fails in the evaluation after iteration 2."""
     out.mkdir(exist_ok=True)
-    with locked(out) if os.environ["RANK"] == "0" else nullcontext():
+    os.environ["FAIL_AT"] = "5"
+    with locked(out) if name == "ddpo-locked" and os.environ["RANK"] == "0" else nullcontext():
         try:
             train(root, name, out)
         except EtudeError as error:
             Path(f"{out}-told-{os.environ['RANK']}.txt").write_text(str(error))
+    del os.environ["FAIL_AT"]
 
 
 def _interrupted(root: Path, name: str, out: Path) -> None:
@@ -190,7 +195,7 @@ def main(root: Path, names: list[str]) -> None:
         # The launcher's configuration asks for FSDP, and says how.
         os.environ["ACCELERATE_USE_FSDP"] = str(name.startswith("fsdp")).lower()
         out = root / "two" / (other or name)
-        if name == "ddpo-locked":
+        if name in ("ddpo-locked", "ddpo-failing"):
             _refused(root, name, out)
             continue
         try:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 
 from support.small_runs import brief_settings
@@ -30,30 +28,49 @@ def busy(images, prompts, **metadata):
             a = torch.tanh(a @ a)
     return images.float().mean((1, 2, 3)) / 255
 """
+# Each case is a process of its own, forked from one that has imported what a run needs, and leaves as any Python program does.
 # A shell that starts tests in the background switches SIGINT off for them.
-PROGRAM = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from etude.cli.app import main; main()"
-)
+PROGRAM = """
+import os, signal, sys
+import etude.training.trainer
+from etude.cli.app import main
+
+for case in sys.argv[1:]:
+    if os.fork() == 0:
+        os.chdir(case)
+        descriptor = os.open("said", os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        if case != "0":
+            os.environ["SIGNUM"] = case
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.path.insert(0, "")
+        sys.argv = ["etude", "train", "run.yaml", "--out", "run"]
+        main()
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
 
 
-@pytest.mark.parametrize(
-    ("signum", "timeout", "code", "said"),
-    [
+def test_a_reward_inside_torch_does_not_change_the_exit_code(tmp_path: Path) -> None:
+    cases = [
         (signal.SIGINT, 60.0, 130, "interrupted by SIGINT in iteration 1"),
         (signal.SIGTERM, 60.0, 143, "interrupted by SIGTERM in iteration 1"),
-        (None, 0.5, 1, "'busy:busy' has not finished after 0.5 s"),
-    ],
-)
-def test_a_reward_inside_torch_does_not_change_the_exit_code(
-    tmp_path: Path, signum: signal.Signals | None, timeout: float, code: int, said: str
-) -> None:
-    (tmp_path / "busy.py").write_text(BUSY)
+        (0, 0.5, 1, "'busy:busy' has not finished after 0.5 s"),
+    ]
     settings = brief_settings(tmp_path) | {"rewards": {"busy:busy": 1.0}}
-    settings["rollout"] = settings["rollout"] | {"reward_timeout": timeout}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-c", PROGRAM, "train", "run.yaml", "--out", "run"]
-    environment = os.environ | ({} if signum is None else {"SIGNUM": str(int(signum))})
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == code, done.stderr
-    assert said in done.stderr
-    assert "terminate called" not in done.stderr
+    for signum, timeout, _, _ in cases:
+        place = tmp_path / str(int(signum))
+        place.mkdir()
+        (place / "busy.py").write_text(BUSY)
+        own = settings | {"rollout": settings["rollout"] | {"reward_timeout": timeout}}
+        (place / "run.yaml").write_text(yaml.safe_dump(own))
+    command = [sys.executable, "-c", PROGRAM, *(str(int(signum)) for signum, *_ in cases)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    codes = [int(line) for line in done.stdout.splitlines()]
+    for code, (signum, _, expected, sentence) in zip(codes, cases, strict=True):
+        said = (tmp_path / str(int(signum)) / "said").read_text()
+        assert code == expected, said
+        assert sentence in said
+        assert "terminate called" not in said

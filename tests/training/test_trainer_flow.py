@@ -11,7 +11,7 @@ from etude.learning.advantages import group_advantages
 from etude.learning.objectives import policy_gradient
 from etude.learning.update import Learner
 from etude.rewards import register
-from etude.training import trainer as trainer_module
+from etude.training import training_sampler
 from etude.training.trainer import Trainer
 from support.small_runs import metrics, redness, same, weights
 from support.tiny import save_flux, save_stable_diffusion_3
@@ -60,7 +60,7 @@ def train(settings, out, resume=False, **sections):
 def watched(monkeypatch):
     """The arguments of every rollout, its trajectory, and the steps of every replayed pair."""
     seen = {"rollouts": [], "steps": [], "advantages": []}
-    rollout, replay, update = trainer_module.rollout, policy_gradient.replay, Learner.update
+    rollout, replay, update = training_sampler.rollout, policy_gradient.replay, Learner.update
 
     def watch_rollout(policy, table, conditioning, noise, samples, *args, **kwargs):
         trajectory = rollout(policy, table, conditioning, noise, samples, *args, **kwargs)
@@ -76,7 +76,7 @@ def watched(monkeypatch):
         seen["advantages"].append(samples.advantages)
         return update(self, samples, *args)
 
-    monkeypatch.setattr(trainer_module, "rollout", watch_rollout)
+    monkeypatch.setattr(training_sampler, "rollout", watch_rollout)
     monkeypatch.setattr(policy_gradient, "replay", watch_replay)
     monkeypatch.setattr(Learner, "update", watch_update)
     return seen

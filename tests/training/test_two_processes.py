@@ -24,8 +24,8 @@ from support.small_runs import metrics
 from support.two_process_driver import RUNS, config, make_models, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-SIGNALLED, LOCKED = "ddpo-signalled", "ddpo-locked"
-HERE = [name for name in RUNS if name not in (SIGNALLED, LOCKED)]
+SIGNALLED, LOCKED, FAILING = "ddpo-signalled", "ddpo-locked", "ddpo-failing"
+HERE = [name for name in RUNS if name not in (SIGNALLED, LOCKED, FAILING)]
 WHOLE = [name for name in HERE if not name.startswith("fsdp")]
 DRIVER = str(Path(__file__).parents[1] / "support" / "two_process_driver.py")
 
@@ -43,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launched(root: Path) -> Iterator[Future[tuple[int, str]]]:
     """All runs in two processes, in one launch, by the example for FSDP, which those that do not use it switch off."""
     layers = ("--fsdp_transformer_layer_cls_to_wrap", "BasicTransformerBlock,ResnetBlock2D")
-    names = [DRIVER, str(root), LOCKED, SIGNALLED, *HERE]
+    names = [DRIVER, str(root), LOCKED, FAILING, SIGNALLED, *HERE]
     with ThreadPoolExecutor() as beside:
         yield beside.submit(launch, 2, names, timeout=400, config="fsdp2", options=layers)
 
@@ -166,6 +166,15 @@ def test_what_the_first_process_alone_cannot_begin_is_told_by_all_and_by_its_nam
 
 
 @pytest.mark.slow
+def test_a_failure_in_one_process_ends_all_and_loses_no_iteration(together: Path) -> None:
+    told = [Path(f"{together / FAILING}-told-{rank}.txt").read_text() for rank in (0, 1)]
+    assert all("process 1: reward 'support.two_process_driver:bright' failed" in text for text in told)
+    assert all("the scorer of one process is gone" in text for text in told)
+    assert (together / FAILING / "checkpoints" / "iteration-000002").is_dir()
+    assert [row["iteration"] for row in metrics(together / FAILING)] == [0, 1]
+
+
+@pytest.mark.slow
 def test_the_process_that_has_too_little_memory_halves_its_batches_alone(together: Path, alone: Any) -> None:
     """That it takes the steps of the other all the same, another test says."""
     sizes = [json.loads(Path(f"{together / 'ddpo-memory'}-sizes-{rank}.json").read_text()) for rank in (0, 1)]
@@ -200,7 +209,7 @@ def test_a_run_whose_process_died_goes_on_alone_to_the_same_end(
     assert any("goes on with 1 process instead of 2" in str(warning.message) for warning in recwarn)
     after, other = flat(alone[name], "after/"), flat(weights, "after/")
     assert (other - after).norm() < 1e-5 * after.norm()
-    assert [row["iteration"] for row in metrics(died)] == [0, 1, 2, 3, 4, 5]
+    assert [row["iteration"] for row in metrics(died)] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("count", "updates", "processes"), [(24, 3, 4), (8, 2, 2), (12, 1, 3)])

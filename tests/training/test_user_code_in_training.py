@@ -16,6 +16,7 @@ from etude.registry import register_advantage, register_kernel, register_objecti
 from etude.rewards import register
 from etude.sampling.kernels import GDDIM
 from etude.training.trainer import Trainer
+from etude.training.training_sampler import TrainingSampler
 from support.small_runs import brief_settings, outcome, redness
 
 
@@ -67,7 +68,7 @@ def test_a_default_dtype_that_changes_beside_the_rollout_changes_no_bit(
     settings: dict[str, Any], plain: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     register("redness")(redness)
-    once = Trainer._rollout
+    once = TrainingSampler.draw
 
     def beside(*arguments: Any) -> Any:
         torch.set_default_dtype(dtype)
@@ -76,7 +77,7 @@ def test_a_default_dtype_that_changes_beside_the_rollout_changes_no_bit(
         finally:
             torch.set_default_dtype(torch.float32)
 
-    monkeypatch.setattr(Trainer, "_rollout", beside)
+    monkeypatch.setattr(TrainingSampler, "draw", beside)
     assert trained(settings, tmp_path / "run") == plain
 
 

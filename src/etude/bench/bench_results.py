@@ -148,5 +148,5 @@ def _estimates(scores: Scores, group: list[int]) -> dict[str, Row]:
 
 
 def _difference(scores: Scores, against: Scores, group: list[int]) -> Row:
-    """By reward, the estimate of the paired difference."""
+    """Estimates of the paired difference, by reward."""
     return {"difference": _estimates({name: values - against[name] for name, values in scores.items()}, group)}

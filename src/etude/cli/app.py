@@ -195,15 +195,16 @@ def report(
     """
     only_shows()
     file = directory / "study.yaml"
+    if file.is_file() and not (directory / "metrics.jsonl").is_file():
+        with heavy_imports():
+            from etude.study.directory import StudyDirectory
+            from etude.study.study_file import load_study
+            from etude.study.study_page import write_results
+        typer.echo(str(write_results(load_study(file), StudyDirectory(directory))))
+        return
     with heavy_imports():
         from etude.report import write_report
-        from etude.study.directory import StudyDirectory
-        from etude.study.study_file import load_study
-        from etude.study.study_page import write_results
-    if file.is_file() and not (directory / "metrics.jsonl").is_file():
-        typer.echo(str(write_results(load_study(file), StudyDirectory(directory))))
-    else:
-        typer.echo(str(write_report(directory)))
+    typer.echo(str(write_report(directory)))
 
 
 @app.command()

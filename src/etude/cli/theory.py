@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from etude.cli.options import option
+from etude.cli.options import expanded, option
 from etude.cli.theory_options import LINE, directory, json_text, number, numbers, step_count
 from etude.cli.theory_training import training
 from etude.errors import EtudeError
@@ -52,7 +52,9 @@ def theory(
     bias: Annotated[float, _error("Constant error of the noise prediction.")] = 0.0,
     gain: Annotated[float, _error("Relative error of the noise prediction: 0.05 is 5 % too large.")] = 0.0,
     white: Annotated[float, _error("Standard deviation of an independent error at every step.")] = 0.0,
-    out: Annotated[Path, _output("Directory for theory.json and the figures; made if missing.")] = Path("runs/theory"),
+    out: Annotated[
+        Path, _output("Directory for theory.json and the figures; made if missing.", callback=expanded)
+    ] = Path("runs/theory"),
     figures: Annotated[bool, _output("Draw the figures, or write theory.json alone.")] = True,
     format: Annotated[str, _output("Format of the figures: png or svg.")] = "png",
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from etude.terminal import make_console
+from etude.terminal import figures_table, make_console
 
 GDDIM_UNIT = ("gddim", "ddim", "euler-maruyama")
 """Kernels whose eta is gDDIM's for short steps."""
@@ -37,7 +37,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def print_rows(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = _table(title, *columns)
+    table = figures_table(*columns, title=title)
     for row in rows:
         table.add_row(*row)
     make_console().print(table)
@@ -72,18 +72,9 @@ def _continuous_time(settings: dict[str, Any]) -> str:
     return _exact_score(settings) + unit
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0)
-    )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    return table
-
-
 def _rate_table(report: dict[str, Any]) -> Table:
     title = f"Continuous time{_continuous_time(report['settings'])}: how the gap closes"
-    table = _table(title, "path", "eta", "gap at the last T", "gap ≃", "fitted exponent")
+    table = figures_table("path", "eta", "gap at the last T", "gap ≃", "fitted exponent", title=title)
     for name, section in report["horizon"].items():
         for row in section["etas"]:
             law = f"{row['constant']:.4g} {section['variable']}^-{row['exponent']:g}" if row.get("constant") else "0"
@@ -96,7 +87,9 @@ def _rate_table(report: dict[str, Any]) -> Table:
 
 def _split_table(report: dict[str, Any]) -> Table:
     title = f"N steps of {report['settings']['schedule']}: the gap and its parts"
-    table = _table(title, "steps", "eta", "gap", "prior", "discretisation", "score error", "interaction", "largest")
+    table = figures_table(
+        "steps", "eta", "gap", "prior", "discretisation", "score error", "interaction", "largest", title=title
+    )
     for row in report["split"]:
         parts = [row[name] for name in ("total", "prior", "discretisation", "score_error", "interaction")]
         largest = row["dominant"].replace("_", " ")
@@ -106,7 +99,7 @@ def _split_table(report: dict[str, Any]) -> Table:
 
 def _bound_table(report: dict[str, Any]) -> Table:
     title = f"Bounds{_continuous_time(report['settings'])}: never below the gap, and how tight"
-    table = _table(title, "model", "eta", "gap", "best bound", "bound / |gap|", "which")
+    table = figures_table("model", "eta", "gap", "best bound", "bound / |gap|", "which", title=title)
     section = report["bounds"]
     for name in ("ve", "vp"):
         curve = section[name]
@@ -125,7 +118,7 @@ def _bound_table(report: dict[str, Any]) -> Table:
 def _general_table(report: dict[str, Any]) -> Table:
     title = "The general bound of arXiv 2510.10767, Theorem 4.1, for a linear reward of slope 1"
     columns = ("path", "eta", "exists to eta", "gap", "as published", "with the dimension", "bound / gap", "ours / gap")
-    table = _table(title, *columns)
+    table = figures_table(*columns, title=title)
     for row in report["general_bound"]:
         exists = f"{row['largest_eta']:.2f}" if row["largest_eta"] else "none"
         bounds = ("-" if row[key] is None else f"{row[key]:.3e}" for key in ("published", "bound"))
@@ -142,7 +135,7 @@ def _tightness(bound: float | None, ratio: float | None) -> tuple[str, str]:
 
 def _eta_table(report: dict[str, Any]) -> Table:
     title = "Which eta: W2 distance of the sampler to p*"
-    table = _table(title, "steps", "best eta", "error there", "at eta 0", "at eta 1")
+    table = figures_table("steps", "best eta", "error there", "at eta 0", "at eta 1", title=title)
     for row in report["eta"]:
         at_one = row["errors"][min(range(len(row["etas"])), key=lambda i: abs(row["etas"][i] - 1.0))]
         best = f"{row['eta']:.2f}" + (" (the largest tried)" if row["at_limit"] else "")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from etude.cli.options import option
+from etude.cli.options import expanded, option
 from etude.cli.theory_options import LINE, directory, json_text, number, numbers, step_count
 from etude.errors import EtudeError
 from etude.registry import KERNELS
@@ -62,7 +62,9 @@ def training(
     optimizer: Annotated[str, _method("adam, or gradient for plain ascent.")] = "adam",
     rate: Annotated[float, _method("Learning rate.")] = 0.003,
     updates: Annotated[int, _method("Number of optimiser steps, at most 100000.")] = 600,
-    out: Annotated[Path, _output("Directory for training.json and the figure; made if missing.")] = Path("runs/theory"),
+    out: Annotated[
+        Path, _output("Directory for training.json and the figure; made if missing.", callback=expanded)
+    ] = Path("runs/theory"),
     figures: Annotated[bool, _output("Draw the figure, or write training.json alone.")] = True,
     format: Annotated[str, _output("Format of the figure: png or svg.")] = "png",
 ) -> None:

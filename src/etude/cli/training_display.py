@@ -13,9 +13,9 @@ from rich.text import Text
 
 from etude.config import TrainConfig
 from etude.sampling.etas import eta_text
-from etude.terminal import clock, make_console
+from etude.terminal import clock, figures_table, make_console
 from etude.training.progress import Display
-from etude.training.run import estimate_text, estimates_table, summary_blocks
+from etude.training.run import estimate_text, summary_blocks
 
 
 class TrainingDisplay(Display):
@@ -100,7 +100,7 @@ class TrainingDisplay(Display):
         if not (self._rewards or self._evaluation):
             return Group(self._progress)
         training = f"training {self._sampler}, eta = {self._eta}"
-        table = estimates_table(["reward", training, "held-out ODE", "gap (ODE - SDE)", "improvement"])
+        table = figures_table("reward", training, "held-out ODE", "gap (ODE - SDE)", "improvement")
         for reward in self._evaluation.get("ode", self._rewards):
             name = f"{reward} (held out)" if reward in self.config.evaluation.held_out_rewards else reward
             mean = f"{self._rewards[reward]['mean']:.4g}" if reward in self._rewards else "-"

@@ -210,12 +210,13 @@ def _health(run: Run) -> Table:
     return table
 
 
-def _table(first: str, *others: str) -> Table:
-    from rich.table import Table
+def _table(*columns: str) -> Table:
+    from etude.terminal import figures_table
 
-    table = Table(first, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name in others:
-        table.add_column(name, justify="left" if name == "course" else "right", no_wrap=name == "course")
+    table = figures_table(*columns)
+    for column in table.columns:
+        if column.header == "course":  # of bars, which stay in one line
+            column.justify, column.no_wrap = "left", True
     return table
 
 

@@ -1,22 +1,21 @@
 """The configuration of a run: one typed tree, read from a built-in recipe or a YAML file and checked.
 
-`sections` declares every key, `tree` reads and changes configurations, and `algorithm` gives the
-published name of the algorithm that a configuration describes.
+`sections` and `sampling_sections` declare every key, `tree` reads and changes configurations, and
+`algorithm` gives the published name of the algorithm that a configuration describes.
 """
 
 from __future__ import annotations
 
 from etude.config.sampler_settings import SamplerSettings
 from etude.config.sampler_text import check_sampler, parse_sampler
+from etude.config.sampling_sections import SamplingConfig, WindowConfig
 from etude.config.section import Section
 from etude.config.sections import (
     LoraConfig,
     ObjectiveConfig,
     OptimizerConfig,
     RolloutConfig,
-    SamplingConfig,
     TrainConfig,
-    WindowConfig,
 )
 from etude.config.tree import (
     continuation,

@@ -22,7 +22,7 @@ STEPS, GUIDANCE = 20, 5.0
 
 
 class SamplerSettings(Section):
-    """How images are drawn from a model: the sampler and the side of the images."""
+    """The settings of drawing from a model: the sampler and the side of the images."""
 
     solver: SolverChoice = "ode"
     """ode: the probability-flow ODE on the model's own levels. The others: solvers of diffusers."""

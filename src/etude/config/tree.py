@@ -239,7 +239,7 @@ def difference(old: TrainConfig, new: TrainConfig) -> tuple[str, Any, Any] | Non
 
 
 def continuation(old: TrainConfig, new: TrainConfig) -> tuple[str, Any, Any] | None:
-    """As `difference`, for a run that goes on: it may have more `iterations` than before.
+    """The `difference` for a run that goes on, which may have more `iterations` than before.
 
     Where eta moves over the iterations, each would have had another one, so `iterations` must stay.
     """

@@ -1,1 +1,1 @@
-"""From rewards to weights: advantages, objectives, draws, optimiser steps."""
+"""The way from rewards to weights: advantages, objectives, draws, optimiser steps."""

@@ -462,6 +462,10 @@ class PipelinePolicy(TrainablePolicy):
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:
         network = self._trained_network
+        if not hasattr(network, "add_adapter"):
+            raise EtudeError(
+                f"diffusers gives {type(network).__name__} no adapters: set lora.rank to 0, which trains the whole network."
+            )
         names = [name for name, module in network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
         missing = [t for t in config.targets if not any(name == t or name.endswith(f".{t}") for name in names)]
         if missing:

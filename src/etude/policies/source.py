@@ -1,4 +1,4 @@
-"""Where a model comes from and how it is loaded: one value, passed on whole."""
+"""The origin of a model and the settings of its loading: one value, passed on whole."""
 
 from __future__ import annotations
 

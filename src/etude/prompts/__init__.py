@@ -131,7 +131,7 @@ def overlap(trained: PromptSet, evaluated: PromptSet) -> list[str]:
 
 
 def clusters(texts: Iterable[str]) -> list[int]:
-    """For each prompt, the index of the first that repeats it; case and blanks do not count.
+    """The index of the first prompt with the same words, for each prompt. Case and blanks do not count.
 
     Images of one prompt are not independent, wherever it stands in its source.
     """

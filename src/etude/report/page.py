@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,19 +42,23 @@ def write_report(run_dir: Path) -> Path:
     return target
 
 
+@cache
 def templates(*folders: str) -> Environment:
-    """The templates in folders of the package, for pages in which all text is escaped."""
+    """The templates in folders of the package, for pages in which all text is escaped; compiled once."""
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     loader = ChoiceLoader([PackageLoader(f"etude.{folder}", ".") for folder in folders])
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"interval": interval, "duration": duration}
+    return environment
 
 
 def render(run: Run) -> str:
     """The page as HTML."""
-    environment = templates("report")
-    environment.filters |= {"interval": interval, "duration": duration}
-    return environment.get_template("template.html").render(
+    template = templates("report").get_template("template.html")
+    return template.render(
         run=run,
         title=f"{run.setting('model') or 'A model'} tuned on {', '.join(run.trained) or 'a reward'}",
         facts=_facts(run),

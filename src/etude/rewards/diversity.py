@@ -134,7 +134,7 @@ class Spread(ABC):
         return cls(text or "embedded")
 
     def load(self) -> None:
-        """Reads the network's weights, if one from a checkpoint compares."""
+        """Loads the network's weights, if one from a checkpoint compares."""
         if self.model is not None:
             self.model.load()
 
@@ -144,7 +144,7 @@ class Spread(ABC):
             self.model.offload()
 
     def sources(self) -> list[str]:
-        """Where the network is read from."""
+        """The places from which the network is read."""
         return [] if self.model is None else self.model.sources()
 
     def files(self) -> dict[str, Path]:

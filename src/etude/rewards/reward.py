@@ -79,7 +79,7 @@ def register(name: str) -> Callable[[RewardT], RewardT]:
 
 
 def register_factory(name: str, factory: Callable[[], Reward]) -> None:
-    """As `register`, for a reward that `factory()` builds at its first use."""
+    """Registers a reward that `factory()` builds at its first use; see `register`."""
     register(name)(factory)
     _factories[name] = factory
 

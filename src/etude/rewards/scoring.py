@@ -118,13 +118,13 @@ def score(rewards: str | Iterable[str], images: Tensor, prompts: list[str], meta
 
 
 def revisions(rewards: Iterable[str]) -> dict[str, dict[str, str]]:
-    """By reward name, the commit of each hub repository that the reward has read."""
+    """Commits of the hub repositories that each reward has read, by the reward's name."""
     by_name: dict[str, dict[str, str]] = {name: getattr(get(name), "revisions", dict)() for name in rewards}
     return {name: commits for name, commits in by_name.items() if commits}
 
 
 class Scoring:
-    """Scores that are being computed, of `WeightedRewards.start`: by reward name, a future."""
+    """Scores that are being computed: one future for each reward, by name. `WeightedRewards.start` makes it."""
 
     def __init__(self, futures: dict[str, Any], prompts: list[str], offset: int = 0) -> None:
         self.futures: dict[str, Future[Any]] = futures

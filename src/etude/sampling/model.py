@@ -98,4 +98,4 @@ class Policy(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """uint8 images `[n, 3, H, W]` on the CPU."""
+        """Decodes latents into images: uint8 `[n, 3, H, W]` on the CPU."""

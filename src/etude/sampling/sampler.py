@@ -36,7 +36,7 @@ STREAM = "evaluation"
 
 
 class Sampler(ABC):
-    """How images are drawn, apart from the model, the prompts and the seed: a frozen dataclass.
+    """A way to draw images, apart from the model, the prompts and the seed: a frozen dataclass.
 
     `guidance` is the plain pipeline's scale: at most 1 switches classifier-free guidance off.
     """

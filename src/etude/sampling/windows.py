@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from etude.errors import EtudeError
+from etude.errors import EtudeError, unknown
 from etude.registry import WINDOWS
 
 if TYPE_CHECKING:
@@ -134,12 +134,24 @@ class DecayWindow(ProgressiveWindow):
         return max(1, round(self.iters_per_shift * math.exp(-self.decay_rate * beyond)))
 
 
-def make_window(strategy: str, settings: Mapping[str, Any]) -> WindowSchedule:
-    """The window of a strategy (a name in `WINDOWS`, or `module:Class`) from the settings it has fields for."""
+def make_window(strategy: str, settings: Mapping[str, Any], options: Mapping[str, Any] | None = None) -> WindowSchedule:
+    """The window of a strategy: a name in `WINDOWS`, or `module:Class`.
+
+    Args:
+        settings: values that the built-in strategies share, of which a strategy takes those it has fields for.
+        options: values for fields of its own; one that it lacks is an EtudeError.
+    """
     kind = WINDOWS.get(strategy)
     if not (isinstance(kind, type) and issubclass(kind, WindowSchedule)):
         raise EtudeError(f"window strategy '{strategy}' is {kind!r}: give {WINDOWS.wanted}.")
-    return kind(**{field.name: settings[field.name] for field in fields(kind) if field.name in settings})
+    names = [field.name for field in fields(kind)]
+    for name in options or {}:
+        if name not in names:
+            raise unknown("key of sampling.window.options", name, names)
+    try:
+        return kind(**{name: value for name, value in {**settings, **(options or {})}.items() if name in names})
+    except TypeError as error:
+        raise EtudeError(f"sampling.window does not fit the strategy '{strategy}': {error}.") from error
 
 
 def trainable_range(table: StepTable) -> range:

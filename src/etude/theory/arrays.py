@@ -26,7 +26,7 @@ def array(value: Any, name: str) -> Array:
 
 
 def require(value: Any, name: str, ok: Callable[[Array], npt.NDArray[np.bool_]], rule: str) -> Array:
-    """Convert `value`; an error quotes the first entry without `ok`, and the `rule`."""
+    """Convert `value` to an array whose entries all pass `ok`; an error quotes the first that does not, and the `rule`."""
     out = array(value, name)
     wrong = out[~ok(out)]
     if wrong.size:

@@ -174,8 +174,9 @@ def short_step_etas(kernel: KernelChoice, eta: Numbers, grid: Levels) -> Array:
 def continuous_eta(kernel: KernelChoice, eta: Numbers | None, grid: Levels) -> Array:
     """Return the gDDIM eta of the continuous-time sampler that short steps of the kernel approach.
 
-    From pure noise it is eta itself (0 for a table): there every eta has the same law. EtudeError:
-    the kernel states no eta for short steps, or another one at each level (DanceSDE).
+    A step out of pure noise has the same law at every eta, so there the kernel's own eta is returned
+    (0 for a table of coefficients). EtudeError: the kernel states no eta for short steps, or another
+    one at each level (DanceSDE).
     """
     forgets = bool(np.all(grid.a[0] == 0))
     if forgets and eta is None and isinstance(kernel, str):

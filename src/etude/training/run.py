@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from etude.config import TrainConfig, load_config
@@ -18,7 +18,7 @@ from etude.policies import TrainablePolicy
 from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
 from etude.sampling.etas import eta_text
-from etude.terminal import clock, plain_text
+from etude.terminal import clock, figures_table, plain_text
 from etude.training.guards import explain_best
 from etude.training.progress import Display
 from etude.training.trainer import Trainer
@@ -107,7 +107,7 @@ def summary_blocks(summary: Mapping[str, Any]) -> Iterator[Table | Text]:
     """The last evaluation as a table, the advice that follows from it, and where the time went."""
     final = summary["final"]
     side = f"SDE, eta = {eta_text(final['eta'])}"
-    table = estimates_table(["reward", "ODE", side, "improvement (ODE)", "gap (ODE - SDE)", "pairs"])
+    table = figures_table("reward", "ODE", side, "improvement (ODE)", "gap (ODE - SDE)", "pairs")
     for reward in final["ode"]:
         name = f"{reward} (held out)" if reward in summary.get("held_out_rewards", ()) else reward
         cells = [estimate_text(final, quantity, reward) for quantity in ("ode", "sde", "improvement", "gap")]
@@ -123,14 +123,6 @@ def summary_blocks(summary: Mapping[str, Any]) -> Iterator[Table | Text]:
     if "total" in seconds:
         shares = ", ".join(f"{name} {clock(value)}" for name, value in seconds.items() if name != "total")
         yield Text(f"time {clock(seconds['total'])}, of which {shares}")
-
-
-def estimates_table(columns: list[str]) -> Table:
-    """An empty table whose first column is a name and whose others are figures."""
-    headers = [
-        Column(name, justify="right" if place else "left", overflow="fold") for place, name in enumerate(columns)
-    ]
-    return Table(*headers, box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
 
 
 def estimate_text(evaluation: Mapping[str, Any], quantity: str, reward: str) -> str:

@@ -144,4 +144,5 @@ class PlanSchedule:
         trainable = trainable_range(everywhere)
         stop = trainable.stop if window.end is None else min(window.end, trainable.stop)
         start = max(window.start or 0, trainable.start)
-        return make_window(window.strategy, {**window.settings(), "start": start, "stop": stop, "seed": seed})
+        place = {"start": start, "stop": stop, "seed": seed}
+        return make_window(window.strategy, {**window.settings(), **place}, window.options)

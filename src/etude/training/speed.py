@@ -19,7 +19,7 @@ SMALL = 100_000_000
 
 
 def compilation(config: TrainConfig, device: torch.device, evaluations: int, parameters: int) -> tuple[str, str]:
-    """How the network is compiled, `off`, `regional`, `full` or `graphs`, and the reason in words.
+    """The compilation of the network, `off`, `regional`, `full` or `graphs`, and the reason in words.
 
     `evaluations` is the number of network evaluations in the run, one image at one step each, and
     `parameters` that of the network's weights.

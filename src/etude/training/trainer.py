@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from etude.config import TrainConfig
 from etude.files import locked, made
@@ -26,13 +24,10 @@ from etude.learning.optimizers import make_optimizer
 from etude.learning.update import Learner
 from etude.policies import TrainablePolicy
 from etude.policies.attention import AttentionBackend
-from etude.policies.loading import DTYPES, load_source
+from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
 from etude.policies.trainable import swapped
-from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import StepTable
-from etude.sampling.rollout import Trajectory, rollout
-from etude.sampling.sample_gradients import SampleGradients
 from etude.training import finish
 from etude.training.blueprint import Blueprint
 from etude.training.dry_run import run_evaluations
@@ -42,10 +37,11 @@ from etude.training.guards import BestWeights
 from etude.training.inputs import digests_after_loading
 from etude.training.processes import end_training, failing_together, make_accelerator, prepare
 from etude.training.progress import Display, OutlivedDisplay, SilentDisplay
-from etude.training.reward_queue import PendingScores, Scorer
+from etude.training.reward_queue import Scorer
 from etude.training.sizes import BatchSizes
 from etude.training.speed import compile_as_set, matrix_products
 from etude.training.supervision import Supervisor
+from etude.training.training_sampler import TrainingSampler
 from etude.undisturbed import undisturbed
 
 
@@ -97,7 +93,6 @@ class Trainer:
         self.policy = policy or load_source(self.inputs.pinned(ModelSource.of(config)), self.accelerator.device)
         self.policy.attention = AttentionBackend(config.attention.backend)
         self.schedule = self.blueprint.schedule(self.policy)
-        self.solver = self.blueprint.solver
         self.sizes = BatchSizes(config, self.policy)
         self.rollout_batches = self.sizes.rollout
         prompts = self.train_prompts, self.blueprint.evaluation_prompts
@@ -116,6 +111,8 @@ class Trainer:
         policy.network, prepared = prepare(accelerator, policy.network, optimizer)
         self.parameters = parameters = policy.trainable()  # `prepare` replaces sharded parameters
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema.decay else None
+        solver, batches = self.blueprint.solver, self.rollout_batches
+        self.sampler = TrainingSampler(config, policy, parameters, self.objective, solver, batches)
         best = BestWeights(config.checkpoint.best)
         parts = self.objective, self.advantage, self.evaluation, self.inputs, self.sizes
         self.state = RunState(parameters, optimizer, self.ema, best, *parts)
@@ -202,9 +199,8 @@ class Trainer:
         """The samples of a rollout with their advantages, and the part of the row about their rewards."""
         groups, alone = batch.groups[batch.indices].tolist(), self.accelerator.num_processes == 1
         pending = self.scorer.pending(batch.own, alone, batch.indices[0], groups)
-        evaluations = table.num_evaluations if self.solver is None else self.solver.evaluations
-        with self.supervisor.phase("rollout", len(batch.indices) * evaluations):
-            samples = self._rollout(iteration, table, batch, pending)
+        with self.supervisor.phase("rollout", len(batch.indices) * self.sampler.evaluations(table)):
+            samples = self.sampler.draw(iteration, table, batch, pending.begin, self.supervisor.advance)
         with self.supervisor.phase("rewards"):
             with failing_together(self.accelerator):
                 local = pending.result()
@@ -223,57 +219,6 @@ class Trainer:
     def _draw(self, iteration: int) -> Draw:
         processes, index = self.accelerator.num_processes, self.accelerator.process_index
         return draw(self.train_prompts, self.config.rollout, self.config.seed, iteration, processes, index)
-
-    def _rollout(self, iteration: int, table: StepTable, batch: Draw, pending: PendingScores) -> Samples:
-        """Draws this process's images, and has them scored meanwhile."""
-        config, own = self.config, batch.own
-
-        def score(rows: slice, latents: Tensor) -> None:
-            pending.begin(rows, self.policy.decode(latents))
-
-        ahead = config.rollout.score_ahead and not config.memory.offload
-        dtype, guidance = config.rollout.dtype, config.sampling.guidance_scale
-        conditioning = self.policy.encode(own.texts)
-        noise, advance = NoiseSource(config.seed, "training", iteration), self.supervisor.advance
-        on_rows, batches = score if ahead else None, self.rollout_batches
-        with self.policy.precision(DTYPES[dtype] if dtype else None), self.objective.sampling(self.parameters):
-            if self.solver is not None:
-                latents = self.solver.walk(
-                    self.policy, conditioning, noise, batch.noise_keys, batches, advance, on_rows
-                )
-                trajectory = Trajectory.of_images(latents)
-            else:
-                trajectory = rollout(
-                    self.policy,
-                    table,
-                    conditioning,
-                    noise,
-                    batch.indices,
-                    guidance,
-                    batches,
-                    config.objective.logprob_reduction,
-                    reference=self.policy.reference if self.objective.needs_reference else None,
-                    on_step=advance,
-                    noise_samples=batch.noise_keys,
-                    on_rows=on_rows,
-                    prompts=own.texts,
-                    starts=batch.starts,
-                    keep_means=self.objective.keeps_means,
-                    gradients=self._sample_gradients(len(batch.indices)),
-                )
-        if not ahead:
-            score(slice(0, len(batch.indices)), trajectory.latents)
-        noise = NoiseSource(config.seed, "objective", iteration)
-        size = config.rollout.images_per_prompt
-        return Samples(table, trajectory, conditioning, guidance, batch.indices, noise, size)
-
-    def _sample_gradients(self, images: int) -> SampleGradients | None:
-        """The receiver of the rollout's gradients, if the update is to use them."""
-        if self.config.objective.gradients == "replay":
-            return None
-        policy = self.policy
-        backward = partial(policy.attention.allowed, policy.device, policy.denoiser)
-        return SampleGradients(policy.network, self.parameters, images, backward)
 
     def _after_step(self) -> None:
         """Updates the moving average after an optimiser step; obeys a signal to several processes."""

@@ -21,17 +21,6 @@ class AuraFlowPolicy(PipelinePolicy):
     denoiser = "transformer"
     load_arguments: ClassVar[dict[str, Any]] = {}
 
-    @property
-    def _side_multiple(self) -> int:
-        return int(self.pipeline.vae_scale_factor * self.pipeline.transformer.config.patch_size)
-
-    def _default_size(self) -> tuple[int, int]:
-        side = self.pipeline.transformer.config.sample_size
-        return (side, side)
-
-    def _shape(self) -> tuple[int, ...]:
-        return (self.pipeline.transformer.config.in_channels, *self.latent_size)
-
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         embedding = self.pipeline.encode_prompt([prompt], None, False, device=self.device)[0]
         return {"encoder_hidden_states": embedding}

@@ -29,7 +29,8 @@ FINE = 500
 
 @dataclass(frozen=True)
 class Levels:
-    """The level of each image and column: the network's timestep, signal and noise coefficient, `[n, L]` each."""
+    """The noise level of each image and column: the network's timestep, the coefficient of the signal and
+    that of the noise, `[n, L]` each."""
 
     timesteps: Tensor
     a: Tensor

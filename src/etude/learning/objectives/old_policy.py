@@ -32,7 +32,7 @@ class OldPolicy:
         self.current = True
 
     def decay(self, iteration: int) -> float:
-        """`d_i` at the end of iteration `i`."""
+        """The share `d_i` of themselves that the old weights keep at the end of an iteration."""
         return min(self.rate * iteration, self.most)
 
     def active(self, parameters: Mapping[str, nn.Parameter]) -> AbstractContextManager[None]:

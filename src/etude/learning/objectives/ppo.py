@@ -113,7 +113,7 @@ class PPO(PolicyGradient):
         micro_batches: MicroBatch,
         on_step: Progress,
     ) -> Records:
-        """With `old_log_prob: replay`, replaces the rollout's log-probabilities; records the ratios to them."""
+        """Replaces the rollout's log-probabilities under `old_log_prob: replay`, and records the ratios to them."""
         if self.old_log_prob == "rollout":
             return {}
         table, trajectory, reduction = samples.table, samples.trajectory, self.logprob_reduction

@@ -27,7 +27,7 @@ class ScoreHead(nn.Module):
         self.layers = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
 
     def forward(self, features: Tensor) -> Tensor:
-        """float32 `[n, d]` to `[n]`."""
+        """The scores `[n]` of image embeddings, float32 `[n, d]`."""
         for layer in self.layers.values():
             features = layer(features)
         return features.squeeze(-1)

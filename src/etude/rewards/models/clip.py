@@ -120,7 +120,7 @@ def image_embedding(network: Any, pixels: Tensor) -> Tensor:
 
 
 def preprocess(processor: Any, images: Tensor) -> Tensor:
-    """uint8 images through a CLIP image processor, float32 `[n, 3, size, size]`."""
+    """Resizes, crops and normalises uint8 images as CLIP's processor does: float32 `[n, 3, size, size]`."""
     pixels: Tensor = processor(images=pictures(images), return_tensors="pt")["pixel_values"]
     return pixels
 

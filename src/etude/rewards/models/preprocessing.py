@@ -16,7 +16,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def pictures(images: Tensor) -> list[Image.Image]:
-    """uint8 `[n, 3, h, w]` to RGB pictures."""
+    """Converts uint8 images `[n, 3, h, w]` to PIL's RGB pictures."""
     return [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images]
 
 

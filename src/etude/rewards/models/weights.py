@@ -99,7 +99,7 @@ def strip_prefix(tensors: Mapping[str, Tensor], landmark: str) -> dict[str, Tens
 
 
 def load_pretrained(kind: Any, path: Path) -> Any:
-    """As `assemble`, from a directory in the layout of transformers."""
+    """Does what `assemble` does, from a directory in the layout of transformers."""
     if not any(path.glob("model*.safetensors")):
         weights_of(path)  # its error says what is there instead
         raise EtudeError(f"'{path}' holds no model.safetensors in the layout of transformers.")

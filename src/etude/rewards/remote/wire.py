@@ -58,7 +58,7 @@ class ScoreAnswer(BaseModel):
 
 
 def encode_image(image: Tensor) -> str:
-    """uint8 `[3, h, w]` to base64 of a PNG file."""
+    """Encodes a uint8 image `[3, h, w]` as a PNG file in base64."""
     buffer = io.BytesIO()
     # Level 1 is several times faster than the default, and the files are hardly larger.
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="PNG", compress_level=1)
