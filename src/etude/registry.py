@@ -70,6 +70,8 @@ class Registry:
 
     def check(self, name: str) -> str:
         """Returns the name, or raises `errors.unknown`; an import path is checked for its form alone."""
+        if name in self.builtin or name in self.registered:  # asked first: looking at the packages takes time
+            return name
         if name not in self.names() and not _PATH.fullmatch(name):
             raise unknown(self.kind, name, self.names())
         return name

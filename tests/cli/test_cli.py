@@ -34,6 +34,7 @@ COMMANDS = [
     "models",
     "serve-reward",
     "study",
+    "race",
     "advise",
     "watch",
 ]

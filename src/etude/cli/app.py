@@ -24,6 +24,7 @@ from etude.cli.errors import CommandGroup, Debug, UsageError, is_first_process, 
 from etude.cli.gap import gap
 from etude.cli.options import option, path
 from etude.cli.preferences import app as preferences_app
+from etude.cli.race import race
 from etude.cli.runs import prepare_run
 from etude.cli.sample import sample
 from etude.cli.serving import serve_reward
@@ -225,6 +226,7 @@ def models(debug: Debug = False) -> None:
 
 app.command("serve-reward")(serve_reward)
 app.command()(study)
+app.command()(race)
 app.command()(watch)
 app.command()(doctor)
 app.command()(advise)

@@ -369,6 +369,9 @@ class EvaluationConfig(Section):
     limit, the run exports its weights and stops."""
     grid_images: int = Field(24, ge=1, le=4096)
     """Images in the before / after grids."""
+    image_scores: bool = False
+    """true: metrics.jsonl also has the scores of every image of an evaluation, under `scores`, so that
+    runs can be compared image by image. false: means and intervals alone."""
 
 
 class CheckpointConfig(Section):
