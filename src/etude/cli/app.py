@@ -186,22 +186,28 @@ app.command("check-model")(check_model)
 @app.command()
 def report(
     directory: Annotated[
-        Path, typer.Argument(callback=options.expanded, help="Directory of a run or of a study, finished or not.")
+        Path,
+        typer.Argument(callback=options.expanded, help="Directory of a run, of a study or of a race, finished or not."),
     ],
     debug: Debug = False,
 ) -> None:
-    """Rebuild report.html of a run or a study from the files in its directory.
+    """Rebuild report.html of a run or a study, or race.md of a race, from the files in its directory.
 
     Example: `etude report runs/first`
     """
     only_shows()
-    file = directory / "study.yaml"
+    file, race_file = directory / "study.yaml", directory / "race.yaml"
     with heavy_imports():
+        from etude.race.entries import Entries
+        from etude.race.race_file import load_race
+        from etude.race.race_page import write_race
         from etude.report import write_report
         from etude.study.directory import StudyDirectory
         from etude.study.study_file import load_study
         from etude.study.study_page import write_results
-    if file.is_file() and not (directory / "metrics.jsonl").is_file():
+    if race_file.is_file():
+        typer.echo(str(write_race(Entries(load_race(race_file)), StudyDirectory(directory))))
+    elif file.is_file() and not (directory / "metrics.jsonl").is_file():
         typer.echo(str(write_results(load_study(file), StudyDirectory(directory))))
     else:
         typer.echo(str(write_report(directory)))

@@ -68,20 +68,25 @@ def race(
     entries = Entries(loaded)
     cells = select(entries.cells, only)
     if list_runs:
-        table = Table("run", "state", "iterations", "evaluations", "time", box=None)
+        from etude.race.race_tables import values_text
+
+        table = Table("run", "values", "state", "iterations", "evaluations", "time", box=None)
         for planned in cells:
-            cell = entries.settle(planned, directory) or planned
+            settled = entries.settle(planned, directory)
+            cell = settled or planned
+            chosen = values_text({key: value for key, value in cell.values.items() if key != "seed"})
+            values = chosen if settled else "by its pilots"
             progress = directory.progress(cell)
             state = f"{progress.state}: {progress.failure}" if progress.failure else progress.state
             time = clock(progress.seconds) if progress.seconds else ""
             spent = f"{entries.counter.spent(cell.config)[-1]:,}"
-            table.add_row(cell.slug, state, f"{progress.iteration}/{cell.config.iterations}", spent, time)
+            table.add_row(cell.slug, values, state, f"{progress.iteration}/{cell.config.iterations}", spent, time)
         make_console().print(table)
         return
     only_shows()
     if pack:
-        settled = [each for planned in cells if (each := entries.settle(planned, directory)) is not None]
-        count, path = pack_cells(settled, directory), directory.archive
+        ready = [each for planned in cells if (each := entries.settle(planned, directory)) is not None]
+        count, path = pack_cells(ready, directory), directory.archive
         if not quiet:
             typer.echo(f"archive: {path} ({count} run{'' if count == 1 else 's'}, {path.stat().st_size / 1e6:.1f} MB)")
         return

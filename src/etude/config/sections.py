@@ -118,8 +118,8 @@ class SamplingConfig(Section):
     step and is not trained."""
     solver: Literal["ddim", "euler", "heun", "dpmsolver++", "unipc"] | None = None
     """Deterministic solver that draws the training images, for objectives on final images (nft,
-    awm, dpo). kernel and eta then describe the SDE side of the gap alone. null: the kernel at eta
-    draws them."""
+    awm, elbo_pg, dpo). kernel and eta then describe the SDE side of the gap alone. null: the kernel
+    at eta draws them."""
     eta_schedule: EtaScheduleConfig | None = None
     """null: eta stays constant. A section: eta moves to another value, over the iterations or over
     the denoising steps."""
@@ -271,8 +271,8 @@ class ObjectiveConfig(Section):
         "ppo", description=f"Loss of an optimiser step: a name, or module:Class of your own. {OBJECTIVES.about()}."
     )
     options: dict[str, Any] = Field({})
-    """Arguments of the objective by name: of nft, awm or dpo, ppo's ratio and kl_limit, or those of
-    an objective of your own. Default: none."""
+    """Arguments of the objective by name: of nft, awm, elbo_pg or dpo, ppo's ratio and kl_limit, or
+    those of an objective of your own. Default: none."""
     clip_range: float | None = Field(1e-4, gt=0)
     """PPO clips the ratio to 1 +- clip_range. Give either clip_range or clip_nats."""
     clip_nats: float | None = Field(None, gt=0)

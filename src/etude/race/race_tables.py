@@ -39,6 +39,11 @@ def sentences(heat: Row) -> Iterator[str]:
         yield f"The largest mean improvement at the end is {gain}, of {best['name']}."
 
 
+def values_text(values: Row) -> str:
+    """Values by dotted key in words: `learning_rate 0.001, kl_coef 0`."""
+    return ", ".join(f"{key.rpartition('.')[2]} {number_text(value)}" for key, value in values.items())
+
+
 def place(reached: Row) -> str:
     """A budget with its interval, as `4,200 [3,100, 6,000]`; an end that is beyond the budget is a dash."""
     at, low, high = (_number(reached[key]) for key in ("at", "low", "high"))
@@ -126,7 +131,7 @@ def _pilots(race: Row, heat: Row) -> Table:
     rows = []
     for m in heat["methods"]:
         for index, pilot in enumerate(m["pilots"]):
-            values = ", ".join(f"{key.rpartition('.')[2]} {number_text(v)}" for key, v in pilot["values"].items())
+            values = values_text(pilot["values"])
             if not pilot["done"] or pilot["failure"]:
                 rows.append([m["name"], values, pilot.get("failure") or "not done", "–", "–", ""])
                 continue
