@@ -255,6 +255,7 @@ def test_the_figures_of_race_md_are_there(made):
     named = {part.partition(")")[0] for part in text.split("(figures/")[1:]}
     assert named == {path.name for path in folder.iterdir()}
     assert any("frontier-windows" in name for name in named)
+    assert "colorfulness-improvement-against-training-eta.svg" in named
 
 
 def test_a_packed_race_gives_the_same_results(laid_out, made, tmp_path):

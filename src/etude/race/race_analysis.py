@@ -145,7 +145,8 @@ def _method(
     condition = Condition([], tuple(result for result, _ in done))
     spent = entries.counter.spent(condition.config)
     curve = _curves([rows for _, rows in done], spent)
-    parts = next(entries.counter.parts(condition.config))
+    parts, sampling = next(entries.counter.parts(condition.config)), condition.config.sampling
+    row["eta"] = condition.eta if sampling.kernel == "gddim" and sampling.solver is None else None
     row |= {"seeds": condition.seeds, "iterations": condition.config.iterations, "parts": parts, "spent": spent[-1]}
     row |= {"seconds": curve.rate * spent[-1], "rate": curve.rate, "final": _final(entries, condition)}
     return row, condition, curve

@@ -89,6 +89,7 @@ def figures(heat: Row) -> dict[str, str]:
             limits = min(ends), max(ends)
             label = "network evaluations of training" if axis == "spent" else "seconds of training"
             drawn[name] = line_figure(lines, f"{name}: {said}.", zero=True, limits=limits, size=SIZE, xlabel=label)
+    drawn |= _against_eta(heat, groups)
     for group, members in groups.items() if len(rewards) > 1 else []:
         other = next(reward for reward in rewards if reward != heat["reward"])
         lines = [_frontier(m, k, len(members), heat["reward"], other) for k, m in enumerate(members)]
@@ -96,6 +97,21 @@ def figures(heat: Row) -> dict[str, str]:
         label = f"change of the held-out {other}"
         drawn[name] = line_figure(lines, f"{name}.", zero=True, size=SIZE, xlabel=label, integers=False)
     return drawn
+
+
+def _against_eta(heat: Row, groups: dict[str, list[Row]]) -> dict[str, str]:
+    """The improvement at the end against the eta of training, a curve for each group that varies gDDIM's eta."""
+    curves: dict[str, list[tuple[float, Row]]] = {}
+    for group, members in groups.items():
+        found = [(m["eta"], m["final"][heat["reward"]]["improvement"]) for m in members if m["eta"] is not None]
+        if len({eta for eta, _ in found}) > 1:
+            curves[group] = sorted(found, key=lambda point: point[0])
+    if not curves:
+        return {}
+    lines = [Line.of(points, _colour(k, len(curves)), group) for k, (group, points) in enumerate(curves.items())]
+    name = f"{heat['name']}, improvement against training eta"
+    said = "; ".join(f"{line.label} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines)
+    return {name: line_figure(lines, f"{name}: {said}.", zero=True, size=SIZE, xlabel="training η", integers=False)}
 
 
 def _colour(index: int, count: int) -> str:
