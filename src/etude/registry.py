@@ -291,6 +291,11 @@ OBJECTIVES = Registry(
             "matching error of images under fresh noise, weighted by advantage",
             title="AWM",
         ),
+        "elbo_pg": Entry(
+            "etude.learning.objectives.elbo_pg:ELBOPG",
+            "policy gradient of the evidence bound of final images",
+            title="ELBO-PG",
+        ),
         "dpo": Entry(
             "etude.learning.objectives.dpo:DPO",
             "preference for the better of two images, of a group or of a file of pairs",

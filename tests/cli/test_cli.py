@@ -39,6 +39,7 @@ COMMANDS = [
     "models",
     "serve-reward",
     "study",
+    "race",
     "advise",
     "watch",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from etude.errors import EtudeError
 from etude.learning.objectives.awm import AWM, awm_loss
+from etude.learning.objectives.elbo_pg import ELBOPG, elbo_pg_loss
 from etude.learning.objectives.matching import Matching, squared
 from etude.learning.objectives.nft import NFT, nft_loss
 from etude.learning.objectives.noise_levels import draw_levels
@@ -129,6 +130,47 @@ def test_the_ratio_is_clipped_where_it_has_moved_far_enough() -> None:
     torch.testing.assert_close(gradient, torch.tensor([0.0, float(ratio[1]), -float(ratio[0]), 0.0]))
 
 
+def slope(loss: Tensor, bound: Tensor) -> Tensor:
+    return torch.autograd.grad(loss.sum(), bound)[0]
+
+
+def bounds(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Evidence bounds of a trained and an old policy, and advantages."""
+    draws = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return draws[0].requires_grad_(), draws[1], draws[2]
+
+
+def test_epg_has_the_gradient_of_awms_ratio_without_a_clip() -> None:
+    bound, old, advantages = bounds(0)
+    awm = awm_loss(-bound, -old, advantages, float("inf"))
+    torch.testing.assert_close(slope(elbo_pg_loss(bound, old, advantages, proximal=False), bound), slope(awm, bound))
+
+
+def test_pepg_has_the_gradient_of_a_regression_of_the_log_ratio_on_the_advantage() -> None:
+    bound, old, advantages = bounds(1)
+    log_ratio = bound - old
+    for ratio in (True, False):
+        weight = log_ratio.detach().exp() if ratio else 1.0
+        regression = weight * (advantages - log_ratio).square() / 2
+        loss = elbo_pg_loss(bound, old, advantages, ratio=ratio)
+        torch.testing.assert_close(slope(loss, bound), slope(regression, bound))
+
+
+def test_pepg_rests_where_the_bound_has_risen_by_the_advantage() -> None:
+    _, old, advantages = bounds(2)
+    bound = (old + advantages).requires_grad_()
+    assert slope(elbo_pg_loss(bound, old, advantages), bound).abs().max() < 1e-15
+    assert slope(elbo_pg_loss(bound, old, advantages, proximal=False), bound).abs().max() > 0.1
+
+
+def test_at_the_old_policy_elbo_pg_is_awm() -> None:
+    _, old, advantages = bounds(3)
+    bound = old.clone().requires_grad_()
+    for proximal in (True, False):
+        for ratio in (True, False):
+            assert torch.equal(slope(elbo_pg_loss(bound, old, advantages, proximal, ratio), bound), -advantages)
+
+
 @dataclass(frozen=True)
 class Grid:
     """Noise that goes round a fixed list of values instead of being drawn: an exact mean over it."""
@@ -213,10 +255,18 @@ def test_nft_moves_a_gaussian_by_a_linear_reward_to_the_shifted_gaussian(path: s
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_matching_with_exponential_weights_reaches_the_tilted_gaussian(path: str) -> None:
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda: AWM("plain", old_coef=0.0, adv_clip_max=1e9),
+        lambda: ELBOPG(proximal=False, ratio=False, scale=1.0, weighting="velocity", adv_clip_max=1e9),
+    ],
+    ids=["awm", "elbo_pg"],
+)
+def test_matching_with_exponential_weights_reaches_the_tilted_gaussian(path: str, objective: Any) -> None:
     lam, (policy, samples) = 0.3, line(path, 32)
     weights = (lam * samples.trajectory.latents.flatten()).exp()
-    settled(AWM("plain", old_coef=0.0, adv_clip_max=1e9), policy, samples.judged(weights))
+    settled(objective(), policy, samples.judged(weights))
     assert difference(policy, samples, MEAN + lam * VARIANCE) < 0.02
     assert difference(policy, samples, MEAN) > 0.1
 
@@ -283,6 +333,9 @@ def test_the_old_policy_follows_by_its_schedule() -> None:
         (lambda: NFT(old_most=1.0), "old_most = 1.0 in"),
         (lambda: AWM(form="log"), "form = log must be one of ratio, plain"),  # type: ignore[arg-type]
         (lambda: AWM(clip=0.0), "clip = 0.0 must be above 0"),
+        (lambda: ELBOPG(scale=0.0), "scale = 0.0 must be above 0"),
+        (lambda: ELBOPG(proximal="yes"), "proximal = yes must be true or false"),  # type: ignore[arg-type]
+        (lambda: ELBOPG(weighting="v"), "weighting = v must be one of self"),  # type: ignore[arg-type]
     ],
 )
 def test_an_option_out_of_range_is_one_sentence(make: Any, says: str) -> None:

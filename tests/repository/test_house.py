@@ -20,6 +20,7 @@ FLOORS = (
     ("report",),
     ("training",),
     ("advice", "bench", "preferences", "study"),
+    ("race",),
     ("cli",),
 )
 """The rooms of `src/etude`, from the ground up. A room imports from lower floors only."""

@@ -196,10 +196,10 @@ def test_a_cell_whose_configuration_has_changed_is_refused(tree, tmp_path):
 
 def test_a_launcher_that_fails_is_told_in_its_own_words(tree, tmp_path):
     study, directory = parse_study(tree), StudyDirectory(tmp_path / "out")
-    failures = run_study(study, select(study, "eta-1"), directory, launcher="no-such-launcher", quiet=True)
+    failures = run_study(study, select(study.cells, "eta-1"), directory, launcher="no-such-launcher", quiet=True)
     assert "cannot be started" in failures["eta-1_seed-0"]
     failures = run_study(
-        study, select(study, "eta-1*"), directory, launcher="sh -c 'echo no device >&2; exit 3'", quiet=True
+        study, select(study.cells, "eta-1*"), directory, launcher="sh -c 'echo no device >&2; exit 3'", quiet=True
     )
     assert failures["eta-1_seed-0"] == "the launched run ended with code 3: no device"
 

@@ -74,6 +74,19 @@ def test_both_sides_take_the_whole_trajectory_whatever_was_trained(policy, tmp_p
     assert found["improvement"]["brightness"]["mean"] == 0  # the first is the base model's
 
 
+def test_the_scores_of_every_image_give_the_estimates(policy, tmp_path):
+    measured = evaluation(config(tmp_path), policy, tmp_path)
+    result, scores = measured.measure(lambda n: None), measured.scores
+    assert scores["clusters"] == [0, 1, 2, 0, 1, 2, 0]
+    means = {side: sum(values["brightness"]) / 7 for side, values in scores.items() if side != "clusters"}
+    for quantity, expected in {
+        "ode": means["ode"],
+        "gap": means["ode"] - means["sde"],
+        "improvement": means["ode"] - means["base"],
+    }.items():
+        assert result[quantity]["brightness"]["mean"] == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
 def test_progress_counts_the_share_of_this_process(policy, tmp_path):
     done = []
     shared = evaluation(config(tmp_path), policy, tmp_path, count=2, index=1)

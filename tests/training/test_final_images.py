@@ -16,7 +16,7 @@ from support.small_runs import brief_settings, metrics, same, train_until, weigh
 from support.tiny import save_flux, stable_diffusion
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-OPTIONS = {"nft": {"beta": 0.5, "levels": 2}, "awm": {"levels": 2}, "dpo": {"levels": 2}}
+OPTIONS = {"nft": {"beta": 0.5, "levels": 2}, "awm": {"levels": 2}, "elbo_pg": {"levels": 2}, "dpo": {"levels": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def trainer(
     return Trainer(parse_config(tree), out, resume=resume)
 
 
-@pytest.mark.parametrize("kind", ["nft", "dpo"])
+@pytest.mark.parametrize("kind", ["nft", "elbo_pg", "dpo"])
 def test_a_resumed_run_ends_with_the_bits_of_one_never_stopped(
     settings: dict[str, Any], tmp_path: Path, kind: str
 ) -> None:

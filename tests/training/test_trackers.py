@@ -240,6 +240,19 @@ def test_a_tracker_that_dies_ends_no_run(tmp_path, monkeypatch, settings, undist
     assert outcome(tmp_path / "run") == undisturbed
 
 
+def test_scores_of_every_image_are_in_the_metrics_and_in_no_tracker(tmp_path, monkeypatch, settings):
+    kind, told = remembering(monkeypatch, ""), []
+    monkeypatch.setattr(kind, "tell", lambda self, values, step: told.extend(values))
+    tree = settings | {"trackers": ["wandb"], "evaluation": settings["evaluation"] | {"image_scores": True}}
+    Trainer(parse_config(tree), tmp_path / "run").train()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scored = [row for row in rows if "scores" in row]
+    assert scored == [row for row in rows if "evaluation" in row]
+    assert all(len(row["scores"]["clusters"]) == settings["evaluation"]["num_images"] for row in scored)
+    assert told
+    assert not [name for name in told if name.startswith("scores")]
+
+
 def test_a_tracker_that_cannot_start_leaves_no_directory(tmp_path, monkeypatch, settings):
     remembering(monkeypatch, "start")
     trainer = Trainer(parse_config(settings | {"trackers": ["wandb"]}), tmp_path / "runs" / "run")

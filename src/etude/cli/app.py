@@ -24,6 +24,7 @@ from etude.cli.errors import CommandGroup, Debug, UsageError, is_first_process, 
 from etude.cli.gap import gap
 from etude.cli.options import option, path
 from etude.cli.preferences import app as preferences_app
+from etude.cli.race import race
 from etude.cli.runs import prepare_run
 from etude.cli.sample import sample
 from etude.cli.serving import serve_reward
@@ -185,26 +186,35 @@ app.command("check-model")(check_model)
 @app.command()
 def report(
     directory: Annotated[
-        Path, typer.Argument(callback=options.expanded, help="Directory of a run or of a study, finished or not.")
+        Path,
+        typer.Argument(callback=options.expanded, help="Directory of a run, of a study or of a race, finished or not."),
     ],
     debug: Debug = False,
 ) -> None:
-    """Rebuild report.html of a run or a study from the files in its directory.
+    """Rebuild report.html of a run or a study, or race.md of a race, from the files in its directory.
 
     Example: `etude report runs/first`
     """
     only_shows()
-    file = directory / "study.yaml"
-    if file.is_file() and not (directory / "metrics.jsonl").is_file():
+    alone = not (directory / "metrics.jsonl").is_file()
+    if alone and (directory / "race.yaml").is_file():
+        with heavy_imports():
+            from etude.race.entries import Entries
+            from etude.race.race_file import load_race
+            from etude.race.race_page import write_race
+            from etude.study.directory import StudyDirectory
+        page = write_race(Entries(load_race(directory / "race.yaml")), StudyDirectory(directory))
+    elif alone and (directory / "study.yaml").is_file():
         with heavy_imports():
             from etude.study.directory import StudyDirectory
             from etude.study.study_file import load_study
             from etude.study.study_page import write_results
-        typer.echo(str(write_results(load_study(file), StudyDirectory(directory))))
-        return
-    with heavy_imports():
-        from etude.report import write_report
-    typer.echo(str(write_report(directory)))
+        page = write_results(load_study(directory / "study.yaml"), StudyDirectory(directory))
+    else:
+        with heavy_imports():
+            from etude.report import write_report
+        page = write_report(directory)
+    typer.echo(str(page))
 
 
 @app.command()
@@ -226,6 +236,7 @@ def models(debug: Debug = False) -> None:
 
 app.command("serve-reward")(serve_reward)
 app.command()(study)
+app.command()(race)
 app.command()(watch)
 app.command()(doctor)
 app.command()(advise)

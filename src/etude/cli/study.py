@@ -59,7 +59,7 @@ def study(
     directory = StudyDirectory(out or Path("runs", file.parent.name if file.stem == "study" else file.stem))
     if directory.root.exists() and not directory.root.is_dir():
         raise EtudeError(f"--out '{directory.root}' is a file; give a directory.")
-    cells = select(loaded, only)
+    cells = select(loaded.cells, only)
     if list_cells:
         table = Table("cell", "grid", "state", "iterations", "time", box=None)
         for cell in cells:

@@ -84,8 +84,8 @@ class SamplingConfig(Section):
     step and is not trained."""
     solver: Literal["ddim", "euler", "heun", "dpmsolver++", "unipc"] | None = None
     """Deterministic solver that draws the training images, for objectives on final images (nft,
-    awm, dpo). kernel and eta then describe the SDE side of the gap alone. null: the kernel at eta
-    draws them."""
+    awm, elbo_pg, dpo). kernel and eta then describe the SDE side of the gap alone. null: the kernel
+    at eta draws them."""
     eta_schedule: EtaScheduleConfig | None = None
     """null: eta stays constant. A section: eta moves to another value, over the iterations or over
     the denoising steps."""

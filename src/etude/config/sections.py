@@ -127,8 +127,8 @@ class ObjectiveConfig(Section):
         "ppo", description=f"Loss of an optimiser step: a name, or module:Class of your own. {OBJECTIVES.about()}."
     )
     options: dict[str, Any] = Field({})
-    """Arguments of the objective by name: of nft, awm or dpo, ppo's ratio and kl_limit, or those of
-    an objective of your own. Default: none."""
+    """Arguments of the objective by name: of nft, awm, elbo_pg or dpo, ppo's ratio and kl_limit, or
+    those of an objective of your own. Default: none."""
     clip_range: float | None = Field(1e-4, gt=0)
     """PPO clips the ratio to 1 +- clip_range. Give either clip_range or clip_nats."""
     clip_nats: float | None = Field(None, gt=0)
@@ -237,6 +237,9 @@ class EvaluationConfig(Section):
     strip_images: int = Field(4, ge=0, le=64)
     """Images of each evaluation that are kept in samples/along/, under the ODE, from the same noise
     each time and at most 128 px wide. The report shows them as a strip for each prompt. 0: none."""
+    image_scores: bool = False
+    """true: metrics.jsonl also has the scores of every image of an evaluation, under `scores`, so that
+    runs can be compared image by image. false: means and intervals alone."""
 
 
 class CheckpointConfig(Section):

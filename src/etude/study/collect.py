@@ -139,7 +139,7 @@ def collect(study: Study, directory: StudyDirectory) -> tuple[list[CellResult], 
         progress = directory.progress(cell, look_for_others=False)
         try:
             if progress.state == "done":
-                results.append(_result(cell, directory, progress.seconds))
+                results.append(read_result(cell, directory, progress.seconds))
         except (EtudeError, KeyError) as error:
             unusable[cell.slug] = f"'{directory.cell(cell)}' cannot be read: {brief(error)}"
         if progress.state == "failed":
@@ -147,7 +147,8 @@ def collect(study: Study, directory: StudyDirectory) -> tuple[list[CellResult], 
     return results, unusable
 
 
-def _result(cell: Cell, directory: StudyDirectory, seconds: float) -> CellResult:
+def read_result(cell: Cell, directory: StudyDirectory, seconds: float) -> CellResult:
+    """Read the result of a cell that is done. EtudeError or KeyError: a file is damaged."""
     metrics, stored = directory.file(cell, "metrics.jsonl"), directory.file(cell, "scores.json")
     rows = [] if metrics is None else parse_metrics(metrics.text(), metrics.place)[0]
     evaluations = [(row["iteration"], row["evaluation"]) for row in rows if row.get("evaluation")]

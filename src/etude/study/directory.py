@@ -148,7 +148,7 @@ class StudyDirectory:
                 return Progress("part" if self.cell(cell).is_dir() else "waiting", iteration, seconds)
             stored = self.file(cell, "scores.json")
             measured = {} if stored is None else stored.mapping()
-            if measured.get("measurement") != cell.measurement.model_dump(mode="json"):
+            if cell.measured and measured.get("measurement") != cell.measurement.model_dump(mode="json"):
                 return Progress("trained", iteration, seconds)
             self.check(cell)
             return Progress("done", iteration, seconds + measured.get("seconds", 0.0))

@@ -6,6 +6,7 @@ import gc
 import shlex
 import subprocess
 import traceback
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 
 from etude.errors import EtudeError, brief
@@ -16,18 +17,18 @@ from etude.study.measurement import measure
 from etude.study.study_file import Cell, Study
 
 
-def select(study: Study, pattern: str | None) -> list[Cell]:
+def select(cells: Sequence[Cell], pattern: str | None) -> list[Cell]:
     """Select the cells whose name contains a pattern, or matches it with its wildcards.
 
     Raises:
         EtudeError: no cell matches.
     """
     if pattern is None:
-        return list(study.cells)
+        return list(cells)
     wild = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
-    chosen = [cell for cell in study.cells if fnmatch(cell.slug, wild)]
+    chosen = [cell for cell in cells if fnmatch(cell.slug, wild)]
     if not chosen:
-        raise EtudeError(f"--only '{pattern}' matches none of the {len(study.cells)} cells; --list prints their names.")
+        raise EtudeError(f"--only '{pattern}' matches none of the {len(cells)} cells; --list prints their names.")
     return chosen
 
 
@@ -46,12 +47,31 @@ def run_study(
         EtudeError: the directory cannot be written, or its archive is damaged.
     """
     directory.root.mkdir(parents=True, exist_ok=True)
-    pace = Pace(cells, directory)
-    failures: dict[str, str] = {}
     atomic_write_text(directory.root / "study.yaml", study.text)
+    return run_cells(cells, directory, launcher, quiet)
+
+
+def run_cells(
+    cells: list[Cell],
+    directory: StudyDirectory,
+    launcher: str | None = None,
+    quiet: bool = False,
+    settle: Callable[[Cell], Cell | None] | None = None,
+) -> dict[str, str]:
+    """Run cells in order, as `run_study`.
+
+    `settle` gives a cell its last configuration, just before its turn; None puts the cell off, since the
+    cells that it waits for are not done.
+    """
+    pace = Pace([(settle and settle(cell)) or cell for cell in cells], directory)
+    failures: dict[str, str] = {}
     display = GridDisplay(pace, quiet)
     with display.bars:
-        for cell in cells:
+        for planned in cells:
+            cell = planned if settle is None else settle(planned)
+            if cell is None:
+                display.say(planned, "put off, since it waits for other cells")
+                continue
             with directory.claim(cell) as mine:
                 progress = directory.progress(cell, look_for_others=False)
                 if not mine:
@@ -76,8 +96,9 @@ def _run_cell(cell: Cell, directory: StudyDirectory, display: GridDisplay, launc
                 Trainer(cell.config, directory.cell(cell), resume=True, display=shown).train()
             else:
                 _launch(cell, directory, launcher)
-        display.phase("measuring")
-        measure(cell, directory, display.phase)
+        if cell.measured:
+            display.phase("measuring")
+            measure(cell, directory, display.phase)
         gc.collect()  # the network and its optimiser refer to one another
     except Exception as error:  # any failure of one cell leaves the other cells to run
         reason = brief(error) if isinstance(error, EtudeError) else f"{type(error).__name__}: {brief(error)}"

@@ -128,6 +128,7 @@ class Cell:
     Attributes:
         slug: name of the cell and of its directory. It does not change when the study's file grows.
         values: values that the study gives the cell, by dotted key, seed included.
+        measured: whether the weights are measured after training, beside the evaluations of the run.
     """
 
     slug: str
@@ -135,6 +136,7 @@ class Cell:
     values: Keys
     grid: str
     measurement: MeasurementConfig
+    measured: bool = True
 
 
 @dataclass(frozen=True)

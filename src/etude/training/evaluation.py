@@ -105,6 +105,11 @@ def write_grids(out: Path, when: str, ode: Tensor, sde: Tensor, prompts: list[st
     atomic_write_text(out / "samples" / "prompts.json", json.dumps(prompts, ensure_ascii=False))
 
 
+def _plain(scores: Scores) -> dict[str, list[float]]:
+    """Every score, to the seven digits that float32 has."""
+    return {name: [float(f"{value:.7g}") for value in values] for name, values in scores.items()}
+
+
 class Evaluation:
     """The evaluations of one run, which share prompts and noise; the first one also measures the base model.
 
@@ -144,6 +149,7 @@ class Evaluation:
         self.base_scores: dict[str, list[float]] | None = None  # rewards of the base model's ODE images, once measured
         self.base_deployed: dict[str, list[float]] | None = None  # the same under the deployed sampler, if there is one
         self.last: dict[str, Any] = {}  # the newest result
+        self.scores: dict[str, Any] = {}  # the scores behind it, image by image, and the prompts' clusters
 
     @property
     def measures_base(self) -> bool:
@@ -188,16 +194,19 @@ class Evaluation:
                     base_ode = self._images(self.samplers.ode, on_step)[1]
             self.base_scores = {name: values.tolist() for name, values in base_ode.items()}
         base = {name: np.array(values) for name, values in self.base_scores.items()}
+        clusters = self.measurement.clusters
+        sides = {"ode": ode, "sde": sde, "base": base}
+        self.scores = {"clusters": clusters, **{side: _plain(scores) for side, scores in sides.items()}}
         self.last = {
             "eta": self.samplers.eta(iteration),
             "num_steps": self.samplers.num_steps,
             "prompts_trained_on": self.prompts_trained_on,
-            **by_quantity(compare(ode, sde, base, self.measurement.clusters)),
+            **by_quantity(compare(ode, sde, base, clusters)),
             **deployed,
         }
         if gold := self.config.evaluation.gold_rewards:
             trained = WEIGHTED_SUM if len(self.config.rewards) > 1 else next(iter(self.config.rewards))
-            found = divergences(ode, base, trained, gold, self.measurement.clusters)
+            found = divergences(ode, base, trained, gold, clusters)
             self.last["divergence"] = {name: estimate.to_dict() for name, estimate in found.items()}
         if kl:
             self.last["path_kl"] = estimate_mean(self._gather(kl[0]).numpy(), self.measurement.clusters).to_dict()

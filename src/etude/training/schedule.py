@@ -36,7 +36,7 @@ def check_sampling(sampling: SamplingConfig, trains_steps: bool) -> None:
     if sampling.solver is not None:
         raise EtudeError(
             f"sampling.solver = {sampling.solver} is deterministic, and this objective trains the sampler's stochastic steps: set "
-            "sampling.solver to null, or objective.kind to nft, awm or dpo."
+            "sampling.solver to null, or objective.kind to nft, awm, elbo_pg or dpo."
         )
     if max(sampling.all_etas) == 0:
         raise EtudeError(

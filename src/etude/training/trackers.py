@@ -181,7 +181,8 @@ class Trackers:
         for name, tracker in list(self._open.items()):
             if row["iteration"] > tracker.told:
                 with self._outlived(name):
-                    tracker.tell(flatten(row), row["iteration"])
+                    numbers = {key: value for key, value in row.items() if key != "scores"}  # a list of every image
+                    tracker.tell(flatten(numbers), row["iteration"])
                     tracker.told = row["iteration"]
 
     def _start(self, name: str, config: str) -> None:

@@ -237,6 +237,8 @@ class Trainer:
             with evaluating, phase("evaluation", self.evaluation.work), swapped(self.parameters, self.ema):
                 row["evaluation"] = self.evaluation.measure(supervisor.advance, grids, iteration)
                 self.state.best.offer(iteration, row["evaluation"], self.parameters)
+            if config.evaluation.image_scores:
+                row["scores"] = self.evaluation.scores
         last = last or self.evaluation.fallen is not None
         row["seconds"] = {**supervisor.seconds, "total": sum(supervisor.seconds.values())}
         row["memory_mb"] = finish.peak_memory_mb()

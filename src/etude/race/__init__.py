@@ -1,0 +1,1 @@
+"""Races: training methods compared at equal budgets, each with hyper-parameters from equally many pilots."""
