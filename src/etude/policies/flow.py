@@ -18,6 +18,7 @@ from etude.policies.pipeline import Agreement, PipelinePolicy
 from etude.policies.plain_call import PlainCall
 from etude.policies.prompt_slots import Form, padded
 from etude.policies.self_check import PROMPTS, batch_difference, guidance_difference, tolerance
+from etude.policies.unreached import unreached
 from etude.sampling.model import Conditioning
 from etude.sampling.paths import FlowPath, Grid, flow_grid, whole_steps
 from etude.sampling.shapes import ShapeTensor
@@ -39,10 +40,15 @@ def lacks(name: str) -> str | None:
     if kind is None or not hasattr(kind, "_get_signature_keys"):
         return ""
     call = inspect.signature(kind.__call__).parameters
-    required = [key for key, value in call.items() if value.default is value.empty and key not in ("self", "prompt")]
+    given = ("self", "prompt")
+    named = {
+        key: value for key, value in call.items() if value.kind is value.POSITIONAL_OR_KEYWORD and key not in given
+    }
+    required = [key for key, value in named.items() if value.default is value.empty]
     missing = [part for part in _PARTS if part not in kind._get_signature_keys(kind)[0]]
     missing += [f"{method}()" for method in _METHODS if not hasattr(kind, method)]
     missing += [f"the argument {key}" for key in _ARGUMENTS if key not in call]
+    missing += ["images, since it makes videos"] * ("num_frames" in call)
     if missing or required:
         return missing[0] if missing else f"a default of the argument {required[0]}"
     return None
@@ -170,7 +176,7 @@ class FlowPolicy(PipelinePolicy):
 
     def _default_size(self) -> tuple[int, int]:
         height, width = self._default_image_size
-        return height // self.pipeline.vae_scale_factor, width // self.pipeline.vae_scale_factor
+        return height // self.scale_factor, width // self.scale_factor
 
     def pipeline_size(self) -> tuple[int, int]:
         return self._default_image_size
@@ -258,6 +264,7 @@ class FlowPolicy(PipelinePolicy):
     def _decoder_output(self, latents: Tensor) -> Tensor:
         latents = latents.to(self._latents_dtype)
         decoded = self._plain(**self._size).decoder_output(latents, self._blank(len(latents)))
+        decoded = decoded.squeeze(2) if decoded.ndim == 5 else decoded  # the only frame of a video
         if tuple(decoded.shape[2:]) != self.image_size:
             raise EtudeError(
                 f"the vae decodes images of {list(decoded.shape[2:])} pixels where a {self.pipeline_name} reckons with "
@@ -268,6 +275,13 @@ class FlowPolicy(PipelinePolicy):
     def encode_images(self, images: Tensor) -> Tensor:
         """Raises EtudeError: a pipeline tells how it decodes latents, and not how images become latents."""
         raise EtudeError(f"etude does not encode images for a {self.pipeline_name}: leave out objective.options.pairs.")
+
+    def train_everything(self, keep_reference: bool = True) -> None:
+        """As of other families, but for weights that change nothing and get no gradient: they stay frozen."""
+        super().train_everything(keep_reference)
+        parameters = self.trainable()
+        for name in unreached(self):
+            parameters[name].requires_grad_(False)
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:
         if not hasattr(self.pipeline, "save_lora_weights"):

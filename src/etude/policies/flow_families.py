@@ -84,6 +84,45 @@ class ChromaPolicy(FlowPolicy):
         )
 
 
+class HiDreamImagePolicy(FlowPolicy):
+    """HiDream-I1: four text encoders, a mixture of experts, and images of one area in every shape."""
+
+    mixed: Mixed | None = "doubled"
+    targets = ("to_q", "to_k", "to_v", "to_out")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for module in self._trained_network.modules():
+            if type(module).__name__ == "MOEFeedForwardSwiGLU":
+                module.training = True  # otherwise diffusers computes the experts without their gradient
+
+
+class WanPolicy(FlowPolicy):
+    """Wan 2.1, whose videos have one frame: images."""
+
+    call: ClassVar[Mapping[str, Any]] = {"num_frames": 1}
+    mixed: Mixed | None = "vector"
+    picture = ".frames[0][0]"
+
+    def __init__(self, pipeline: Any, *args: Any, **kwargs: Any) -> None:
+        said = {name: pipeline.config.get(name) for name in ("boundary_ratio", "expand_timesteps")}
+        for name, value in said.items():
+            if value:
+                raise EtudeError(
+                    f"{name} = {value} makes the model a Wan 2.2, whose second transformer or timesteps of single tokens etude does "
+                    "not train: give a Wan 2.1."
+                )
+        super().__init__(pipeline, *args, **kwargs)
+
+    @property
+    def scale_factor(self) -> int:
+        return int(self.pipeline.vae_scale_factor_spatial)
+
+    @property
+    def _side_multiple(self) -> int:
+        return self.scale_factor * int(self._trained_network.config.patch_size[1])
+
+
 class ErnieImagePolicy(FlowPolicy):
     """ERNIE-Image without its rewriting of prompts: the pipeline takes one timestep a call."""
 
