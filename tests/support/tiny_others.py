@@ -21,8 +21,6 @@ from diffusers import (
     LuminaPipeline,
     OvisImagePipeline,
     OvisImageTransformer2DModel,
-    PRXPipeline,
-    PRXTransformer2DModel,
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
@@ -188,8 +186,9 @@ def bria(seed: int = 0) -> BriaPipeline:
 
 
 def cogview4(seed: int = 0) -> CogView4Pipeline:
+    """A pipeline that shows the padding of prompts to its network."""
     torch.manual_seed(seed)
-    words = chat_tokenizer()
+    words = t5_tokenizer(1024)
     glm = GlmConfig(
         vocab_size=len(words),
         hidden_size=16,
@@ -226,7 +225,7 @@ def cogview4(seed: int = 0) -> CogView4Pipeline:
 
 def lumina_next(seed: int = 0) -> LuminaPipeline:
     torch.manual_seed(seed)
-    words = chat_tokenizer()
+    words = t5_tokenizer(256)
     transformer = LuminaNextDiT2DModel(
         sample_size=8,
         hidden_size=24,
@@ -267,36 +266,5 @@ def ovis_image(seed: int = 0) -> OvisImagePipeline:
     )
 
 
-def prx(seed: int = 0) -> PRXPipeline:
-    torch.manual_seed(seed)
-    words = t5_tokenizer(256)
-    transformer = PRXTransformer2DModel(
-        in_channels=4,
-        context_in_dim=16,
-        hidden_size=16,
-        mlp_ratio=2.0,
-        num_heads=2,
-        depth=1,
-        axes_dim=[4, 4],
-    )
-    return PRXPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=moved(autoencoder()),
-        text_encoder=moved(t5_encoder(words)),
-        tokenizer=words,
-        transformer=moved(transformer),
-        default_sample_size=16,
-    )
-
-
 ALSO: dict[str, Callable[..., Any]] = {"hidream": hidream, "wan": wan}
 """Pipelines with a family of their own beside those in `tiny_flow`."""
-CONVENTIONAL: dict[str, Callable[..., Any]] = {
-    "aura-flow": aura_flow,
-    "bria": bria,
-    "cogview4": cogview4,
-    "lumina-next": lumina_next,
-    "ovis-image": ovis_image,
-    "prx": prx,
-}
-"""Pipelines that no family describes."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from etude.batching import is_out_of_memory
 from etude.config import LoraConfig
-from etude.errors import EtudeError
+from etude.errors import EtudeError, brief
 from etude.policies.outline import is_outline, known_masks
 from etude.policies.pipeline import Agreement, PipelinePolicy
 from etude.policies.plain_call import PlainCall
@@ -28,6 +28,8 @@ Mixed = Literal["vector", "doubled", "one"]
 _PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
 _METHODS = ("encode_prompt", "prepare_latents")
 _ARGUMENTS = ("prompt", "latents", "height", "width", "num_inference_steps", "guidance_scale", "output_type")
+_PLAIN = {"use_resolution_binning": False}
+"""Arguments of every call where the pipeline takes them: the published resolutions need no binning, which crops others."""
 _SHORT, _LONG = "a", "a prompt that is much longer than the other one"
 """Prompts whose encodings show what counts prompts and what counts tokens."""
 
@@ -77,14 +79,16 @@ class FlowPolicy(PipelinePolicy):
     denoiser = "transformer"
     load_arguments: ClassVar[dict[str, Any]] = {}
     off: ClassVar[float] = 1.0
-    call: ClassVar[Mapping[str, Any]] = {}
+    call: Mapping[str, Any] = {}
     mixed: Mixed | None = None
     targets: ClassVar[tuple[str, ...]] = tuple(LoraConfig().targets)
     patch: ClassVar[int | None] = None
     _seen_to_guide = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, pipeline: Any, *args: Any, **kwargs: Any) -> None:
+        taken = inspect.signature(type(pipeline).__call__).parameters
+        self.call = {**{name: value for name, value in _PLAIN.items() if name in taken}, **self.call}
+        super().__init__(pipeline, *args, **kwargs)
         self.classifier_free = self._forms[True].guided
 
     def agreements(self) -> list[Agreement]:
@@ -121,17 +125,19 @@ class FlowPolicy(PipelinePolicy):
         if not known and self.guides:
             scale += 2
         differences: list[float] = []
+        failed = ""
         for self.mixed in ways:
             try:
                 differences.append(batch_difference(self, prompts, scale))
             except (RuntimeError, ValueError, TypeError) as error:
                 if is_out_of_memory(error) or known:
                     raise
+                failed = f"or cannot be evaluated ({brief(error, 200)})"
                 continue
             if differences[-1] <= tolerance(self):
                 break
         else:
-            by = f"by {min(differences):.0%}" if differences else "or cannot be evaluated"
+            by = f"by {min(differences):.0%}" if differences else failed
             raise EtudeError(
                 f"prompts of unequal length give other predictions in a batch than one by one, {by}: a {self.pipeline_name} "
                 "needs a family of its own (`family: module:Class`)."

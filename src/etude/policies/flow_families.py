@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ class ZImagePolicy(FlowPolicy):
     """Z-Image and Z-Image-Turbo: guidance `cond + w (cond - uncond)`, on for every w above 0."""
 
     off = 0.0
-    call: ClassVar[Mapping[str, Any]] = {"cfg_truncation": None}  # 1, the default, is compared with a number alone
+    call: Mapping[str, Any] = {"cfg_truncation": None}  # 1, the default, is compared with a number alone
     mixed: Mixed | None = "vector"
     patch = 1
 
@@ -47,9 +47,8 @@ class QwenImagePolicy(FlowPolicy):
 
 
 class SanaPolicy(FlowPolicy):
-    """SANA: the published resolutions need no binning, and others would be cropped by it."""
+    """SANA."""
 
-    call: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False}
     mixed: Mixed | None = "doubled"
     patch = 1
 
@@ -100,7 +99,7 @@ class HiDreamImagePolicy(FlowPolicy):
 class WanPolicy(FlowPolicy):
     """Wan 2.1, whose videos have one frame: images."""
 
-    call: ClassVar[Mapping[str, Any]] = {"num_frames": 1}
+    call: Mapping[str, Any] = {"num_frames": 1}
     mixed: Mixed | None = "vector"
     picture = ".frames[0][0]"
 
@@ -126,6 +125,6 @@ class WanPolicy(FlowPolicy):
 class ErnieImagePolicy(FlowPolicy):
     """ERNIE-Image without its rewriting of prompts: the pipeline takes one timestep a call."""
 
-    call: ClassVar[Mapping[str, Any]] = {"use_pe": False}
+    call: Mapping[str, Any] = {"use_pe": False}
     mixed: Mixed | None = "one"
     patch = 4

@@ -486,7 +486,11 @@ class PipelinePolicy(TrainablePolicy):
         cast_training_params(network, dtype=torch.float32)
         _keep_inputs(network)
         if config.targets != LoraConfig().targets:
-            check_reached(self)
+            try:
+                check_reached(self)
+            except EtudeError:
+                network.unload_lora()
+                raise
         self.in_training = True
 
     def train_everything(self, keep_reference: bool = True) -> None:

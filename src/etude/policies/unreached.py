@@ -6,6 +6,7 @@ image alone: Qwen-Image's last `to_add_out` and `txt_mlp`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from etude.errors import EtudeError, brief_value
 from etude.policies.outline import is_outline
 from etude.policies.self_check import states
+from etude.sampling.shapes import Shapes
 
 if TYPE_CHECKING:
     from etude.policies.pipeline import PipelinePolicy
@@ -25,8 +27,9 @@ def unreached(policy: PipelinePolicy) -> list[str]:
     network that computes with numbers.
     """
     x, timesteps = states(policy, 1)
+    no_activations = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: kept)
     try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: kept):
+        with Shapes() if is_outline(policy) else nullcontext(), torch.enable_grad(), no_activations:
             output = policy.predict(x, timesteps, policy.encode([""]), getattr(policy, "off", 1.0))
     except NotImplementedError:
         if is_outline(policy):
