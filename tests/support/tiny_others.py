@@ -224,6 +224,7 @@ def cogview4(seed: int = 0) -> CogView4Pipeline:
 
 
 def lumina_next(seed: int = 0) -> LuminaPipeline:
+    """A pipeline that pads guidance's empty prompt to the length of the others."""
     torch.manual_seed(seed)
     words = t5_tokenizer(256)
     transformer = LuminaNextDiT2DModel(
