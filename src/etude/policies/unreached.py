@@ -13,20 +13,21 @@ import torch
 
 from etude.errors import EtudeError, brief_value
 from etude.policies.outline import is_outline
-from etude.policies.self_check import states
 from etude.sampling.shapes import Shapes
 
 if TYPE_CHECKING:
-    from etude.policies.pipeline import PipelinePolicy
+    from etude.policies.trainable import TrainablePolicy
 
 
-def unreached(policy: PipelinePolicy) -> list[str]:
+def unreached(policy: TrainablePolicy) -> list[str]:
     """Names of the trained tensors that are not in the graph of a prediction.
 
     It takes one evaluation of one sample, which keeps no activations. Empty for an outline of a
     network that computes with numbers.
     """
-    x, timesteps = states(policy, 1)
+    x, timesteps = (
+        each.to(policy.device) for each in (torch.zeros(1, *policy.latent_shape), policy.grid(4).timesteps[:1])
+    )
     no_activations = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda kept: kept)
     try:
         with Shapes() if is_outline(policy) else nullcontext(), torch.enable_grad(), no_activations:
@@ -48,7 +49,7 @@ def unreached(policy: PipelinePolicy) -> list[str]:
     return [name for name, parameter in policy.trainable().items() if id(parameter) not in reached]
 
 
-def check_reached(policy: PipelinePolicy) -> None:
+def check_reached(policy: TrainablePolicy) -> None:
     """Raises EtudeError: a layer that `lora.targets` names gets no gradient."""
     layers = sorted({name.partition(".lora_")[0] for name in unreached(policy)})
     if layers:
