@@ -271,6 +271,8 @@ POLICIES = Registry(
         "Krea2Pipeline": Entry("etude.policies.flow_families:Krea2Policy"),
         "ErnieImagePipeline": Entry("etude.policies.flow_families:ErnieImagePolicy"),
         "ChromaPipeline": Entry("etude.policies.flow_families:ChromaPolicy"),
+        "HiDreamImagePipeline": Entry("etude.policies.flow_families:HiDreamImagePolicy"),
+        "WanPipeline": Entry("etude.policies.flow_families:WanPolicy"),
     },
     "module:Class, a subclass of etude.policies.pipeline.PipelinePolicy",
 )

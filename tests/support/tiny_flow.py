@@ -91,10 +91,10 @@ def many_layers(words: Qwen2Tokenizer) -> GPT2Model:
         GPT2Config(
             vocab_size=len(words),
             n_positions=1024,
-            n_embd=16,
+            n_embd=8,
             n_layer=27,
-            n_head=2,
-            n_inner=16,
+            n_head=1,
+            n_inner=8,
             activation_function="relu",
             bos_token_id=None,
             eos_token_id=words.eos_token_id,
@@ -186,11 +186,11 @@ def flux2_klein(seed: int = 0, distilled: bool = False) -> Flux2KleinPipeline:
         in_channels=16,
         num_layers=1,
         num_single_layers=1,
-        attention_head_dim=16,
+        attention_head_dim=8,
         num_attention_heads=2,
-        joint_attention_dim=3 * 16,
+        joint_attention_dim=3 * 8,
         timestep_guidance_channels=16,
-        axes_dims_rope=(4, 4, 4, 4),
+        axes_dims_rope=(2, 2, 2, 2),
         guidance_embeds=False,
     )
     return Flux2KleinPipeline(

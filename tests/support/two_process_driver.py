@@ -33,6 +33,7 @@ from etude.training.supervision import Interrupted
 from etude.training.trainer import Trainer
 from support.figures import leave_figures_out
 from support.tiny import save_flux, save_stable_diffusion
+from support.tiny_flow import z_image
 
 BATCHES: list[tuple[list[str], Tensor]] = []
 RUNS: dict[str, dict[str, Any]] = {
@@ -40,6 +41,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "ddpo-full": {"lora": {"rank": 0}, "ema": {"decay": 0.5}, "iterations": 2},
     "mixgrpo-lora": {"lora": {"rank": 4}, "iterations": 3},
     "mixgrpo-full": {"lora": {"rank": 0}, "iterations": 2},
+    "mixgrpo-z-image": {"model": "z-image", "iterations": 2, "resolution": 16},
     "ddpo-memory": {"lora": {"rank": 4}, "iterations": 2},
     "ddpo-locked": {"lora": {"rank": 4}},
     "ddpo-failing": {"lora": {"rank": 4}, "iterations": 3, "evaluation": {"every": 2}, "checkpoint": {"every": 3}},
@@ -110,6 +112,7 @@ def make_models(root: Path) -> None:
     """What the runs in `root` start from."""
     save_stable_diffusion(root / "sd")
     save_flux(root / "flux")
+    z_image().save_pretrained(root / "z-image")
     (root / "prompts.txt").write_text("red heart\npizza\ntiger\n")
 
 

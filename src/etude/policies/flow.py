@@ -12,12 +12,13 @@ from torch import Tensor
 
 from etude.batching import is_out_of_memory
 from etude.config import LoraConfig
-from etude.errors import EtudeError
+from etude.errors import EtudeError, brief
 from etude.policies.outline import is_outline, known_masks
 from etude.policies.pipeline import Agreement, PipelinePolicy
 from etude.policies.plain_call import PlainCall
 from etude.policies.prompt_slots import Form, padded
 from etude.policies.self_check import PROMPTS, batch_difference, guidance_difference, tolerance
+from etude.policies.unreached import unreached
 from etude.sampling.model import Conditioning
 from etude.sampling.paths import FlowPath, Grid, flow_grid, whole_steps
 from etude.sampling.shapes import ShapeTensor
@@ -27,6 +28,8 @@ Mixed = Literal["vector", "doubled", "one"]
 _PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
 _METHODS = ("encode_prompt", "prepare_latents")
 _ARGUMENTS = ("prompt", "latents", "height", "width", "num_inference_steps", "guidance_scale", "output_type")
+_PLAIN = {"use_resolution_binning": False}
+"""Arguments of every call where the pipeline takes them: the published resolutions need no binning, which crops others."""
 _SHORT, _LONG = "a", "a prompt that is much longer than the other one"
 """Prompts whose encodings show what counts prompts and what counts tokens."""
 
@@ -39,10 +42,15 @@ def lacks(name: str) -> str | None:
     if kind is None or not hasattr(kind, "_get_signature_keys"):
         return ""
     call = inspect.signature(kind.__call__).parameters
-    required = [key for key, value in call.items() if value.default is value.empty and key not in ("self", "prompt")]
+    given = ("self", "prompt")
+    named = {
+        key: value for key, value in call.items() if value.kind is value.POSITIONAL_OR_KEYWORD and key not in given
+    }
+    required = [key for key, value in named.items() if value.default is value.empty]
     missing = [part for part in _PARTS if part not in kind._get_signature_keys(kind)[0]]
     missing += [f"{method}()" for method in _METHODS if not hasattr(kind, method)]
     missing += [f"the argument {key}" for key in _ARGUMENTS if key not in call]
+    missing += ["images, since it makes videos"] * ("num_frames" in call)
     if missing or required:
         return missing[0] if missing else f"a default of the argument {required[0]}"
     return None
@@ -71,14 +79,16 @@ class FlowPolicy(PipelinePolicy):
     denoiser = "transformer"
     load_arguments: ClassVar[dict[str, Any]] = {}
     off: ClassVar[float] = 1.0
-    call: ClassVar[Mapping[str, Any]] = {}
+    call: Mapping[str, Any] = {}
     mixed: Mixed | None = None
     targets: ClassVar[tuple[str, ...]] = tuple(LoraConfig().targets)
     patch: ClassVar[int | None] = None
     _seen_to_guide = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, pipeline: Any, *args: Any, **kwargs: Any) -> None:
+        taken = inspect.signature(type(pipeline).__call__).parameters
+        self.call = {**{name: value for name, value in _PLAIN.items() if name in taken}, **self.call}
+        super().__init__(pipeline, *args, **kwargs)
         self.classifier_free = self._forms[True].guided
 
     def agreements(self) -> list[Agreement]:
@@ -115,17 +125,19 @@ class FlowPolicy(PipelinePolicy):
         if not known and self.guides:
             scale += 2
         differences: list[float] = []
+        failed = ""
         for self.mixed in ways:
             try:
                 differences.append(batch_difference(self, prompts, scale))
             except (RuntimeError, ValueError, TypeError) as error:
                 if is_out_of_memory(error) or known:
                     raise
+                failed = f"or cannot be evaluated ({brief(error, 200)})"
                 continue
             if differences[-1] <= tolerance(self):
                 break
         else:
-            by = f"by {min(differences):.0%}" if differences else "or cannot be evaluated"
+            by = f"by {min(differences):.0%}" if differences else failed
             raise EtudeError(
                 f"prompts of unequal length give other predictions in a batch than one by one, {by}: a {self.pipeline_name} "
                 "needs a family of its own (`family: module:Class`)."
@@ -170,7 +182,7 @@ class FlowPolicy(PipelinePolicy):
 
     def _default_size(self) -> tuple[int, int]:
         height, width = self._default_image_size
-        return height // self.pipeline.vae_scale_factor, width // self.pipeline.vae_scale_factor
+        return height // self.scale_factor, width // self.scale_factor
 
     def pipeline_size(self) -> tuple[int, int]:
         return self._default_image_size
@@ -258,6 +270,7 @@ class FlowPolicy(PipelinePolicy):
     def _decoder_output(self, latents: Tensor) -> Tensor:
         latents = latents.to(self._latents_dtype)
         decoded = self._plain(**self._size).decoder_output(latents, self._blank(len(latents)))
+        decoded = decoded.squeeze(2) if decoded.ndim == 5 else decoded  # the only frame of a video
         if tuple(decoded.shape[2:]) != self.image_size:
             raise EtudeError(
                 f"the vae decodes images of {list(decoded.shape[2:])} pixels where a {self.pipeline_name} reckons with "
@@ -268,6 +281,13 @@ class FlowPolicy(PipelinePolicy):
     def encode_images(self, images: Tensor) -> Tensor:
         """Raises EtudeError: a pipeline tells how it decodes latents, and not how images become latents."""
         raise EtudeError(f"etude does not encode images for a {self.pipeline_name}: leave out objective.options.pairs.")
+
+    def train_everything(self, keep_reference: bool = True) -> None:
+        """As of other families, but for weights that change nothing and get no gradient: they stay frozen."""
+        super().train_everything(keep_reference)
+        parameters = self.trainable()
+        for name in unreached(self):
+            parameters[name].requires_grad_(False)
 
     def add_lora(self, config: LoraConfig, seed: int) -> None:
         if not hasattr(self.pipeline, "save_lora_weights"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -29,7 +29,7 @@ class ZImagePolicy(FlowPolicy):
     """Z-Image and Z-Image-Turbo: guidance `cond + w (cond - uncond)`, on for every w above 0."""
 
     off = 0.0
-    call: ClassVar[Mapping[str, Any]] = {"cfg_truncation": None}  # 1, the default, is compared with a number alone
+    call: Mapping[str, Any] = {"cfg_truncation": None}  # 1, the default, is compared with a number alone
     mixed: Mixed | None = "vector"
     patch = 1
 
@@ -47,9 +47,8 @@ class QwenImagePolicy(FlowPolicy):
 
 
 class SanaPolicy(FlowPolicy):
-    """SANA: the published resolutions need no binning, and others would be cropped by it."""
+    """SANA."""
 
-    call: ClassVar[Mapping[str, Any]] = {"use_resolution_binning": False}
     mixed: Mixed | None = "doubled"
     patch = 1
 
@@ -84,9 +83,48 @@ class ChromaPolicy(FlowPolicy):
         )
 
 
+class HiDreamImagePolicy(FlowPolicy):
+    """HiDream-I1: four text encoders, a mixture of experts, and images of one area in every shape."""
+
+    mixed: Mixed | None = "doubled"
+    targets = ("to_q", "to_k", "to_v", "to_out")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for module in self._trained_network.modules():
+            if type(module).__name__ == "MOEFeedForwardSwiGLU":
+                module.training = True  # otherwise diffusers computes the experts without their gradient
+
+
+class WanPolicy(FlowPolicy):
+    """Wan 2.1, whose videos have one frame: images."""
+
+    call: Mapping[str, Any] = {"num_frames": 1}
+    mixed: Mixed | None = "vector"
+    picture = ".frames[0][0]"
+
+    def __init__(self, pipeline: Any, *args: Any, **kwargs: Any) -> None:
+        said = {name: pipeline.config.get(name) for name in ("boundary_ratio", "expand_timesteps")}
+        for name, value in said.items():
+            if value:
+                raise EtudeError(
+                    f"{name} = {value} makes the model a Wan 2.2, whose second transformer or timesteps of single tokens etude does "
+                    "not train: give a Wan 2.1."
+                )
+        super().__init__(pipeline, *args, **kwargs)
+
+    @property
+    def scale_factor(self) -> int:
+        return int(self.pipeline.vae_scale_factor_spatial)
+
+    @property
+    def _side_multiple(self) -> int:
+        return self.scale_factor * int(self._trained_network.config.patch_size[1])
+
+
 class ErnieImagePolicy(FlowPolicy):
     """ERNIE-Image without its rewriting of prompts: the pipeline takes one timestep a call."""
 
-    call: ClassVar[Mapping[str, Any]] = {"use_pe": False}
+    call: Mapping[str, Any] = {"use_pe": False}
     mixed: Mixed | None = "one"
     patch = 4

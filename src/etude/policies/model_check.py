@@ -114,5 +114,5 @@ def _plain_images(policy: PipelinePolicy, prompts: list[str], steps: int, latent
     pipeline.__dict__["_progress_bar_config"] = {"disable": True}
     ode_scheduler(policy, steps).put_into(pipeline)
     arguments: dict[str, Any] = {"num_inference_steps": steps, "latents": latents, "output_type": "pt"}
-    images: Tensor = pipeline(prompt=prompts, **arguments, **policy.call_arguments(scale)).images
-    return images.float()
+    images: Tensor = pipeline(prompt=prompts, **arguments, **policy.call_arguments(scale))[0]
+    return images.flatten(0, -4).float()  # a video of one frame has an axis more

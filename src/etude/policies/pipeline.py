@@ -32,6 +32,7 @@ from etude.policies.graphs import graph_calls
 from etude.policies.kohya import KOHYA_WEIGHTS, kohya_tensors
 from etude.policies.prompt_cache import Key, PromptCache
 from etude.policies.trainable import TrainablePolicy
+from etude.policies.unreached import check_reached
 from etude.sampling.finite import all_finite, not_finite
 from etude.sampling.model import Conditioning
 from etude.sampling.paths import FlowPath, VPPath
@@ -131,7 +132,7 @@ class PipelinePolicy(TrainablePolicy):
 
     def _take_size(self, latent_size: tuple[int, int]) -> None:
         """Sets all that follows from the size of the latents."""
-        self.latent_size, factor = latent_size, self.pipeline.vae_scale_factor
+        self.latent_size, factor = latent_size, self.scale_factor
         self.image_size = (self.latent_size[0] * factor, self.latent_size[1] * factor)
         self.latent_shape = self._shape()
         at_a_time = max(1, min(32, DECODED_PIXELS // (self.image_size[0] * self.image_size[1])))
@@ -187,6 +188,11 @@ class PipelinePolicy(TrainablePolicy):
         return getattr(self.pipeline, self.denoiser)
 
     @property
+    def scale_factor(self) -> int:
+        """Pixels of an image's side for each of the latents' side."""
+        return int(self.pipeline.vae_scale_factor)
+
+    @property
     def pipeline_name(self) -> str:
         return type(self.pipeline).__name__
 
@@ -217,17 +223,17 @@ class PipelinePolicy(TrainablePolicy):
 
     def pipeline_size(self) -> tuple[int, int] | None:
         """`(height, width)` of the images that the plain pipeline makes by default."""
-        factor, (height, width) = self.pipeline.vae_scale_factor, self._default_size()
+        factor, (height, width) = self.scale_factor, self._default_size()
         return (height * factor, width * factor)
 
     @property
     def _side_multiple(self) -> int:
         """Number of pixels that divides the side of every image: the side of the network's patches."""
-        return int(self.pipeline.vae_scale_factor * self._trained_network.config.get("patch_size", 1))
+        return int(self.scale_factor * self._trained_network.config.get("patch_size", 1))
 
     def _size_of(self, resolution: int) -> tuple[int, int]:
         """`(h, w)` of the latents of square images."""
-        side, multiple = resolution // int(self.pipeline.vae_scale_factor), self._side_multiple
+        side, multiple = resolution // self.scale_factor, self._side_multiple
         if resolution < multiple or resolution % multiple:
             what = f"this model makes images whose side is a multiple of {multiple} pixels"
             raise EtudeError(f"resolution = {resolution}: {what}.")
@@ -470,9 +476,10 @@ class PipelinePolicy(TrainablePolicy):
         missing = [t for t in config.targets if not any(name == t or name.endswith(f".{t}") for name in names)]
         if missing:
             ends = {name.rpartition(".")[2] for name in names}
-            layers = ", ".join(sorted(end for end in ends if not end.isdigit()))
+            layers = sorted(end for end in ends if not end.isdigit())
+            layers += ["to_out.0"] * any(name.endswith(".to_out.0") for name in names)
             raise EtudeError(
-                f"lora.targets: no layer of the {self.denoiser} is named '{missing[0]}'; it has {layers}, to_out.0."
+                f"lora.targets: no layer of the {self.denoiser} is named '{missing[0]}'; it has {', '.join(layers)}."
             )
         lora = PeftLoraConfig(
             r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets), init_lora_weights="gaussian"
@@ -482,6 +489,12 @@ class PipelinePolicy(TrainablePolicy):
             network.add_adapter(lora, adapter_name=ADAPTER)
         cast_training_params(network, dtype=torch.float32)
         _keep_inputs(network)
+        if config.targets != LoraConfig().targets:
+            try:
+                check_reached(self)
+            except EtudeError:
+                network.unload_lora()
+                raise
         self.in_training = True
 
     def train_everything(self, keep_reference: bool = True) -> None:

@@ -145,9 +145,10 @@ class PlainCall:
         view = self._view()
         scheduler = _Stages(self.pipeline.scheduler, torch.empty(0, device=latents.device))
         arguments = {**self._one_step, "latents": latents, "output_type": "pt"}
-        images = _Images(view.image_processor)
+        processor = "image_processor" if hasattr(view, "image_processor") else "video_processor"
+        images = {processor: _Images(getattr(view, processor))}
         decoded: Tensor = self._run(
-            view, [""] * len(latents), arguments, encode_prompt=encode, scheduler=scheduler, image_processor=images
+            view, [""] * len(latents), arguments, encode_prompt=encode, scheduler=scheduler, **images
         )
         return decoded
 
@@ -203,6 +204,8 @@ class _Images:
 
     def postprocess(self, image: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
         _reach(image)
+
+    postprocess_video = postprocess
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._processor, name)

@@ -14,12 +14,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from etude.errors import EtudeError
 from etude.sampling.shapes import ShapeTensor
 
 LENGTH = ".length"
 """Suffix of the row that counts a prompt's own entries among its padded ones."""
+_READ = WeakIdKeyDictionary()
+"""Numbers of the lengths that are alive."""
 
 
 @dataclass(frozen=True)
@@ -207,15 +210,18 @@ def _filled(slot: Slot, count: int, rows: Mapping[str, Tensor]) -> Any:
     tensor = rows[slot.name].expand(count, *rows[slot.name].shape[1:])
     if slot.kind == "tensor":
         return tensor.movedim(0, slot.axis)
-    return [row[:length] for row, length in zip(tensor, _numbers(rows[slot.name + LENGTH], count, tensor), strict=True)]
+    lengths = rows[slot.name + LENGTH]
+    numbers = [tensor.shape[1]] if isinstance(lengths, ShapeTensor) else _numbers(lengths)
+    every = numbers * count if len(numbers) == 1 else numbers
+    return [row[:length] for row, length in zip(tensor, every, strict=True)]
 
 
-def _numbers(lengths: Tensor, count: int, tensor: Tensor) -> list[int]:
-    """Lengths as numbers; where only shapes are computed, whole rows."""
-    every = lengths.expand(count)
-    if isinstance(every, ShapeTensor):
-        return [tensor.shape[1]] * count
-    return [int(length) for length in every.tolist()]
+def _numbers(lengths: Tensor) -> list[int]:
+    """Lengths as numbers, read from the device once for all evaluations of the same samples."""
+    if lengths not in _READ:
+        _READ[lengths] = [int(length) for length in lengths.tolist()]
+    numbers: list[int] = _READ[lengths]
+    return numbers
 
 
 def _same_call(name: str, other: str) -> bool:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,9 @@ class TrainablePolicy(Policy):
     def loading_arguments(self) -> dict[str, Any]:
         """Arguments that the plain pipeline's `from_pretrained` needs beside the model's name."""
         return {}
+
+    picture: ClassVar[str] = ".images[0]"
+    """First picture of what the plain pipeline's call returns, as Python."""
 
     def call_arguments(self, guidance_scale: float) -> dict[str, Any]:
         """Arguments, beside prompt and steps, with which the plain pipeline does the same."""
