@@ -206,4 +206,4 @@ def test_a_launcher_that_fails_is_told_in_its_own_words(tree, tmp_path):
 
 def test_a_pattern_that_matches_nothing_is_an_error():
     with pytest.raises(EtudeError, match="matches none of the 2 cells"):
-        select(parse_study(MINIMAL), "seed-9")
+        select(parse_study(MINIMAL).cells, "seed-9")
