@@ -87,6 +87,7 @@ class HiDreamImagePolicy(FlowPolicy):
     """HiDream-I1: four text encoders, a mixture of experts, and images of one area in every shape."""
 
     mixed: Mixed | None = "doubled"
+    patch = 1
     targets = ("to_q", "to_k", "to_v", "to_out")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -101,6 +102,7 @@ class WanPolicy(FlowPolicy):
 
     call: Mapping[str, Any] = {"num_frames": 1}
     mixed: Mixed | None = "vector"
+    patch = 1
     picture = ".frames[0][0]"
 
     def __init__(self, pipeline: Any, *args: Any, **kwargs: Any) -> None:
