@@ -86,7 +86,7 @@ def test_settings_are_laid_over_a_case_and_name_what_exists() -> None:
     from etude.config import parse_config
 
     for case in gpu.CASES:
-        config = parse_config({"model": case.model, **case.config(tiny=False)})
+        config = parse_config({"model": case.model, "dtype": "bfloat16", **case.config(tiny=False)})
         for name, value in case.settings.items():
             section, _, rest = name.partition(".")
             found = getattr(config, section)
