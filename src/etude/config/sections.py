@@ -303,9 +303,10 @@ class TrainConfig(Section):
     """Compilation of the network by torch.compile. regional: its repeated blocks. full: the whole
     network, which takes longer to compile. Rollout and replay then round differently, so set
     objective.old_log_prob to replay for ratios that start at 1. graphs: no compilation, but CUDA
-    graphs of the network's calls, with the same bits: for small networks, whose kernels are shorter
-    than their launches. auto: on a GPU graphs for a network of fewer than 100 million parameters,
-    regional for a larger one if the run makes at least 20,000 network evaluations, otherwise off."""
+    graphs of the network's calls, with the same kernels: for small networks, whose kernels are
+    shorter than their launches. auto: on a GPU graphs for a network of fewer than 100 million
+    parameters, regional for a larger one if the run makes at least 20,000 network evaluations,
+    otherwise off."""
     autocast: bool = True
     """false: a network in half precision computes in that alone, as the plain pipeline does, and the
     float32 adapter is cast for each call. true: torch.autocast, which on a GPU computes norms,

@@ -1,7 +1,7 @@
 """CUDA graphs of a network's calls, for networks whose kernels are shorter than their launches.
 
-A call is recorded once for each kind of arguments, and afterwards played as one launch. The kernels are
-those of the plain call, so the bits are, too. Under gradients its backward is recorded as well.
+A call is recorded once for each kind of arguments, and afterwards played as one launch of the same
+kernels. Under gradients its backward is recorded as well.
 """
 
 from __future__ import annotations
