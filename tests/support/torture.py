@@ -427,7 +427,7 @@ def everything(out: Path) -> dict[str, Any]:
         found["metrics"] = metrics(out)
     for file in out.glob("lora*/*.safetensors"):  # safetensors writes the metadata of a file in any order
         found[str(file.relative_to(out))] = {name: value.tobytes() for name, value in load_file(file).items()}
-    for file in [*out.glob("samples/*"), *out.glob("checkpoints/*/*")]:
+    for file in filter(Path.is_file, [*out.glob("samples/**/*"), *out.glob("checkpoints/*/*")]):
         found[str(file.relative_to(out))] = file.read_bytes()
     if (out / "summary.json").is_file():
         summary = json.loads((out / "summary.json").read_text())

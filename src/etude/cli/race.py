@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from etude.cli.errors import Debug, UsageError
-from etude.cli.options import option
+from etude.cli.options import option, path
 from etude.cli.streams import only_shows
 from etude.cli.waiting import heavy_imports, quiet_libraries
 from etude.errors import EtudeError
@@ -16,7 +16,7 @@ from etude.errors import EtudeError
 
 def race(
     file: Annotated[Path, typer.Argument(help="YAML file of the race.")],
-    out: Annotated[Path | None, option("Directory of the race. Default: `runs/race-<name of the file>`.")] = None,
+    out: Annotated[Path | None, path("Directory of the race. Default: `runs/race-<name of the file>`.")] = None,
     only: Annotated[
         str | None, option("Only runs whose name contains PATTERN; * and ? are wildcards.", metavar="PATTERN")
     ] = None,

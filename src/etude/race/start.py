@@ -10,6 +10,7 @@ from etude.files import atomic_write_text
 from etude.race.entries import Entries
 from etude.race.race_file import changes, load_race
 from etude.study.directory import StudyDirectory
+from etude.study.grid_display import Pace
 from etude.study.runner import run_cells
 from etude.study.study_file import Cell
 
@@ -29,8 +30,10 @@ def run_race(
     Raises:
         EtudeError: the directory belongs to a race with other rules, or cannot be written.
     """
+    settle = partial(entries.settle, directory=directory)
+    pace = Pace([settle(cell) or cell for cell in cells], directory)  # before anything is written
     keep_rules(entries, directory)
-    return run_cells(list(cells), directory, launcher, quiet, partial(entries.settle, directory=directory))
+    return run_cells(list(cells), directory, pace, launcher, quiet, settle)
 
 
 def keep_rules(entries: Entries, directory: StudyDirectory) -> None:

@@ -47,13 +47,15 @@ def run_study(
         EtudeError: the directory cannot be written, or its archive is damaged.
     """
     directory.root.mkdir(parents=True, exist_ok=True)
+    pace = Pace(cells, directory)  # which reads what is done: a damaged archive stops here, before anything is written
     atomic_write_text(directory.root / "study.yaml", study.text)
-    return run_cells(cells, directory, launcher, quiet)
+    return run_cells(cells, directory, pace, launcher, quiet)
 
 
 def run_cells(
     cells: list[Cell],
     directory: StudyDirectory,
+    pace: Pace,
     launcher: str | None = None,
     quiet: bool = False,
     settle: Callable[[Cell], Cell | None] | None = None,
@@ -63,7 +65,6 @@ def run_cells(
     `settle` gives a cell its last configuration, just before its turn; None puts the cell off, since the
     cells that it waits for are not done.
     """
-    pace = Pace([(settle and settle(cell)) or cell for cell in cells], directory)
     failures: dict[str, str] = {}
     display = GridDisplay(pace, quiet)
     with display.bars:
