@@ -203,3 +203,9 @@ def test_a_run_without_autocast_says_so_starts_at_ratios_of_one_and_is_refused_i
         load_config("emoji-ddpo", ["autocast=false"])
     with pytest.raises(EtudeError, match=r"autocast = false does not go with lora.rank = 0"):
         load_config("emoji-ddpo", ["autocast=false", "dtype=bfloat16", "lora.rank=0"])
+
+
+def test_a_network_that_cannot_be_compiled_as_told_leaves_nothing_behind(settings, tmp_path):
+    with pytest.raises(EtudeError, match="which a cpu has not: set compile to off"):
+        trained(settings, tmp_path / "graphs", compile="graphs")
+    assert not (tmp_path / "graphs").exists()

@@ -15,32 +15,31 @@ GRAPHS = 64
 """Graphs of one piece of code: with and without gradient or adapter, whole and last micro-batches. Beyond them torch compiles no more."""
 
 
+def check_blocks(network: nn.Module, how: str) -> None:
+    """Raises EtudeError if a network is to be compiled by its repeated blocks and does not name them."""
+    if how == "regional" and not getattr(network, "_repeated_blocks", None) and not _blocks(network):
+        raise EtudeError(
+            f"compile = regional: a {type(network).__name__} does not say which of its blocks repeat; set compile to full or off."
+        )
+
+
 def compile_network(network: Any, how: str) -> None:
-    """Compiles a network in place; its class and the names of its weights stay.
+    """Compiles a network in place, after `check_blocks`; its class and the names of its weights stay.
 
     Args:
         how: "regional" compiles each repeated block once (diffusers' `compile_repeated_blocks`, or
             the classes that the model does not split), which takes seconds; "full" compiles the whole
             network, which takes minutes.
-
-    Raises:
-        EtudeError: the network does not say which blocks repeat.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     options: dict[str, Any] = {"backend": BACKEND, "dynamic": False}
     if how == "full":
         network.compile(**options)
-        return
-    if getattr(network, "_repeated_blocks", None):
+    elif getattr(network, "_repeated_blocks", None):
         network.compile_repeated_blocks(**options)
-        return
-    blocks = _blocks(network)
-    if not blocks:
-        raise EtudeError(
-            f"compile = regional: a {type(network).__name__} does not say which of its blocks repeat; set compile to full or off."
-        )
-    for block in blocks:
-        block.compile(**options)
+    else:
+        for block in _blocks(network):
+            block.compile(**options)
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:

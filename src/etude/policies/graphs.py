@@ -164,12 +164,12 @@ class _Played(torch.autograd.Function):
         return None, None, None, *ctx.calls.recorded[ctx.kind].backward(slope)
 
 
-def graph_calls(network: nn.Module, device: torch.device, state: Callable[[], Hashable]) -> None:
-    """Lets the calls of a network be recorded and played again, in place.
-
-    Raises:
-        EtudeError: the device has no CUDA graphs.
-    """
+def check_graphs(device: torch.device) -> None:
+    """Raises EtudeError on a device without CUDA graphs."""
     if device.type != "cuda":
         raise EtudeError(f"compile = graphs records CUDA graphs, which a {device.type} has not: set compile to off.")
+
+
+def graph_calls(network: nn.Module, state: Callable[[], Hashable]) -> None:
+    """Lets the calls of a network be recorded and played again, in place."""
     network.forward = GraphedForward(network, state)

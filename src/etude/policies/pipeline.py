@@ -27,8 +27,8 @@ from etude.config import LoraConfig
 from etude.errors import EtudeError, brief_value
 from etude.policies.adapter_file import WEIGHTS, read_adapter, sort_header
 from etude.policies.adapter_loading import adapted_parts, configuration, load_adapter
-from etude.policies.compiling import compile_network
-from etude.policies.graphs import graph_calls
+from etude.policies.compiling import check_blocks, compile_network
+from etude.policies.graphs import check_graphs, graph_calls
 from etude.policies.kohya import KOHYA_WEIGHTS, kohya_tensors
 from etude.policies.prompt_cache import Key, PromptCache
 from etude.policies.trainable import TrainablePolicy
@@ -447,10 +447,17 @@ class PipelinePolicy(TrainablePolicy):
     def enable_gradient_checkpointing(self) -> None:
         self._trained_network.enable_gradient_checkpointing()
 
+    def check_compile(self, how: str) -> None:
+        if how == "graphs":
+            check_graphs(self.device)
+        else:
+            check_blocks(self._trained_network, how)
+
     def compile(self, how: str) -> None:
+        self.check_compile(how)
         for network in filter(None, (self._trained_network, self._initial)):
             if how == "graphs":
-                graph_calls(network, self.device, lambda: self._is_reference)
+                graph_calls(network, lambda: self._is_reference)
             else:
                 compile_network(network, how)
         self.compiled = how != "graphs"

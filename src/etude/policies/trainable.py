@@ -95,6 +95,10 @@ class TrainablePolicy(Policy):
         name = type(self).__name__
         raise EtudeError(f"{name} has no gradient checkpointing: leave memory.gradient_checkpointing off.")
 
+    def check_compile(self, how: str) -> None:
+        """Raises EtudeError where `compile` would. Default: always."""
+        raise EtudeError(f"{type(self).__name__} cannot be compiled: set compile to off.")
+
     def compile(self, how: str) -> None:
         """Compiles the network after it was made trainable, as the setting `compile` says. Default: EtudeError."""
         raise EtudeError(f"{type(self).__name__} cannot be compiled: set compile to off.")

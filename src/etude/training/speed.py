@@ -34,13 +34,18 @@ def compilation(config: TrainConfig, device: torch.device, evaluations: int, par
     return how, f"auto: {how} for {evaluations:,} network evaluations, where {WORTH_COMPILING:,} are worth it"
 
 
-def compile_as_set(config: TrainConfig, policy: TrainablePolicy, evaluations: int) -> None:
-    """Compiles the network as the settings say."""
+def choose_compilation(config: TrainConfig, policy: TrainablePolicy, evaluations: int) -> str:
+    """How the network will be compiled, of which the policy keeps the reason in words.
+
+    Raises:
+        EtudeError: the network, or its device, cannot be compiled so.
+    """
     parameters = sum(parameter.numel() for parameter in policy.network.parameters())
     how, reason = compilation(config, policy.device, evaluations, parameters)
     if how != "off":
-        policy.compile(how)
+        policy.check_compile(how)
     policy.compilation = None if config.compile == "off" else reason
+    return how
 
 
 def choices(config: TrainConfig, policy: TrainablePolicy, sizes: BatchSizes) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from etude.training.processes import end_training, failing_together, make_accele
 from etude.training.progress import Display, OutlivedDisplay, SilentDisplay
 from etude.training.reward_queue import Scorer
 from etude.training.sizes import BatchSizes
-from etude.training.speed import compile_as_set, matrix_products
+from etude.training.speed import choose_compilation, matrix_products
 from etude.training.supervision import Supervisor
 from etude.training.training_sampler import TrainingSampler
 from etude.undisturbed import undisturbed
@@ -107,6 +107,8 @@ class Trainer:
         self.blueprint.make_trainable(policy)
         if config.channels_last:
             policy.use_channels_last()
+        counts = run_evaluations(config, self.objective, self.schedule.table_at) if config.compile == "auto" else {}
+        self.compilation = choose_compilation(config, policy, sum(total for _, _, total in counts.values()))
         optimizer = make_optimizer(config.optimizer, policy.trainable().values())
         policy.network, prepared = prepare(accelerator, policy.network, optimizer)
         self.parameters = parameters = policy.trainable()  # `prepare` replaces sharded parameters
@@ -158,7 +160,8 @@ class Trainer:
                     with failing_together(self.accelerator):
                         self.sizes.find(self.learner, self.schedule.table_at(1), self.train_prompts.texts[0])
                     self.sizes.agree(self.accelerator)
-            self._compile()  # once the sizes are known: each would be compiled for itself
+            if self.compilation != "off":  # once the sizes are known: each would be compiled for itself
+                self.policy.compile(self.compilation)
             if unevaluated is not None:
                 supervisor.seconds = unevaluated["seconds"]
                 self._finish_iteration(unevaluated["row"])
@@ -170,11 +173,6 @@ class Trainer:
         self.display.summary_table(summary)
         end_training(self.accelerator, self.forms_group)
         return summary
-
-    def _compile(self) -> None:
-        config = self.config
-        counts = run_evaluations(config, self.objective, self.schedule.table_at) if config.compile == "auto" else {}
-        compile_as_set(config, self.policy, sum(total for _, _, total in counts.values()))
 
     def _iterate(self) -> dict[str, Any]:
         """One rollout, or the pairs of a file, and its optimiser steps; returns the row of metrics."""
