@@ -9,7 +9,7 @@ import torch
 
 from etude.config import LoraConfig
 from etude.errors import EtudeError
-from etude.policies.graphs import MOST, GraphedForward
+from etude.policies.graphs import MOST, GraphedForward, check_graphs
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from support.tiny import stable_diffusion
 
@@ -125,3 +125,5 @@ def test_a_device_without_cuda_graphs_is_refused(policy):
         EtudeError, match="compile = graphs records CUDA graphs, which a cpu has not: set compile to off"
     ):
         policy.compile("graphs")
+    with pytest.raises(EtudeError, match="cannot record a network that the processes hold in parts"):
+        check_graphs(torch.device("cuda"), in_parts=True)

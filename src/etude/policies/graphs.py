@@ -164,8 +164,12 @@ class _Played(torch.autograd.Function):
         return None, None, None, *ctx.calls.recorded[ctx.kind].backward(slope)
 
 
-def check_graphs(device: torch.device) -> None:
-    """Raises EtudeError on a device without CUDA graphs."""
+def check_graphs(device: torch.device, in_parts: bool) -> None:
+    """Raises EtudeError on a device without CUDA graphs, and for a network that processes hold in parts."""
+    if in_parts:
+        raise EtudeError(
+            "compile = graphs cannot record a network that the processes hold in parts (FSDP): set compile to off."
+        )
     if device.type != "cuda":
         raise EtudeError(f"compile = graphs records CUDA graphs, which a {device.type} has not: set compile to off.")
 

@@ -31,6 +31,7 @@ from etude.policies.compiling import check_blocks, compile_network
 from etude.policies.graphs import check_graphs, graph_calls
 from etude.policies.kohya import KOHYA_WEIGHTS, kohya_tensors
 from etude.policies.prompt_cache import Key, PromptCache
+from etude.policies.sharding import sharded
 from etude.policies.trainable import TrainablePolicy
 from etude.policies.unreached import check_reached
 from etude.sampling.finite import all_finite, not_finite
@@ -449,7 +450,7 @@ class PipelinePolicy(TrainablePolicy):
 
     def check_compile(self, how: str) -> None:
         if how == "graphs":
-            check_graphs(self.device)
+            check_graphs(self.device, sharded(self.trainable()))
         else:
             check_blocks(self._trained_network, how)
 

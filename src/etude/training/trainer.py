@@ -107,11 +107,11 @@ class Trainer:
         self.blueprint.make_trainable(policy)
         if config.channels_last:
             policy.use_channels_last()
-        counts = run_evaluations(config, self.objective, self.schedule.table_at) if config.compile == "auto" else {}
-        self.compilation = choose_compilation(config, policy, sum(total for _, _, total in counts.values()))
         optimizer = make_optimizer(config.optimizer, policy.trainable().values())
         policy.network, prepared = prepare(accelerator, policy.network, optimizer)
         self.parameters = parameters = policy.trainable()  # `prepare` replaces sharded parameters
+        counts = run_evaluations(config, self.objective, self.schedule.table_at) if config.compile == "auto" else {}
+        self.compilation = choose_compilation(config, policy, sum(total for _, _, total in counts.values()))
         self.ema = {name: p.detach().clone() for name, p in parameters.items()} if config.ema.decay else None
         solver, batches = self.blueprint.solver, self.rollout_batches
         self.sampler = TrainingSampler(config, policy, parameters, self.objective, solver, batches)
