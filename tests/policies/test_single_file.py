@@ -24,6 +24,7 @@ from etude.policies.single_file import absent_parts
 from etude.policies.source import ModelSource
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
+from etude.policies.weight_files import _SCALES
 from etude.sampling.noise import NoiseSource
 from etude.sampling.sampler import ODE
 from support.single_file import write_single_file
@@ -204,3 +205,10 @@ def test_the_command_line_draws_from_a_file(tmp_path):
     done = CliRunner().invoke(app, [str(a) for a in [*arguments, "--pipeline-config", tmp_path / "config"]])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "a.png").is_file()
+
+
+def test_an_average_in_the_names_of_compvis_is_no_quantised_weight():
+    average = "model_ema.diffusion_modelinput_blocks11transformer_blocks0attn1to_qweight"
+    assert not _SCALES.fullmatch(average)
+    for name in ("layer.qweight", "qzeros", "to_q.weight_scale", "to_q.weight.absmax", "layer.SCB", "scaled_fp8"):
+        assert _SCALES.fullmatch(name)

@@ -302,6 +302,8 @@ def test_a_structured_file_is_read_as_what_it_is(tmp_path: Path, name: str, text
         ("set.html", b"<p>a cat</p>", "is HTML"),
         ("set.json", b'["a cat",\n', "is not JSON"),
         ("set.json", b"a cat\n", "is not JSON"),
+        ("set.txt", b'[\n "red heart",\n "pizza",\n]', "is not JSON"),
+        ("set.txt", b'{"prompt": "a cat"}\n{"prompt": \n', "line 2: it is not JSON"),
         ("set.json", b"3", "holds int: give a JSON list"),
         ("set.json", b'{"prompts": ["a cat"]}', "holds an object of 'prompts': give a JSON list"),
         ("set.txt", b'{"prompt": ["a cat"], "tag": [1]}', "holds an object of 'prompt', 'tag'"),

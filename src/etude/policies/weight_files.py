@@ -27,9 +27,12 @@ STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """Name of a weight file without its suffixes, by the library that reads it."""
 _SCALES = re.compile(
     r"(.*[._])?(scaled_fp8|scale_weight|scale_input|weight_scale(_2|_inv)?|input_scale|comfy_quant|"
-    r"absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..+|SCB|qweight|qzeros|wscales)"
+    r"absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..+|SCB)|(.*\.)?(qweight|qzeros|wscales)"
 )
-"""Names of tensors by which other tensors of a file must be multiplied, or which unpack them."""
+"""Names of tensors by which other tensors of a file must be multiplied, or which unpack them.
+
+An average of CompVis's code is named without dots, so that `to_q.weight` ends in `to_qweight` there.
+"""
 _PACKED = ("I8", "U8")
 """Dtypes of a header that no weight has unless it is quantised."""
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -99,10 +99,10 @@ def _json(text: str, place: str, named: bool) -> Entries | None:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        lines = [line for line in text.split("\n") if line.strip()]
-        if len(lines) > 1 and all(_is_object(line) for line in lines):
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        if len(lines) > 1 and all(line.startswith("{") for line in lines) and any(map(_is_object, lines)):
             return _json_lines(text, place)
-        if named:
+        if named or lines[0] in ("[", "{"):  # nobody's prompt: a list that is broken
             raise EtudeError(f"{place} is not JSON ({brief(error, 80)}): {REMEDY}.") from None
         return None
     if isinstance(value, dict) and "prompt" in value and not isinstance(value["prompt"], list):
