@@ -31,7 +31,13 @@ def state(config: TrainConfig, without: tuple[str, ...] = ()) -> dict[str, Any]:
 def test_what_a_kill_left_half_written_is_no_run(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.writing").write_text("model: em")
     check_directory(tmp_path, resume=False)
+    nested = tmp_path / "samples" / "along" / ".prompts.json.host-7.writing"
+    nested.parent.mkdir(parents=True)
+    nested.write_text("[")
     clear_half_written(tmp_path)
+    assert not nested.exists()
+    nested.parent.rmdir()
+    nested.parent.parent.rmdir()
     assert list(tmp_path.iterdir()) == []
     (tmp_path / ".hidden").write_text("of somebody else")
     with pytest.raises(EtudeError, match="is not empty"):

@@ -40,8 +40,8 @@ def holds_something(out: Path) -> bool:
 
 
 def clear_half_written(out: Path) -> None:
-    """Removes the half-written files of a killed run."""
-    for entry in out.iterdir():
+    """Removes the half-written files of a killed run, also those in its folders."""
+    for entry in [*out.rglob(".*.writing")]:
         if _half_written(entry) and entry.is_file():
             entry.unlink()
 
