@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from etude.policies.attention import KERNELS, sdpa_kernel
+from etude.policies.attention import KERNELS
 
 
 def main(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the dry run tells each full-size recipe to take of a GPU, by the settings that save memory: `python -m benchmarks.cards [RECIPE ...]`.
+"""Memory of each full-size recipe by the dry run, under the settings that save it: `python -m benchmarks.cards [RECIPE ...]`.
 
 The smallest sizes of a call (2 images sampled, 1 trained, 1 decoded at a time), two images an iteration, a reward
 without a network. An outline of the model is enough: nothing is downloaded, and nothing runs on a GPU.
@@ -12,15 +12,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.full_size import save_outline
 from benchmarks.gpu import with_settings
+from benchmarks.gpu_side import told_bytes
 from benchmarks.recipe_side import short_tree
 from benchmarks.recipes import FAMILIES
-from etude.config import parse_config
-from etude.policies.loading import load_source
-from etude.policies.source import ModelSource
-from etude.training.blueprint import Blueprint
-from etude.training.memory_estimate import memory_estimate
 
 RECIPES = (
     "sd15-ddpo",
@@ -45,12 +40,7 @@ def estimate(recipe: str, settings: dict[str, Any]) -> int:
     """Bytes in all that the dry run tells."""
     tree = with_settings(short_tree(recipe, tiny=False), settings)
     with tempfile.TemporaryDirectory(prefix="cards-") as folder:
-        model = save_outline(FAMILIES[tree["model"]], Path(folder) / "model")
-        blueprint = Blueprint(parse_config({**tree, "model": str(model)}), Path(folder) / "run")
-        outline = load_source(ModelSource.of(blueprint.config), outline=True)
-        schedule = blueprint.schedule(outline)
-        blueprint.make_trainable(outline)
-        return list(memory_estimate(blueprint, outline, schedule).values())[-1]
+        return told_bytes(tree, FAMILIES[tree["model"]], Path(folder))
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.full_size import MODELS, random_pipeline, save_outline
+from benchmarks.gpu import with_settings
 from benchmarks.protocol import peak_bytes, serve
 from etude.config import parse_config
 from etude.policies.loading import DTYPES, load_source
@@ -60,7 +61,7 @@ def _measure(settings: dict[str, Any], device: torch.device) -> dict[str, Any]:
         trainer = Trainer(parse_config(tree), Path(folder) / "run", policy=policy)
         forget_trials(trainer)
         trainer.train()
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
+        peak = peak_on(device)
         rows = [json.loads(line) for line in (trainer.out / "metrics.jsonl").read_text().splitlines()]
         plain = trainer.config.compile == "off" and trainer.config.objective.gradients == "replay"
         return {
@@ -95,16 +96,23 @@ def _phases(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def estimated_bytes(tree: dict[str, Any], trainer: Trainer, folder: Path, tiny: bool) -> int:
-    """Bytes that a dry run tells for the sizes that the run found, from an outline of the model on the CPU."""
-    given = {**tree, "model": str(save_outline(tree["model"], folder / "model", tiny))}
-    for batch in trainer.sizes.automatic:
-        section, name = batch.setting.split(".")
-        given[section] = {**given[section], name: batch.size}
-    blueprint = Blueprint(parse_config(given), folder / "estimated")
+    """Bytes that a dry run tells for the sizes that the run found."""
+    return told_bytes(with_settings(tree, trainer.sizes.state()), tree["model"], folder, tiny)
+
+
+def told_bytes(tree: dict[str, Any], model: str, folder: Path, tiny: bool = False) -> int:
+    """Bytes in all that a dry run tells for a model of `full_size.MODELS`, from an outline of it on the CPU."""
+    outlined = {**tree, "model": str(save_outline(model, folder / "model", tiny))}
+    blueprint = Blueprint(parse_config(outlined), folder / "estimated")
     outline = load_source(ModelSource.of(blueprint.config), outline=True)
     schedule = blueprint.schedule(outline)
     blueprint.make_trainable(outline)
     return list(memory_estimate(blueprint, outline, schedule).values())[-1]
+
+
+def peak_on(device: torch.device) -> int:
+    """Peak memory of the device's tensors, on a CPU of the process."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
 
 
 def _network(trainer: Trainer) -> dict[str, dict[str, float]]:

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from benchmarks.full_size import random_pipeline
-from benchmarks.gpu_side import estimated_bytes
-from benchmarks.protocol import peak_bytes, serve
+from benchmarks.gpu_side import estimated_bytes, peak_on
+from benchmarks.protocol import serve
 from etude.config import load_config, parse_config
 from etude.policies.loading import DTYPES
 from etude.policies.pipeline import PipelinePolicy
@@ -38,7 +38,7 @@ SHORT = {
     "objective.updates_per_epoch": 1,
     "objective.num_inner_epochs": 1,
 }
-"""What is changed in every recipe: a short run, the smallest sizes of a call, a reward without a network."""
+"""Changes to every recipe: a short run, the smallest sizes of a call, a reward without a network."""
 STEPS, GROUP = 6, 2
 TINY_SIDE = 64
 
@@ -82,7 +82,7 @@ def _measure(recipe: str, model: str, tiny: bool) -> dict[str, Any]:
         trainer = Trainer(config, Path(folder) / "run", policy=policy())
         built = time.perf_counter() - started
         trainer.train()
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_bytes()
+        peak = peak_on(device)
         rows = [json.loads(line) for line in (trainer.out / "metrics.jsonl").read_text().splitlines()]
         estimated = estimated_bytes(tree, trainer, Path(folder), tiny)
         trained = {name: values.detach().cpu() for name, values in (trainer.ema or trainer.parameters).items()}

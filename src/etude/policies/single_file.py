@@ -25,7 +25,7 @@ AUTOENCODER = ("first_stage_model.", "vae.")
 TEXT_ENCODERS = ("cond_stage_model.", "conditioner.embedders.", "text_encoders.", "text_encoder.", "te.")
 """Prefixes of the names of a text encoder's weights."""
 SEVERAL = ("conditioner.embedders.", "text_encoders.")
-"""Those of them that a number or a name of the encoder follows: in SDXL's files, and in those of SD3 and FLUX."""
+"""Prefixes that a number (SDXL) or a name (SD3, FLUX) of the encoder follows."""
 _ENDS = {"text_encoder": ("0", "clip_l"), "text_encoder_2": ("1", "clip_g")}
 
 

@@ -117,7 +117,7 @@ def _heat(entries: Entries, heat: HeatConfig, directory: StudyDirectory, unusabl
 def _method(
     entries: Entries, entry: Entry, directory: StudyDirectory, unusable: dict[str, str]
 ) -> tuple[Row, Condition | None, Curves | None]:
-    """What is known of a method in a heat; its runs where some are done."""
+    """A method's results in a heat, with its runs where some are done."""
     pilots = entries.results(entry, directory)
     chosen = choose(pilots)
     row: Row = {
