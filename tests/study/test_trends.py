@@ -125,8 +125,7 @@ def test_a_gap_narrows_against_its_sign(slope, p, start, said):
     assert verdict({"mean": slope, "p_holm": p}, start) == said
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def make(root, seeds):
     """A study of made-up scores whose gap halves in training: from 20 eta^2 / steps to half of it, in 8 iterations."""
     tree = {
         "name": "made up",
@@ -136,7 +135,7 @@ def made(tmp_path_factory):
             "evaluation.every": 2,
             "evaluation.held_out_rewards": ["alignment", "colorfulness"],
         },
-        "seeds": [0, 1, 2],
+        "seeds": seeds,
         "grids": [
             {"keys": {"rewards": ["colorfulness"], "sampling.eta": [0.5, 1.0, 2.0]}},
             {"keys": {"rewards": ["colorfulness"], "sampling.eta": [1.0], "sampling.num_steps": [50]}},
@@ -145,9 +144,14 @@ def made(tmp_path_factory):
         "trends": {"reference_eta": 1.0, "periods": [[0, 4]]},
     }
     study = parse_study(tree)
-    directory = write(study, lambda eta: 10 * eta - 3 * eta**2, tmp_path_factory.mktemp("trends"))
+    directory = write(study, lambda eta: 10 * eta - 3 * eta**2, root)
     page = write_results(study, directory)
     return directory, page, json.loads((directory.root / "results.json").read_text())["trends"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("trends"), [0, 1, 2])
 
 
 def test_a_study_has_the_slopes_that_were_made_up(made):
@@ -194,6 +198,13 @@ def test_the_tables_and_the_figures_are_written(made):
     assert any("slope-of-the-gap" in name for name in names)
     assert any("gap-over-training-eta-2" in name for name in names)
     assert "Slope of the gap against training η" in made[1].read_text()
+
+
+def test_the_first_seed_is_shown_without_intervals(tmp_path):
+    directory, _, trends = make(tmp_path, [0])
+    row = trends["families"][0]["rows"][1]
+    assert row["relative"] == {"mean": pytest.approx(1 / 7), "low": None, "high": None}
+    assert "| −12.5 |" in (directory.root / "tables.md").read_text()  # 2 points lose 1 in 8 iterations
 
 
 def test_wrong_trends_are_named():

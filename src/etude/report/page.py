@@ -81,9 +81,14 @@ def render(run: Run) -> str:
 
 
 def interval(estimate: Interval | None, signed: bool = True) -> str:
-    """An estimate as `+1.27 [+1.02, +1.51]`, with real minus signs; a dash for None."""
+    """An estimate as `+1.27 [+1.02, +1.51]`, with real minus signs; a dash for None.
+
+    Without its interval, as from a single seed, it is the mean alone.
+    """
     if estimate is None:
         return "–"
+    if estimate["low"] is None:
+        return f"{estimate['mean']:{'+' if signed else ''}.3g}".replace("-", "−")
     return format_interval(estimate["mean"], estimate["low"], estimate["high"], signed).replace("-", "−")
 
 

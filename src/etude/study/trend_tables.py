@@ -34,7 +34,7 @@ def _slopes(family: Row) -> Table:
     for row in family["rows"]:
         for slope in row["slopes"]:
             period = "{} to {}".format(*slope["period"])
-            cells = [period, f"{row['start']:+.2g}".replace("-", "−"), _shown(row["gap"]), _shown(slope)]
+            cells = [period, f"{row['start']:+.2g}".replace("-", "−"), interval(row["gap"]), interval(slope)]
             cells += [p_value(slope["p_holm"]), verdict(slope, row["start"]), interval(row["relative"])]
             rows.append([row["label"], *cells])
     note = (
@@ -76,7 +76,7 @@ def _final(family: Row) -> Table:
     for row in family["rows"]:
         best = row["best"]
         at = "–" if best is None else " / ".join(map(str, best["iterations"]))
-        rows.append([row["label"], _shown(row["final"], False), _shown(best, False), at, str(len(row["seeds"]))])
+        rows.append([row["label"], interval(row["final"], False), interval(best, False), at, str(len(row["seeds"]))])
     note = (
         "ODE reward of the evaluations at equal iterations. The best iteration of each seed is chosen by the other seeds, so that no "
         "luck of the choice is in it. Brackets are 95 % intervals over seeds for the prompts of the evaluations."
@@ -86,7 +86,7 @@ def _final(family: Row) -> Table:
 
 
 def _budget(each: Row) -> Table:
-    rows = [[row["label"], f"{row['iteration']:.0f}", _shown(row, False), str(row["seeds"])] for row in each["rows"]]
+    rows = [[row["label"], f"{row['iteration']:.0f}", interval(row, False), str(row["seeds"])] for row in each["rows"]]
     note = (
         "ODE reward of the evaluations where each condition has spent as many network evaluations on training as the cheapest "
         "has in all; one with its backward pass counts 3."
@@ -94,12 +94,3 @@ def _budget(each: Row) -> Table:
     return Table(
         f"At equal compute: {each['reward']}, {each['model']}", note, ["condition", "iteration", "ODE", "seeds"], rows
     )
-
-
-def _shown(row: Row | None, signed: bool = True) -> str:
-    """An estimate of one number, or the last of a band; without an interval where seeds give none."""
-    if row is None:
-        return "–"
-    if row["low"] is None:
-        return f"{row['mean']:{'+' if signed else ''}.3g}".replace("-", "−")
-    return interval(row, signed)
