@@ -30,11 +30,14 @@ from support.voting import Voter
 
 STEPS = 8
 SETTINGS = {
-    "iterations": 5,
+    "iterations": 3,
+    "optimizer.learning_rate": 5.0e-3,
+    "rollout.images_per_iteration": 32,
+    "rollout.images_per_prompt": 8,
     "sampling.num_steps": STEPS,
     "sampling.guidance_scale": 1.0,
-    "evaluation.every": 5,
-    "evaluation.num_images": 40,
+    "evaluation.every": 3,
+    "evaluation.num_images": 32,
     "evaluation.held_out_rewards": ["colorfulness"],
     "objective.kl_coef": 0.0,
 }
