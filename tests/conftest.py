@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # Before torch, transformers or huggingface_hub are imported: they read these once. Child processes inherit them.
@@ -20,6 +21,7 @@ os.environ["COLUMNS"] = "200"  # help and tables are not wrapped in the middle o
 
 import pytest
 import torch
+import typer.testing
 from hypothesis import settings
 
 from etude.registry import REWARDS
@@ -30,6 +32,8 @@ from support.fuzzing import pytest_sessionfinish, pytest_terminal_summary, pytes
 __all__ = ["pytest_sessionfinish", "pytest_terminal_summary", "pytest_testnodedown"]
 
 torch.set_num_threads(1)
+# A test runner of typer builds the whole command line anew for each command: a tenth of a second.
+typer.testing._get_command = cache(typer.testing._get_command)
 
 # Property tests draw the same examples in every run; a deadline would measure the machine.
 settings.register_profile("etude", deadline=None, derandomize=True, print_blob=True)

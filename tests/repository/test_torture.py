@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-KILLS, DAMAGES = 8, 2
+KILLS, DAMAGES = 5, 2
 
 
 @pytest.mark.slow
