@@ -249,6 +249,7 @@ REWARDS = Registry(
         "ocr": Entry("etude.rewards.ocr:OCR"),
         "pickscore": Entry("etude.rewards.models.clip:PickScore"),
         "preference": Entry("etude.preferences.preference_reward:PreferenceReward"),
+        "style": Entry("etude.rewards.style:Style"),
         "vendi": Entry("etude.rewards.diversity:Vendi"),
         "vlm_judge": Entry("etude.rewards.remote.judge:VLMJudge"),
     },

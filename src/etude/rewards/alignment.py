@@ -59,11 +59,14 @@ class ImageFeatures(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.backbone.extract_features(self.pixels(images))
+        return features.mean((2, 3))
+
+    def pixels(self, images: Tensor) -> Tensor:
+        """What the network sees of uint8 images: float32 `[n, 3, 128, 128]`."""
         x = (images.float() / 255 - 0.498) / 0.502
         size = (RESOLUTION, RESOLUTION)
-        x = nn.functional.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
-        features: Tensor = self.backbone.extract_features(x)
-        return features.mean((2, 3))
+        return nn.functional.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
 class Alignment:
