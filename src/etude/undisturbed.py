@@ -1,14 +1,17 @@
 """Code of others, which leaves the state that a process shares as it was.
 
 A function or a module of a user may set torch's default dtype, switch gradients off, seed a global
-generator, silence warnings, or change the directory. The run around it would go on with that, and
-its results would change. `undisturbed` puts everything back.
+generator, silence warnings, change the directory, or close the standard output. The run around it
+would go on with that, and its results would change, or nobody would see them. `undisturbed` puts
+everything back.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,6 +23,26 @@ _inside = 0  # calls in any thread: what all threads share is put back after the
 _program: list[tuple[Callable[[Any], Any], Any]] = []
 _left: list[Any] | None = None  # the program's generators, as they were left
 _guests: list[Any] | None = None  # the generators as the code of others left them
+_streams: list[Any] = []  # the program's standard output and error
+
+
+class LentStream:
+    """A stream for the code of others: what is written goes to the program's own, which nobody else can close."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._stream)
+
+    def close(self) -> None:
+        self._stream.flush()
+
+    def detach(self) -> Any:
+        raise io.UnsupportedOperation("the stream belongs to the program")
 
 
 @contextmanager
@@ -28,9 +51,10 @@ def undisturbed() -> Iterator[None]:
 
     This is the state of torch (default dtype and device, gradient and inference mode, autocast,
     number of threads, deterministic and precision flags, kernels of attention), of NumPy (errors),
-    of Python (filters of warnings, working directory), and the global generators of all three. The
-    code of others has a sequence of its own from these generators, which goes on from call to call
-    and begins anew by `begin_draws`, or where the program draws or seeds.
+    of Python (filters of warnings, working directory, standard output and error, recursion limit),
+    and the global generators of all three. The code of others has a sequence of its own from these
+    generators, which goes on from call to call and begins anew by `begin_draws`, or where the program
+    draws or seeds. Closing the output or the error flushes it.
 
     Where such code runs in several threads at once, state that belongs to no single thread is put
     back after the last of them.
@@ -49,6 +73,8 @@ def undisturbed() -> Iterator[None]:
         with _lock:
             if _inside == 0:
                 _program[:] = [(write, read()) for read, write in _switches()]
+                _streams[:] = sys.stdout, sys.stderr
+                sys.stdout, sys.stderr = (None if each is None else LentStream(each) for each in _streams)
                 before = _generators()
                 if _guests is not None and _same(before, _left):
                     _set_generators(_guests)
@@ -60,6 +86,7 @@ def undisturbed() -> Iterator[None]:
             with _lock:
                 _inside -= 1
                 if _inside == 0:
+                    sys.stdout, sys.stderr = _streams
                     for (write, value), (read, _) in zip(_program, _switches(), strict=True):
                         if read() != value:
                             write(value)
@@ -95,6 +122,7 @@ def _switches() -> list[tuple[Callable[[], Any], Callable[[Any], Any]]]:
         return lambda: getattr(cudnn, name), lambda value: setattr(cudnn, name, value)
 
     return [
+        (sys.getrecursionlimit, sys.setrecursionlimit),
         (torch.get_default_dtype, torch.set_default_dtype),
         (torch.get_num_threads, torch.set_num_threads),
         (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),

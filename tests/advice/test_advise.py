@@ -30,8 +30,9 @@ from etude.config import parse_config
 from etude.errors import EtudeError
 from etude.measuring.statistics import estimate_mean
 from etude.rewards import register
+from support.adapters import peft, write
 from support.small_runs import redness
-from support.tiny import save_stable_diffusion
+from support.tiny import save_stable_diffusion, stable_diffusion_xl
 
 CLUSTERS = [i % 8 for i in range(32)]
 
@@ -128,6 +129,15 @@ def test_the_settings_are_those_of_the_models_first_recipe_with_gddim() -> None:
     with pytest.raises(EtudeError, match="give --recipe"):
         base_config("mine", {"alignment": 1.0})
     assert base_config("mine", {"alignment": 1.0}, "emoji-ddpo").model == "mine"
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_the_base_model_is_measured(tmp_path: Path) -> None:
+    adapter = write(tmp_path / "foreign", peft(stable_diffusion_xl().unet, "unet")[0])
+    words = ["advise", "emoji-sd", "--reward", "colorfulness", "--out", str(tmp_path / "a")]
+    result = CliRunner().invoke(app, [*words, "--set", f"lora.init={adapter}"])
+    assert result.exit_code == 1
+    assert "does not fit the model" in result.stderr
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.prompts import load_prompts
 from etude.sampling.sampler import SDE
 from etude.training.inputs import prompts_digest
-from support.tiny import save_stable_diffusion, stable_diffusion
+from support.adapters import peft, write
+from support.tiny import save_stable_diffusion, stable_diffusion, stable_diffusion_xl
 
 PROTOCOL = """
 name: tiny
@@ -60,8 +61,8 @@ def places(tmp_path_factory) -> Path:
     return root
 
 
-def bench(places: Path, out: Path, *more: str, code: int = 0, batch: int = 4) -> str:
-    words = ["bench", str(places / "base"), "--protocol", str(places / "tiny.yaml"), "--out", str(out)]
+def bench(places: Path, out: Path, *more: str, code: int = 0, batch: int = 4, protocol: Path | None = None) -> str:
+    words = ["bench", str(places / "base"), "--protocol", str(protocol or places / "tiny.yaml"), "--out", str(out)]
     result = CliRunner().invoke(app, [*words, "--batch-size", str(batch), *more])
     assert result.exit_code == code, result.output
     return result.output
@@ -165,6 +166,14 @@ def test_a_damaged_cell_is_named_and_another_model_under_the_same_name_is_measur
     assert results(out)["between_models"][0]["difference"]["colorfulness"]["mean"] != 0
 
 
+def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_computed(places, tmp_path, monkeypatch):
+    write(tmp_path / "foreign", peft(stable_diffusion_xl().unet, "unet")[0])
+    monkeypatch.setattr(Measurement, "images", lambda *_: pytest.fail("an image was drawn"))
+    adapters = "--lora", str(places / "trained" / "lora"), "--lora", str(tmp_path / "foreign")
+    assert "does not fit the model" in bench(places, tmp_path / "out", *adapters, code=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_of_another_protocol_are_named_loudly_and_not_compared(places, done, tmp_path):
     again = bench(places, tmp_path / "again", "--against", str(done))
     assert LOUD not in again
@@ -173,7 +182,7 @@ def test_results_of_another_protocol_are_named_loudly_and_not_compared(places, d
     text = (places / "tiny.yaml").read_text().replace("steps: 3", "steps: 2").replace("guidance: 2}", "guidance: 4}")
     (tmp_path / "other.yaml").write_text(text)
     out = tmp_path / "other"
-    printed = bench(places, out, "--protocol", str(tmp_path / "other.yaml"), "--against", str(done))
+    printed = bench(places, out, "--against", str(done), protocol=tmp_path / "other.yaml")
     differs = "steps 3 there and 2 here, guidance 2.0 there and 4.0 here"
     for shown in (printed, (out / "results.md").read_text(), (out / "index.html").read_text()):
         assert LOUD in shown
@@ -184,7 +193,7 @@ def test_results_of_another_protocol_are_named_loudly_and_not_compared(places, d
 def test_a_directory_takes_one_protocol_and_one_batch_size(places, done, tmp_path):
     assert "give --batch-size 4" in bench(places, done, batch=2, code=1)
     (tmp_path / "other.yaml").write_text((places / "tiny.yaml").read_text().replace("steps: 3", "steps: 2"))
-    assert "another protocol" in bench(places, done, "--protocol", str(tmp_path / "other.yaml"), code=1)
+    assert "another protocol" in bench(places, done, protocol=tmp_path / "other.yaml", code=1)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
     assert "holds no benchmark" in bench(places, tmp_path / "full", code=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from etude.config import (
     difference,
     load_config,
     parse_config,
+    parse_rewards,
     recipe_names,
     recipe_text,
 )
@@ -200,6 +202,47 @@ def test_true_is_no_number_and_no_text_inside_a_list_or_a_mapping(override: str)
     assert "true and false are no numbers" in failure("sd15-ddpo", override)
 
 
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("seed", "010"),
+        ("iterations", "5"),
+        ("sampling.eta", "1.2"),
+        ("sampling.guidance_scale", "1.2"),
+        ("memory.offload", "yes"),
+        ("memory.offload", "on"),
+        ("memory.offload", "true"),
+        ("rollout.batch_size", "8"),
+        ("rewards.colorfulness", "1"),
+        ("evaluation.deployment", "{steps: '3'}"),
+    ],
+)
+def test_a_text_in_quotes_is_no_number_and_no_truth_value(key: str, text: str) -> None:
+    quoted = text if text.startswith("{") else f"'{text}'"
+    assert key in failure("sd15-ddpo", f"{key}={quoted}")
+    if not text.startswith("{"):
+        with pytest.raises(EtudeError, match=re.escape(key)):
+            load_config("sd15-ddpo", {key: text})
+
+
+def test_a_text_in_quotes_is_a_text_where_one_is_taken() -> None:
+    config = load_config("sd15-ddpo", ["rollout.batch_size='auto'", "prompts.train='010'", "lora.targets=['1', to_q]"])
+    assert (config.rollout.batch_size, config.prompts.train, config.lora.targets[0]) == ("auto", "010", "1")
+
+
+@pytest.mark.parametrize("overrides", [["seed=1", "seed=2"], ["model=a", "seed=1", 'model="b"']])
+def test_a_key_that_is_set_twice_to_two_values_is_refused(overrides: list[str]) -> None:
+    with pytest.raises(EtudeError, match=r"is set twice, by '.*' and '.*': leave one out"):
+        load_config("sd15-ddpo", overrides)
+    assert load_config("sd15-ddpo", ["seed=1", "seed=1"]).seed == 1
+
+
+def test_a_reward_with_two_weights_is_refused() -> None:
+    assert parse_rewards(["a", "a=1", "b=2"]) == {"a": 1.0, "b": 2.0}
+    with pytest.raises(EtudeError, match="'a' is given the weights 1 and 2"):
+        parse_rewards(["a", "a=2"])
+
+
 def test_padded_seeds_are_different_runs() -> None:
     seeds = [load_config("sd15-ddpo", [f"seed={seed:03d}"]).seed for seed in range(12)]
     assert seeds == list(range(12))
@@ -225,7 +268,8 @@ def test_set_takes_a_text_as_it_stands(text: str) -> None:
             config = config[part]
         assert config == text
     assert load_config("sd15-ddpo", [f"model={json.dumps(text)}"]).model == text
-    assert load_config("sd15-ddpo", ["pipeline_config=x", "pipeline_config=null"]).pipeline_config is None
+    config = load_config("sd15-ddpo", {"pipeline_config": "x"})
+    assert load_config(config, ["pipeline_config=null"]).pipeline_config is None
 
 
 @pytest.mark.parametrize("override", ["seed=1 # x", "rewards={a: 1} # b", "lora.targets=[to_q] #", "dtype=float32 # x"])

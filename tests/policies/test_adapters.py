@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from etude.config import LoraConfig, parse_config
 from etude.errors import EtudeError
+from etude.policies import load_policy
 from etude.policies.adapter_file import WEIGHTS
 from etude.policies.flux import FluxPolicy
 from etude.policies.kohya import KOHYA_WEIGHTS
@@ -27,7 +28,7 @@ from etude.sampling.sampler import ODE
 from etude.training.dry_run import resolved
 from etude.training.trainer import Trainer
 from support.adapters import ROWS, AdapterRow, kohya, kohya_text, peft, rand, table, write
-from support.tiny import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from support.tiny import flux, save_stable_diffusion, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 
 POLICIES: dict[Any, type[PipelinePolicy]] = {
     stable_diffusion: StableDiffusionPolicy,
@@ -302,6 +303,19 @@ def test_an_adapter_that_kohyas_names_have_no_place_for_is_exported_for_diffuser
     policy.load_lora(write(tmp_path / "dora", peft(stable_diffusion().unet, "unet", use_dora=True)[0]))
     policy.export(tmp_path / "export")
     assert [file.name for file in (tmp_path / "export").iterdir()] == [WEIGHTS]
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("outline", [True, False])
+def test_an_adapter_whose_header_says_another_prediction_is_read_with_a_word(outline, tmp_path):
+    save_stable_diffusion(tmp_path / "sd")
+    file = tmp_path / "style.safetensors"
+    save_file(kohya(stable_diffusion().unet, "lora_unet"), file, {"ss_v_parameterization": "True"})
+    with pytest.warns(
+        UserWarning, match="predicts v_prediction .* the scheduler of the model has prediction_type epsilon"
+    ):
+        load_policy(tmp_path / "sd", lora=file, device="cpu", outline=outline)
+    StableDiffusionPolicy(stable_diffusion(prediction_type="v_prediction")).load_lora(file)  # without a word
 
 
 BYTES = """

@@ -24,7 +24,7 @@ from etude.policies.single_file import absent_parts
 from etude.policies.source import ModelSource
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
-from etude.policies.weight_files import _SCALES
+from etude.policies.weight_files import _SCALES, contradictions
 from etude.sampling.noise import NoiseSource
 from etude.sampling.sampler import ODE
 from support.single_file import write_single_file
@@ -205,6 +205,57 @@ def test_the_command_line_draws_from_a_file(tmp_path):
     done = CliRunner().invoke(app, [str(a) for a in [*arguments, "--pipeline-config", tmp_path / "config"]])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "a.png").is_file()
+
+
+@pytest.mark.parametrize("outline", [True, False])
+@pytest.mark.parametrize(
+    ("encoder", "lost"),
+    [
+        ("text_encoder", "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias"),
+        ("text_encoder_2", "conditioner.embedders.1.model.ln_final.bias"),
+        ("text_encoder_2", "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_bias"),
+    ],
+)
+def test_each_text_encoder_of_a_file_is_complete_or_named(encoder, lost, outline, tmp_path):
+    stable_diffusion_xl().save_pretrained(tmp_path / "config")
+    file = write_single_file(stable_diffusion_xl(), tmp_path / "model.safetensors")
+    save_file({name: value for name, value in load_file(file).items() if name != lost}, file)
+    with pytest.raises(EtudeError, match=rf"lacks '.*bias'( and 2 more)? of the {encoder}"):
+        load_policy(file, device="cpu", outline=outline, pipeline_config=tmp_path / "config")
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_what_every_file_of_a_model_holds_beside_its_weights_gets_no_word(tmp_path):
+    stable_diffusion().save_pretrained(tmp_path / "config")
+    file = write_single_file(stable_diffusion(), tmp_path / "model.safetensors")
+    beside = ("betas", "alphas_cumprod", "sqrt_recip_alphas_cumprod", "posterior_variance", "logvar", "denoiser.sigmas")
+    beside += ("cond_stage_model.transformer.text_model.embeddings.position_ids", "cond_stage_model.logit_scale")
+    save_file(load_file(file) | {name: torch.zeros(1) for name in beside}, file)
+    load_policy(file, device="cpu", outline=True, pipeline_config=tmp_path / "config")
+
+
+V, END = ("prediction_type", "v_prediction"), ("rescale_betas_zero_snr", True)
+SAID = [
+    ({"modelspec.prediction_type": "v"}, [V]),
+    ({"modelspec.prediction_type": "v-prediction"}, [V]),
+    ({"modelspec.predict_key": "v"}, [V]),
+    ({"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, [V]),
+    ({"ss_base_model_version": "sd_v2_v"}, [V]),
+    ({"ss_v_parameterization": "True", "ss_zero_terminal_snr": "1"}, [V, END]),
+    ({"ss_zero_terminal_snr": "True"}, [END]),
+    ({"modelspec.prediction_type": "epsilon", "modelspec.architecture": "stable-diffusion-v1"}, []),
+    ({"ss_v2": "True", "ss_v_parameterization": "False", "ss_zero_terminal_snr": "False"}, []),
+]
+
+
+@pytest.mark.parametrize(("metadata", "differs"), SAID)
+def test_what_a_header_says_of_its_network_is_held_against_the_scheduler(metadata, differs):
+    epsilon = {"_class_name": "DDIMScheduler", "prediction_type": "epsilon"}
+    assert [(key, value) for _, key, value, _ in contradictions((), metadata, epsilon)] == differs
+    other = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    said = [(key, value) for _, key, value, _ in contradictions((), metadata, other)]
+    assert said == ([("prediction_type", "epsilon")] if "epsilon" in metadata.values() else [])
+    assert contradictions(("v_pred",), metadata, {"_class_name": "FlowMatchEulerDiscreteScheduler"}) == []
 
 
 def test_an_average_in_the_names_of_compvis_is_no_quantised_weight():

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from typer.testing import CliRunner
@@ -19,6 +29,7 @@ from etude.policies.flux import FluxPolicy
 from etude.policies.pipeline import PipelinePolicy
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.policies.stable_diffusion_xl import StableDiffusionXLPolicy
+from etude.policies.trial import tell_of_scheduler
 from etude.sampling.finite import FiniteMarks
 from etude.sampling.noise import NoiseSource
 from etude.sampling.sampler import ODE
@@ -125,16 +136,78 @@ def test_a_prediction_that_is_not_finite_ends_every_sampler_and_names_the_step(
         sampler.draw(policy, ["red heart"], decode=False)
 
 
-def test_an_encoded_prompt_that_is_not_finite_is_named() -> None:
-    policy = StableDiffusionPolicy(stable_diffusion())
+@pytest.mark.parametrize("encoder", ["text_encoder", "text_encoder_2"])
+def test_an_encoded_prompt_that_is_not_finite_is_named_with_its_encoder(encoder: str) -> None:
+    policy = StableDiffusionXLPolicy(stable_diffusion_xl())
     with torch.no_grad():
         letter = policy.pipeline.tokenizer("red heart").input_ids[1]
-        policy.pipeline.text_encoder.get_input_embeddings().weight[letter, 0] = float("inf")
+        policy.pipeline.components[encoder].get_input_embeddings().weight[letter, 0] = float("inf")
     policy.encode(["pizza"])
-    with pytest.raises(
-        EtudeError, match="the text encoders' encoder_hidden_states at the prompt 'red heart' in float32"
-    ):
+    with pytest.raises(EtudeError, match=f"the {encoder}'s encoder_hidden_states at the prompt 'red heart' in float32"):
         policy.encode(["red heart"])
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "options", "says"),
+    [
+        (
+            DDIMScheduler,
+            {"clip_sample": False, "thresholding": True},
+            "thresholding = True; the ODE .* leaves the predicted image as it is",
+        ),
+        (DDIMScheduler, {"clip_sample": True}, "clip_sample = True"),
+        (DDPMScheduler, {}, "clip_sample = True"),
+        (EulerDiscreteScheduler, {"interpolation_type": "log_linear"}, "interpolation_type = log_linear"),
+        (DPMSolverMultistepScheduler, {"lambda_min_clipped": -5.1}, "lambda_min_clipped = -5.1"),
+        (
+            FlowMatchEulerDiscreteScheduler,
+            {"stochastic_sampling": True},
+            "stochastic_sampling = True; .* draws no noise",
+        ),
+        (DDIMScheduler, {"clip_sample": False}, None),
+        (EulerDiscreteScheduler, {}, None),
+        (PNDMScheduler, {}, None),
+        (FlowMatchEulerDiscreteScheduler, {}, None),
+    ],
+)
+def test_a_setting_by_which_a_scheduler_steps_otherwise_is_told_with_its_value(
+    scheduler: Any, options: dict[str, Any], says: str | None
+) -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        tell_of_scheduler("m", scheduler(**options))
+    messages = [str(each.message) for each in told]
+    assert len(messages) == (says is not None)
+    assert says is None or re.search(f"model 'm' comes with {scheduler.__name__} and {says}", messages[0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_another_scheduler_left_in_a_configuration_gets_no_word() -> None:
+    scheduler = EulerDiscreteScheduler.from_config({"clip_sample": True, "thresholding": True})
+    assert scheduler.config["clip_sample"]
+    tell_of_scheduler("m", scheduler)
+
+
+def test_a_shift_factor_of_stable_diffusion_is_read_as_in_the_plain_pipeline() -> None:
+    pipeline = stable_diffusion()
+    pipeline.vae.register_to_config(shift_factor=3.0)
+    policy = StableDiffusionPolicy(pipeline)
+    assert (ODE(4, 5.0).draw(policy, ["red heart"]).float() - plain(policy, 5.0)).abs().max() <= 1
+
+
+def test_latents_of_images_are_scaled_as_they_are_for_the_decoder() -> None:
+    statistics = {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [2.0, 1.0, 0.5, 3.0], "shift_factor": 0.7}
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    families = (
+        (stable_diffusion, StableDiffusionPolicy),
+        (stable_diffusion_xl, StableDiffusionXLPolicy),
+        (flux, FluxPolicy),
+    )
+    for make, family in families:
+        pipeline = make()
+        pipeline.vae.register_to_config(**statistics)
+        policy = family(pipeline)
+        assert torch.allclose(policy._scaled(policy._unscaled(latents)), latents, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,19 @@ def test_a_judgement_pairs_prompt_and_noise_counts_for_a_and_says_when_it_is_dec
     )
 
 
+@pytest.mark.parametrize(
+    ("side", "says"),
+    [
+        ("lora=a,lora=b", "gives lora twice"),
+        ("steps=2,eta=1,steps=2", "gives steps twice"),
+        ("solver=heun,eta=1.2", "gives a solver, which is deterministic, and eta"),
+    ],
+)
+def test_a_side_says_each_thing_once(side: str, says: str) -> None:
+    with pytest.raises(EtudeError, match=says):
+        parse_side(f"emoji-sd,{side}", ModelSource(""), None, 5.0)
+
+
 def _judged(tmp_path: Path, prompts: int, share: float) -> Pool:
     """A judgement of made-up images in which A wins that share of the votes of each of two raters."""
     pool = fill(fill(quick(tmp_path / "judged"), prompts, 1, "side A"), prompts, 1, "side B", seed=1)

@@ -224,6 +224,7 @@ def test_a_file_anywhere_is_a_dataset_of_its_format(hub: list[Any]) -> None:
     ("source", "words"),
     [
         ("hub:owner/set?colum=caption", "did you mean 'column'"),
+        ("hub:owner/set?split=a&split=b", "give an option twice"),
         ("hub:owner/set?column=captoin", "did you mean 'caption'"),
         ("hub:owner/set?metadata=tags", "did you mean 'tag'"),
         ("hub:?column=tag", "name no dataset"),

@@ -380,6 +380,8 @@ def test_a_server_says_which_reward_it_computes(checksum: str) -> None:
         ("http://host/score#batch_size=1.5", "a whole number"),
         ("http://host/score#timeout=nan", "timeout = nan"),
         ("http://host/score#concurrency=0", "concurrency = 0"),
+        ("http://host/score#timeout=1,timeout=2", "option timeout of a remote reward stands twice"),
+        ("pickscore:batch_size=1,batch_size=2", "option batch_size of the reward PickScore stands twice"),
         ("http://host/score#tiemout=3", "did you mean 'timeout'"),
         ("http://host/score#token_env=HF_TOKEN", "unknown option of a remote reward 'token_env'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import sqlite3
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from rich.live import Live
 
 from etude.errors import EtudeError
 from etude.prompts import load_prompts
@@ -51,6 +54,8 @@ def state() -> list[object]:
         [*warnings.filters],
         (warnings.showwarning, warnings.formatwarning),
         os.getcwd(),
+        sys.getrecursionlimit(),
+        (getattr(sys.stdout, "_stream", sys.stdout), getattr(sys.stderr, "_stream", sys.stderr)),
     ]
 
 
@@ -80,6 +85,9 @@ HOSTILE = {
     "no filters": lambda: warnings.resetwarnings(),
     "show": lambda: setattr(warnings, "showwarning", print),
     "directory": lambda: os.chdir("/"),
+    "recursion": lambda: sys.setrecursionlimit(sys.getrecursionlimit() + 1),
+    "output": lambda: setattr(sys, "stdout", io.StringIO()),
+    "no error stream": lambda: setattr(sys, "stderr", None),
 }
 
 
@@ -131,6 +139,38 @@ def test_the_state_is_put_back_whichever_method_of_a_reward_changes_it() -> None
     own_to_the_call = (2, 14, 15, 16)  # it computes no gradients, and goes on with draws of its own
     for each in seen:
         assert all(a == b for i, (a, b) in enumerate(zip(each, theirs, strict=True)) if i not in own_to_the_call)
+
+
+def test_what_the_code_of_others_writes_is_shown_and_it_closes_no_stream_of_the_program(capsys) -> None:
+    @undisturbed()
+    def closes() -> None:
+        print("from a reward")
+        print("aloud", file=sys.stderr)
+        sys.stdout.close()
+        sys.stderr.close()
+        with suppress(io.UnsupportedOperation):
+            sys.stdout.detach()
+
+    before = sys.stdout, sys.stderr
+    for _ in range(2):
+        closes()
+        print("from the program", file=sys.stderr)
+    assert (sys.stdout, sys.stderr) == before
+    assert capsys.readouterr() == ("from a reward\n" * 2, "aloud\nfrom the program\n" * 2)
+
+
+def test_a_display_that_holds_the_output_during_a_call_holds_it_afterwards() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True)
+    plain = sys.stdout
+    with Live("training", console=console, auto_refresh=False):
+        held = sys.stdout
+        with undisturbed():
+            print("from a reward")
+            sys.stdout = io.StringIO()
+        assert sys.stdout is held
+    assert sys.stdout is plain
+    assert "from a reward" in shown.getvalue()
 
 
 def test_draws_of_the_code_of_others_go_on_and_begin_anew_with_the_program() -> None:

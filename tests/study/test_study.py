@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import pytest
 import yaml
@@ -11,15 +12,17 @@ from typer.testing import CliRunner
 
 from etude.cli.app import app
 from etude.errors import EtudeError
+from etude.race.start import run_race
 from etude.rewards import register
 from etude.sampling.sampler import ODE
 from etude.study.directory import StudyDirectory, work
 from etude.study.grid_display import Pace
 from etude.study.measurement import samplers
-from etude.study.runner import run_study, select
+from etude.study.runner import check_adapters, run_study, select
 from etude.study.study_file import load_study, parse_study
+from support.adapters import peft, write
 from support.small_runs import outcome, redness
-from support.tiny import save_stable_diffusion
+from support.tiny import save_stable_diffusion, stable_diffusion, stable_diffusion_xl
 
 MINIMAL = {"name": "small", "base": "emoji-ddpo", "grids": {"keys": {"sampling.eta": [1.0, 2.0]}}}
 
@@ -147,6 +150,19 @@ def test_a_study_runs_every_cell_once_and_leaves_a_report(tree, tmp_path):
     assert [path.parent.name for path in out.glob("cells/*/scores.json")] == ["eta-3_seed-0"]
     assert json.loads((out / "results.json").read_text())["done"] == 3
     assert len(list((out / "base").glob("*.json"))) == 1  # the new eta: the rest is in the archive
+
+
+def test_an_adapter_that_does_not_fit_stops_a_study_before_its_first_cell(tree, tmp_path):
+    good, bad = (
+        write(tmp_path / n, peft(p().unet, "unet")[0]) for n, p in (("a", stable_diffusion), ("b", stable_diffusion_xl))
+    )
+    study = parse_study(tree | {"grids": {"keys": {"lora.init": [str(good), str(bad)], "sampling.eta": [2.0]}}})
+    for run in (run_study, partial(run_race, entries=None)):
+        place = {"study": study} if run is run_study else {}
+        with pytest.raises(EtudeError, match=r"cell '.*b.*': lora\.init '.*' does not fit the model"):
+            run(**place, cells=list(study.cells), directory=StudyDirectory(tmp_path / "out"), quiet=True)
+    assert not (tmp_path / "out").exists()
+    check_adapters(study.cells[:1])
 
 
 def test_a_cell_is_the_run_that_train_makes_and_one_failure_stops_no_other(tree, tmp_path):

@@ -17,9 +17,11 @@ import torch
 from diffusers import (
     AutoencoderTiny,
     ConsistencyDecoderVAE,
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
     LCMScheduler,
     UNet2DConditionModel,
 )
@@ -175,6 +177,14 @@ def lora_as_model(place: Path) -> Arguments:
     return arguments
 
 
+def incomplete_configuration(place: Path) -> Arguments:
+    """A file of the denoiser, beside a configuration with a text encoder that lacks tensors."""
+    arguments = single(place, without("first_stage_model.", "cond_stage_model."))
+    file = place / "config" / "text_encoder" / "model.safetensors"
+    save_file(without("q_proj")(load_file(file)), file, metadata={"format": "pt"})
+    return arguments
+
+
 ROWS = (
     Row("a diffusers directory of any family", "read", lambda at: {"model": model(at, stable_diffusion_3())}),
     Row(
@@ -212,11 +222,29 @@ ROWS = (
         "read with a word: the levels are those of the spacing",
         lambda at: with_scheduler(at, DPMSolverMultistepScheduler, use_karras_sigmas=True),
     ),
+    Row(
+        "`thresholding`, `clip_sample`, `interpolation_type`, `stochastic_sampling` of its scheduler",
+        "read with a word: the ODE takes its plain steps",
+        lambda at: with_scheduler(at, DDIMScheduler, clip_sample=False, thresholding=True),
+    ),
+    Row(
+        "a scheduler with continuous timesteps under v-prediction",
+        "refused",
+        lambda at: with_scheduler(
+            at, EulerDiscreteScheduler, timestep_type="continuous", prediction_type="v_prediction"
+        ),
+        r"reads log\(sigma\) / 4 in place of timesteps",
+    ),
     Row("`AutoencoderTiny`", "read", lambda at: {**with_parts(at, flux(), vae=tiny_autoencoder()), "resolution": 16}),
     Row(
         "one safetensors file, whole or in parts",
         "read: every part that the file holds is the file's",
         lambda at: single(at, without("first_stage_model.")),
+    ),
+    Row(
+        "tensors of a single file that no part reads, such as an average of the weights (`model_ema.`)",
+        "read with a word",
+        lambda at: single(at, lambda w: w | {"weird.weight": torch.zeros(1), "model_ema.decay": torch.zeros(1)}),
     ),
     Row("8-bit floating weights without scales", "read, and held in `dtype`", fp8),
     Row(
@@ -290,6 +318,30 @@ ROWS = (
         lambda at: single(at, without("attn1.to_q")),
         r"lacks '.*attn1\.to_q\.weight' and 3 more of the unet",
     ),
+    Row(
+        "a single file whose text encoder lacks a tensor",
+        "refused",
+        lambda at: single(at, without("layers.0.mlp.fc1.bias")),
+        r"lacks '.*mlp\.fc1\.bias' of the text_encoder",
+    ),
+    Row(
+        "a single file whose text encoder has another shape",
+        "refused",
+        lambda at: single(at, reshaped("mlp.fc1.bias")),
+        r"mlp\.fc1\.bias is \[4\] in the file and \[32\] in the configuration",
+    ),
+    Row(
+        "a single file with a text encoder under names that diffusers does not read",
+        "refused",
+        lambda at: single(at, lambda w: {name.replace("cond_stage_model.transformer.", "te."): w[name] for name in w}),
+        r"holds a text_encoder \(CLIPTextModel\) under names that diffusers does not read",
+    ),
+    Row(
+        "a single file beside a configuration whose parts lack a tensor",
+        "refused",
+        incomplete_configuration,
+        r"lacks '.*q_proj\.bias' and 1 more of the text_encoder",
+    ),
     Row("an adapter in place of a model", "refused", lora_as_model, "holds no weights of the unet"),
     Row(
         "shards that an index lists and that are not there",
@@ -320,6 +372,12 @@ ROWS = (
         "refused",
         lambda at: single(at, lambda w: w | {"scaled_fp8": torch.zeros(2)}),
         "holds quantised weights \\('scaled_fp8'",
+    ),
+    Row(
+        "weights that are whole numbers",
+        "refused",
+        lambda at: rewritten(at, "vae", lambda w: w | {"decoder.conv_in.bias": w["decoder.conv_in.bias"].int()}),
+        "holds quantised weights \\('decoder.conv_in.bias', I32\\)",
     ),
     Row(
         "a file that says v-prediction beside a scheduler that says epsilon",

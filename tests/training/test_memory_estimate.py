@@ -12,6 +12,7 @@ from etude.learning.optimizers import make_optimizer
 from etude.sampling.noise import NoiseSource
 from etude.sampling.rollout import rollout
 from etude.training import memory_estimate as module
+from etude.training.dry_run import outlined
 from etude.training.memory_estimate import (
     _Live,
     optimizer_bytes,
@@ -20,7 +21,8 @@ from etude.training.memory_estimate import (
     trajectory_floats,
 )
 from etude.training.trainer import Trainer
-from support.tiny import save_flux, save_stable_diffusion
+from support.adapters import peft, write
+from support.tiny import flux, save_flux, save_stable_diffusion, stable_diffusion
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,19 @@ def test_fake_activations_are_those_of_a_real_replay(settings, tmp_path, model, 
         torch.autograd.grad(output.square().mean(), list(made.parameters.values()))
         del output, x
     assert fake == pytest.approx(live.peak, rel=0.02)
+
+
+@pytest.mark.parametrize("model", ["sd", "flux"])
+def test_a_dry_run_counts_a_dora_that_is_trained_on_as_the_run_does(settings, tmp_path, model):
+    pipeline, part = (stable_diffusion(), "unet") if model == "sd" else (flux(), "transformer")
+    adapter = write(tmp_path / "dora", peft(getattr(pipeline, part), part, use_dora=True)[0])
+    tree = {**settings, "model": settings["model"].removesuffix("sd") + model, "lora": {"init": str(adapter)}}
+    blueprint, outline, schedule = outlined(parse_config(tree), tmp_path / "run")
+    made = trainer(tree, tmp_path)
+    assert any("magnitude" in name for name in made.parameters)
+    shapes = {name: (p.shape, p.dtype) for name, p in outline.trainable().items()}
+    assert shapes == {name: (p.shape, p.dtype) for name, p in made.parameters.items()}
+    assert module.memory_estimate(blueprint, outline, schedule) == memory_estimate(made)
 
 
 def test_checkpointing_and_small_micro_batches_take_less(settings, tmp_path):

@@ -65,6 +65,26 @@ def train(settings, out, resume=False, **sections):
     return trainer, trainer.train()
 
 
+def test_a_run_that_fails_before_its_first_row_leaves_nothing_and_one_that_fails_later_is_resumed(settings, tmp_path):
+    @register("fails_at")
+    class FailsAt:
+        at, count = 1, 0
+
+        def __call__(self, images, prompts, **metadata):
+            FailsAt.count += 1
+            if FailsAt.count == FailsAt.at:
+                raise RuntimeError("the scorer is gone")
+            return redness(images, prompts)
+
+    for FailsAt.at, left in ((1, False), (2, False), (3, True)):  # two calls in the evaluation of the base model
+        FailsAt.count = 0
+        with pytest.raises(EtudeError, match="the scorer is gone"):
+            train(settings, tmp_path / "run", rewards={"fails_at": 1.0})
+        assert (tmp_path / "run").exists() is left
+    FailsAt.at = 0
+    assert train(settings, tmp_path / "run", resume=True, rewards={"fails_at": 1.0})[1]["iterations"] == 2
+
+
 def test_a_run_leaves_everything_its_user_came_for(settings, tmp_path):
     _, summary = train(settings, tmp_path / "run")
     expected = {

@@ -27,6 +27,7 @@ from etude.runs.layout import holds_something
 from etude.sampling.sampler import ODE
 from etude.sampling.solvers import Solver
 from etude.theory import Gaussian, ScoreError, recommended_eta
+from etude.training.dry_run import outlined
 from etude.training.progress import Display, SilentDisplay
 from etude.training.trainer import Trainer
 
@@ -137,8 +138,11 @@ class Adviser:
         started = time.monotonic()
         self.rewards.load()  # first: a reward that cannot be used leaves nothing to clear away
         request = self._check_directory()
-        # Before anything is written, too: a model that is refused leaves nothing.
-        policy = None if (self.out / "base.json").is_file() else load_source(ModelSource.of(self.config))
+        # Before anything is computed, too: a pilot that would be refused, by its model or its adapter, leaves nothing.
+        measured = (self.out / "base.json").is_file()
+        if not measured:
+            outlined(self.config, self.out / "pilot")
+        policy = None if measured else load_source(ModelSource.of(self.config))
         self.out.mkdir(parents=True, exist_ok=True)
         atomic_write_text(self.out / REQUEST, request)
         config, clusters, seed = self.config, self.measurement.clusters, self.config.seed

@@ -25,7 +25,6 @@ from etude.errors import EtudeError, brief
 from etude.files import append_line, atomic_write_bytes, atomic_write_text, fingerprints, locked, made
 from etude.measuring.pairs import Measurement, Scores
 from etude.policies import TrainablePolicy
-from etude.policies.adapter_file import read_adapter
 from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
 from etude.rewards import WeightedRewards
@@ -106,18 +105,15 @@ def measure_cells(
         pinned.prompts, score, count, pinned.settings.seed, batch_size=batch_size, images_per_prompt=each
     )
     total, cells = len(models) * count * sum(s.sampler().evaluations for s in samplers), []
-    for entry in models:  # what is refused leaves nothing
-        if entry.source.lora is not None:
-            read_adapter(Path(entry.source.lora))
-    policy: TrainablePolicy | None = load_source(models[0].source)
+    for entry in models[1:]:  # on shapes, since one model is held at a time: what is refused leaves nothing
+        _loaded(entry.source, samplers, outline=True)
+    policy: TrainablePolicy | None = _loaded(models[0].source, samplers)
     with made(out), locked(out):
         settings = {"hash": pinned.hash, "batch_size": batch_size}
         atomic_write_text(out / "bench.json", json.dumps(settings) + "\n")
         (out / "cells").mkdir(exist_ok=True)
         for entry in models:
             policy = policy or load_source(entry.source)
-            for sampler in samplers:
-                sampler.sampler().check(policy.resized(sampler.size))
             identity = entry.identity(policy)
             for sampler in samplers:
                 file = CellFile(out, {"model": identity, "sampler": sampler.model_dump(mode="json")}, entry.label)
@@ -125,6 +121,14 @@ def measure_cells(
                 cells.append(Cell(entry.label, identity, sampler, scores, tuple(file.pictures())))
             policy = None
     return cells
+
+
+def _loaded(source: ModelSource, samplers: list[SamplerSettings], outline: bool = False) -> TrainablePolicy:
+    """Load a model, and check that its levels allow every sampler."""
+    policy = load_source(source, outline=outline)
+    for sampler in samplers:
+        sampler.sampler().check(policy.resized(sampler.size))
+    return policy
 
 
 class CellFile:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import traceback
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -18,7 +21,38 @@ _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 _DEBUG = "etude.debug"
 
 
-class CommandGroup(TyperGroup):
+class Group(TyperGroup):
+    """Commands that refuse an option which is given several times and takes one value: the last would win in silence."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command = super().get_command(ctx, cmd_name)
+        if command is not None:
+            setattr(command, "make_parser", partial(_parser, type(command).make_parser.__get__(command)))  # noqa: B010
+        return command
+
+
+def _parser(make_parser: Callable[[Any], Any], ctx: Any) -> Any:
+    """The parser of a command, with a look for repeated options."""
+    parser = make_parser(ctx)
+    parse = parser.parse_args
+
+    def parse_args(args: Any) -> Any:
+        values, rest, order = parse(args)
+        for parameter, count in Counter(order).items():
+            single = parameter.param_type_name == "option" and not (
+                parameter.multiple or parameter.is_flag or parameter.count
+            )
+            if single and count > 1:
+                raise UsageError(
+                    f"{parameter.opts[0]} is given {count} times and takes one value: leave the others out", ctx
+                )
+        return values, rest, order
+
+    parser.parse_args = parse_args
+    return parser
+
+
+class CommandGroup(Group):
     """Commands that fail with 2 for misuse, 128 plus its number after a signal (130 for Ctrl-C), and 1 otherwise."""
 
     def main(self, *args: Any, **options: Any) -> Any:

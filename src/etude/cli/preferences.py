@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from etude.cli import options
-from etude.cli.errors import Debug, UsageError
+from etude.cli.errors import Debug, Group, UsageError
 from etude.cli.run_settings import choose_settings
 from etude.cli.waiting import heavy_imports, progress, quiet_libraries
 from etude.errors import EtudeError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from etude.sampling.sampler import Sampler
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -87,6 +88,8 @@ def draw(
 
     Example: `etude preferences draw emoji-sd --prompts emoji-train --out runs/pool`
     """
+    if solver is not None and any(eta or []):
+        raise UsageError(f"--solver {solver} is deterministic: leave out --eta, or --solver to draw with noise")
     with heavy_imports():
         quiet_libraries()
         from dataclasses import replace
@@ -279,8 +282,9 @@ def _draw_sides(
     texts = list(dict.fromkeys(load_prompts(prompts).texts))[:limit]
     total = len(texts) * sum(sampler.evaluations for _, sampler in parsed)
     # Models first, so that one that is refused leaves nothing: B by its files, since one is held at a time.
-    load_source(parsed[1][0], outline=True)
+    parsed[1][1].check(load_source(parsed[1][0], outline=True))
     policy: TrainablePolicy | None = load_source(parsed[0][0])
+    parsed[0][1].check(policy)
     makers = []
     with Pool(out, create=True) as pool, progress("drawing both sides") as advance:
         for source, sampler in parsed:

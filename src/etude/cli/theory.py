@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from etude.cli.errors import Group
 from etude.cli.options import expanded, option
 from etude.cli.theory_options import LINE, directory, json_text, number, numbers, step_count
 from etude.cli.theory_training import training
@@ -15,6 +16,7 @@ from etude.errors import EtudeError
 from etude.registry import KERNELS
 
 app = typer.Typer(
+    cls=Group,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",

@@ -53,8 +53,11 @@ def load_config(
         for key, value in overrides.items():
             set_key(tree, key, value, f"the override of {key}")
     else:
+        given: dict[str, str] = {}
         for item in overrides or []:
-            _apply_override(tree, item)
+            key = _apply_override(tree, item)
+            if given.setdefault(key, item) != item:
+                raise EtudeError(f"'{key}' is set twice, by '{given[key][:200]}' and '{item[:200]}': leave one out.")
     return parse_config(tree, "the configuration" if isinstance(source, TrainConfig) else f"'{source}'")
 
 
@@ -63,14 +66,21 @@ def parse_rewards(items: list[str]) -> dict[str, float]:
 
     The text after the last equals sign is the weight if it is a number. Otherwise it belongs to the
     name, which may be a url or hold options.
+
+    Raises:
+        EtudeError: a reward is given two weights.
     """
-    rewards = {}
+    rewards: dict[str, float] = {}
     for item in items:
-        name, _, weight = item.rpartition("=")
+        name, _, text = item.rpartition("=")
         try:
-            rewards[name or item] = float(weight) if name else 1.0
+            reward, weight = name or item, float(text) if name else 1.0
         except ValueError:
-            rewards[item] = 1.0
+            reward, weight = item, 1.0
+        if rewards.setdefault(reward, weight) != weight:
+            raise EtudeError(
+                f"the reward '{reward}' is given the weights {rewards[reward]:g} and {weight:g}: give it once."
+            )
     return rewards
 
 
@@ -117,14 +127,15 @@ def read_tree(source: str) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], item: str) -> None:
+def _apply_override(tree: dict[str, Any], item: str) -> str:
+    """Puts the value of a text `key=value` under its key, and returns the key."""
     by_reward = item.startswith(tuple(f"{section}." for section in _BY_REWARD))  # a reward's name may hold "="
     key, equals, text = item.rpartition("=") if by_reward else item.partition("=")
     if not equals or not key:
         raise EtudeError(f"--set takes key=value, for example sampling.eta=1.2, not '{item}'.")
     if _takes_text(_split_key(key)) and _NOT_QUOTED.match(text):
         set_key(tree, key, text.strip(), f"--set {item}")  # as it stands: a path may look like a number or a list
-        return
+        return key
     try:
         value = parse_yaml(text, "the value", comments=False)
     except EtudeError as error:
@@ -132,6 +143,7 @@ def _apply_override(tree: dict[str, Any], item: str) -> None:
             f"--set {item[:200]}: it is not a YAML value that can be used ({str(error).rstrip('.')}); quote it."
         ) from None
     set_key(tree, key, value, f"--set {item}")
+    return key
 
 
 def _takes_text(location: list[str]) -> bool:

@@ -1,7 +1,8 @@
 """YAML from files that a stranger may have written: plain values only, and a limited number of them.
 
 Values are what they look like, as in YAML 1.2: `010` is ten, `1:30`, `2026-01-02`, `yes` and `off`
-are texts, and `1e-4` is a number. A `#` begins a comment in a file, and nowhere else.
+are texts, and so is whatever stands in quotes. `1e-4` is a number, and `1_000` is one, in options of
+commands, too. A `#` begins a comment in a file, and nowhere else.
 
 An alias repeats the content of its anchor, and a chain of aliases multiplies ("billion laughs"). So
 the size of a document with its aliases written out is computed before any value is created.

@@ -91,12 +91,14 @@ class Adapter:
         option: name of the option that gave it, for messages.
         tensors: by the names of the program that wrote them.
         configuration: peft's settings as `part.key`, which diffusers writes. None: the file has none.
+        metadata: metadata of the header, in which trainers say how the adapter was trained.
     """
 
     path: Path
     option: str
     tensors: Mapping[str, Tensor]
     configuration: dict[str, Any] | None
+    metadata: Mapping[str, str]
 
     def __str__(self) -> str:
         return f"{self.option} '{self.path}'"
@@ -135,7 +137,7 @@ def read_adapter(place: Path, option: str = "--lora") -> Adapter:
     what = f"{option} '{path}'"
     _check_tensors(tensors, what)
     configuration = _configuration(metadata[METADATA], tensors, what) if METADATA in metadata else None
-    return Adapter(path, option, tensors, configuration)
+    return Adapter(path, option, tensors, configuration, metadata)
 
 
 def sort_header(file: Path) -> None:

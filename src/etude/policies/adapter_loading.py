@@ -21,18 +21,25 @@ from diffusers.utils.state_dict_utils import (
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from etude.batching import is_out_of_memory
 from etude.errors import EtudeError, brief
 from etude.policies.adapter_file import Adapter
+from etude.policies.traced import Traced, sources_of
+from etude.policies.weight_files import contradictions
+from etude.sampling.shapes import ShapeTensor
 
 
 def adapted_parts(pipeline: Any, name: str | None = None) -> dict[str, nn.Module]:
     """The networks of a pipeline that hold an adapter of that name, or any."""
-    parts = {part: network for part, network in pipeline.components.items() if isinstance(network, nn.Module)}
+    parts = _networks(pipeline)
     held = {part: getattr(network, "peft_config", None) or {} for part, network in parts.items()}
     return {part: parts[part] for part, names in held.items() if (name in names if name else names)}
+
+
+def _networks(pipeline: Any) -> dict[str, nn.Module]:
+    return {part: network for part, network in pipeline.components.items() if isinstance(network, nn.Module)}
 
 
 def configuration(network: nn.Module, name: str) -> LoraConfig:
@@ -57,22 +64,33 @@ def load_adapter(pipeline: Any, file: Adapter, name: str) -> dict[str, dict[str,
     if adapted_parts(pipeline, name):
         raise EtudeError(f"{file}: the model holds an adapter already; load the model anew for another one.")
     try:
-        return _load(pipeline, file, name)
+        loaded = _load(pipeline, file, name)
     except Exception as error:
         if adapted_parts(pipeline, name):
             pipeline.unload_lora_weights()
         if isinstance(error, EtudeError) or is_out_of_memory(error):
             raise
         raise EtudeError(f"{file} does not fit the model: {type(error).__name__}: {brief(error)}") from error
+    scheduler = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    for says, key, _, own in contradictions(file.tensors, file.metadata, scheduler):
+        warnings.warn(
+            f"{file} {says}, but the scheduler of the model has {key} {own}, which is used: the adapter may belong to another model",
+            stacklevel=2,
+        )
+    return loaded
 
 
 def _load(pipeline: Any, file: Adapter, name: str) -> dict[str, dict[str, Tensor]]:
     translation = _Translation(pipeline, file)
     pipeline.lora_state_dict = translation  # `load_lora_weights` asks the pipeline itself
+    # Parameters that peft makes empty are filled from the file. It cannot make one of the shapes of an outline's layer.
+    numbers = not any(
+        isinstance(weight, ShapeTensor) for part in _networks(pipeline).values() for weight in part.parameters()
+    )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The following alpha_pattern keys")  # which `_set_strength` mends
-            pipeline.load_lora_weights(dict(file.tensors), adapter_name=name)
+            pipeline.load_lora_weights(dict(file.tensors), adapter_name=name, low_cpu_mem_usage=numbers)
     finally:
         del pipeline.lora_state_dict
     parts = adapted_parts(pipeline, name)
@@ -96,34 +114,6 @@ _OF_A_LORA = re.compile(r".+\.(alpha|lora_magnitude_vector(\.weight)?|lora_(B|up
 """Tensors of a LoRA beside the two factors of a layer."""
 
 
-class _Traced(Tensor):
-    """A tensor that knows the tensors of the file from which its numbers come."""
-
-    sources: frozenset[str]
-    read: set[str]
-
-    @classmethod
-    def of(cls, name: str, tensor: Tensor, read: set[str]) -> Tensor:
-        traced = tensor.clone().as_subclass(cls)  # a clone, since some translations scale in place
-        traced.sources, traced.read = frozenset([name]), read
-        return traced
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, _Traced) and hasattr(t, "sources")]
-        names = frozenset().union(*(t.sources for t in given))
-        if func is Tensor.item and given[0].dtype != torch.bool:
-            given[0].read.update(names)  # an alpha, of which the translation makes a number
-
-        def mark(value: Any) -> Any:
-            if isinstance(value, _Traced):
-                value.sources, value.read = names, given[0].read
-            return value
-
-        return tree_map(mark, result) if given else result
-
-
 class _Translation:
     """`lora_state_dict` of a pipeline, diffusers' translation of names, with the origin of each tensor.
 
@@ -134,7 +124,7 @@ class _Translation:
 
     def __init__(self, pipeline: Any, file: Adapter) -> None:
         self._file, self._convert = file, pipeline.lora_state_dict
-        self._parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        self._parts = _networks(pipeline)
         self.sources: dict[str, frozenset[str]] = {}
         self.tensors: dict[str, Tensor] = {}
 
@@ -145,14 +135,13 @@ class _Translation:
         layers = {factor[0] for factor in map(self._file.factor, tensors) if factor}
         alphas = {f"{layer}.alpha" for layer in layers if layer.startswith(starts)} & tensors.keys()
         read.update(alphas, self._other_kinds())
-        traced = {name: _Traced.of(name, tensor, read) for name, tensor in tensors.items() if name not in read}
+        traced = {name: Traced.of(name, tensor, read) for name, tensor in tensors.items() if name not in read}
         converted, *others, _ = self._convert(traced, **options)
-        self.sources = {name: getattr(tensor, "sources", frozenset()) for name, tensor in converted.items()}
-        beside = (value.sources for value in tree_leaves(others) if isinstance(value, _Traced))
-        self._refuse_lost(sorted(self._file.tensors.keys() - read.union(*self.sources.values(), *beside)))
+        self.sources = {name: sources_of(tensor) for name, tensor in converted.items()}
+        self._refuse_lost(sorted(self._file.tensors.keys() - read.union(*self.sources.values(), sources_of(others))))
         self._refuse_foreign()
         self._refuse_unplaced()
-        plain = tree_map(lambda value: value.as_subclass(Tensor) if isinstance(value, _Traced) else value, others)
+        plain = tree_map(lambda value: value.as_subclass(Tensor) if isinstance(value, Traced) else value, others)
         self.tensors = {name: tensor.as_subclass(Tensor) for name, tensor in converted.items()}
         return (dict(self.tensors), *plain, self._file.configuration)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os.path import expanduser
 from pathlib import Path
@@ -17,12 +16,12 @@ from etude.batching import Size, is_out_of_memory
 from etude.errors import EtudeError, brief, unknown
 from etude.policies.flow import FlowPolicy, lacks
 from etude.policies.outline import outline_pipeline
+from etude.policies.part_folders import read_folders
 from etude.policies.pipeline import PipelinePolicy
 from etude.policies.single_file import check_single_file, configuration, is_single_file, load_single_file
 from etude.policies.source import ModelSource
 from etude.policies.trainable import TrainablePolicy
 from etude.policies.trial import check_agreement, check_index, networks_of, tell_of_family, tell_of_scheduler, try_out
-from etude.policies.weight_files import check_folders, check_keys, stored_dtype, weight_files
 from etude.registry import POLICIES
 from etude.sampling.paths import is_flow_config
 
@@ -118,7 +117,7 @@ def load_source(
             check_single_file(name, location, index, adapter.denoiser, parts)
         if outline:
             networks = {} if single else networks_of(index, parts)
-            _read_folders(location, networks, source.variant, device_map="meta")
+            read_folders(location, networks, source.variant, device_map="meta")
             pipeline = outline_pipeline(location, index, pipeline_class, dtype, parts, at)
         elif single:
             pipeline = load_single_file(name, location, pipeline_class, adapter.denoiser, index, parts, dtype)
@@ -126,7 +125,7 @@ def load_source(
             which = {"variant": source.variant, **at}
             if not Path(location).is_dir() and hasattr(pipeline_class, "download"):
                 location = pipeline_class.download(location, use_safetensors=True, **which, **parts)
-            read = _read_folders(location, networks_of(index, parts), source.variant, dtype=dtype)
+            read = read_folders(location, networks_of(index, parts), source.variant, dtype=dtype)
             pipeline = pipeline_class.from_pretrained(
                 location, dtype=dtype, use_safetensors=True, **which, **parts, **read
             )
@@ -143,42 +142,6 @@ def load_source(
     if source.lora is not None:
         policy.load_lora(Path(expanduser(source.lora)))
     return policy
-
-
-def _read_folders(
-    location: str, networks: Mapping[str, tuple[str, Any]], variant: str | None, **how: Any
-) -> dict[str, Any]:
-    """Load the networks of a local directory, each complete; of a hub id none, which has no files here.
-
-    Args:
-        location: directory of the pipeline, or a hub id.
-        networks: library and class of each part.
-        variant: suffix of the weight files.
-        how: arguments of the parts' `from_pretrained`; `device_map="meta"` reads names and shapes alone.
-
-    Raises:
-        EtudeError: a part has no weights, is quantised, or lacks a tensor.
-    """
-    if not Path(location).is_dir():
-        return {}
-    variants = check_folders(Path(location), {name: library for name, (library, _) in networks.items()}, variant)
-    parts = {}
-    for name, (library, cls) in networks.items():
-        folder = str(Path(location, name))
-        which: dict[str, Any] = {"variant": variants[name], "output_loading_info": True}
-        if library == "transformers":  # lists tensors of another shape, where diffusers names one in an error
-            which["ignore_mismatched_sizes"] = True
-        elif "dtype" not in how and (dtype := stored_dtype(weight_files(Path(folder), library, variants[name]))):
-            which["dtype"] = dtype  # otherwise diffusers reads all numbers to cast them, on their way to nowhere
-        try:
-            parts[name], keys = cls.from_pretrained(folder, use_safetensors=True, **which, **how)
-        except ValueError as error:
-            shape = re.search(r"because (\S+ expected shape .*?, but got torch\.Size\(\[[\d, ]*\]\))", str(error))
-            if shape is None:
-                raise
-            keys = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [shape[1]]}
-        check_keys(folder, name, keys["missing_keys"], keys["unexpected_keys"], keys["mismatched_keys"])
-    return parts
 
 
 def _shift(pipeline: Any, shift: float, model: str | Path) -> None:

@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 from etude.batching import MicroBatch, Progress, Size
 from etude.config import LoraConfig
@@ -318,7 +319,28 @@ class PipelinePolicy(TrainablePolicy):
     def _check_encoding(self, prompt: Key) -> None:
         for name, rows in self._encoded.get(prompt).items():
             if not isinstance(rows, ShapeTensor) and not all_finite(rows):
-                raise not_finite(f"the text encoders' {name}", f"the prompt {brief_value(prompt or '')}", self.dtype)
+                raise not_finite(
+                    f"the {self._not_finite_encoder(prompt)} {name}",
+                    f"the prompt {brief_value(prompt or '')}",
+                    self.dtype,
+                )
+
+    def _not_finite_encoder(self, prompt: Key) -> str:
+        """The first text encoder whose states of a prompt are not finite, as a genitive; all of them where none is."""
+        marks: dict[str, bool] = {}
+
+        def mark(name: str, output: Any) -> None:
+            leaves = tree_leaves(tuple(output.values()) if isinstance(output, Mapping) else output)
+            finite = all(bool(all_finite(states)) for states in leaves if isinstance(states, Tensor))
+            marks[name] = finite and marks.get(name, True)
+
+        with ExitStack() as hooks:
+            for name, part in self.pipeline.components.items():
+                if name.startswith("text_encoder") and part is not None:
+                    hook = part.register_forward_hook(lambda _, __, output, name=name: mark(name, output))
+                    hooks.callback(hook.remove)
+            self._encode_key(prompt)
+        return next((f"{name}'s" for name, finite in marks.items() if not finite), "text encoders'")
 
     @contextmanager
     def _on_device(self, *modules: nn.Module) -> Iterator[None]:
@@ -424,6 +446,11 @@ class PipelinePolicy(TrainablePolicy):
         config = self.pipeline.vae.config
         return latents / config.scaling_factor + (config.get("shift_factor") or 0.0)
 
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """The inverse of `_unscaled`: `(latents - shift_factor) * scaling_factor`."""
+        config = self.pipeline.vae.config
+        return (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+
     def _unpack(self, latents: Tensor) -> Tensor:
         """Latents of the denoiser in the autoencoder's layout, `[n, c, h, w]`."""
         return latents
@@ -435,8 +462,7 @@ class PipelinePolicy(TrainablePolicy):
         with self._on_device(vae):
             pixels = images.to(self.device, vae.dtype) / 127.5 - 1
             mean = vae.encode(pixels).latent_dist.mode().float()
-        config = vae.config
-        return self._pack((mean - (config.get("shift_factor") or 0.0)) * config.scaling_factor)
+        return self._pack(self._scaled(mean))
 
     def _pack(self, latents: Tensor) -> Tensor:
         """The inverse of `_unpack`."""

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from etude.errors import EtudeError, brief
+from etude.policies.part_folders import read_folders
+from etude.policies.single_file_parts import check_parts
 from etude.policies.trial import networks_of
-from etude.policies.weight_files import Header, check_folders, check_keys, check_markers, check_no_meta
+from etude.policies.weight_files import Header, check_markers, check_no_meta
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 AUTOENCODER = ("first_stage_model.", "vae.")
@@ -120,8 +122,9 @@ def check_single_file(
         left_out: parts that are not read.
 
     Raises:
-        EtudeError: the file lacks a tensor, its weights are quantised, it says that it predicts
-            something else than the configuration's scheduler says, or neither has a part.
+        EtudeError: the file or the configuration lacks a tensor, weights are quantised, the file says
+            that it is of another model or predicts something else than the configuration says, or
+            neither has a part.
     """
     import diffusers
 
@@ -136,52 +139,15 @@ def check_single_file(
             f"model '{model}' holds the first of two text encoders ('{SEVERAL[0]}0.'), which diffusers finds beside the second alone: "
             "give the file with both or with neither."
         )
-    if Path(location).is_dir():
-        try:
-            check_folders(Path(location), {part: networks[part][0] for part in absent}, None)
-        except EtudeError as error:
-            what = " and ".join(absent)
-            raise EtudeError(
-                f"model '{model}' does not hold every part of a {index.get('_class_name')}, its {what} is to come from pipeline_config: "
-                f"{error}"
-            ) from error
-    for part in networks.keys() - set(absent):
-        library, kind = networks[part]
-        if library == "diffusers":
-            _check_part(model, _shapes(header), location, part, kind)
-
-
-def _check_part(model: str, checkpoint: dict[str, torch.Tensor], location: str, part: str, kind: Any) -> None:
-    """Compares the tensors that diffusers would take for a part with those that the part has."""
-    from diffusers.loaders import single_file_model
-
-    loadable = single_file_model.SINGLE_FILE_LOADABLE_CLASSES
-    name = single_file_model._get_single_file_loadable_mapping_class(kind)
-    if name is None:
+    try:
+        read_folders(location, {part: networks[part] for part in absent}, None, device_map="meta")
+    except EtudeError as error:
+        what = " and ".join(absent)
         raise EtudeError(
-            f"model '{model}': diffusers reads no {kind.__name__} from a single file; give a diffusers directory."
-        )
-    config = kind.load_config(location, subfolder=part)
-    with torch.device("meta"):
-        expected = kind.from_config(config).state_dict()
-    tensors = checkpoint
-    if single_file_model._should_convert_state_dict_to_diffusers(expected, checkpoint):
-        try:
-            tensors = loadable[name]["checkpoint_mapping_fn"](config=config, checkpoint=dict(checkpoint))
-        except KeyError as error:
-            raise EtudeError(
-                f"'{model}' lacks {error} of the {part}: give the complete file, or the configuration that it belongs to."
-            ) from error
-    if not tensors:
-        raise EtudeError(f"'{model}' holds no weights of the {part} ({kind.__name__}): give a file that does.")
-    wrong = [
-        f"{key} is {list(tensors[key].shape)} in the file and {list(value.shape)} in the configuration"
-        for key, value in expected.items()
-        if key in tensors and tensors[key].shape != value.shape
-    ]
-    ignored = AUTOENCODER + TEXT_ENCODERS + ("model_ema.", "model.diffusion_model.")
-    unused = [key for key in tensors.keys() - expected.keys() if not key.startswith(ignored)]
-    check_keys(model, part, expected.keys() - tensors.keys(), unused, wrong)
+            f"model '{model}' does not hold every part of a {index.get('_class_name')}, its {what} must come from pipeline_config: "
+            f"{error}"
+        ) from error
+    check_parts(header, location, {part: kind for part, kind in networks.items() if part not in absent})
 
 
 def load_single_file(

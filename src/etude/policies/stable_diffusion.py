@@ -58,6 +58,13 @@ class StableDiffusionPolicy(PipelinePolicy):
     def _side_multiple(self) -> int:
         return math.lcm(8, int(self.pipeline.vae_scale_factor))  # the pipeline requires 8 with any autoencoder
 
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """`latents / scaling_factor`: the plain pipeline reads no `shift_factor`."""
+        return latents / self.pipeline.vae.config.scaling_factor
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        return latents * self.pipeline.vae.config.scaling_factor
+
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         embedding, _ = self.pipeline.encode_prompt([prompt], self.device, 1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": embedding}

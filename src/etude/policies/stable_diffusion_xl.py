@@ -54,13 +54,26 @@ class StableDiffusionXLPolicy(StableDiffusionPolicy):
         text = (("unet.cross_attention_dim", read), ("the sum of the text encoders' hidden_size", width))
         return [*self._channels(), text]
 
-    def _unscaled(self, latents: Tensor) -> Tensor:
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation of each channel, `[1, c, 1, 1]`; None for an autoencoder without them."""
         config = self.pipeline.vae.config
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
-            return latents / config.scaling_factor
+            return None
         mean, std = (torch.tensor(values, dtype=latents.dtype, device=latents.device) for values in (mean, std))
-        return latents * std.view(1, -1, 1, 1) / config.scaling_factor + mean.view(1, -1, 1, 1)
+        return mean.view(1, -1, 1, 1), std.view(1, -1, 1, 1)
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        if (statistics := self._statistics(latents)) is None:
+            return super()._unscaled(latents)
+        mean, std = statistics
+        return latents * std / self.pipeline.vae.config.scaling_factor + mean
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        if (statistics := self._statistics(latents)) is None:
+            return super()._scaled(latents)
+        mean, std = statistics
+        return (latents - mean) / std * self.pipeline.vae.config.scaling_factor
 
     def _encode(self, prompt: str) -> dict[str, Tensor]:
         embedding, _, pooled, _ = self.pipeline.encode_prompt(

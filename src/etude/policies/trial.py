@@ -9,6 +9,8 @@ of one image. It draws no random number and leaves the policy as it was.
 
 from __future__ import annotations
 
+import inspect
+import math
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -37,6 +39,15 @@ _DISTILLED = ("LCM", "TCD")
 
 _SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 """Settings by which a solver of diffusers takes other levels than those of its spacing."""
+_WHOLE = "leaves the predicted image as it is"
+_REPLACED: dict[str, tuple[Any, str]] = {
+    "thresholding": (False, _WHOLE),
+    "clip_sample": (False, _WHOLE),
+    "interpolation_type": ("linear", "takes the levels of the training schedule at whole timesteps"),
+    "lambda_min_clipped": (-math.inf, "takes the levels up to the last one"),
+    "stochastic_sampling": (False, "draws no noise between the levels, which its kernels do at eta above 0"),
+}
+"""Settings of a scheduler that say how it steps: the value that changes nothing, and what the ODE does instead of others."""
 
 
 def check_index(
@@ -84,8 +95,30 @@ def _needed(kind: Any) -> list[str]:
 
 
 def tell_of_scheduler(model: str, scheduler: Any) -> None:
-    """Tells of a scheduler whose sampling etude does not do: distilled for it, a solver, or on levels of its own."""
-    name = type(scheduler).__name__
+    """Tells of a scheduler whose sampling etude does not do: distilled for it, a solver, with steps or levels of its own.
+
+    Raises:
+        EtudeError: the network reads logarithms of levels in place of timesteps.
+    """
+    name, known = type(scheduler).__name__, inspect.signature(type(scheduler).__init__).parameters
+    if (
+        scheduler.config.get("timestep_type") == "continuous"
+        and scheduler.config.get("prediction_type") == "v_prediction"
+    ):
+        raise EtudeError(
+            f"model '{model}' comes with {name} and timestep_type = continuous, so that its network reads log(sigma) / 4 in place of "
+            "timesteps, which etude does not give it: give a model with discrete timesteps."
+        )
+    for key, (nothing, instead) in _REPLACED.items():
+        value = scheduler.config.get(key, nothing)
+        if key in known and value not in (
+            nothing,
+            None,
+        ):  # what another class left in the configuration changes nothing
+            warnings.warn(
+                f"model '{model}' comes with {name} and {key} = {value}; the ODE that etude trains and measures {instead}",
+                stacklevel=2,
+            )
     own = next((key for key in _SIGMAS if scheduler.config.get(key)), None)
     if own and not (
         scheduler.config.get("use_flow_sigmas") or is_flow_config({**scheduler.config, "_class_name": name})

@@ -33,10 +33,25 @@ _SCALES = re.compile(
 
 An average of CompVis's code is named without dots, so that `to_q.weight` ends in `to_qweight` there.
 """
-_PACKED = ("I8", "U8")
-"""Dtypes of a header that no weight has unless it is quantised."""
+_PACKED = re.compile(r"(I|U)(8|16|32|64)|BOOL")
+"""Dtypes of a header that no weight or bias has unless it is quantised, or lost its fraction."""
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+MARKERS = frozenset(("v_pred", "ztsnr", *_EDM))
+"""Names of tensors that only say something of a network."""
+_TERMINAL = "rescale_betas_zero_snr"
+_PREDICTIONS = dict.fromkeys(("v", "v_pred", "vpred", "v_prediction"), "v_prediction") | {
+    "eps": "epsilon",
+    "epsilon": "epsilon",
+    "sample": "sample",
+}
+_TRUE = "true|1"
+_OF_V = {
+    "v_parameterization": _TRUE,
+    "architecture": r"stable_diffusion_v2_768_v(/.*)?",
+    "base_model_version": r"sd_v[12]_v",
+}
+"""Values of metadata that mean a network that predicts v, by the end of the key."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class Header:
             EtudeError: a tensor scales or unpacks others, or is packed itself.
         """
         for name, dtype in self.dtypes.items():
-            if _SCALES.fullmatch(name) or (dtype in _PACKED and name.endswith(".weight")):
+            if _SCALES.fullmatch(name) or (_PACKED.fullmatch(dtype) and name.endswith((".weight", ".bias"))):
                 raise EtudeError(
                     f"'{self.file}' holds quantised weights ('{name}', {dtype}), whose scales etude does not apply: give the "
                     "file in float32, bfloat16 or float16."
@@ -99,63 +114,6 @@ def stored_dtype(files: Iterable[Path]) -> torch.dtype | None:
     """The dtype of most of the files' tensors; None where torch does not train in it."""
     counts = Counter(dtype for file in files for dtype in Header.of(file).dtypes.values())
     return _FLOATS.get(counts.most_common(1)[0][0]) if counts else None
-
-
-def check_folders(location: Path, networks: Mapping[str, str], variant: str | None) -> dict[str, str | None]:
-    """Checks the weight files of a local directory's parts by their names and headers.
-
-    Args:
-        location: directory of the pipeline.
-        networks: library of each part with weights, by the part's name.
-        variant: suffix of the weight files; a part without such files is read without it.
-
-    Returns:
-        The variant of each part.
-
-    Raises:
-        EtudeError: a part has no such files, lacks a shard, or is quantised.
-    """
-    chosen: dict[str, str | None] = {}
-    for name, library in networks.items():
-        folder = location / name
-        config = folder / "config.json"
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        if isinstance(settings, dict) and settings.get("quantization_config"):
-            method = settings["quantization_config"]
-            method = method.get("quant_method", "an unknown method") if isinstance(method, dict) else method
-            raise EtudeError(
-                f"'{config}' says that the {name} is quantised ({brief_value(method)}), which etude cannot train or draw with: "
-                "give the model with weights in float32, bfloat16 or float16."
-            )
-        suffixes = dict.fromkeys((variant, None))
-        files = next(((s, found) for s in suffixes if (found := weight_files(folder, library, s))), None)
-        if files is None:
-            raise EtudeError(_no_weights(location, name, folder, library))
-        chosen[name] = files[0]
-        for file in files[1]:
-            Header.of(file).check_plain()
-    if variant is not None and variant not in chosen.values():
-        raise EtudeError(
-            f"no part of '{location}' has weights with the suffix '{variant}' (variant = {variant}): leave variant out, or "
-            "give the suffix that the files have."
-        )
-    return chosen
-
-
-def _no_weights(location: Path, name: str, folder: Path, library: str) -> str:
-    stem = STEMS[library]
-    others = sorted(file.name for file in folder.glob("*.safetensors")) if folder.is_dir() else []
-    variants = {
-        match[1] for file in others if (match := re.fullmatch(rf"{stem}\.(\w+?)(-\d+-of-\d+)?\.safetensors", file))
-    }
-    if variants:
-        suffix = sorted(variants)[0]
-        return (
-            f"'{location}' has no weights of its {name} without a suffix, but has '{others[0]}': give variant = {suffix} "
-            f"(`--variant {suffix}`, `--set variant={suffix}`)."
-        )
-    held = f"'{folder}' holds none" if not others else f"'{folder}' holds {others[0]}, which is not read"
-    return f"'{location}' has no safetensors weights of its {name}: {held}."
 
 
 def check_keys(
@@ -199,10 +157,7 @@ def check_no_meta(where: str, parts: Mapping[str, Any]) -> None:
 
 
 def check_markers(header: Header, location: str, scheduler: Mapping[str, Any]) -> None:
-    """Compares what a file says of its prediction with the scheduler of its configuration.
-
-    A tensor named `v_pred` or `ztsnr`, and the metadata of trainers, say that the network predicts v
-    and that its schedule ends at zero signal.
+    """Compares what a file says of its network with the scheduler of its configuration.
 
     Args:
         header: of the single file.
@@ -218,40 +173,46 @@ def check_markers(header: Header, location: str, scheduler: Mapping[str, Any]) -
             f"'{header.file}' holds '{edm}', so its network is trained on EDM's noise levels, which etude has no path for: "
             "give a model with a DDIM, Euler or flow schedule."
         )
-    if is_flow_config(scheduler):
-        return
-    own = str(scheduler.get("prediction_type") or "epsilon")
-    for source, said in _predictions(header):
-        if said != own:
-            raise EtudeError(
-                f"'{header.file}' predicts {said} ({source}), but the scheduler of '{location}' has prediction_type {own}: give "
-                f'pipeline_config a copy of it whose scheduler/scheduler_config.json has "prediction_type": "{said}".'
-            )
-    terminal = next(iter(_terminals(header)), None)
-    if terminal is not None and not scheduler.get("rescale_betas_zero_snr"):
+    for says, key, value, own in contradictions(header.shapes, header.metadata, scheduler):
+        more = ' and "timestep_spacing": "trailing"' if key == _TERMINAL else ""
         raise EtudeError(
-            f"'{header.file}' is trained to zero terminal SNR ({terminal}), but the scheduler of '{location}' is not: give "
-            'pipeline_config a copy of it whose scheduler/scheduler_config.json has "rescale_betas_zero_snr": true and '
-            '"timestep_spacing": "trailing".'
+            f"'{header.file}' {says}, but the scheduler of '{location}' has {key} {own}: give "
+            f'pipeline_config a copy of it whose scheduler/scheduler_config.json has "{key}": {json.dumps(value)}{more}.'
         )
 
 
-def _predictions(header: Header) -> list[tuple[str, str]]:
-    names = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
-    said = [("tensor 'v_pred'", "v_prediction")] if "v_pred" in header.shapes else []
-    for key, value in header.metadata.items():
-        last, text = key.rpartition(".")[2], str(value).strip().lower()
-        if last == "prediction_type" and text in names:
-            said.append((f"{key} = {value} in its header", names[text]))
-        elif last in {"ss_v_parameterization", "v_parameterization"} and text == "true":
-            said.append((f"{key} = {value} in its header", "v_prediction"))
-    return said
+def contradictions(
+    names: Iterable[str], metadata: Mapping[str, str], scheduler: Mapping[str, Any]
+) -> list[tuple[str, str, Any, str]]:
+    """Settings of a scheduler that a file of weights says otherwise: the file's words, the key, its value and the scheduler's.
 
+    Tensors named `v_pred` and `ztsnr`, and the metadata that trainers write (ModelSpec's and kohya's),
+    say that a network predicts v and that its schedule ends at zero signal.
 
-def _terminals(header: Header) -> list[str]:
-    said = ["tensor 'ztsnr'"] if "ztsnr" in header.shapes else []
-    keys = {"ss_zero_terminal_snr", "zero_terminal_snr", "ztsnr", "rescale_betas_zero_snr"}
-    for key, value in header.metadata.items():
-        if key.rpartition(".")[2] in keys and str(value).strip().lower() == "true":
-            said.append(f"{key} = {value} in its header")
-    return said
+    Args:
+        names: names of the file's tensors.
+        metadata: metadata of its header.
+        scheduler: configuration of the scheduler that is used.
+    """
+    if is_flow_config(scheduler):
+        return []
+    held = MARKERS.intersection(names)
+    said = [("tensor 'v_pred'", "v_prediction")] if "v_pred" in held else []
+    ends = ["tensor 'ztsnr'"] if "ztsnr" in held else []
+    for key, text in metadata.items():
+        source, last = f"{key} = {brief_value(text)} in its header", key.rpartition(".")[2].removeprefix("ss_")
+        word = str(text).strip().lower().replace("-", "_")
+        prediction = "v_prediction" if last in _OF_V and re.fullmatch(_OF_V[last], word) else None
+        if last in ("prediction_type", "predict_key"):
+            prediction = _PREDICTIONS.get(word)
+        if prediction:
+            said.append((source, prediction))
+        if last in ("zero_terminal_snr", "ztsnr", _TERMINAL) and re.fullmatch(_TRUE, word):
+            ends.append(source)
+    own = str(scheduler.get("prediction_type") or "epsilon")
+    other: list[tuple[str, str, Any, str]] = [
+        (f"predicts {value} ({source})", "prediction_type", value, own) for source, value in said if value != own
+    ]
+    if not scheduler.get(_TERMINAL):
+        other += [(f"is trained to zero terminal SNR ({source})", _TERMINAL, True, "false") for source in ends]
+    return other

@@ -109,7 +109,7 @@ def parse_side(text: str, base: ModelSource, steps: int | None, guidance: float)
         guidance: guidance scale where the side names none.
 
     Raises:
-        EtudeError: an option is unknown, or its value cannot be read.
+        EtudeError: an option is unknown or stands twice, or its value cannot be read.
     """
     name, *parts = text.split(",")
     options: dict[str, Any] = {}
@@ -117,12 +117,16 @@ def parse_side(text: str, base: ModelSource, steps: int | None, guidance: float)
         key, _, value = part.partition("=")
         if key not in _SIDE:
             raise unknown("option of a side", key, _SIDE)
+        if key in options:
+            raise EtudeError(f"the side '{text}' gives {key} twice: leave one out.")
         try:
             options[key] = _SIDE[key](value)
         except ValueError:
             raise EtudeError(f"the option {part} of the side '{text}' is no number: give {key}=NUMBER.") from None
     source = replace(base, name=name, lora=options.get("lora"))
     count, scale = options.get("steps", steps or 20), options.get("guidance", guidance)
+    if "solver" in options and (options.get("eta") or "kernel" in options):
+        raise EtudeError(f"the side '{text}' gives a solver, which is deterministic, and eta or kernel: leave one out.")
     if "solver" in options:
         return source, Solver(options["solver"], count, scale)
     if options.get("eta"):

@@ -171,7 +171,10 @@ def _from_function(source: str) -> PromptSet:
 
 def _from_hub(source: str) -> PromptSet:
     name, _, query = source.removeprefix(_HUB).partition("?")
-    options = {key: value for key, _, value in (part.partition("=") for part in query.split("&") if part)}
+    pairs = [part.partition("=")[::2] for part in query.split("&") if part]
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        raise EtudeError(f"prompts '{source}' give an option twice: leave one out.")
     for option in options:
         if option not in _HUB_OPTIONS:
             raise unknown("option of a dataset of prompts", option, _HUB_OPTIONS)

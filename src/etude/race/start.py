@@ -11,7 +11,7 @@ from etude.race.entries import Entries
 from etude.race.race_file import changes, load_race
 from etude.study.directory import StudyDirectory
 from etude.study.grid_display import Pace
-from etude.study.runner import run_cells
+from etude.study.runner import check_adapters, run_cells
 from etude.study.study_file import Cell
 
 FILE = "race.yaml"
@@ -28,8 +28,10 @@ def run_race(
     """Run `cells` that are not done; return the reason of each failure, by cell.
 
     Raises:
-        EtudeError: the directory belongs to a race with other rules, or cannot be written.
+        EtudeError: the directory belongs to a race with other rules, or cannot be written, or an
+            adapter to train on from does not fit its model.
     """
+    check_adapters(cells)
     settle = partial(entries.settle, directory=directory)
     pace = Pace([settle(cell) or cell for cell in cells], directory)  # before anything is written
     keep_rules(entries, directory)

@@ -8,9 +8,12 @@ import subprocess
 import traceback
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
+from pathlib import Path
 
 from etude.errors import EtudeError, brief
 from etude.files import atomic_write_text
+from etude.policies.loading import load_source
+from etude.policies.source import ModelSource
 from etude.study.directory import StudyDirectory
 from etude.study.grid_display import GridDisplay, Pace
 from etude.study.measurement import measure
@@ -44,12 +47,28 @@ def run_study(
             Default: train in this process, one cell after another.
 
     Raises:
-        EtudeError: the directory cannot be written, or its archive is damaged.
+        EtudeError: the directory cannot be written, its archive is damaged, or an adapter to train on
+            from does not fit its model.
     """
+    check_adapters(cells)
     directory.root.mkdir(parents=True, exist_ok=True)
     pace = Pace(cells, directory)  # which reads what is done: a damaged archive stops here, before anything is written
     atomic_write_text(directory.root / "study.yaml", study.text)
     return run_cells(cells, directory, pace, launcher, quiet)
+
+
+def check_adapters(cells: Sequence[Cell]) -> None:
+    """Tries each adapter that a cell trains on from with its model, on shapes: none is refused after hours of other cells.
+
+    Raises:
+        EtudeError: an adapter cannot be read, or does not fit.
+    """
+    pairs = {(ModelSource.of(cell.config), cell.config.lora.init): cell for cell in cells if cell.config.lora.init}
+    for (source, adapter), cell in pairs.items():
+        try:
+            load_source(source, outline=True).continue_lora(Path(str(adapter)).expanduser())
+        except EtudeError as error:
+            raise EtudeError(f"cell '{cell.slug}': {error}") from error
 
 
 def run_cells(

@@ -34,6 +34,7 @@ from etude.sampling.solvers import Solver
 from etude.training.blueprint import Blueprint
 from etude.training.evaluation import SamplerPair, count_trained
 from etude.training.memory_estimate import memory_estimate, readable
+from etude.training.schedule import PlanSchedule
 
 
 class ImageSteps(NamedTuple):
@@ -102,6 +103,27 @@ def run_evaluations(
     return result | {"evaluation": (one, one + base, one * len(evaluated(config)) + base)}
 
 
+def outlined(
+    config: TrainConfig,
+    out: Path,
+    resume: bool = False,
+    policy: TrainablePolicy | None = None,
+    accept_changes: bool = False,
+) -> tuple[Blueprint, TrainablePolicy, PlanSchedule]:
+    """The parts of a run, its model made trainable and its plans: an outline unless a policy is given.
+
+    Arguments and errors are those of `resolved`.
+    """
+    blueprint = Blueprint(config, out, resume, accept_changes, policy)
+    policy = policy or load_source(blueprint.inputs.pinned(ModelSource.of(config)), outline=True)
+    schedule = blueprint.schedule(policy)
+    SamplerPair(config).check(policy)
+    count = config.evaluation.num_images // (config.evaluation.images_per_prompt or 1)
+    count_trained(blueprint.evaluation_prompts.head(count), blueprint.prompts)
+    blueprint.make_trainable(policy)
+    return blueprint, policy, schedule
+
+
 def resolved(
     config: TrainConfig,
     out: Path,
@@ -119,13 +141,7 @@ def resolved(
     Raises:
         EtudeError: the run would be refused.
     """
-    blueprint = Blueprint(config, out, resume, accept_changes, policy)
-    policy = policy or load_source(blueprint.inputs.pinned(ModelSource.of(config)), outline=True)
-    schedule = blueprint.schedule(policy)
-    SamplerPair(config).check(policy)
-    count = config.evaluation.num_images // (config.evaluation.images_per_prompt or 1)
-    count_trained(blueprint.evaluation_prompts.head(count), blueprint.prompts)
-    blueprint.make_trainable(policy)
+    blueprint, policy, schedule = outlined(config, out, resume, policy, accept_changes)
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     whole = sum(parameter.numel() for parameter in policy.network.parameters())
     memory = "memory of the accelerator, each process, without models of rewards"

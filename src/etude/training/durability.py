@@ -233,6 +233,11 @@ class Durability:
             (self.out / "summary.json").unlink(missing_ok=True)  # of a finished run that trains on
         atomic_write_text(self.out / "config.yaml", self.config.to_yaml())
 
+    def withdraw(self) -> None:
+        """Removes the configuration of a run that failed before its first row, if nothing else is in its directory."""
+        if self.accelerator.is_main_process and [path.name for path in self.out.iterdir()] == ["config.yaml"]:
+            (self.out / "config.yaml").unlink()
+
     def write(self, row: dict[str, Any], durable: bool) -> None:
         """Writes the row of a finished iteration, then with `durable` its checkpoint."""
         if self.accelerator.is_main_process:

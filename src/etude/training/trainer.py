@@ -147,7 +147,12 @@ class Trainer:
                     held.enter_context(self.trackers.started(self.config.to_yaml()))
                     self.durability.begin()
                     self.trackers.catch_up(self.out / "metrics.jsonl")
-            return self._train(started)
+            try:
+                return self._train(started)
+            except Exception:
+                if not self.resume:  # so that the same command can be given again
+                    self.durability.withdraw()
+                raise
 
     def _train(self, started: float) -> dict[str, Any]:
         supervisor, unevaluated = self.supervisor, self.ledger.unevaluated

@@ -84,6 +84,8 @@ class ModelReward(ABC):
                 key, value = "model", part
             elif key not in parameters:
                 raise unknown(f"option of the reward {cls.__name__}", key, parameters)
+            if key in options:
+                raise EtudeError(f"option {key} of the reward {cls.__name__} stands twice in '{text}': leave one out.")
             try:
                 options[key] = int(value) if isinstance(parameters[key].default, int) else value
             except ValueError as error:

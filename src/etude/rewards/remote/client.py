@@ -95,6 +95,8 @@ class RemoteReward:
             if not equals:
                 weighted = f"(and the weight, if there is one, after another equals sign: {url}#{key}=VALUE=1)"
                 raise EtudeError(f"option {key} of a remote reward has no value: write {url}#{key}=VALUE {weighted}.")
+            if key in options:
+                raise EtudeError(f"option {key} of a remote reward stands twice in '{name}': leave one out.")
             kind = type(parameters[key].default)
             try:
                 options[key] = kind(value)
