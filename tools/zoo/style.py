@@ -107,7 +107,7 @@ def main(
     torch.set_num_threads(threads)
     recipe, data, network = StyleRecipe(), load_emoji(cache), StyleFeatures()
     vae = AutoencoderKL.from_pretrained(autoencoder, use_safetensors=True).eval()
-    views = []
+    views: list[Tensor] = []
     with torch.no_grad():
         for images in picture_views(torch.from_numpy(data.images), vae, recipe.seed):
             views.append(torch.cat([network(batch) for batch in track(images.split(64), VIEWS[len(views)])]))
