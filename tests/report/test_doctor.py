@@ -84,7 +84,7 @@ def found(run: Run) -> dict[str, str]:
         (
             a_run({"a": 0.1}, half=0.3),
             "noise above the effect",
-            "a changed by +0.10 [-0.20, +0.40]; at this size of the effect about 580 images would settle it",
+            "a changed by +0.10 [-0.20, +0.40]; at this size of the effect about 1,200 images would settle it with a chance of 80 %",
         ),
         (
             a_run({"a": 0.01}, half=0.05, clipfrac=0.002),
@@ -103,6 +103,23 @@ def test_rounding_that_a_replay_takes_away_is_no_disagreement_and_nats_are_held_
     assert found(run) == {"rollout and replay disagree": "62 % of clip nats"}
     run.config["objective"]["old_log_prob"] = "replay"
     assert found(run) == {}
+
+
+def test_ratios_of_1_are_no_illness_where_one_optimiser_step_follows_each_rollout() -> None:
+    run = a_run({"a": -1.0}, ratio_max_deviation=0.0, clipfrac=0.0)
+    assert set(found(run)) == {"ratio always 1", "clip range idle"}
+    run.config["objective"]["updates_per_epoch"] = 1
+    assert found(run) == {}
+    run.config["objective"]["num_inner_epochs"] = 2
+    assert set(found(run)) == {"ratio always 1", "clip range idle"}
+
+
+def test_a_fall_is_measured_in_the_deviation_of_single_images() -> None:
+    """With several images of a prompt the standard error says less: it holds the spread between prompts."""
+    run = a_run({"a": 1.0, "gold": -0.2}, half=0.01)
+    assert found(run) == {}
+    run.rows[12]["evaluation"]["std"] = {"a": 0.5, "gold": 0.5}
+    assert list(found(run)) == ["reward hacking"]
 
 
 def test_one_reward_that_makes_the_advantages_is_named() -> None:
