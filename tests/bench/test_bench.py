@@ -299,6 +299,12 @@ def test_sensitivity_moves_one_axis_at_a_time_or_all(places):
         point = pin(protocol(places)).sampler.model_dump()
         assert sum(value != point[key] for key, value in each.model_dump().items()) == 1
     assert len(pin(protocol(places, sensitivity={**axes, "product": True})).variations) == 2 * 3 * 2 * 2 - 1
+    stochastic = {"steps": 3, "guidance": 2, "eta": 0.5}
+    with pytest.raises(EtudeError, match=r"sensitivity.solvers are deterministic, and the sampler has eta 0.5"):
+        pin(protocol(places, sampler=stochastic)).variations  # noqa: B018
+    assert (
+        len(pin(protocol(places, sampler=stochastic, sensitivity={"steps": [2]})).variations) == 3
+    )  # 2 steps, guidance 1 and 3
 
 
 def test_the_built_in_protocols_are_valid_and_those_of_embedded_models_are_pinned():
@@ -325,8 +331,9 @@ def test_a_part_is_whole_prompts_and_all_parts_are_every_image_once():
 
 
 def test_adapters_get_short_names_and_no_two_the_same():
-    found = entries(ModelSource("m"), [Path("/x/runs/first/lora"), Path("/y/first/lora"), Path("/z/style.safetensors")])
-    assert [entry.label for entry in found] == ["base", "first", "first/lora", "style"]
+    places = ["/x/runs/first/lora", "/y/first/lora", "/z/style.safetensors", "/x/runs/first/lora-best"]
+    found = entries(ModelSource("m"), [Path(place) for place in places])
+    assert [entry.label for entry in found] == ["base", "first", "first/lora", "style", "first/lora-best"]
     assert found[0].source.lora is None
 
 

@@ -30,7 +30,7 @@ from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
 from etude.rewards import WeightedRewards
 from etude.runs.environment import gpu, processor, versions
-from etude.runs.layout import holds_something
+from etude.runs.layout import BEST, holds_something
 
 SHOWN = 8
 """Number of prompts whose first image is kept for the contact sheet."""
@@ -71,13 +71,15 @@ class Cell:
 def entries(source: ModelSource, adapters: list[Path]) -> list[Entry]:
     """The base model, and each adapter under a short name that no other has.
 
-    The name is that of the directory, or of the one above it where a run exported to `lora`.
+    The name is that of the directory, or of the one above it where a run exported to `lora`. The best weights of a
+    run have both.
     """
     labels, found = {"base"}, [Entry("base", replace(source, lora=None))]
     for adapter in adapters:
         place = adapter.resolve()
         run = place.parent.name if place.name in {"lora", "model"} else place.name.removesuffix(".safetensors")
-        names = [run, f"{place.parent.name}/{place.name}", str(adapter), *(f"{run} {n}" for n in range(2, 1000))]
+        both = f"{place.parent.name}/{place.name}"
+        names = [*([] if run.endswith(BEST) else [run]), both, str(adapter), *(f"{run} {n}" for n in range(2, 1000))]
         label = next(name for name in names if name and name not in labels)
         labels.add(label)
         found.append(Entry(label, replace(source, lora=adapter)))

@@ -42,7 +42,7 @@ class SensitivityConfig(Section):
     """Values around the protocol's sampler for `--sensitivity`, one axis at a time."""
 
     solvers: list[str] = Field(["ddim", "euler", "heun", "dpmsolver++", "unipc"])
-    """Solvers, beside the protocol's."""
+    """Solvers, beside the protocol's. Not used where that has an eta above 0."""
     steps: list[int] | None = None
     """Step counts. null: half and twice the protocol's."""
     guidance: list[float] | None = None
@@ -107,8 +107,17 @@ class Pinned:
 
     @property
     def variations(self) -> list[SamplerSettings]:
-        """The samplers of the sensitivity table, without the protocol's own."""
+        """The samplers of the sensitivity table, without the protocol's own.
+
+        Raises:
+            EtudeError: the protocol's sampler is stochastic and the protocol lists solvers, or a value cannot be used.
+        """
         asked, point = self.settings.sensitivity, self.sampler
+        if point.eta and asked.solvers and "solvers" in asked.model_fields_set:
+            raise EtudeError(
+                f"protocol '{self.settings.name}': sensitivity.solvers are deterministic, and the sampler has eta {point.eta:g}: "
+                "leave them out."
+            )
         assert point.steps is not None
         assert point.guidance is not None
         halves = [max(1, point.steps // 2), 2 * point.steps]

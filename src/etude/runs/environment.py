@@ -6,8 +6,6 @@ import platform
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 PACKAGES = ("etude", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 
 
@@ -18,6 +16,8 @@ def versions() -> dict[str, str]:
 
 def gpu() -> str | None:
     """The name of the GPU in use; None without one."""
+    import torch
+
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
