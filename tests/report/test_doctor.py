@@ -210,6 +210,9 @@ def test_the_size_of_a_file_is_no_sign_of_hacking_unless_it_is_gold_and_an_idle_
     assert list(found(run)) == ["reward hacking"]
 
 
+GROUPS = {"images_per_iteration": 4, "images_per_prompt": 2}
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict[str, Any]:
     register("constant")(lambda images, prompts, **metadata: torch.zeros(len(prompts)))
@@ -220,7 +223,11 @@ def settings(tmp_path_factory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "illnesses"),
     [
-        ({"optimizer": {"learning_rate": 1e-12}}, {"ratio always 1", "clip range idle"}),
+        ({"optimizer": {"learning_rate": 1e-12}}, {"ratio always 1", "clip range idle", "learning rate too small"}),
+        (
+            {"rollout": {**GROUPS, "dtype": "bfloat16"}, "objective": {"clip_range": None, "clip_nats": 1e-4}},
+            {"rollout and replay disagree", "most of the update clipped"},
+        ),
         ({"rewards": {"constant": 1.0}}, {"groups without variance"}),
         (
             {"rewards": {"colorfulness": 100.0, "jpeg_compressibility": 1.0}, "optimizer": {"max_grad_norm": 1e-9}},
