@@ -228,6 +228,21 @@ def settings(tmp_path_factory) -> dict[str, Any]:
             {"rollout": {**GROUPS, "dtype": "bfloat16"}, "objective": {"clip_range": None, "clip_nats": 1e-4}},
             {"rollout and replay disagree", "most of the update clipped"},
         ),
+        (  # the KL of a step goes with 1 / eta^2
+            {"iterations": 6, "sampling": {"num_steps": 3, "eta": 1.2, "eta_schedule": {"end": 0.01}}},
+            {"KL rising"},
+        ),
+        (
+            {
+                "model": "emoji-flux",
+                "iterations": 1,
+                "rewards": {"jpeg_compressibility": 1.0},
+                "prompts": {"train": "emoji-train", "evaluation": "emoji-eval"},
+                "sampling": {"kernel": "dance_sde", "eta": 10.0, "num_steps": 4, "guidance_scale": 4.0},
+                "evaluation": {"every": 1, "num_images": 8, "grid_images": 2},
+            },
+            {"eta too high for these steps"},
+        ),
         ({"rewards": {"constant": 1.0}}, {"groups without variance"}),
         (
             {"rewards": {"colorfulness": 100.0, "jpeg_compressibility": 1.0}, "optimizer": {"max_grad_norm": 1e-9}},
