@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,7 @@ def test_a_real_run_that_has_an_illness_shows_it(settings, tmp_path, changes, il
     doctor = CliRunner().invoke(app, ["doctor", str(tmp_path / "run")])
     assert doctor.exit_code == 0
     watched = " ".join(plain_text(view(look(tmp_path / "run"))).split())
-    page = (tmp_path / "run" / "report.html").read_text()
+    page = html.unescape((tmp_path / "run" / "report.html").read_text())
     for sentence in said:
         assert sentence in doctor.output
         assert sentence in watched
