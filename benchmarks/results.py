@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from etude.runs.environment import processor
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -145,7 +147,7 @@ def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
 def machine() -> dict[str, Any]:
     """The machine. `load` is the 1-minute load average, which shows whether the machine was quiet."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -156,12 +158,3 @@ def machine() -> dict[str, Any]:
 def milliseconds(values: Sequence[float]) -> str:
     """The median, in ms, of timings in seconds."""
     return f"{1e3 * statistics.median(values):.1f}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

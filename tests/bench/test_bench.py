@@ -6,19 +6,21 @@ import csv
 import io
 import json
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
-from etude.bench.bench_page import LOUD
-from etude.bench.cells import SHOWN, entries, parts
+from etude.bench.bench_page import LARGEST_SIDE, LOUD, contact_sheet
+from etude.bench.cells import SHOWN, Cell, entries, parts
 from etude.bench.protocol import Protocol, pin, protocol_names, protocol_text, read_protocol
 from etude.cli.app import app
-from etude.config import LoraConfig
+from etude.config import LoraConfig, SamplerSettings
 from etude.config.yaml_text import parse_yaml
 from etude.errors import EtudeError
 from etude.measuring.gap import reward_gap
@@ -27,6 +29,8 @@ from etude.measuring.statistics import Estimate
 from etude.policies.source import ModelSource
 from etude.policies.stable_diffusion import StableDiffusionPolicy
 from etude.prompts import load_prompts
+from etude.report.grids import GAP
+from etude.rewards import register
 from etude.sampling.sampler import SDE
 from etude.training.inputs import prompts_digest
 from support.adapters import peft, write
@@ -151,9 +155,7 @@ def test_a_killed_benchmark_ends_with_the_bytes_of_one_that_was_not(places, tmp_
 def test_a_damaged_cell_is_named_and_another_model_under_the_same_name_is_measured_anew(places, tmp_path):
     out = tmp_path / "bench"
     bench(places, out, "--lora", str(places / "untrained" / "lora"))
-    (file,) = (
-        (out / "cells").glob("untrained-*.jsonl") if False else sorted((out / "cells").glob("untrained-*.jsonl"))[:1]
-    )
+    file = min((out / "cells").glob("untrained-*.jsonl"))
     file.write_text(file.read_text().replace('"samples": [0', '"samples": [9'))
     assert f"'{file}' is damaged" in bench(places, out, "--lora", str(places / "untrained" / "lora"), code=1)
     other = tmp_path / "untrained" / "lora"
@@ -188,6 +190,33 @@ def test_results_of_another_protocol_are_named_loudly_and_not_compared(places, d
         assert LOUD in shown
         assert differs in shown
     assert results(out)["earlier"][0]["differences"] == []
+
+
+def test_damaged_results_of_the_same_hash_are_named(places, done, tmp_path):
+    damaged = results(done)
+    damaged["scores"][0]["scores"]["colorfulness"].pop()
+    (tmp_path / "results.json").write_text(json.dumps(damaged))
+    said = bench(places, tmp_path / "out", "--against", str(tmp_path), code=1)
+    assert "are damaged: they lack scores of the protocol" in said
+
+
+def test_results_say_what_measured_each_cell_and_mixed_versions_are_told(places, done, tmp_path):
+    known, adapters = (
+        results(done),
+        [word for name in ("untrained", "trained") for word in ("--lora", str(places / name / "lora"))],
+    )
+    (environment,) = known["environments"]
+    assert environment["torch"] == torch.__version__
+    assert all(row["environments"] == [0] for row in known["scores"])
+    assert f"torch {torch.__version__}" in (done / "results.md").read_text()
+    mixed = tmp_path / "mixed"
+    shutil.copytree(done, mixed)
+    file = min((mixed / "cells").glob("trained-*.jsonl"))
+    file.write_text(file.read_text().replace(torch.__version__, "1.0.0"))
+    said = "Measured with several versions or processors, whose rounding enters the differences"
+    assert said not in (done / "results.md").read_text()
+    assert said in bench(places, mixed, "--sensitivity", *adapters)
+    assert [row["environments"] for row in results(mixed)["scores"]].count([1]) == 1
 
 
 def test_a_directory_takes_one_protocol_and_one_batch_size(places, done, tmp_path):
@@ -228,6 +257,25 @@ def test_prompts_are_used_once_and_must_have_the_digest_that_a_protocol_names(pl
         pin(protocol(places, num_prompts=5))
 
 
+def test_diversity_of_single_images_is_refused_before_a_model_is_loaded(places):
+    with pytest.raises(EtudeError, match=r"a prompt has 1: set images_per_prompt to 2"):
+        pin(protocol(places, images_per_prompt=1))
+
+
+def test_the_hash_is_of_what_the_server_of_a_reward_says_that_it_computes(places):
+    class Served:
+        served = None
+
+        def load(self):
+            self.served = computes
+
+    hashes = set()
+    for computes in ("one", "one", "another"):  # noqa: B007 - read by load
+        register("served")(Served)
+        hashes.add(pin(protocol(places, rewards=["served"])).hash)
+    assert len(hashes) == 2
+
+
 def test_a_reward_from_the_hub_must_name_its_commit(places):
     pin(protocol(places, rewards=["pickscore"]))  # whose defaults are pinned
     with pytest.raises(EtudeError, match=r"reads owner/clip at whatever commit .* clip_score:owner/clip@COMMIT\."):
@@ -260,6 +308,12 @@ def test_sensitivity_moves_one_axis_at_a_time_or_all(places):
         point = pin(protocol(places)).sampler.model_dump()
         assert sum(value != point[key] for key, value in each.model_dump().items()) == 1
     assert len(pin(protocol(places, sensitivity={**axes, "product": True})).variations) == 2 * 3 * 2 * 2 - 1
+    stochastic = {"steps": 3, "guidance": 2, "eta": 0.5}
+    with pytest.raises(EtudeError, match=r"sensitivity.solvers are deterministic, and the sampler has eta 0.5"):
+        pin(protocol(places, sampler=stochastic)).variations  # noqa: B018
+    assert (
+        len(pin(protocol(places, sampler=stochastic, sensitivity={"steps": [2]})).variations) == 3
+    )  # 2 steps, guidance 1 and 3
 
 
 def test_the_built_in_protocols_are_valid_and_those_of_embedded_models_are_pinned():
@@ -286,9 +340,28 @@ def test_a_part_is_whole_prompts_and_all_parts_are_every_image_once():
 
 
 def test_adapters_get_short_names_and_no_two_the_same():
-    found = entries(ModelSource("m"), [Path("/x/runs/first/lora"), Path("/y/first/lora"), Path("/z/style.safetensors")])
-    assert [entry.label for entry in found] == ["base", "first", "first/lora", "style"]
+    places = ["/x/runs/first/lora", "/y/first/lora", "/z/style.safetensors", "/x/runs/first/lora-best"]
+    found = entries(ModelSource("m"), [Path(place) for place in places])
+    assert [entry.label for entry in found] == ["base", "first", "first/lora", "style", "first/lora-best"]
     assert found[0].source.lora is None
+
+
+def test_images_of_two_sizes_are_not_said_to_share_noise(places, done):
+    said = "Images of two sizes share the prompt and no noise."
+    tables = (done / "results.md").read_text().split("## ")
+    assert [table.splitlines()[0] for table in tables if said in table] == ["Sensitivity"]
+
+
+def test_a_large_image_is_made_smaller_for_the_contact_sheet(tmp_path):
+    for name, size in (("wide", (1024, 512)), ("small", (64, 32))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    cells = [
+        Cell(name, {}, SamplerSettings().filled(), {}, (tmp_path / f"{name}.png",), ()) for name in ("wide", "small")
+    ]
+    sheet = Image.open(io.BytesIO(contact_sheet(cells, ["sun"])))
+    assert sheet.width == LARGEST_SIDE + 2 * GAP
+    reds = [sheet.getpixel((sheet.width // 2, y)) == (255, 0, 0) for y in range(sheet.height)]
+    assert sum(reds) == 2 * LARGEST_SIDE // 2
 
 
 def test_the_contact_sheet_shows_the_first_prompts_of_every_cell(done):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def found(run: Run) -> dict[str, str]:
         (
             a_run({"a": 0.1}, half=0.3),
             "noise above the effect",
-            "a changed by +0.10 [-0.20, +0.40]; at this size of the effect about 580 images would settle it",
+            "a changed by +0.10 [-0.20, +0.40]; at this size of the effect about 1,200 images would settle it with a chance of 80 %",
         ),
         (
             a_run({"a": 0.01}, half=0.05, clipfrac=0.002),
@@ -103,6 +104,23 @@ def test_rounding_that_a_replay_takes_away_is_no_disagreement_and_nats_are_held_
     assert found(run) == {"rollout and replay disagree": "62 % of clip nats"}
     run.config["objective"]["old_log_prob"] = "replay"
     assert found(run) == {}
+
+
+def test_ratios_of_1_are_no_illness_where_one_optimiser_step_follows_each_rollout() -> None:
+    run = a_run({"a": -1.0}, ratio_max_deviation=0.0, clipfrac=0.0)
+    assert set(found(run)) == {"ratio always 1", "clip range idle"}
+    run.config["objective"]["updates_per_epoch"] = 1
+    assert found(run) == {}
+    run.config["objective"]["num_inner_epochs"] = 2
+    assert set(found(run)) == {"ratio always 1", "clip range idle"}
+
+
+def test_a_fall_is_measured_in_the_deviation_of_single_images() -> None:
+    """With several images of a prompt the standard error says less: it holds the spread between prompts."""
+    run = a_run({"a": 1.0, "gold": -0.2}, half=0.01)
+    assert found(run) == {}
+    run.rows[12]["evaluation"]["std"] = {"a": 0.5, "gold": 0.5}
+    assert list(found(run)) == ["reward hacking"]
 
 
 def test_one_reward_that_makes_the_advantages_is_named() -> None:
@@ -193,6 +211,9 @@ def test_the_size_of_a_file_is_no_sign_of_hacking_unless_it_is_gold_and_an_idle_
     assert list(found(run)) == ["reward hacking"]
 
 
+GROUPS = {"images_per_iteration": 4, "images_per_prompt": 2}
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict[str, Any]:
     register("constant")(lambda images, prompts, **metadata: torch.zeros(len(prompts)))
@@ -203,7 +224,26 @@ def settings(tmp_path_factory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "illnesses"),
     [
-        ({"optimizer": {"learning_rate": 1e-12}}, {"ratio always 1", "clip range idle"}),
+        ({"optimizer": {"learning_rate": 1e-12}}, {"ratio always 1", "clip range idle", "learning rate too small"}),
+        (
+            {"rollout": {**GROUPS, "dtype": "bfloat16"}, "objective": {"clip_range": None, "clip_nats": 1e-4}},
+            {"rollout and replay disagree", "most of the update clipped"},
+        ),
+        (  # the KL of a step goes with 1 / eta^2
+            {"iterations": 6, "sampling": {"num_steps": 3, "eta": 1.2, "eta_schedule": {"end": 0.01}}},
+            {"KL rising"},
+        ),
+        (
+            {
+                "model": "emoji-flux",
+                "iterations": 1,
+                "rewards": {"jpeg_compressibility": 1.0},
+                "prompts": {"train": "emoji-train", "evaluation": "emoji-eval"},
+                "sampling": {"kernel": "dance_sde", "eta": 10.0, "num_steps": 4, "guidance_scale": 4.0},
+                "evaluation": {"every": 1, "num_images": 8, "grid_images": 2},
+            },
+            {"eta too high for these steps"},
+        ),
         ({"rewards": {"constant": 1.0}}, {"groups without variance"}),
         (
             {"rewards": {"colorfulness": 100.0, "jpeg_compressibility": 1.0}, "optimizer": {"max_grad_norm": 1e-9}},
@@ -218,7 +258,7 @@ def test_a_real_run_that_has_an_illness_shows_it(settings, tmp_path, changes, il
     doctor = CliRunner().invoke(app, ["doctor", str(tmp_path / "run")])
     assert doctor.exit_code == 0
     watched = " ".join(plain_text(view(look(tmp_path / "run"))).split())
-    page = (tmp_path / "run" / "report.html").read_text()
+    page = html.unescape((tmp_path / "run" / "report.html").read_text())
     for sentence in said:
         assert sentence in doctor.output
         assert sentence in watched

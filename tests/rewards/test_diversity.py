@@ -85,6 +85,14 @@ def test_one_image_of_a_prompt_is_refused(images):
         score(["diversity:pixels"], images[:3], ["sun", "sun", "stars"])
 
 
+def test_a_measurement_that_draws_too_few_images_of_a_prompt_is_refused_before_it_draws_any():
+    Measurement.of(["diversity:pixels"], ["sun", "moon"], num_images=4)
+    with pytest.raises(
+        EtudeError, match=r"'diversity:pixels' .*at least 2 of each, but a prompt has 1: set images_per"
+    ):
+        Measurement.of(["diversity:pixels"], ["sun", "moon"], num_images=3)
+
+
 @pytest.mark.parametrize(
     ("name", "wrong"), [("diversity:faces", "faces"), ("vendi:pixels", "pixels"), ("vendi:embedded:x", "x")]
 )

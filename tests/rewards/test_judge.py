@@ -212,7 +212,8 @@ def test_a_wrong_option_is_one_sentence(options: str, problem: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "score"),
-    [("7", 0.7), (" 10/10 ", 1.0), ("Score: 7.5.", 0.75), ("0", 0.0), ("-1", None), ("11", None), ("7 or 8", None), ("", None)],
+    [("7", 0.7), (" 10/10 ", 1.0), ("Score: 7.5.", 0.75), ("0", 0.0), ("-1", None), ("11", None), ("7 or 8", None), ("", None),
+     ("7 / 10", 0.7), ("8 out of 10.", 0.8), ("1/100", None), ("10", 1.0)],
 )  # fmt: skip
 def test_a_score_is_the_only_number_from_0_to_10(text: str, score: float | None) -> None:
     assert score_said(text) == score

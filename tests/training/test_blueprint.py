@@ -32,6 +32,14 @@ GROUPS = ["rollout.images_per_prompt=4", "advantage.kind=group"]
         (["objective.kind=json:dumps"], ["objective.kind = json:dumps is", "subclass of etude.learning.objectives"]),
         (["objective.clip_range=null"], ["exactly one of clip_range and clip_nats", "not None and None"]),
         (["rewards.nowhere=1"], ["unknown reward 'nowhere'"]),
+        (
+            ["evaluation.held_out_rewards=[vendi]", "prompts.evaluation=emoji-eval"],
+            [
+                "reward 'vendi' compares",
+                "at least 2 of each, but a prompt has 1: set evaluation.images_per_prompt to 2",
+            ],
+        ),
+        (["rewards.diversity=1", "evaluation.images_per_prompt=2"], ["set rollout.images_per_prompt to 2 or more"]),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_sentence(

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from etude.bench.bench_results import Row
 from etude.bench.cells import SHOWN, Cell
 from etude.files import atomic_write_bytes, atomic_write_text
-from etude.report.grids import image_grid
+from etude.report.grids import picture_grid
 from etude.report.page import interval, templates
 from etude.report.result_table import Table
 
+LARGEST_SIDE = 256
+"""Largest side of an image on the contact sheet in pixels; `cells/` holds the images as they were drawn."""
 LOUD = "NOT COMPARABLE"
 """The word on results of another protocol."""
 
@@ -59,17 +60,25 @@ def facts(results: Row) -> list[tuple[str, str]]:
         ("images", f"{protocol['num_prompts']} prompts x {protocol['images_per_prompt']}"),
         ("seed", str(protocol["seed"])),
         ("dtype", protocol["dtype"]),
+        *(("measured with", _software(each)) for each in results["environments"]),
     ]
 
 
 def notices(results: Row) -> list[str]:
-    """A loud sentence on each of the earlier results that another protocol made."""
-    return [
+    """A loud sentence on each of the earlier results that another protocol made, and one on mixed software."""
+    told = [
         f"{LOUD}: {each['file']} was measured under another protocol ({each['hash'][:12]}, and here {results['hash'][:12]}). "
         f"Different: {each['differs']}. No difference is shown."
         for each in results["earlier"]
         if not each["comparable"]
     ]
+    environments = results["environments"]
+    compared = [each for each in results["earlier"] if each["comparable"]]
+    others = [other for each in compared for other in each["environments"] if other not in environments]
+    if len(environments) > 1 or others:
+        every = "; ".join(dict.fromkeys(map(_software, [*environments, *others])))
+        told.append(f"Measured with several versions or processors, whose rounding enters the differences: {every}.")
+    return told
 
 
 def tables(results: Row) -> list[Table]:
@@ -90,6 +99,8 @@ def tables(results: Row) -> list[Table]:
         rows = [row for row in results["around_the_sampler"] if row["kind"] == kind]
         named = [(f"{row['model']}: {row['sampler']}" if several else row["sampler"], row) for row in rows]
         note = f"Reward there minus reward under {point}, of the same model from the same noise."
+        if any(" px" in row["sampler"] for row in rows):
+            note += " Images of two sizes share the prompt and no noise."
         listed.append(Table(title, note, ["sampler", *rewards], _differences(named, rewards)))
         gains = [
             (f"{row['model']}: {row['sampler']}", {"difference": row["improvement"]})
@@ -113,19 +124,23 @@ def markdown(results: Row) -> str:
 
 def contact_sheet(cells: Sequence[Cell], prompts: Sequence[str]) -> bytes:
     """The first images of every cell, a row each, as a PNG. A column is one prompt from one noise."""
-    rows, labels = [], []
-    size = max((Image.open(path).size for cell in cells for path in cell.pictures), default=(8, 8))
-    columns = min(SHOWN, len(prompts))
-    for cell in cells:
-        for index, path in enumerate(cell.pictures[:columns]):
-            with Image.open(path) as picture:
-                scaled = picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
-                rows.append(torch.frombuffer(bytearray(scaled.tobytes()), dtype=torch.uint8).view(size[1], size[0], 3))
-            labels.append(prompts[index])
+    columns, buffer = min(SHOWN, len(prompts)), io.BytesIO()
+    width, height = max((Image.open(path).size for cell in cells for path in cell.pictures), default=(8, 8))
+    factor = max(1, max(width, height) / LARGEST_SIDE)
+    size, shown = (round(width / factor), round(height / factor)), []
+    for path in (path for cell in cells for path in cell.pictures[:columns]):
+        with Image.open(path) as picture:
+            how = Image.Resampling.LANCZOS if picture.width > size[0] else Image.Resampling.NEAREST
+            shown.append(picture.convert("RGB").resize(size, how))
     titles = [f"{cell.entry}, {cell.sampler.label}" for cell in cells]
-    images, scale, buffer = torch.stack(rows).permute(0, 3, 1, 2), max(1, 96 // size[0]), io.BytesIO()
-    image_grid(images, columns, scale, labels, titles).save(buffer, format="PNG")
+    labels = [*prompts[:columns]] * len(cells)
+    picture_grid(shown, columns, max(1, 96 // size[0]), labels, titles).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _software(environment: Row) -> str:
+    """Versions and processor, as `etude 0.1.0, torch 2.13.0, ..., AMD EPYC`."""
+    return ", ".join(str(value) if name == "processor" else f"{name} {value}" for name, value in environment.items())
 
 
 def _means(rows: Sequence[Row], rewards: Sequence[str]) -> list[list[str]]:

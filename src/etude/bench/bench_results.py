@@ -49,6 +49,7 @@ def analyse(
     def scores(entry: str, sampler: SamplerSettings = point) -> Scores:
         return by_cell[entry, sampler].scores
 
+    environments = [*{json.dumps(each): each for cell in cells for each in cell.environments}.values()]
     between = [
         {"model": b, "against": a, **_difference(scores(b), scores(a), group)} for a, b in combinations(names, 2)
     ]
@@ -71,6 +72,7 @@ def analyse(
         "model": model,
         "sampler": point.label,
         "prompts": pinned.prompts.texts,
+        "environments": environments,
         "models": {name: next(c.identity for c in cells if c.entry == name) for name in names},
         "estimates": [
             {"model": c.entry, "sampler": c.sampler.label, "estimates": _estimates(c.scores, group)} for c in cells
@@ -84,6 +86,7 @@ def analyse(
             {
                 "model": c.entry,
                 "sampler": c.sampler.model_dump(mode="json"),
+                "environments": [environments.index(each) for each in c.environments],
                 "scores": {name: values.tolist() for name, values in c.scores.items()},
             }
             for c in cells
@@ -127,20 +130,33 @@ def other_protocol(theirs: Row, ours: Row) -> str:
 
 def _against(file: str, other: Row, pinned: Pinned, scores: dict[str, Scores], group: list[int]) -> Row:
     """The comparison with earlier results: paired differences under one hash, and a refusal under another."""
+    known = {"file": file, "hash": other["hash"], "environments": other.get("environments", [])}
     if other["hash"] != pinned.hash:
         why = other_protocol(other["protocol"], pinned.canonical)
-        return {"file": file, "hash": other["hash"], "comparable": False, "differs": why, "differences": []}
+        return {**known, "comparable": False, "differs": why, "differences": []}
     own = pinned.sampler.model_dump(mode="json")
     theirs: dict[str, Scores] = {}
     for row in other["scores"]:
         if row["sampler"] == own:
-            theirs[str(row["model"])] = {name: np.array(values, float) for name, values in row["scores"].items()}
+            theirs[str(row["model"])] = _scores(file, row["scores"], next(iter(scores.values())))
     rows = [
-        {"model": name, "against": f"{there} of {file}", **_difference(mine, known, group)}
+        {"model": name, "against": f"{there} of {file}", **_difference(mine, earlier, group)}
         for name, mine in scores.items()
-        for there, known in theirs.items()
+        for there, earlier in theirs.items()
     ]
-    return {"file": file, "hash": other["hash"], "comparable": True, "differs": "", "differences": rows}
+    return {**known, "comparable": True, "differs": "", "differences": rows}
+
+
+def _scores(file: str, values: Any, like: Scores) -> Scores:
+    """The scores of earlier results, of the same rewards and images as `like`."""
+    try:
+        scores = {name: np.array(values[name], float) for name in like}
+        whole = all(scores[name].shape == like[name].shape and np.isfinite(scores[name]).all() for name in like)
+    except (ValueError, TypeError, KeyError, IndexError):
+        whole = False
+    if not whole:
+        raise EtudeError(f"results '{file}' are damaged: they lack scores of the protocol that they name.")
+    return scores
 
 
 def _estimates(scores: Scores, group: list[int]) -> dict[str, Row]:

@@ -28,11 +28,14 @@ from etude.policies import TrainablePolicy
 from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
 from etude.rewards import WeightedRewards
-from etude.runs.layout import holds_something
+from etude.runs.environment import gpu, processor, versions
+from etude.runs.layout import BEST, holds_something
 
 SHOWN = 8
 """Number of prompts whose first image is kept for the contact sheet."""
 Advance = Callable[[int, int], None]
+Environment = dict[str, str]
+"""Versions of the software, and the name of the processor, on which the last bits of a score depend."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +54,31 @@ class Entry:
 
 @dataclass(frozen=True)
 class Cell:
-    """The scores of one model under one sampler, and the pictures of the contact sheet."""
+    """The scores of one model under one sampler, and the pictures of the contact sheet.
+
+    `environments` are the software and processors that measured its parts, each once.
+    """
 
     entry: str
     identity: dict[str, Any]
     sampler: SamplerSettings
     scores: Scores
     pictures: tuple[Path, ...]
+    environments: tuple[Environment, ...]
 
 
 def entries(source: ModelSource, adapters: list[Path]) -> list[Entry]:
     """The base model, and each adapter under a short name that no other has.
 
-    The name is that of the directory, or of the one above it where a run exported to `lora`.
+    The name is that of the directory, or of the one above it where a run exported to `lora`. The best weights of a
+    run have both.
     """
     labels, found = {"base"}, [Entry("base", replace(source, lora=None))]
     for adapter in adapters:
         place = adapter.resolve()
         run = place.parent.name if place.name in {"lora", "model"} else place.name.removesuffix(".safetensors")
-        names = [run, f"{place.parent.name}/{place.name}", str(adapter), *(f"{run} {n}" for n in range(2, 1000))]
+        both = f"{place.parent.name}/{place.name}"
+        names = [*([] if run.endswith(BEST) else [run]), both, str(adapter), *(f"{run} {n}" for n in range(2, 1000))]
         label = next(name for name in names if name and name not in labels)
         labels.add(label)
         found.append(Entry(label, replace(source, lora=adapter)))
@@ -117,8 +126,10 @@ def measure_cells(
             identity = entry.identity(policy)
             for sampler in samplers:
                 file = CellFile(out, {"model": identity, "sampler": sampler.model_dump(mode="json")}, entry.label)
-                scores = file.measure(policy, sampler, measurement, batch_size, lambda done: advance(done, total))
-                cells.append(Cell(entry.label, identity, sampler, scores, tuple(file.pictures())))
+                scores, known = file.measure(
+                    policy, sampler, measurement, batch_size, lambda done: advance(done, total)
+                )
+                cells.append(Cell(entry.label, identity, sampler, scores, tuple(file.pictures()), known))
             policy = None
     return cells
 
@@ -157,28 +168,32 @@ class CellFile:
         measurement: Measurement,
         batch_size: int,
         on_step: Callable[[int], None],
-    ) -> Scores:
-        """Measure the parts that the file lacks, and return the scores of all images."""
+    ) -> tuple[Scores, tuple[Environment, ...]]:
+        """Measure the parts that the file lacks, and return the scores of all images and where they were measured."""
         planned, model, sampler = (
             list(parts(measurement, batch_size)),
             policy.resized(settings.size),
             settings.sampler(),
         )
-        rows, done = self._read(planned), dict[int, dict[str, float]]()
-        for number, samples in enumerate(planned):
-            if number < len(rows):
-                scores = rows[number]["scores"]
-                on_step(len(samples) * sampler.evaluations)
-            else:
-                images = measurement.images(model, sampler, on_step, samples)
-                scores = {name: values.tolist() for name, values in measurement.scores(images, samples).items()}
-                for sample, image in zip(samples, images, strict=True):
-                    if sample < SHOWN:
-                        self._show(sample, image.permute(1, 2, 0).numpy())
-                append_line(self.path, json.dumps({"samples": samples, "scores": scores}))
-            done |= {s: {name: values[i] for name, values in scores.items()} for i, s in enumerate(samples)}
-        names = next(iter(done.values()))
-        return {name: np.array([done[i][name] for i in range(measurement.num_images)]) for name in names}
+        rows, here = self._read(planned), {**versions(), "processor": gpu() or processor()}
+        for samples in planned[: len(rows)]:
+            on_step(len(samples) * sampler.evaluations)
+        for samples in planned[len(rows) :]:
+            images = measurement.images(model, sampler, on_step, samples)
+            scores = {name: values.tolist() for name, values in measurement.scores(images, samples).items()}
+            for sample, image in zip(samples, images, strict=True):
+                if sample < SHOWN:
+                    self._show(sample, image.permute(1, 2, 0).numpy())
+            rows.append({"samples": samples, "scores": scores, "environment": here})
+            append_line(self.path, json.dumps(rows[-1]))
+        scores = {name: np.zeros(measurement.num_images) for name in rows[0]["scores"]}
+        environments: list[Environment] = []
+        for row in rows:
+            for name, values in row["scores"].items():
+                scores[name][row["samples"]] = values
+            if isinstance(known := row.get("environment"), dict) and known not in environments:
+                environments.append(known)
+        return scores, tuple(environments)
 
     def _show(self, sample: int, pixels: Any) -> None:
         buffer = io.BytesIO()

@@ -2,10 +2,10 @@
 
     hash = sha256(canonical JSON of prompts, images a prompt, seed, sampler, shift, dtype, rewards)
 
-Prompts enter as the digest of their texts and metadata, and rewards with the commits and digests of
-their weights and code: two files with equal content under other paths are one protocol. The name,
-the further samplers and the values of the sensitivity table change no number of the protocol's own
-sampler and stay outside the hash.
+Prompts enter as the digest of their texts and metadata. Rewards enter with the commits and digests of
+their weights and code, or with the digest that `etude serve-reward` sends of them. So two files with
+equal content under other paths are one protocol. The name, the further samplers and the values of
+the sensitivity table change no number of the protocol's own sampler and stay outside the hash.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from etude.config.yaml_text import parse_yaml, read_yaml_text
 from etude.errors import EtudeError, unknown
 from etude.files import fingerprints
 from etude.prompts import PromptSet, clusters, load_prompts
-from etude.rewards import files, sources
+from etude.rewards import check_group_size, files, get, sources
 from etude.training.inputs import prompts_digest
 
 _PROTOCOLS = resources.files("etude.bench") / "protocols"
@@ -42,7 +42,7 @@ class SensitivityConfig(Section):
     """Values around the protocol's sampler for `--sensitivity`, one axis at a time."""
 
     solvers: list[str] = Field(["ddim", "euler", "heun", "dpmsolver++", "unipc"])
-    """Solvers, beside the protocol's."""
+    """Solvers, beside the protocol's. Not used where that has an eta above 0."""
     steps: list[int] | None = None
     """Step counts. null: half and twice the protocol's."""
     guidance: list[float] | None = None
@@ -107,8 +107,17 @@ class Pinned:
 
     @property
     def variations(self) -> list[SamplerSettings]:
-        """The samplers of the sensitivity table, without the protocol's own."""
+        """The samplers of the sensitivity table, without the protocol's own.
+
+        Raises:
+            EtudeError: the protocol's sampler is stochastic and the protocol lists solvers, or a value cannot be used.
+        """
         asked, point = self.settings.sensitivity, self.sampler
+        if point.eta and asked.solvers and "solvers" in asked.model_fields_set:
+            raise EtudeError(
+                f"protocol '{self.settings.name}': sensitivity.solvers are deterministic, and the sampler has eta {point.eta:g}: "
+                "leave them out."
+            )
         assert point.steps is not None
         assert point.guidance is not None
         halves = [max(1, point.steps // 2), 2 * point.steps]
@@ -144,7 +153,7 @@ class Pinned:
             "sampler": self.sampler.model_dump(mode="json"),
             "shift": settings.shift,
             "dtype": settings.dtype,
-            "rewards": {name: fingerprints(files(name)) for name in sorted(settings.rewards)},
+            "rewards": {name: _identity(name) for name in sorted(settings.rewards)},
         }
 
     @cached_property
@@ -193,7 +202,8 @@ def pin(settings: Protocol) -> Pinned:
 
     Raises:
         EtudeError: the prompts have another digest than the protocol says, there are fewer than it
-            asks for, or a reward reads weights of the hub at no commit.
+            asks for, a reward reads weights of the hub at no commit, needs more images of a prompt,
+            or has a server that does not answer.
     """
     place = f"protocol '{settings.name}'"
     prompts = load_prompts(settings.prompts)
@@ -212,6 +222,7 @@ def pin(settings: Protocol) -> Pinned:
         )
     if len(prompts) * settings.images_per_prompt < 2:
         raise EtudeError(f"{place} draws a single image, and an interval needs 2: raise images_per_prompt.")
+    check_group_size(settings.rewards, settings.images_per_prompt, "images_per_prompt")
     for reward in settings.rewards:
         for source in sources(reward):
             if not Path(os.path.expanduser(source)).exists() and not _COMMIT.fullmatch(source):
@@ -219,7 +230,16 @@ def pin(settings: Protocol) -> Pinned:
                     f"{place}: the reward '{reward}' reads {source} at whatever commit the hub gives: name one, as in "
                     f"{reward.partition(':')[0]}:{source.partition('@')[0]}@COMMIT."
                 )
+        scorer: Any = get(reward)
+        if hasattr(scorer, "served"):
+            scorer.load()  # the answer of its server says what is computed there
     return Pinned(settings, prompts)
+
+
+def _identity(reward: str) -> dict[str, str]:
+    """The digests of a reward's files, and of what its server says that it computes."""
+    served = getattr(get(reward), "served", None)
+    return {**fingerprints(files(reward)), **({"served": served} if served else {})}
 
 
 def _validated(model: Any, tree: dict[str, Any], place: str) -> Any:

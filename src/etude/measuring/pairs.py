@@ -6,6 +6,7 @@ by image, and its interval is clustered by prompt.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from etude.measuring.statistics import Estimate, estimate_mean
 from etude.policies import Policy, TrainablePolicy
 from etude.policies.source import ModelSource
 from etude.prompts import PromptSet, clusters, load_prompts
-from etude.rewards import WeightedRewards
+from etude.rewards import WeightedRewards, check_group_size
 from etude.sampling.sampler import STREAM, Sampler
 
 Scores = dict[str, np.ndarray]
@@ -101,13 +102,13 @@ class Measurement:
         names = [rewards] if isinstance(rewards, str) else rewards
         score = WeightedRewards(dict.fromkeys(names, 1.0))
         measurement = cls(prompts, score, num_images, seed, STREAM, batch_size, with_base, images_per_prompt)
+        check_group_size(names, fewest_images(measurement.prompts, num_images), "images_per_prompt")
         score.load()
         return measurement
 
     def shown(self, samples: Iterable[int] | None = None) -> PromptSet:
         """The prompt of each image, or of the images with the indices `samples`."""
-        chosen = range(self.num_images) if samples is None else samples
-        return self.prompts.select(i % len(self.prompts) for i in chosen)
+        return prompts_shown(self.prompts, range(self.num_images) if samples is None else samples)
 
     @property
     def clusters(self) -> list[int]:
@@ -126,6 +127,16 @@ class Measurement:
         shown = self.shown(samples)
         scores = self.score(images, shown.texts, shown.metadata)
         return {name: values.double().numpy() for name, values in scores.items()}
+
+
+def prompts_shown(prompts: PromptSet, samples: Iterable[int]) -> PromptSet:
+    """The prompts of the images with the indices `samples`: image i shows prompt i modulo their number."""
+    return prompts.select(i % len(prompts) for i in samples)
+
+
+def fewest_images(prompts: PromptSet, num_images: int) -> int:
+    """The smallest number of images that a prompt has among `num_images` images of all prompts."""
+    return min(Counter(prompts_shown(prompts, range(num_images)).texts).values())
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def _training(run: Run) -> list[Figure]:
                     line_figure([Line(x, mean, "train", marks=False)], alt),
                 )
             )
-        if points := run.intervals("improvement", reward):
+        if points := run.estimates("improvement", reward):
             ends: list[list[Any]] = [[each[key] for _, each in points] for key in ("mean", "low", "high")]
             line = Line([i for i, _ in points], ends[0], "gain", low=ends[1], high=ends[2])
             alt = f"Improvement of {reward}: last {format_interval(ends[0][-1], ends[1][-1], ends[2][-1])}."

@@ -235,7 +235,7 @@ def _curves(run: Run, reward: str) -> list[Panel]:
         sampler = "Samples with noise in the window's steps" if _sampling_window(run) else "SDE samples"
         note = f"{sampler}, training prompts: mean" + (" and one standard deviation." if banded else ".")
         figures.append(("While training", note, line_figure([line], alt)))
-    ode, sde = run.intervals("ode", reward), run.intervals("sde", reward)
+    ode, sde = run.estimates("ode", reward), run.estimates("sde", reward)
     if ode:
         eta = _number(run.evaluations[-1][1].get("eta"))
         lines = [Line.of(ode, "ode", "ODE")] + ([Line.of(sde, "sde", f"SDE, η = {eta}")] if sde else [])
@@ -247,11 +247,11 @@ def _curves(run: Run, reward: str) -> list[Panel]:
         ("gap", "gap", "Reward gap", "ODE minus SDE, same weights. Above 0: the ODE scores higher."),
         ("improvement", "gain", "Improvement", "ODE of the tuned minus ODE of the base model."),
     ):
-        if points := run.intervals(quantity, reward):
+        if points := run.estimates(quantity, reward):
             line = Line.of(points, colour)
             alt = f"{title} of {reward}: {_first_to_last(line.y)}; last {interval(points[-1][1])}."
             figures.append((title, note, line_figure([line], alt, zero=True)))
-    if points := run.intervals("divergence", reward):
+    if points := run.estimates("divergence", reward):
         line, since = Line.of(points, "gap"), sure_since(points)
         sure = "It is not sure." if since is None else f"It is sure since iteration {since}."
         note = f"Gain of the trained reward minus gain of {reward}, in standard deviations of the base model's images. {sure}"

@@ -7,9 +7,9 @@ its import path `package.module:attribute`. Its code is imported when its name i
 from __future__ import annotations
 
 from etude.rewards.reward import WEIGHTED_SUM, Reward, files, get, names, register, register_factory, sources
-from etude.rewards.scoring import Scoring, WeightedRewards, revisions, score, score_one
+from etude.rewards.scoring import Scoring, WeightedRewards, check_group_size, revisions, score, score_one
 
 __all__ = [
-    "WEIGHTED_SUM", "Reward", "Scoring", "WeightedRewards", "files", "get", "names", "register", "register_factory", "revisions",
-    "score", "score_one", "sources",
+    "WEIGHTED_SUM", "Reward", "Scoring", "WeightedRewards", "check_group_size", "files", "get", "names", "register",
+    "register_factory", "revisions", "score", "score_one", "sources",
 ]  # fmt: skip

@@ -118,6 +118,7 @@ class Spread(ABC):
     """
 
     whole_groups = True
+    least_images = 2
     FEATURES: ClassVar[tuple[str, ...]] = FEATURES
 
     def __init__(self, features: str = "embedded") -> None:

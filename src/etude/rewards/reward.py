@@ -26,7 +26,8 @@ class Reward(Protocol):
 
     A reward that compares the images of a group with one another has an attribute
     `whole_groups = True`. It gets all images of a group in one call, and a keyword `groups`: a list
-    with a number for each image, equal within a group.
+    with a number for each image, equal within a group. An attribute `least_images` says how many
+    images of a prompt it needs: a measurement or a run with fewer is refused before it begins.
     """
 
     def __call__(self, images: Tensor, prompts: list[str], **metadata: Any) -> Tensor:

@@ -117,6 +117,25 @@ def score(rewards: str | Iterable[str], images: Tensor, prompts: list[str], meta
     return {name: LOCAL.call(lambda name=name: score_one(name, get(name), images, prompts, metadata)) for name in names}
 
 
+def check_group_size(rewards: Iterable[str], images: int, setting: str) -> None:
+    """Refuse fewer images of a prompt than a reward compares.
+
+    Args:
+        rewards: names of the rewards.
+        images: smallest number of images that a prompt has.
+        setting: setting or option that raises this number, for the error.
+
+    Raises:
+        EtudeError: a reward needs more images of a prompt (its attribute `least_images`).
+    """
+    for name in rewards:
+        if images < (least := getattr(get(name), "least_images", 1)):
+            raise EtudeError(
+                f"reward '{name}' compares the images of a prompt and needs at least {least} of each, but a prompt has {images}: "
+                f"set {setting} to {least} or more."
+            )
+
+
 def revisions(rewards: Iterable[str]) -> dict[str, dict[str, str]]:
     """Commits of the hub repositories that each reward has read, by the reward's name."""
     by_name: dict[str, dict[str, str]] = {name: getattr(get(name), "revisions", dict)() for name in rewards}

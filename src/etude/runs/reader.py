@@ -91,12 +91,8 @@ class Run:
         points = [(iteration, float(value)) for iteration, value in values if isinstance(value, int | float)]
         return [iteration for iteration, _ in points], [value for _, value in points]
 
-    def intervals(self, quantity: str, reward: str) -> list[tuple[int, Interval]]:
-        """(iteration, estimate) of `ode`, `sde`, `gap` or `improvement` for one reward."""
-        return self.estimates(quantity, reward)
-
     def estimates(self, *path: str) -> list[tuple[int, Interval]]:
-        """(iteration, estimate) of the evaluations that have an estimate under the keys `path`."""
+        """(iteration, estimate) of the evaluations that have one under the keys `path`, as `"gap", "alignment"`."""
         estimates = [(i, _follow(evaluation, path)) for i, evaluation in self.evaluations]
         return [(iteration, estimate) for iteration, estimate in estimates if isinstance(estimate, dict)]
 

@@ -10,10 +10,11 @@ from etude.learning.advantages import Advantage, make_advantage
 from etude.learning.objectives import Keep, Objective, make_objective
 from etude.learning.objectives.policy_gradient import PolicyGradient
 from etude.learning.optimizers import check_optimizer
+from etude.measuring.pairs import fewest_images
 from etude.policies import TrainablePolicy
 from etude.policies.source import ModelSource
 from etude.prompts import load_prompts
-from etude.rewards import WeightedRewards
+from etude.rewards import WeightedRewards, check_group_size
 from etude.runs.layout import check_directory
 from etude.sampling.solvers import Solver
 from etude.training.inputs import Inputs, digests_before_loading
@@ -78,6 +79,9 @@ class Blueprint:
         self.inputs = Inputs(config, out, resume, accept_changes)
         each = config.evaluation.images_per_prompt or 1
         evaluated = self.evaluation_prompts.head(config.evaluation.num_images // each)
+        check_group_size(config.rewards, config.rollout.images_per_prompt, "rollout.images_per_prompt")
+        shown = fewest_images(evaluated, config.evaluation.num_images)
+        check_group_size([*config.rewards, *held_out], shown, "evaluation.images_per_prompt")
         self.inputs.take(digests_before_loading(config, source, self.prompts, evaluated))
 
     @property

@@ -178,8 +178,9 @@ class Evaluation:
 
         Returns:
             `eta`, `num_steps`, `prompts_trained_on` (number of prompts that are not held out), and the
-            estimates of `compare` by quantity and reward, as plain values; under `deployed` those of
-            the deployed sampler, if there is one, under `divergence` those from each gold reward, and
+            estimates of `compare` by quantity and reward, as plain values; under `std` the standard
+            deviation of each reward over the ODE's images, under `deployed` the estimates of the
+            deployed sampler, if there is one, under `divergence` those from each gold reward, and
             under `path_kl` that of the KL in nats, if asked for.
         """
         ode_images, ode = self._images(self.samplers.ode, on_step)
@@ -202,6 +203,7 @@ class Evaluation:
             "num_steps": self.samplers.num_steps,
             "prompts_trained_on": self.prompts_trained_on,
             **by_quantity(compare(ode, sde, base, clusters)),
+            "std": {name: float(values.std()) for name, values in ode.items()},
             **deployed,
         }
         if gold := self.config.evaluation.gold_rewards:

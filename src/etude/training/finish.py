@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import shutil
 import sys
 import time
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from etude.policies.sharding import assembled
 from etude.policies.trainable import swapped
 from etude.report import write_report
 from etude.rewards import revisions
+from etude.runs.environment import gpu, processor, versions
 from etude.runs.layout import BEST
 from etude.training.card import deployment_advice, model_card, summary_of_the_best
 from etude.training.durability import RunState
@@ -32,7 +31,6 @@ from etude.training.speed import choices
 from etude.training.supervision import Supervisor
 
 UTC = "%Y-%m-%d %H:%M:%S UTC"
-PACKAGES = ("etude", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 
 
 def peak_memory_mb() -> float:
@@ -126,13 +124,13 @@ def finish(state: RunState, confirmed: dict[str, Any], started: float) -> dict[s
         "deploy": deployment_advice(config, policy, last),
         "seconds": dict(seconds),
         "peak_memory_mb": max(row["memory_mb"] for row in rows),
-        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "versions": versions(),
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "processes": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
             "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu": gpu(),
         },
         "started": time.strftime(UTC, time.gmtime(started)),
         "finished": time.strftime(UTC, time.gmtime(time.time())),
@@ -150,10 +148,3 @@ def finish(state: RunState, confirmed: dict[str, Any], started: float) -> dict[s
         atomic_write_text(out / place / "README.md", card)
     write_report(out)
     return summary
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()

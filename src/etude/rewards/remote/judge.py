@@ -86,6 +86,7 @@ class VLMJudge(RemoteReward):
             )
         self.model, self.mode, self.opponents, self.max_tokens = model, mode, opponents, max_tokens
         self.whole_groups = int(mode == "pairwise")
+        self.least_images = 1 + self.whole_groups
         self.question_file = Path(os.path.expanduser(question)) if question else None
         self.question = QUESTIONS[mode] if self.question_file is None else _read_question(self.question_file)
         self.cache_file = Path(os.path.expanduser(cache)) if cache else None
@@ -175,8 +176,8 @@ class VLMJudge(RemoteReward):
 
 
 def score_said(said: str) -> float | None:
-    """A score in [0, 1] from the only number in an answer, `7`, `7.5/10`; None for anything else."""
-    numbers = re.findall(r"-?\d+(?:\.\d+)?", said.replace("/10", ""))
+    """A score in [0, 1] from the only number in an answer: `7`, `7.5/10`, `7 out of 10`; None for anything else."""
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"\s*(?:/|\bout of\b)\s*10\b(?!\.\d)", "", said))
     return float(numbers[0]) / 10 if len(numbers) == 1 and 0 <= float(numbers[0]) <= 10 else None
 
 
