@@ -109,13 +109,15 @@ def measure_cells(
     for entry in models:  # what is refused leaves nothing
         if entry.source.lora is not None:
             read_adapter(Path(entry.source.lora))
-    policy: TrainablePolicy | None = load_source(models[0].source)
+    # At the protocol's size, so that the trial at loading is none at another, which may be far larger.
+    sources = {entry.label: replace(entry.source, resolution=pinned.sampler.size) for entry in models}
+    policy: TrainablePolicy | None = load_source(sources[models[0].label])
     with made(out), locked(out):
         settings = {"hash": pinned.hash, "batch_size": batch_size}
         atomic_write_text(out / "bench.json", json.dumps(settings) + "\n")
         (out / "cells").mkdir(exist_ok=True)
         for entry in models:
-            policy = policy or load_source(entry.source)
+            policy = policy or load_source(sources[entry.label])
             for sampler in samplers:
                 sampler.sampler().check(policy.resized(sampler.size))
             identity = entry.identity(policy)
