@@ -25,7 +25,7 @@ from etude.policies.loading import DTYPES, load_source
 from etude.policies.source import ModelSource
 from etude.registry import POLICIES
 from etude.training.blueprint import Blueprint
-from etude.training.memory_estimate import memory_estimate, network_call
+from etude.training.memory_estimate import IN_ALL, memory_estimate, network_call
 from etude.training.trainer import Trainer
 
 MATRIX = 8192
@@ -107,7 +107,7 @@ def told_bytes(tree: dict[str, Any], model: str, folder: Path, tiny: bool = Fals
     outline = load_source(ModelSource.of(blueprint.config), outline=True)
     schedule = blueprint.schedule(outline)
     blueprint.make_trainable(outline)
-    return list(memory_estimate(blueprint, outline, schedule).values())[-1]
+    return memory_estimate(blueprint, outline, schedule)[IN_ALL]
 
 
 def peak_on(device: torch.device) -> int:

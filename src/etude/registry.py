@@ -270,6 +270,7 @@ POLICIES = Registry(
         "SanaPipeline": Entry("etude.policies.flow_families:SanaPolicy"),
         "Lumina2Pipeline": Entry("etude.policies.flow_families:Lumina2Policy"),
         "Krea2Pipeline": Entry("etude.policies.flow_families:Krea2Policy"),
+        "LongCatImagePipeline": Entry("etude.policies.flow_families:LongCatImagePolicy"),
         "ErnieImagePipeline": Entry("etude.policies.flow_families:ErnieImagePolicy"),
         "ChromaPipeline": Entry("etude.policies.flow_families:ChromaPolicy"),
         "HiDreamImagePipeline": Entry("etude.policies.flow_families:HiDreamImagePolicy"),

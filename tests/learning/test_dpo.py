@@ -31,6 +31,7 @@ from etude.training.trainer import Trainer
 from support.gaussian_policy import GaussianPolicy, flow_path, sd_path
 from support.small_runs import brief_settings, metrics, same, weights
 from support.tiny import save_flux
+from support.tiny_flow import qwen_image
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PAIRS, BETA, LAM, VARIANCE = 3000, 4.0, 0.8, 0.8
@@ -146,11 +147,14 @@ def vote_on_pairs(root: Path, captions: list[str]) -> str:
     return str(root / "votes.jsonl")
 
 
-@pytest.mark.parametrize(("model", "source"), [("sd", vote_on_pairs), ("flux", write_pairs)])
+@pytest.mark.parametrize(("model", "source"), [("sd", vote_on_pairs), ("flux", write_pairs), ("qwen", write_pairs)])
 def test_pairs_of_a_file_or_of_voters_are_learnt_without_a_rollout(tmp_path: Path, model: str, source: Any) -> None:
     tree = brief_settings(tmp_path)
     if model == "flux":
         tree["model"] = str(save_flux(tmp_path / "flux"))
+    if model == "qwen":
+        qwen_image().save_pretrained(tmp_path / "qwen")
+        tree |= {"model": str(tmp_path / "qwen"), "resolution": 16}
     pairs = source(tmp_path, ["red heart", "pizza", "sun"])
     tree |= {"iterations": 6, "evaluation": {"every": 6, "num_images": 2, "grid_images": 2}}
     tree["objective"] = {"kind": "dpo", "options": {"pairs": pairs, "beta": 200.0, "levels": 3}, "updates_per_epoch": 1}

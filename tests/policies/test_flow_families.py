@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import HiDreamImagePipeline
+from diffusers import AutoencoderDC, AutoencoderKLQwenImage, AutoencoderKLWan, HiDreamImagePipeline
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from etude.config import LoraConfig
 from etude.errors import EtudeError
 from etude.policies import load_policy
-from etude.policies.flow import FlowPolicy, lacks
+from etude.policies.conventions import lacks
+from etude.policies.flow import FlowPolicy
 from etude.policies.flow_families import ChromaPolicy, Flux2KleinPolicy, QwenImagePolicy, WanPolicy, ZImagePolicy
+from etude.policies.plain_call import PlainCall
 from etude.policies.prompt_cache import PromptCache
 from etude.policies.self_check import PROMPTS, batch_difference
 from etude.policies.trial import check_agreement
@@ -30,12 +33,12 @@ from etude.sampling.noise import NoiseSource
 from etude.sampling.plans import SamplingPlan
 from etude.sampling.replay import replay
 from etude.sampling.rollout import rollout
-from support.tiny_flow import FIRST_CLASS, OTHERS, chroma, flux2_klein, qwen_image, sana, z_image
-from support.tiny_others import ALSO, aura_flow, bria, cogview4, lumina_next, ovis_image, wan
+from support.tiny_flow import FAMILIES, FIRST_CLASS, chroma, ernie_image, flux2_klein, qwen_image, sana, wan, z_image
+from support.tiny_others import aura_flow, bria, cogview4, longcat_image, lumina_next, ovis_image
+from support.tiny_parts import language
 
 FIRST = pytest.mark.parametrize("directory", FIRST_CLASS, indirect=True)
 """The families that have recipes, and SANA for its scheduler."""
-MAKERS = FIRST_CLASS | OTHERS | ALSO
 STEPS = 3
 GUIDED = 3.0
 
@@ -59,10 +62,10 @@ def _small_hidream() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def directory(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("models") / request.param
-    MAKERS[request.param]().save_pretrained(place)
+    FAMILIES[request.param]().save_pretrained(place)
     return place
 
 
@@ -132,6 +135,26 @@ def test_a_distilled_klein_draws_its_pipelines_images_and_refuses_guidance() -> 
 def test_a_batch_of_unequal_prompts_at_unequal_times_is_what_each_gives_alone(base: FlowPolicy) -> None:
     for scale in scales(base):
         assert batch_difference(base, list(PROMPTS), scale) <= 2e-5
+
+
+def test_images_become_latents_that_the_pipeline_decodes_as_its_autoencoder_does(base: FlowPolicy) -> None:
+    images = torch.randint(256, (2, 3, *base.image_size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    latents, vae = base.encode_images(images), base.pipeline.vae
+    video, pixels = isinstance(vae, AutoencoderKLQwenImage | AutoencoderKLWan), images / 127.5 - 1
+    with torch.no_grad():
+        encoded = vae.encode(pixels.unsqueeze(2) if video else pixels)
+        own = encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mode()
+        expected = vae.decode(own).sample.reshape(images.shape) / 2 + 0.5
+    assert latents.shape == (2, *base.latent_shape)
+    assert (base.decoded(latents) - expected.clamp(0, 1)).abs().max() <= 1e-5
+
+
+def test_a_pipeline_that_does_more_than_scale_its_latents_encodes_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = ZImagePolicy(z_image(), resolution=16)
+    decode = PlainCall.decoder_input
+    monkeypatch.setattr(PlainCall, "decoder_input", lambda *told: decode(*told).tanh())
+    with pytest.raises(EtudeError, match="more to latents than to scale, shift and reorder"):
+        policy.encode_images(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
 
 
 @FIRST
@@ -387,12 +410,41 @@ def test_a_pipeline_that_pads_a_prompt_by_its_neighbours_is_refused(make: Any, h
         ("NoPipeline", ""),
         ("HunyuanImagePipeline", "the argument guidance_scale"),
         ("LTXPipeline", "images, since it makes videos"),
+        ("Ideogram4Pipeline", "a convention for its part prompt_enhancer_head"),
+        ("GlmImagePipeline", "a convention for its part processor"),
     ],
 )
 def test_a_pipeline_without_the_conventions_is_refused_with_what_it_lacks(name: str, lack: str) -> None:
     said = lacks(name)
     assert said is not None
     assert lack in said
+
+
+def test_a_longcat_trains_whole_and_draws_its_pipelines_images_without_rewriting_prompts(tmp_path: Path) -> None:
+    longcat_image().save_pretrained(tmp_path)
+    policy = load(tmp_path)
+    for scale in scales(policy):
+        assert (drawn(policy, scale) - plain(policy, scale)).abs().max() <= 1e-5
+        assert batch_difference(policy, list(PROMPTS), scale) <= 2e-5
+    assert (drawn(policy, GUIDED) - drawn(policy, 1.0)).abs().max() > 1e-3
+    with pytest.raises(EtudeError, match=r"loads no LoRA: set lora\.rank to 0"):
+        policy.add_lora(LoraConfig(), seed=0)
+    policy.train_everything(keep_reference=False)
+    x, told = torch.randn(1, *policy.latent_shape), policy.encode(["a"])
+    output = policy.predict(x, policy.grid(4).timesteps[:1], told, GUIDED)
+    torch.autograd.grad(output.square().mean(), list(policy.trainable().values()))
+    moved(policy, 0.02).export(tmp_path / "model")
+    pipeline = type(policy.pipeline).from_pretrained(tmp_path / "model", **policy.loading_arguments())
+    assert (plain(policy, GUIDED, pipeline) - drawn(policy, GUIDED)).abs().max() <= 1e-5
+
+
+def test_ernies_rewriter_of_prompts_is_not_loaded(tmp_path: Path) -> None:
+    pipeline = ernie_image()
+    words = pipeline.tokenizer
+    pipeline.register_modules(pe=LlamaForCausalLM(LlamaConfig(**language(words))), pe_tokenizer=words)
+    pipeline.save_pretrained(tmp_path)
+    for outlined in (False, True):
+        assert load(tmp_path, outline=outlined).pipeline.pe is None
 
 
 def test_chroma_is_refused_with_gradient_checkpointing() -> None:

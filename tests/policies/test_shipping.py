@@ -141,7 +141,7 @@ def ship(case: Case, directory: Path) -> None:
     np.savez(directory / "etude.npz", untuned=untuned, tuned=images(policy, case.guidance_scale))
     np.save(directory / "noise.npy", NoiseSource(0, "evaluation").initial([0, 1, 2], policy.latent_shape).numpy())
     snippet = deployment_snippet(policy, ModelSource("base"), STEPS, case.guidance_scale)
-    assert snippet.count('pipe("a prompt", ') == snippet.count(".images[0]") == 1
+    assert snippet.count('pipe(prompt="a prompt", ') == snippet.count(".images[0]") == 1
     snippet = snippet.replace('"a prompt"', f"{PROMPTS}, latents=noise, output_type='np'").replace(
         ".images[0]", ".images"
     )
@@ -223,7 +223,7 @@ def test_a_flux_card_says_its_size_guidance_and_sequence_length():
     assert lines[0] == "import torch"
     assert "pipe = FluxPipeline.from_pretrained('someone/flux', torch_dtype=torch.bfloat16)" in lines
     assert lines[-1] == (
-        'image = pipe("a prompt", num_inference_steps=25, guidance_scale=3.5, height=8, width=8, max_sequence_length=12).images[0]'
+        'image = pipe(prompt="a prompt", num_inference_steps=25, guidance_scale=3.5, height=8, width=8, max_sequence_length=12).images[0]'
     )
 
 

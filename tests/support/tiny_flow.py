@@ -1,4 +1,4 @@
-"""Tiny random pipelines of today's flow transformers: what a test needs of FLUX.2-klein, Z-Image and others in a second.
+"""Tiny random pipelines of the flow transformers that have a family: what a test needs of FLUX.2-klein, Z-Image and others in a second.
 
 Every weight is moved by noise, so that no zero-initialised layer hides what a test looks for.
 """
@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderDC,
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
@@ -22,6 +20,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    HiDreamImagePipeline,
+    HiDreamImageTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
     Lumina2Pipeline,
@@ -30,152 +30,30 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from torch import nn
-from transformers import (
-    Gemma2Config,
-    Gemma2Model,
-    GPT2Config,
-    GPT2Model,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    Qwen3Config,
-    Qwen3Model,
-    Qwen3VLConfig,
-    Qwen3VLModel,
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from support.tiny import t5_encoder, t5_tokenizer, tokenizer
+from support.tiny_parts import (
+    autoencoder,
+    chat_tokenizer,
+    flux2_autoencoder,
+    gemma,
+    language,
+    long_clip,
+    many_layers,
+    moved,
+    qwen2_vl,
+    qwen3,
+    qwen3_vl,
+    umt5,
+    video_autoencoder,
 )
-
-from support.tiny import t5_encoder, t5_tokenizer
-
-CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
-)
-SIDE = 16
-"""Side in pixels of the images that tests draw: four latents, two tokens."""
-
-
-def chat_tokenizer() -> Qwen2Tokenizer:
-    """Spells any printable ASCII text letter by letter, in a chat template."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = sorted(bytes_to_unicode().values())
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    words = Qwen2Tokenizer(
-        vocab={letter: i for i, letter in enumerate([*letters, *special])},
-        merges=[],
-        unk_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=special[1:2],
-        model_max_length=600,
-    )
-    words.chat_template = CHAT
-    return words
-
-
-def moved(module: nn.Module, by: float = 0.05) -> nn.Module:
-    """The module with every parameter moved by noise."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(by * torch.randn(parameter.shape))
-    return module.eval()
-
-
-def many_layers(words: Qwen2Tokenizer) -> GPT2Model:
-    """The 27 layers of which FLUX.2-klein reads three, of a class whose layers cost little."""
-    return GPT2Model(
-        GPT2Config(
-            vocab_size=len(words),
-            n_positions=1024,
-            n_embd=8,
-            n_layer=27,
-            n_head=1,
-            n_inner=8,
-            activation_function="relu",
-            bos_token_id=None,
-            eos_token_id=words.eos_token_id,
-        )
-    )
-
-
-def qwen3(words: Qwen2Tokenizer, layers: int) -> Qwen3Model:
-    config = Qwen3Config(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=1024,
-        pad_token_id=words.pad_token_id,
-        eos_token_id=words.eos_token_id,
-        bos_token_id=None,
-    )
-    return Qwen3Model(config)
-
-
-def autoencoder(blocks: int = 2) -> AutoencoderKL:
-    """Images of side 2^(blocks - 1) s to latents of side s."""
-    return AutoencoderKL(
-        block_out_channels=(*(8,) * (blocks - 1), 16),
-        down_block_types=("DownEncoderBlock2D",) * blocks,
-        up_block_types=("UpDecoderBlock2D",) * blocks,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIDE,
-        shift_factor=0.1159,
-        scaling_factor=0.3611,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def video_autoencoder() -> AutoencoderKLQwenImage:
-    """Frames of side 2 s to latents of side s, with statistics of its latents."""
-    return AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False],
-        latents_mean=[0.5, -0.3, 0.1, 1.0],
-        latents_std=[1.5, 0.7, 2.0, 1.2],
-    )
-
-
-def gemma(words: Qwen2Tokenizer, layers: int = 1) -> Gemma2Model:
-    return Gemma2Model(
-        Gemma2Config(
-            vocab_size=len(words),
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=4,
-            pad_token_id=words.pad_token_id,
-        )
-    )
-
-
-def flux2_autoencoder() -> AutoencoderKLFlux2:
-    """Images of side 2 s to latents of side s, with statistics of a batch norm."""
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIDE,
-    )
-    vae.bn.running_mean.normal_()
-    vae.bn.running_var.uniform_(0.5, 2)
-    return vae
 
 
 def flux2_klein(seed: int = 0, distilled: bool = False) -> Flux2KleinPipeline:
@@ -231,32 +109,6 @@ def qwen_image(seed: int = 0) -> QwenImagePipeline:
     """Latents packed in tokens of 16; an autoencoder of videos with statistics of its latents."""
     torch.manual_seed(seed)
     words = chat_tokenizer()
-    encoder = Qwen2_5_VLForConditionalGeneration(
-        Qwen2_5_VLConfig(
-            text_config={
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
-                "rope_theta": 1000000.0,
-                "vocab_size": len(words),
-                "pad_token_id": words.pad_token_id,
-            },
-            vision_config={
-                "depth": 1,
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_heads": 2,
-                "out_hidden_size": 16,
-            },
-            vision_end_token_id=words.pad_token_id,
-            vision_start_token_id=words.pad_token_id,
-            image_token_id=words.pad_token_id,
-            video_token_id=words.pad_token_id,
-        )
-    )
     transformer = QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
@@ -271,7 +123,7 @@ def qwen_image(seed: int = 0) -> QwenImagePipeline:
             use_dynamic_shifting=True, base_image_seq_len=2, max_image_seq_len=64, shift_terminal=0.02
         ),
         vae=moved(video_autoencoder()),
-        text_encoder=moved(encoder),
+        text_encoder=moved(qwen2_vl(words)),
         tokenizer=words,
         transformer=moved(transformer),
     )
@@ -380,29 +232,6 @@ def krea2(seed: int = 0) -> Krea2Pipeline:
     """Latents packed in tokens of 16; states of several layers of the encoder."""
     torch.manual_seed(seed)
     words = chat_tokenizer()
-    encoder = Qwen3VLModel(
-        Qwen3VLConfig(
-            text_config={
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 2,
-                "head_dim": 8,
-                "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "mrope_interleaved": True},
-                "vocab_size": len(words),
-                "pad_token_id": words.pad_token_id,
-            },
-            vision_config={
-                "depth": 1,
-                "hidden_size": 16,
-                "intermediate_size": 16,
-                "num_heads": 2,
-                "out_hidden_size": 16,
-                "deepstack_visual_indexes": [0],
-            },
-        )
-    )
     transformer = Krea2Transformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -423,7 +252,7 @@ def krea2(seed: int = 0) -> Krea2Pipeline:
     return Krea2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=moved(video_autoencoder()),
-        text_encoder=moved(encoder),
+        text_encoder=moved(qwen3_vl(words)),
         tokenizer=words,
         transformer=moved(transformer),
         text_encoder_select_layers=(1, 3),
@@ -453,15 +282,79 @@ def ernie_image(seed: int = 0) -> ErnieImagePipeline:
     )
 
 
+def wan(seed: int = 0) -> WanPipeline:
+    """Latents 4 x frames x s/2 x s/2; the published UniPC on flow levels."""
+    torch.manual_seed(seed)
+    words = t5_tokenizer(512)
+    vae = video_autoencoder(AutoencoderKLWan, scale_factor_temporal=4, scale_factor_spatial=2)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=1,
+        rope_max_seq_len=32,
+    )
+    return WanPipeline(
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        vae=moved(vae),
+        text_encoder=moved(umt5(words)),
+        tokenizer=words,
+        transformer=moved(transformer),
+    )
+
+
+def hidream(seed: int = 0, side: int = 8) -> HiDreamImagePipeline:
+    """Latents 4 x s/2 x s/2, of one area: `side` squared; four text encoders and a mixture of two experts."""
+    torch.manual_seed(seed)
+    short, sentence, words = tokenizer(), t5_tokenizer(512), chat_tokenizer()
+    transformer = HiDreamImageTransformer2DModel(
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=[16, 16],
+        text_emb_dim=16,
+        num_routed_experts=2,
+        num_activated_experts=2,
+        axes_dims_rope=(4, 2, 2),
+        max_resolution=(side, side),
+        llama_layers=[0, 1],
+    )
+    pipeline = HiDreamImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=moved(autoencoder()),
+        text_encoder=moved(long_clip(short)),
+        tokenizer=short,
+        text_encoder_2=moved(long_clip(short)),
+        tokenizer_2=short,
+        text_encoder_3=moved(t5_encoder(sentence)),
+        tokenizer_3=sentence,
+        text_encoder_4=moved(LlamaForCausalLM(LlamaConfig(**language(words)))),
+        tokenizer_4=words,
+        transformer=moved(transformer),
+    )
+    pipeline.default_sample_size = side
+    return pipeline
+
+
 FIRST_CLASS: dict[str, Callable[..., Any]] = {
     "flux2-klein": flux2_klein,
     "z-image": z_image,
     "qwen-image": qwen_image,
     "sana": sana,
 }
-OTHERS: dict[str, Callable[..., Any]] = {
+FAMILIES: dict[str, Callable[..., Any]] = FIRST_CLASS | {
     "lumina2": lumina2,
     "chroma": chroma,
     "krea2": krea2,
     "ernie-image": ernie_image,
+    "hidream": hidream,
+    "wan": wan,
 }

@@ -27,13 +27,14 @@ from etude.config import TrainConfig
 from etude.errors import EtudeError
 from etude.files import locked
 from etude.policies import Policy
+from etude.policies.sharding import sharded
 from etude.training import trainer as trainer_module
 from etude.training.processes import make_accelerator
 from etude.training.supervision import Interrupted
 from etude.training.trainer import Trainer
 from support.figures import leave_figures_out
 from support.tiny import save_flux, save_stable_diffusion
-from support.tiny_flow import z_image
+from support.tiny_flow import ernie_image, z_image
 
 BATCHES: list[tuple[list[str], Tensor]] = []
 RUNS: dict[str, dict[str, Any]] = {
@@ -66,9 +67,18 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "fsdp-lora": {"lora": {"rank": 4}, "iterations": 2, "ema": {"decay": 0.5}, "checkpoint": {"best": "bright"}},
     "fsdp-full": {"lora": {"rank": 0}, "iterations": 2, "objective": {"kl_coef": 0.1}},
+    "fsdp-ernie-image": {
+        "model": "ernie-image",
+        "resolution": 16,
+        "lora": {"rank": 4},
+        "iterations": 2,
+        "objective": {"timestep_fraction": 0.5},  # so that the processes have other numbers of distinct timesteps
+    },
 }
 """A prefix names the algorithm: `nft` and `dpo` take DDPO's settings but for their own, and `fsdp` is DDPO with the network in parts where
 there are several processes, which Accelerate remembers to the end of the process: those runs stand last."""
+LAYERS = {"fsdp-ernie-image": "ErnieImageSharedAdaLNBlock"}
+"""Classes of the layers that are held in parts, where they are not those of the launch."""
 DDPO = {
     "model": "sd",
     "rollout": {"images_per_iteration": 8, "batch_size": 4},
@@ -113,6 +123,7 @@ def make_models(root: Path) -> None:
     save_stable_diffusion(root / "sd")
     save_flux(root / "flux")
     z_image().save_pretrained(root / "z-image")
+    ernie_image().save_pretrained(root / "ernie-image")
     (root / "prompts.txt").write_text("red heart\npizza\ntiger\n")
 
 
@@ -145,6 +156,7 @@ def train(root: Path, name: str, out: Path, resume: bool = False) -> dict[str, T
     trainer = Trainer(config(root, name), out, resume=resume)
     if name == "ddpo-memory" and os.environ.get("RANK") == "1":
         _take_memory(trainer.policy)
+    assert sharded(trainer.parameters) == (name.startswith("fsdp") and trainer.accelerator.num_processes > 1)
     before = {f"before/{n}": p.detach().clone() for n, p in trainer.parameters.items()}
     trainer.train()
     rank = trainer.accelerator.process_index
@@ -197,6 +209,8 @@ def main(root: Path, names: list[str]) -> None:
         name, _, other = place.partition("=")
         # The launcher's configuration asks for FSDP, and says how.
         os.environ["ACCELERATE_USE_FSDP"] = str(name.startswith("fsdp")).lower()
+        if name in LAYERS:
+            os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = LAYERS[name]
         out = root / "two" / (other or name)
         if name in ("ddpo-locked", "ddpo-failing"):
             _refused(root, name, out)

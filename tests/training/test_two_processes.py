@@ -132,6 +132,7 @@ def test_both_processes_took_part(together: Path, alone: Any, name: str) -> None
         ("fsdp-lora", "lora/pytorch_lora_weights.safetensors"),
         ("fsdp-lora", "lora-best/pytorch_lora_weights.safetensors"),
         ("fsdp-full", "model/unet/diffusion_pytorch_model.safetensors"),
+        ("fsdp-ernie-image", "lora/pytorch_lora_weights.safetensors"),
     ],
 )
 def test_weights_in_parts_are_exported_as_those_of_one_process(
@@ -144,7 +145,7 @@ def test_weights_in_parts_are_exported_as_those_of_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp-lora", "fsdp-full"])
+@pytest.mark.parametrize("name", ["fsdp-lora", "fsdp-full", "fsdp-ernie-image"])
 def test_a_checkpoint_of_weights_in_parts_is_that_of_one_process(
     root: Path, alone: Any, together: Path, name: str
 ) -> None:

@@ -114,15 +114,17 @@ def measure_cells(
         pinned.prompts, score, count, pinned.settings.seed, batch_size=batch_size, images_per_prompt=each
     )
     total, cells = len(models) * count * sum(s.sampler().evaluations for s in samplers), []
+    # At the protocol's size, so that the trial at loading is none at another, which may be far larger.
+    sources = {entry.label: replace(entry.source, resolution=pinned.sampler.size) for entry in models}
     for entry in models[1:]:  # on shapes, since one model is held at a time: what is refused leaves nothing
-        _loaded(entry.source, samplers, outline=True)
-    policy: TrainablePolicy | None = _loaded(models[0].source, samplers)
+        _loaded(sources[entry.label], samplers, outline=True)
+    policy: TrainablePolicy | None = _loaded(sources[models[0].label], samplers)
     with made(out), locked(out):
         settings = {"hash": pinned.hash, "batch_size": batch_size}
         atomic_write_text(out / "bench.json", json.dumps(settings) + "\n")
         (out / "cells").mkdir(exist_ok=True)
         for entry in models:
-            policy = policy or load_source(entry.source)
+            policy = policy or load_source(sources[entry.label])
             identity = entry.identity(policy)
             for sampler in samplers:
                 file = CellFile(out, {"model": identity, "sampler": sampler.model_dump(mode="json")}, entry.label)

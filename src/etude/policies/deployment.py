@@ -80,7 +80,7 @@ def stochastic_snippet(
 def _picture(policy: TrainablePolicy, num_steps: int, guidance_scale: float) -> str:
     call = {"num_inference_steps": num_steps, **policy.call_arguments(guidance_scale)}
     texts = {name: f"{value:g}" if isinstance(value, float) else repr(value) for name, value in call.items()}
-    return f'image = pipe("a prompt", {_keywords(texts)}){policy.picture}'
+    return f'image = pipe(prompt="a prompt", {_keywords(texts)}){policy.picture}'
 
 
 def _single_file(

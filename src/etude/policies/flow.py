@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from etude.batching import is_out_of_memory
 from etude.config import LoraConfig
 from etude.errors import EtudeError, brief
+from etude.policies.latents import encoded, inverse
 from etude.policies.outline import is_outline, known_masks
 from etude.policies.pipeline import Agreement, PipelinePolicy
 from etude.policies.plain_call import PlainCall
 from etude.policies.prompt_slots import Form, padded
 from etude.policies.self_check import PROMPTS, batch_difference, guidance_difference, tolerance
+from etude.policies.sharding import most
 from etude.policies.unreached import unreached
 from etude.sampling.model import Conditioning
 from etude.sampling.paths import FlowPath, Grid, flow_grid, whole_steps
@@ -25,35 +28,10 @@ from etude.sampling.shapes import ShapeTensor
 from etude.sampling.solver_path import SolverPath
 
 Mixed = Literal["vector", "doubled", "one"]
-_PARTS = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
-_METHODS = ("encode_prompt", "prepare_latents")
-_ARGUMENTS = ("prompt", "latents", "height", "width", "num_inference_steps", "guidance_scale", "output_type")
 _PLAIN = {"use_resolution_binning": False}
 """Arguments of every call where the pipeline takes them: the published resolutions need no binning, which crops others."""
 _SHORT, _LONG = "a", "a prompt that is much longer than the other one"
 """Prompts whose encodings show what counts prompts and what counts tokens."""
-
-
-def lacks(name: str) -> str | None:
-    """Name the convention that a pipeline's class of diffusers lacks: None for nothing, "" for no such class."""
-    import diffusers
-
-    kind = getattr(diffusers, name, None)
-    if kind is None or not hasattr(kind, "_get_signature_keys"):
-        return ""
-    call = inspect.signature(kind.__call__).parameters
-    given = ("self", "prompt")
-    named = {
-        key: value for key, value in call.items() if value.kind is value.POSITIONAL_OR_KEYWORD and key not in given
-    }
-    required = [key for key, value in named.items() if value.default is value.empty]
-    missing = [part for part in _PARTS if part not in kind._get_signature_keys(kind)[0]]
-    missing += [f"{method}()" for method in _METHODS if not hasattr(kind, method)]
-    missing += [f"the argument {key}" for key in _ARGUMENTS if key not in call]
-    missing += ["images, since it makes videos"] * ("num_frames" in call)
-    if missing or required:
-        return missing[0] if missing else f"a default of the argument {required[0]}"
-    return None
 
 
 class FlowPolicy(PipelinePolicy):
@@ -177,6 +155,11 @@ class FlowPolicy(PipelinePolicy):
         return {"height": height, "width": width}
 
     @property
+    def scale_factor(self) -> int:
+        spatial = getattr(self.pipeline, "vae_scale_factor_spatial", None)  # of pipelines that could make videos
+        return int(self.pipeline.vae_scale_factor if spatial is None else spatial)
+
+    @property
     def _side_multiple(self) -> int:
         return int(self.pipeline.image_processor.config.vae_scale_factor)
 
@@ -248,12 +231,22 @@ class FlowPolicy(PipelinePolicy):
         if isinstance(timesteps, ShapeTensor):  # which has no numbers to tell apart
             return self._evaluated(x, timesteps[:1], rows, empty, guidance_scale)
         output = torch.empty_like(x)
-        for timestep in timesteps.unique():
-            chosen = (timesteps == timestep).nonzero()[:, 0]
+        for chosen in self._equally_timed(timesteps):
             told = {name: tensor[chosen] for name, tensor in rows.items()}
-            part = self._evaluated(x[chosen], timestep.reshape(1), told, empty, guidance_scale)
+            part = self._evaluated(x[chosen], timesteps[chosen[:1]], told, empty, guidance_scale)
             output = output.index_copy(0, chosen, part)
         return output
+
+    def _equally_timed(self, timesteps: Tensor) -> list[Tensor]:
+        """The rows of each distinct timestep.
+
+        Where processes hold parts of the network all must call it equally often, so every row is by
+        itself unless each process has one timestep.
+        """
+        groups = [(timesteps == timestep).nonzero()[:, 0] for timestep in timesteps.unique()]
+        if isinstance(self.network, FSDPModule) and most(len(groups), timesteps.device) > 1:
+            return list(torch.arange(len(timesteps), device=timesteps.device).split(1))
+        return groups
 
     def _evaluated(
         self, x: Tensor, timesteps: Tensor, rows: dict[str, Tensor], empty: dict[str, Tensor], guidance_scale: float
@@ -278,9 +271,26 @@ class FlowPolicy(PipelinePolicy):
             )
         return decoded.float()
 
+    @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Raises EtudeError: a pipeline tells how it decodes latents, and not how images become latents."""
-        raise EtudeError(f"etude does not encode images for a {self.pipeline_name}: leave out objective.options.pairs.")
+        """As of other families, by inverting how the pipeline prepares latents for its autoencoder.
+
+        Raises:
+            EtudeError: the pipeline does more to its latents than to scale, shift and reorder them.
+        """
+        plain, blank = self._plain(**self._size), partial(self._blank, len(images))
+        vae = self.pipeline.vae
+        with self._on_device(vae):
+            pixels = images.to(self.device, vae.dtype) / 127.5 - 1
+            latents, difference = inverse(
+                lambda x: plain.decoder_input(x, blank()), partial(encoded, vae, pixels), self._zeros(len(images))
+            )
+        if difference > tolerance(self):
+            raise EtudeError(
+                f"a {self.pipeline_name} does more to latents than to scale, shift and reorder them before it decodes, so that etude "
+                "cannot encode images for it: leave out objective.options.pairs."
+            )
+        return latents
 
     def train_everything(self, keep_reference: bool = True) -> None:
         """As of other families, but for weights that change nothing and get no gradient: they stay frozen."""

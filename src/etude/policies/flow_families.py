@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -116,17 +116,32 @@ class WanPolicy(FlowPolicy):
         super().__init__(pipeline, *args, **kwargs)
 
     @property
-    def scale_factor(self) -> int:
-        return int(self.pipeline.vae_scale_factor_spatial)
-
-    @property
     def _side_multiple(self) -> int:
         return self.scale_factor * int(self._trained_network.config.patch_size[1])
+
+
+class LongCatImagePolicy(FlowPolicy):
+    """LongCat-Image without its rewriting of prompts: guidance rescaled as Qwen-Image's. Its pipeline loads no LoRA."""
+
+    load_arguments: ClassVar[dict[str, Any]] = {"text_processor": None}
+    call: Mapping[str, Any] = {"enable_prompt_rewrite": False}
+    mixed: Mixed | None = "vector"
+    patch = 4
+
+    def loading_arguments(self) -> dict[str, Any]:
+        """The part that rewrites prompts is not in an export."""
+        return dict(self.load_arguments)
+
+    def _guidance(self, scale: float, prompts: int | None = None) -> dict[str, Any]:
+        """With as many empty prompts as prompts, of which the pipeline makes one by itself."""
+        negative = {"negative_prompt": "" if prompts is None else [""] * prompts}
+        return {"guidance_scale": scale, **(negative if scale > self.off else {})}
 
 
 class ErnieImagePolicy(FlowPolicy):
     """ERNIE-Image without its rewriting of prompts: the pipeline takes one timestep a call."""
 
+    load_arguments: ClassVar[dict[str, Any]] = {"pe": None, "pe_tokenizer": None}
     call: Mapping[str, Any] = {"use_pe": False}
     mixed: Mixed | None = "one"
     patch = 4

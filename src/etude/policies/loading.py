@@ -14,7 +14,8 @@ from huggingface_hub import try_to_load_from_cache
 from etude import zoo
 from etude.batching import Size, is_out_of_memory
 from etude.errors import EtudeError, brief, unknown
-from etude.policies.flow import FlowPolicy, lacks
+from etude.policies.conventions import lacks
+from etude.policies.flow import FlowPolicy
 from etude.policies.outline import outline_pipeline
 from etude.policies.part_folders import read_folders
 from etude.policies.pipeline import PipelinePolicy

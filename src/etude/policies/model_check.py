@@ -35,7 +35,8 @@ def check_model(policy: PipelinePolicy, guidance_scale: float | None = None) -> 
         EtudeError: a check fails; the sentence says which, and by how much.
     """
     off = getattr(policy, "off", 1.0)
-    guides = policy.classifier_free or bool(policy._trained_network.config.get("guidance_embeds"))
+    embedded = bool(policy._trained_network.config.get("guidance_embeds"))
+    guides = getattr(policy, "guides", policy.classifier_free or embedded)
     scale = guidance_scale if guidance_scale is not None else off + 2 if guides else off
     difference, most = batch_difference(policy, list(PROMPTS), scale), tolerance(policy)
     _refuse(difference > most, f"predictions of unequal prompts differ in a batch by {difference:.2g} from one by one")

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from etude.errors import EtudeError
+from etude.errors import EtudeError, brief
 
 Encode = Callable[..., Any]
 """Substitute for a pipeline's `encode_prompt`."""
@@ -30,7 +30,7 @@ class _ReachedError(BaseException):
         self.value = value
 
 
-def _reach(value: Any) -> NoReturn:
+def _reach(value: Any, *args: Any, **kwargs: Any) -> NoReturn:
     raise _ReachedError(value)
 
 
@@ -54,7 +54,11 @@ class PlainCall:
         self._one_step = {"num_inference_steps": 1, **({"sigmas": [1.0]} if takes else {})}
 
     def encode(self, prompts: list[str], guidance: Mapping[str, Any]) -> list[Any]:
-        """Results of every `encode_prompt` of a call, in order."""
+        """Results of every `encode_prompt` of a call, in order.
+
+        Raises:
+            EtudeError: the pipeline fails, for want of a package or since its parts do not fit together.
+        """
         results: list[Any] = []
         view = self._view()
         own = view.encode_prompt
@@ -66,7 +70,15 @@ class PlainCall:
 
         stop = _Stages(self.pipeline.scheduler, set_timesteps=lambda: results)
         arguments = {**guidance, "latents": torch.zeros(1)}  # so that none are drawn
-        self._run(view, prompts, arguments, encode_prompt=record, scheduler=stop, prepare_latents=_stop_with(results))
+        try:
+            self._run(
+                view, prompts, arguments, encode_prompt=record, scheduler=stop, prepare_latents=_stop_with(results)
+            )
+        except (AttributeError, LookupError, NameError, TypeError, ValueError) as error:
+            raise EtudeError(
+                f"a {type(self.pipeline).__name__} fails at the encoding of a prompt ({type(error).__name__}: {brief(error, 200)}): "
+                "give parts that belong together, or install the package that it names."
+            ) from error
         return results
 
     def first_latents(self, encode: Encode) -> tuple[Tensor, tuple[int, int]]:
@@ -96,7 +108,7 @@ class PlainCall:
         def network(*args: Any, hidden_states: Tensor, **kwargs: Any) -> NoReturn:
             _reach((hidden_states[:1], (height, width)))
 
-        parts = {self.denoiser: _Wrapped(network, getattr(self.pipeline, self.denoiser))}
+        parts = {self.denoiser: _Wrapped(getattr(self.pipeline, self.denoiser), network)}
         arguments = {"generator": torch.Generator().manual_seed(0)}
         scheduler = _Stages(self.pipeline.scheduler, torch.ones(1, 1))
         first: tuple[Tensor, tuple[int, int]] = self._run(
@@ -132,7 +144,7 @@ class PlainCall:
             timesteps: one for all, `[1]`; one each, `[1, n]`; or `[1, 2 n]` for pipelines that double the batch.
         """
         inner = getattr(self.pipeline, self.denoiser)
-        parts = {} if network is inner else {self.denoiser: _Wrapped(network, inner)}
+        parts = {} if network is inner else {self.denoiser: _Wrapped(inner, network)}
         scheduler = _Stages(self.pipeline.scheduler, timesteps, step=True)
         arguments = {**self._one_step, "latents": latents, **guidance}
         output: Tensor = self._run(
@@ -140,17 +152,25 @@ class PlainCall:
         )
         return output
 
+    def decoder_input(self, latents: Tensor, encode: Encode) -> Tensor:
+        """What the autoencoder is given to decode for final latents, in its own layout."""
+        return self._decoding(latents, encode, vae=_Wrapped(self.pipeline.vae, decode=_reach))
+
     def decoder_output(self, latents: Tensor, encode: Encode) -> Tensor:
         """The autoencoder's output for final latents, before it is clamped."""
-        view = self._view()
+        processor = "image_processor" if hasattr(self.pipeline, "image_processor") else "video_processor"
+        own = getattr(self.pipeline, processor)
+        return self._decoding(
+            latents, encode, **{processor: _Wrapped(own, postprocess=_reach, postprocess_video=_reach)}
+        )
+
+    def _decoding(self, latents: Tensor, encode: Encode, **parts: Any) -> Tensor:
         scheduler = _Stages(self.pipeline.scheduler, torch.empty(0, device=latents.device))
         arguments = {**self._one_step, "latents": latents, "output_type": "pt"}
-        processor = "image_processor" if hasattr(view, "image_processor") else "video_processor"
-        images = {processor: _Images(getattr(view, processor))}
-        decoded: Tensor = self._run(
-            view, [""] * len(latents), arguments, encode_prompt=encode, scheduler=scheduler, **images
+        result: Tensor = self._run(
+            self._view(), [""] * len(latents), arguments, encode_prompt=encode, scheduler=scheduler, **parts
         )
-        return decoded
+        return result
 
     def _view(self) -> Any:
         view: Any = object.__new__(self._view_class)
@@ -184,31 +204,17 @@ def _stop_with(value: Any) -> Callable[..., NoReturn]:
 
 
 class _Wrapped:
-    """A network behind a wrapper: called, it is the wrapper; asked, it is the network."""
+    """A part of a pipeline with some methods of ours, `__call__` among them as `call`; asked, it is the part."""
 
-    def __init__(self, wrapper: Callable[..., Any], network: nn.Module) -> None:
-        self._wrapper, self._network = wrapper, network
+    def __init__(self, part: Any, call: Callable[..., Any] | None = None, **methods: Callable[..., Any]) -> None:
+        self._part, self._called = part, call
+        self.__dict__.update(methods)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._wrapper(*args, **kwargs)
+        return (self._called or self._part)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
-
-
-class _Images:
-    """A pipeline's image processor that ends the call with what the autoencoder decoded."""
-
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-
-    def postprocess(self, image: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-        _reach(image)
-
-    postprocess_video = postprocess
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._processor, name)
+        return getattr(self._part, name)
 
 
 class _Stages:

@@ -36,6 +36,13 @@ def part(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
+def most(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers."""
+    largest = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
 @contextmanager
 def assembled(network: nn.Module) -> Iterator[None]:
     """Context in which sharded trained parameters are whole, on the CPU: for `state_dict` only."""

@@ -42,6 +42,10 @@ class ShapeTensor(Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return evaluate(function, args, kwargs or {})
 
+    def tolist(self) -> Any:
+        """Raises NumbersNeededError; torch's own refusal is a RuntimeError like many others."""
+        raise NumbersNeededError("tolist needs numbers, and an outline has shapes alone")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             copied = ShapeTensor(_twin(self))
@@ -132,7 +136,10 @@ def _computed(operation: _Operation, function: Any, args: Any, kwargs: dict[str,
     named = {name: _unwrapped(value, twins) for name, value in kwargs.items()}
     if operation.has_device:
         named["device"] = META
-    result = function(*inputs, **named)
+    try:
+        result = function(*inputs, **named)
+    except NotImplementedError as error:  # such as an index by a mask
+        raise NumbersNeededError(f"{function} needs numbers, and an outline has shapes alone") from error
     return _wrapped(result, {id(twin): value for twin, value in twins}), [twin for twin, _ in twins]
 
 

@@ -29,11 +29,10 @@ from etude.policies.loading import load_source
 from etude.policies.source import ModelSource
 from etude.rewards.reward import CLOSED_FORMS, WEIGHTS_GB
 from etude.sampling.plans import StepTable
-from etude.sampling.shapes import NumbersNeededError
 from etude.sampling.solvers import Solver
 from etude.training.blueprint import Blueprint
 from etude.training.evaluation import SamplerPair, count_trained
-from etude.training.memory_estimate import memory_estimate, readable
+from etude.training.memory_estimate import IN_ALL, memory_estimate, readable
 from etude.training.schedule import PlanSchedule
 
 
@@ -145,19 +144,15 @@ def resolved(
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     whole = sum(parameter.numel() for parameter in policy.network.parameters())
     memory = "memory of the accelerator, each process, without models of rewards"
-    try:
-        sizes = memory_estimate(blueprint, policy, schedule)
-    except NumbersNeededError:
-        memory, sizes = f"{memory}: not reckoned, since the {policy.pipeline_name} computes with numbers", {}
+    sizes = memory_estimate(blueprint, policy, schedule)
+    if IN_ALL not in sizes:
+        memory += f", and without activations: not reckoned, since the {policy.pipeline_name} computes with numbers"
     lines = [
         essence(config),
         f"trained parameters: {trained:,} of the network's {whole:,}",
         *_table(run_evaluations(config, blueprint.objective, schedule.table_at), config),
         memory,
-        *(
-            f"  {line}"
-            for line in (_aligned([(name, readable(size)) for name, size in sizes.items()]) if sizes else [])
-        ),
+        *(f"  {line}" for line in _aligned([(name, readable(size)) for name, size in sizes.items()])),
         *_automatic_sizes(config),
         *_models_of_rewards([*config.rewards, *config.evaluation.held_out_rewards]),
     ]

@@ -25,10 +25,11 @@ from etude.policies import Conditioning, TrainablePolicy
 from etude.policies.loading import DTYPES
 from etude.policies.pipeline import PipelinePolicy
 from etude.sampling.plans import StepTable
-from etude.sampling.shapes import Shapes
+from etude.sampling.shapes import NumbersNeededError, Shapes
 from etude.training.blueprint import Blueprint
 from etude.training.schedule import PlanSchedule
 
+IN_ALL = "in all, roughly"
 FLOAT = 4
 """Bytes of a float32."""
 EIGHT_BIT_LEAST, EIGHT_BIT_BLOCK = 4096, 256
@@ -38,7 +39,8 @@ EIGHT_BIT_LEAST, EIGHT_BIT_BLOCK = 4096, 256
 def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: PlanSchedule) -> dict[str, int]:
     """Bytes by part for a run in one process; the last entry is the sum. Empty parts are left out.
 
-    `policy` is an outline of the model, made trainable.
+    `policy` is an outline of the model, made trainable. Where its pipeline computes with numbers,
+    which shapes lack, there are no activations and no sum.
     """
     config, reference = blueprint.config, blueprint.needs_reference
     parameters, prompt = list(policy.trainable().values()), blueprint.prompts.texts[:1]
@@ -46,8 +48,11 @@ def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: Pla
     staying = [_bytes(part) for name, part in _parts(policy).items() if name not in _waiting(policy)]
     table = max((schedule.table_at(iteration) for iteration in range(1, config.iterations + 1)), key=_stored_levels)
     stored = trajectory_bytes(policy, blueprint.objective, table)
-    phases = activations(config, policy, schedule.table_at(1), prompt)
-    largest = max(phases, key=phases.__getitem__)
+    try:
+        phases = activations(config, policy, schedule.table_at(1), prompt)
+    except NumbersNeededError:
+        phases = {}
+    largest = max(phases, key=phases.__getitem__, default="")
     parts = {
         "frozen weights": sum(staying) - trained,
         "adapter" if config.lora.rank else "trained weights": trained,
@@ -58,10 +63,10 @@ def memory_estimate(blueprint: Blueprint, policy: TrainablePolicy, schedule: Pla
         f"trajectory of {images:,} images": images * stored,
         f"gradients of {images:,} images": images * trained if config.objective.gradients == "rollout" else 0,
         f"prompts of {images:,} images": images * sum(rows.nbytes for rows in policy.encode(prompt).prompt.values()),
-        f"activations, roughly ({largest})": phases[largest],
+        f"activations, roughly ({largest})": phases.get(largest, 0),
     }
     parts = {name: size for name, size in parts.items() if size}
-    return parts | {"in all, roughly": sum(parts.values())}
+    return parts | ({IN_ALL: sum(parts.values())} if phases else {})
 
 
 def trajectory_bytes(policy: TrainablePolicy, objective: Objective, table: StepTable) -> int:
