@@ -239,6 +239,7 @@ def test_markup_in_a_prompt_is_text_and_the_page_asks_no_other_host(browser: Any
             page.keyboard.press("ArrowLeft")
         page.wait_for_selector("#booth.ended")
         assert page.inner_text("#prompt") == "You have seen every pair. Thank you."
+        assert page.get_by_role("navigation").get_by_role("button").all_inner_texts() == ["U Undo"]  # all that is left
 
 
 def test_the_next_pair_is_decoded_before_the_vote_and_shows_soon_after_it(visit: Any) -> None:

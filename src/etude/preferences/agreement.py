@@ -86,8 +86,8 @@ def _ceiling(ballots: Ballots, again: list[tuple[int, int]], clusters: Clusters)
         return None
     product = estimate_share((1 + both.prod(axis=1)) / 2, clusters)
     ends = (2 * np.array([product.mean, product.low, product.high]) - 1).clip(min=0)
-    best = (1 + np.sqrt(ends) / decided).clip(max=2) / 2
-    return Share(*best.tolist(), product.n, product.basis)
+    mean, low, high = ((1 + np.sqrt(ends) / decided).clip(max=2) / 2).tolist()
+    return Share(mean, low, high, product.n, product.basis)
 
 
 def _same(ballots: Ballots, i: int, j: int) -> float:

@@ -35,7 +35,7 @@ def open_picture(data: bytes, name: str) -> Image.Image:
         EtudeError: the file is no PNG, JPEG or WebP image of 8 bits a channel, is damaged, or is too large.
     """
     try:
-        picture = Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"])
+        picture: Image.Image = Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"])
         if max(picture.size) > LARGEST_SIDE:
             raise EtudeError(
                 f"the image {name} is of size {picture.size}: sides of at most {LARGEST_SIDE} pixels are read; make it smaller."

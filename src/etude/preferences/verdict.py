@@ -139,7 +139,8 @@ class Watch:
     def __init__(self, pool: Pool) -> None:
         self.pool, self.sides = pool, pool.fact("sides")
         self._images: dict[int, PoolImage] = {}
-        self._forget()
+        self._first: dict[str, float] = {}
+        self._count = self._last = 0
 
     def enough(self) -> str | None:
         """A sentence once the judgement is decided; it does not say which side won."""
@@ -147,7 +148,7 @@ class Watch:
             return None
         count, last, new = self.pool.progress(self._last)
         if count != self._count + new:  # a vote was withdrawn
-            self._forget()
+            self._first, self._count, self._last = {}, 0, 0
         if count != self._count:
             self._images |= {image.id: image for image in self.pool.images(max(self._images, default=0))}
             _, values, prompts = _fresh(self.pool.ballots(self._last), self._images, self.sides)
@@ -156,10 +157,6 @@ class Watch:
             self._count, self._last = count, last
         decided = _running(np.array(list(self._first.values()))).decision()
         return None if decided is None else "Enough votes are in, thank you. You may stop or go on."
-
-    def _forget(self) -> None:
-        self._first: dict[str, float] = {}
-        self._count = self._last = 0
 
 
 def _running(values: NDArray[np.float64]) -> Running:
