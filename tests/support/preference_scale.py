@@ -82,6 +82,8 @@ def main() -> None:
     rng = np.random.default_rng(1)
     values = rng.normal(size=(IMAGES, sum(BLOCKS))).astype(np.float32)
     weight = rng.normal(size=sum(BLOCKS)) / sum(BLOCKS) ** 0.5
+    with tempfile.TemporaryDirectory() as place, large_pool(Path(place) / "judged", makers=2) as judged:
+        print(f"a vote and the next pair of a judgement: {1e3 * vote_seconds(judged, 50):.1f} ms of CPU")
     with tempfile.TemporaryDirectory() as place, large_pool(Path(place) / "pool", values @ weight) as pool:
         print(f"a vote and the next pair: {1e3 * vote_seconds(pool, 50):.1f} ms of CPU")
         (pool.root / "features").mkdir()
