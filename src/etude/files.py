@@ -87,20 +87,29 @@ def try_lock(descriptor: int, patient: bool = False) -> bool:
     return False
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Writes a whole file or leaves the old one; an `EtudeError` says why it cannot be written.
+@contextmanager
+def atomically(path: Path, size: int | None = None) -> Iterator[Path]:
+    """Gives a temporary path beside `path`; what was written there takes its place as a whole, or not at all.
 
     Each process has its own temporary file: several may write one file at once, and the last wins.
+    An `EtudeError` says why the file, of so many bytes, cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.writing")
-    with _explain_failure(path, len(data)):
+    with _explain_failure(path, size):
         try:
-            write_synced(temporary, data)
+            yield temporary
+            sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)
-        except OSError:
+        except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Writes a whole file or leaves the old one; an `EtudeError` says why it cannot be written."""
+    with atomically(path, len(data)) as temporary:
+        temporary.write_bytes(data)
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -189,9 +198,10 @@ def reason(error: Exception) -> str:
 
 
 @contextmanager
-def _explain_failure(path: Path, size: int) -> Iterator[None]:
+def _explain_failure(path: Path, size: int | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        problem = f"'{path}' could not be written ({reason(error)}, {size / 1e6:.3f} MB needed)"
+        needed = "" if size is None else f", {size / 1e6:.3f} MB needed"
+        problem = f"'{path}' could not be written ({reason(error)}{needed})"
         raise EtudeError(f"{problem}: free some space or check the permissions there.") from error

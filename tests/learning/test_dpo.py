@@ -19,7 +19,8 @@ from etude.learning.objectives.dpo import DPO, dpo_loss
 from etude.learning.objectives.objective import Samples
 from etude.policies.loading import load_policy
 from etude.preferences.pairing import Pairing
-from etude.preferences.pool import Pool, encode_pictures
+from etude.preferences.pictures import encode_pictures
+from etude.preferences.pool import Pool
 from etude.preferences.vote_exchange import export_votes
 from etude.preferences.voting_desk import Desk
 from etude.prompts.preference_pairs import load_pairs

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import etude
 from etude.cli.app import app
+from etude.config import SamplerSettings
 from etude.errors import EtudeError
 from etude.policies.source import ModelSource
 from etude.preferences.drawing import STREAM, parse_side
@@ -19,7 +20,7 @@ from etude.preferences.pairing import Pairing
 from etude.preferences.pool import Pool
 from etude.preferences.preference_page import write_page
 from etude.preferences.reward_fit import RIDGES, Votes, cross_validate
-from etude.preferences.verdict import enough, judge
+from etude.preferences.verdict import Watch, judge
 from etude.preferences.voting_desk import Desk
 from etude.sampling.solvers import Solver
 from support.preference_scale import large_pool, vote_seconds
@@ -40,6 +41,12 @@ def run(*arguments: object) -> str:
     result = RUNNER.invoke(app, ["preferences", *map(str, arguments)])
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def refused(*arguments: object) -> str:
+    result = RUNNER.invoke(app, ["preferences", *map(str, arguments)])
+    assert result.exit_code != 0
+    return " ".join(result.output.split())
 
 
 def drawn(model: Path, out: Path, *more: object) -> str:
@@ -72,15 +79,32 @@ def test_a_pool_holds_the_keyed_images_and_all_that_made_them(model: Path, tmp_p
 
 
 def test_a_side_names_model_adapter_and_sampler() -> None:
-    base = ModelSource("", resolution=64)
-    source, sampler = parse_side("emoji-sd,lora=runs/a/lora,eta=1.2,steps=7", base, None, 3.0)
+    base, beside = ModelSource(""), SamplerSettings(guidance=3.0, size=64)
+    source, sampler = parse_side("emoji-sd,lora=runs/a/lora,eta=1.2,steps=7", base, beside)
     assert (source.name, source.lora, source.resolution) == ("emoji-sd", "runs/a/lora", 64)
     assert sampler == etude.SDE(eta=1.2, steps=7, guidance=3.0)
-    assert parse_side("emoji-sd", base, 9, 3.0)[1] == etude.ODE(9, 3.0)
-    assert parse_side("emoji-sd,solver=heun", base, None, 3.0)[1] == Solver("heun", 20, 3.0)
-    for text, words in (("emoji-sd,etta=1", "did you mean 'eta'"), ("emoji-sd,eta=x", "give eta=NUMBER")):
-        with pytest.raises(EtudeError, match=words):
-            parse_side(text, base, None, 3.0)
+    assert parse_side("emoji-sd", base, SamplerSettings(steps=9))[1] == etude.ODE(9, 5.0)
+    assert parse_side("emoji-sd", base, beside)[1] == etude.ODE(20, 3.0)
+    assert parse_side("emoji-sd,solver=heun", base, beside)[1] == Solver("heun", 20, 3.0)
+    assert parse_side("emoji-sd,heun", base, beside) == parse_side("emoji-sd,solver=heun", base, beside)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("emoji-sd,etta=1", "did you mean 'eta'"),
+        ("emoji-sd,eta=x", "eta"),
+        ("emoji-sd,steps=0", "steps"),
+        ("emoji-sd,kernel=cps", "give an eta above 0"),
+        ("emoji-sd,solver=heun,eta=1.2", "deterministic"),
+        ("emoji-sd,eta=1,eta=2", "stands twice"),
+        ("emoji-sd,lora=a,lora=b", "at most one lora"),
+        (",eta=1", "one model"),
+    ],
+)
+def test_no_option_of_a_side_is_ignored(text: str, words: str) -> None:
+    with pytest.raises(EtudeError, match=words):
+        parse_side(text, ModelSource(""), SamplerSettings())
 
 
 def test_a_judgement_pairs_prompt_and_noise_counts_for_a_and_says_when_it_is_decided(
@@ -106,30 +130,16 @@ def test_a_judgement_pairs_prompt_and_noise_counts_for_a_and_says_when_it_is_dec
         verdict = judge(pool)
         assert (verdict.win_rate.mean, verdict.win_rate.n, verdict.running.n) == (1.0, 4, 4)
         assert verdict.running.decision() is None
-        assert enough(pool) is None
+        assert Watch(pool).enough() is None
     assert "A wins 100.0 %" in run("judge", "--verdict", "--out", out, "--json", tmp_path / "verdict.json")
     assert json.loads((tmp_path / "verdict.json").read_text())["verdict"] is None
-    assert (
-        "judges other sides"
-        in RUNNER.invoke(app, ["preferences", "judge", *map(str, [*sides[::-1], *shared]), "--draw-only"]).output
-    )
-    assert (
-        "two sides that differ"
-        in RUNNER.invoke(app, ["preferences", "judge", str(model), str(model), *map(str, shared)]).output
-    )
-
-
-@pytest.mark.parametrize(
-    ("side", "says"),
-    [
-        ("lora=a,lora=b", "gives lora twice"),
-        ("steps=2,eta=1,steps=2", "gives steps twice"),
-        ("solver=heun,eta=1.2", "gives a solver, which is deterministic, and eta"),
-    ],
-)
-def test_a_side_says_each_thing_once(side: str, says: str) -> None:
-    with pytest.raises(EtudeError, match=says):
-        parse_side(f"emoji-sd,{side}", ModelSource(""), None, 5.0)
+    shared.append("--draw-only")
+    assert "two sides that differ" in refused("judge", model, model, *shared)
+    for other in (sides[::-1], [model, f"{model},eta=0.7"]):
+        assert "judges other sides" in refused("judge", *other, *shared)
+    assert "would bend the verdict" in refused("vote", out, "--reward", tmp_path)
+    with Pool(out) as pool:
+        assert len(pool.makers()) == 2  # nothing was drawn for the refused sides
 
 
 def _judged(tmp_path: Path, prompts: int, share: float) -> Pool:
@@ -152,10 +162,27 @@ def test_a_verdict_uses_each_prompt_once_and_tells_no_voter_who_won(tmp_path: Pa
     assert verdict.running.decision() == "A"
     assert verdict.win_rate.low > 0.5
     assert "people prefer A" in "\n".join(verdict.lines())
-    said = enough(pool)
+    said = Watch(pool).enough()
     assert said is not None
     assert "A" not in said.replace("are", "")
     assert "side" not in json.dumps(Desk(pool, Pairing(pool, seed=0), 0).pairs({"rater": "eve"}))
+
+
+def test_the_page_says_enough_when_the_verdict_is_decided_whatever_is_voted_and_withdrawn(tmp_path: Path) -> None:
+    pool = _judged(tmp_path, prompts=30, share=0.9)
+    watch, rng, said = Watch(pool), np.random.default_rng(1), set()
+    pairing = Pairing(pool, repeat_share=0.2, seed=0)
+    for _ in range(80):
+        rater = f"rater {rng.integers(3)}"
+        if rng.random() < 0.3:
+            pool.undo(rater if rng.random() < 0.5 else "ann")
+        else:
+            pairing.next(rater)
+            if shown := pool.open_pairs(rater):
+                pool.vote(shown[0][0], rater, str(rng.choice(["left", "right", "tie", "skip"])))
+        assert (watch.enough() is None) == (judge(pool).running.decision() is None)
+        said.add(watch.enough())
+    assert len(said) == 2  # the withdrawn votes undecide it
 
 
 def test_the_page_shows_hostile_names_as_text_and_asks_no_other_host(tmp_path: Path) -> None:
@@ -182,6 +209,10 @@ def test_a_page_of_a_pool_with_100_000_votes_takes_less_than_100_ms(large: Pool)
     """CPU time of a vote and the answer with the next pairs, in the median of 20."""
     assert vote_seconds(large, 20) < 0.1
     assert large.count("rater 3") == 5020
+
+
+def test_a_page_of_a_judgement_with_100_000_votes_takes_less_than_100_ms(tmp_path: Path) -> None:
+    assert vote_seconds(large_pool(tmp_path / "judged", makers=2), 20) < 0.1
 
 
 @pytest.mark.slow

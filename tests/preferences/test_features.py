@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from etude.errors import EtudeError
-from etude.preferences.features import load_backbone, pool_features
+from etude.preferences.features import _file_name, load_backbone, pool_features
 from etude.rewards import get, score_one
 from support.preferences import fill, pictures, quick
 from support.tiny import tokenizer
@@ -69,3 +69,11 @@ def test_features_of_a_pool_are_those_of_its_images_whatever_their_sizes(clip: P
 def test_an_unknown_backbone_is_refused(name: str, words: str) -> None:
     with pytest.raises(EtudeError, match=words):
         load_backbone(name)
+
+
+def test_no_two_backbones_share_a_cache() -> None:
+    names = ["embedded", "clip:a/b", "clip:a-b", "clip-a-b", "clip:a b", "clip:" + "x" * 300]
+    files = [_file_name(name) for name in names]
+    assert files[0] == "embedded"
+    assert len(set(files)) == len(names)
+    assert max(map(len, files)) < 200

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sqlite3
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from etude.errors import EtudeError
 from etude.preferences.agreement import measure
 from etude.preferences.pairing import REPEAT_DISTANCE, Pairing
-from etude.preferences.pool import ANSWERS, LARGEST_FILE, Pool, VoteError, check_rater, encode_pictures, open_picture
+from etude.preferences.pictures import LARGEST_FILE, encode_pictures, open_picture
+from etude.preferences.pool import ANSWERS, Pool, VoteError, check_rater
 from support.fuzzing import fuzz, refused
 from support.preferences import fill, quick, vote_texts
 
@@ -169,8 +173,8 @@ def test_agreement_counts_the_same_image_on_either_side(pool: Pool) -> None:
     ballots = pool.ballots()
     steady = measure(ballots.take(ballots.rater == "steady"), prompts)
     lefty = measure(ballots.take(ballots.rater == "lefty"), prompts)
-    assert (steady.own.mean, steady.left.mean, steady.ceiling) == (1.0, 0.5, 1.0)
-    assert (lefty.own.mean, lefty.left.mean, lefty.ceiling) == (0.0, 1.0, 0.5)
+    assert (steady.own.mean, steady.left.mean, steady.ceiling.mean) == (1.0, 0.5, 1.0)
+    assert (lefty.own.mean, lefty.left.mean, lefty.ceiling.mean) == (0.0, 1.0, 0.5)
     assert measure(ballots, prompts).between.mean == 1.0  # their first votes are the same
 
 
@@ -224,6 +228,23 @@ def test_an_image_of_many_pixels_is_refused_by_its_header() -> None:
     wide = encode_pictures([np.zeros((3, 1, 9000), np.uint8)])[0]
     with pytest.raises(EtudeError, match="sides of at most 8192 pixels"):
         open_picture(wide, "wide.png")
+
+
+def test_a_picture_is_upright_its_transparent_parts_are_white_and_16_bits_are_refused() -> None:
+    def saved(picture: Image.Image, kind: str = "PNG", **how: Any) -> bytes:
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **how)
+        return buffer.getvalue()
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera that was turned by a quarter
+    assert open_picture(saved(Image.new("RGB", (8, 4), "red"), "JPEG", exif=exif), "a").size == (4, 8)
+    clear = Image.new("RGBA", (2, 2), (255, 0, 0, 0))
+    assert open_picture(saved(clear), "b").getpixel((0, 0)) == (255, 255, 255)
+    assert open_picture(saved(Image.new("RGB", (2, 2), "red")), "c").getpixel((0, 0)) == (255, 0, 0)
+    deep = Image.fromarray(np.full((2, 2), 20_000, np.uint16))
+    with pytest.raises(EtudeError, match="more than 8 bits"):
+        open_picture(saved(deep), "d")
 
 
 def test_drawing_again_adds_nothing(pool: Pool) -> None:

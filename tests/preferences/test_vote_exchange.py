@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from etude.errors import EtudeError
+from etude.preferences.agreement import measure
 from etude.preferences.pairing import Pairing
-from etude.preferences.pool import Pool, encode_pictures
+from etude.preferences.pictures import encode_pictures
+from etude.preferences.pool import Pool
 from etude.preferences.vote_exchange import export_votes, import_votes
 from support.fuzzing import fuzz, refused
 from support.preferences import fill, pictures, quick
@@ -40,9 +42,12 @@ def _content(pool: Pool) -> set[tuple]:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_what_goes_out_comes_back_the_same_and_twice_counts_once(pool: Pool, tmp_path: Path, suffix: str) -> None:
+def test_what_goes_out_comes_back_the_same_and_twice_counts_once(
+    pool: Pool, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow", reason="Parquet is tested where pyarrow is installed")
+    monkeypatch.setattr("etude.preferences.vote_exchange._BATCH", 3)  # the rows come in two parts
     out = tmp_path / f"votes{suffix}"
     assert export_votes(pool, out) == 4  # the skip is no vote
     other = quick(tmp_path / "other")
@@ -50,6 +55,20 @@ def test_what_goes_out_comes_back_the_same_and_twice_counts_once(pool: Pool, tmp
     assert _content(other) == _content(pool)
     assert import_votes(other, out) == (0, 0)
     assert len(other.ballots()) == 4
+
+
+def test_pairs_that_came_back_and_the_seconds_are_known_after_an_import(pool: Pool, tmp_path: Path) -> None:
+    number, left, right, *_ = next(row for row in pool.pairs() if row[3] == "ann")
+    pool.vote(pool.add_pair(right, left, "ann", repeats=number), "ann", "right", seconds=1.0)
+    export_votes(pool, tmp_path / "votes.jsonl")
+    other = quick(tmp_path / "other")
+    for votes in (5, 0):
+        assert import_votes(other, tmp_path / "votes.jsonl")[0] == votes
+    one, two = pool.ballots(), other.ballots()
+    assert two.seconds.tolist() == one.seconds.tolist() == [2.5] * 4 + [1.0]
+    prompts = {image.id: image.prompt for image in other.images()}
+    assert measure(two, prompts).own == measure(one, {image.id: image.prompt for image in pool.images()}).own
+    assert measure(two, prompts).own.mean == 1.0
 
 
 def test_the_fields_are_pick_a_pics(pool: Pool, tmp_path: Path) -> None:

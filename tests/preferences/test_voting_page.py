@@ -177,13 +177,29 @@ def test_a_lost_server_keeps_the_pair_says_so_and_the_vote_can_be_given_again(
     page.route("**/api/vote", lambda route: route.abort())
     page.keyboard.press("ArrowLeft")
     page.wait_for_selector("#notice.bad")
-    assert "not saved: try again" in page.inner_text("#notice")
+    assert "may not have saved this: try again" in page.inner_text("#notice")
     assert page.evaluate("document.body.dataset.pair") == shown
     assert votes_of(booth[0], "max") == []
     page.unroute("**/api/vote")
     press(page, "ArrowLeft")
     assert votes_of(booth[0], "max") == ["left"]
     assert page.inner_text("#notice") == ""
+
+
+def test_the_door_opens_to_the_token_alone_and_says_so(browser: Any, booth: tuple[Path, str]) -> None:
+    with serving(booth[0], ETUDE_VOTE_TOKEN="sesame") as (_, address):
+        page = browser.new_context().new_page()
+        page.goto(address)
+        assert page.locator("#door, #booth").count() == 0
+        for token, inside in (("barley", False), ("sesame", True)):
+            page.fill("#token", token)
+            page.keyboard.press("Enter")
+            page.wait_for_selector("#name" if inside else "[role=alert]")
+        assert page.url.rstrip("/") == address.rstrip("/")
+        other = browser.new_context().new_page()
+        other.goto(f"{address}/?token=barley")
+        assert "not the token" in other.inner_text("[role=alert]")
+        assert "barley" not in other.url
 
 
 def test_two_tabs_of_one_voter_count_a_pair_once(visit: Any, booth: tuple[Path, str]) -> None:
@@ -198,7 +214,7 @@ def test_two_tabs_of_one_voter_count_a_pair_once(visit: Any, booth: tuple[Path, 
 
 
 def test_markup_in_a_prompt_is_text_and_the_page_asks_no_other_host(browser: Any, tmp_path: Path) -> None:
-    from etude.preferences.pool import encode_pictures
+    from etude.preferences.pictures import encode_pictures
     from support.preferences import pictures
 
     pool = quick(tmp_path / "pool")
@@ -215,7 +231,7 @@ def test_markup_in_a_prompt_is_text_and_the_page_asks_no_other_host(browser: Any
         page.wait_for_selector("body[data-pair]")
         assert page.inner_text("#prompt") == " ".join(MARKUP.split())
         assert page.inner_text("#who") == "<b>ann</b>"
-        assert page.title() == "Which is better?"
+        assert page.title() == "Which is better? – etude"
         assert page.evaluate("document.querySelectorAll('#prompt *').length") == 0
         assert all(url.startswith(address) or url.startswith("data:") for url in asked)
         for _ in range(3):  # three pairs, and then there are none
@@ -223,6 +239,7 @@ def test_markup_in_a_prompt_is_text_and_the_page_asks_no_other_host(browser: Any
             page.keyboard.press("ArrowLeft")
         page.wait_for_selector("#booth.ended")
         assert page.inner_text("#prompt") == "You have seen every pair. Thank you."
+        assert page.get_by_role("navigation").get_by_role("button").all_inner_texts() == ["U Undo"]  # all that is left
 
 
 def test_the_next_pair_is_decoded_before_the_vote_and_shows_soon_after_it(visit: Any) -> None:

@@ -81,6 +81,15 @@ def test_pairs_are_chosen_in_one_order_however_soon_the_next_vote_comes(tmp_path
     assert queues[0] == queues[1]
 
 
+def test_an_undo_that_is_sent_again_takes_back_one_vote(client: TestClient, pool: Pool) -> None:
+    queue = client.post("/api/pairs", json={"rater": "ann"}).json()["queue"]
+    for pair in queue[:2]:
+        client.post("/api/vote", json={"rater": "ann", "pair": pair["pair"], "answer": "left"})
+    states = [client.post("/api/undo", json={"rater": "ann", "votes": 2}).json() for _ in range(2)]
+    assert states[0] == states[1]
+    assert (states[0]["votes"], states[0]["queue"][0]) == (1, queue[1])
+
+
 def test_raters_do_not_see_one_another(client: TestClient) -> None:
     ann, bob = (client.post("/api/pairs", json={"rater": name}).json()["queue"] for name in ("ann", "bob"))
     assert not {pair["pair"] for pair in ann} & {pair["pair"] for pair in bob}
@@ -120,7 +129,7 @@ def test_the_pages_own_origin_can(client: TestClient, pool: Pool) -> None:
 
 @pytest.mark.parametrize("path", ["/api/pairs", "/api/vote", "/api/undo"])
 def test_a_token_is_asked_for_and_a_wrong_one_refused(pool: Pool, path: str) -> None:
-    with TestClient(build_app(pool, Pairing(pool, seed=0), "right-token", hosts=()), base_url="http://here") as client:
+    with TestClient(build_app(pool, Pairing(pool, seed=0), "right-token"), base_url="http://here") as client:
         for headers in (
             {},
             {"authorization": "Bearer wrong"},
@@ -140,7 +149,7 @@ def test_a_token_is_asked_for_and_a_wrong_one_refused(pool: Pool, path: str) -> 
 
 
 def test_the_token_of_the_address_moves_into_a_cookie_that_scripts_cannot_read(pool: Pool) -> None:
-    with TestClient(build_app(pool, Pairing(pool, seed=0), "right-token", hosts=()), base_url="http://here") as client:
+    with TestClient(build_app(pool, Pairing(pool, seed=0), "right-token"), base_url="http://here") as client:
         wrong = client.get("/?token=wrong", follow_redirects=False)
         assert "set-cookie" not in wrong.headers
         answer = client.get("/?token=right-token", follow_redirects=False)
@@ -150,8 +159,9 @@ def test_the_token_of_the_address_moves_into_a_cookie_that_scripts_cannot_read(p
         }
         assert client.get("/").status_code == 200
         assert "right-token" not in client.get("/").text
-    with TestClient(build_app(pool, Pairing(pool, seed=0), "right-token", hosts=()), base_url="http://here") as client:
+    with TestClient(build_app(pool, Pairing(pool, seed=0), "right-token"), base_url="http://here") as client:
         assert client.get("/").status_code == 401
+        assert "not the token" in client.post("/enter", data={"token": "wrong"}).text
         assert client.post("/enter", data={"token": "right-token"}).status_code == 200
 
 

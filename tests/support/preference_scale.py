@@ -26,26 +26,29 @@ BLOCKS = (1280, 128, 11)
 """Sizes of the blocks of features of the embedded backbone."""
 
 
-def large_pool(root: Path, utility: np.ndarray | None = None) -> Pool:
+def large_pool(root: Path, utility: np.ndarray | None = None, makers: int = 1) -> Pool:
     """10,000 images of 2,500 prompts and 100,000 votes of 20 raters, written at once.
 
     Args:
         root: directory of the pool.
         utility: of each image, in logits, which the votes follow. Default: votes at random.
+        makers: 2 makes it a judgement of two makers on 5,000 prompts. Default: 1.
     """
-    pool = quick(root)
-    maker = pool.add_maker("large", {})
+    pool, each = quick(root), EACH if makers == 1 else 2
+    numbers = [pool.add_maker(f"large {i}", {"number": i}) for i in range(makers)]
+    if makers == 2:
+        pool.set_fact("sides", numbers)
     run = pool._connection.executemany
     pool._connection.execute("BEGIN")
-    rows = ((f"{i:064x}", f"prompt {i // EACH}", maker, i) for i in range(IMAGES))
+    rows = ((f"{i:064x}", f"prompt {i // each}", numbers[i % makers], i // makers) for i in range(IMAGES))
     run("INSERT INTO images (digest, prompt, maker, sample) VALUES (?, ?, ?, ?)", rows)
     rng = np.random.default_rng(0)
     group, first, shift = (
-        rng.integers(IMAGES // EACH, size=VOTES),
-        rng.integers(EACH, size=VOTES),
-        rng.integers(1, EACH, size=VOTES),
+        rng.integers(IMAGES // each, size=VOTES),
+        rng.integers(each, size=VOTES),
+        rng.integers(1, each, size=VOTES),
     )
-    left, right = EACH * group + first, EACH * group + (first + shift) % EACH
+    left, right = each * group + first, each * group + (first + shift) % each
     raters = [f"rater {i % RATERS}" for i in range(VOTES)]
     run(
         "INSERT INTO pairs (left_image, right_image, rater, time) VALUES (?, ?, ?, '')",
@@ -79,6 +82,8 @@ def main() -> None:
     rng = np.random.default_rng(1)
     values = rng.normal(size=(IMAGES, sum(BLOCKS))).astype(np.float32)
     weight = rng.normal(size=sum(BLOCKS)) / sum(BLOCKS) ** 0.5
+    with tempfile.TemporaryDirectory() as place, large_pool(Path(place) / "judged", makers=2) as judged:
+        print(f"a vote and the next pair of a judgement: {1e3 * vote_seconds(judged, 50):.1f} ms of CPU")
     with tempfile.TemporaryDirectory() as place, large_pool(Path(place) / "pool", values @ weight) as pool:
         print(f"a vote and the next pair: {1e3 * vote_seconds(pool, 50):.1f} ms of CPU")
         (pool.root / "features").mkdir()

@@ -11,7 +11,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from etude.preferences import davidson
-from etude.preferences.pool import ANSWERS, Pool, encode_pictures
+from etude.preferences.pictures import encode_pictures
+from etude.preferences.pool import ANSWERS, Pool
 
 
 def pictures(count: int, size: int = 16, seed: int = 0) -> np.ndarray:

@@ -17,7 +17,6 @@ from etude.errors import EtudeError
 
 if TYPE_CHECKING:
     from etude.policies import TrainablePolicy
-    from etude.policies.source import ModelSource
     from etude.preferences.pool import Pool
     from etude.sampling.sampler import Sampler
 
@@ -176,6 +175,11 @@ def vote(
     with Pool(pool) as opened:
         unsure = None
         if reward is not None:
+            if opened.fact("sides") is not None:
+                raise EtudeError(
+                    f"the pool '{pool}' judges two sides, and a reward that chooses the pairs would bend the verdict: "
+                    "leave out --reward."
+                )
             quiet_libraries()
             from etude.preferences.features import pool_features
             from etude.preferences.preference_reward import read_head
@@ -192,7 +196,9 @@ def judge(
     a: Annotated[
         str | None,
         typer.Argument(
-            metavar="A", help="First side: MODEL[,lora=DIR][,eta=E][,solver=NAME][,steps=N].", show_default=False
+            metavar="A",
+            help="First side: MODEL[,lora=DIR][,SAMPLER], the sampler as in `eta=1.2,steps=10` or `heun,steps=10`.",
+            show_default=False,
         ),
     ] = None,
     b: Annotated[str | None, typer.Argument(metavar="B", help="Second side.", show_default=False)] = None,
@@ -267,28 +273,31 @@ def _draw_sides(
     dtype: str,
     batch_size: int,
 ) -> None:
+    from etude.config import check_sampler
     from etude.policies.loading import load_source
     from etude.policies.source import ModelSource
-    from etude.preferences.drawing import draw_into, parse_side
+    from etude.preferences.drawing import describe, draw_into, parse_side
     from etude.preferences.pool import Pool
     from etude.prompts import load_prompts
 
-    base = ModelSource("", resolution=resolution, dtype=dtype)
-    parsed: list[tuple[ModelSource, Any]] = [
-        parse_side(side, base, steps, 5.0 if guidance is None else guidance) for side in sides
-    ]
+    beside = check_sampler({"steps": steps, "guidance": guidance, "size": resolution}, "the sampler of both sides")
+    parsed = [parse_side(side, ModelSource("", dtype=dtype), beside) for side in sides]
     if parsed[0] == parsed[1]:
         raise EtudeError(f"A and B are both '{sides[0]}': give two sides that differ.")
     texts = list(dict.fromkeys(load_prompts(prompts).texts))[:limit]
     total = len(texts) * sum(sampler.evaluations for _, sampler in parsed)
     # Models first, so that one that is refused leaves nothing: B by its files, since one is held at a time.
     parsed[1][1].check(load_source(parsed[1][0], outline=True))
-    policy: TrainablePolicy | None = load_source(parsed[0][0])
-    parsed[0][1].check(policy)
+    first = load_source(parsed[0][0])
+    parsed[0][1].check(first)
+    policy: TrainablePolicy | None = first
     makers = []
     with Pool(out, create=True) as pool, progress("drawing both sides") as advance:
-        for source, sampler in parsed:
+        judged = [pool.makers()[number].settings for number in pool.fact("sides") or []]
+        for place, (source, sampler) in enumerate(parsed):
             policy = policy or load_source(source)
+            if judged and describe(policy, source, sampler, texts, seed) != judged[place]:
+                raise EtudeError(f"'{out}' judges other sides already: give another --out.")
             makers.append(
                 draw_into(
                     pool,
@@ -303,9 +312,6 @@ def _draw_sides(
                 )
             )
             policy = None
-        before = pool.fact("sides")
-        if before is not None and before != makers:
-            raise EtudeError(f"'{out}' judges other sides already: give another --out.")
         pool.set_fact("sides", makers)
 
 
@@ -313,7 +319,6 @@ def _serve(pool: Pool, host: str, port: int, token_env: str | None, votes: int, 
     from etude.preferences.pairing import Pairing
     from etude.preferences.voting_server import LOOPBACK_HOSTS, build_app, check_installed, voting_token
     from etude.rewards.remote.server import address, listen, make_server
-    from etude.rewards.remote.wire import is_loopback
 
     check_installed()
     token = voting_token(token_env, host)
@@ -321,7 +326,7 @@ def _serve(pool: Pool, host: str, port: int, token_env: str | None, votes: int, 
     if not pairing.total:
         raise EtudeError(f"the pool '{pool.root}' holds no two images of one prompt: draw more images.")
     sock = listen(host, port, insecure=True)  # voting_token has asked for a token where one is needed
-    hosts = {host.lower(), *LOOPBACK_HOSTS} if is_loopback(host) else ()
+    hosts = {host.lower(), *LOOPBACK_HOSTS}
     server = make_server(build_app(pool, pairing, token, target=votes, hosts=hosts))
     typer.echo(f"vote at {address(sock)} (Ctrl-C ends it; {pairing.total} pairs, {pool.count()} votes so far)")
     with suppress(KeyboardInterrupt):  # the usual way to end it, so no error

@@ -4,15 +4,19 @@
     between raters  the same for pairs that several raters voted on
     side bias       share of the left side among decided votes; sides are random, so 1/2 is fair
 
-The same image or two ties count 1, a tie against a decision 1/2, opposite decisions 0. With a the
-self-agreement, no predictor of votes is right more often than (1 + sqrt(2 a - 1)) / 2: if the
-rater picks the better image of a pair with probability (1 + q) / 2, then a = (1 + E q^2) / 2, the
-best accuracy is (1 + E q) / 2, and E q <= sqrt(E q^2).
+The same image or two ties count 1, a tie against a decision 1/2, opposite decisions 0.
+
+    ceiling  (1 + sqrt(E[y y']) / P(decision)) / 2
+
+with y and y' the two votes on a repeated pair: 1 for one image, -1 for the other, 0 for a tie. No
+predictor of decided votes is right more often: a rater who leans to no side chooses the better
+image of a pair s more often than the worse one, E[y y'] = E[s^2], the best accuracy is
+(1 + E[s] / P(decision)) / 2, and E[s] <= sqrt(E[s^2]). Without ties it is (1 + sqrt(2 a - 1)) / 2
+of the self-agreement a.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,20 +37,17 @@ class Agreement:
 
     Attributes:
         own: raters with themselves.
+        ceiling: the largest accuracy that any predictor of these raters' decided votes can have.
         between: raters with one another.
         left: share of the left side among decided votes.
         ties: share of ties among all votes.
     """
 
-    own: Share | None
-    between: Share | None
-    left: Share | None
-    ties: Share | None
-
-    @property
-    def ceiling(self) -> float | None:
-        """The largest accuracy that any predictor of these votes can have; None without repeats."""
-        return None if self.own is None else (1 + math.sqrt(max(0.0, 2 * self.own.mean - 1))) / 2
+    own: Share | None = None
+    ceiling: Share | None = None
+    between: Share | None = None
+    left: Share | None = None
+    ties: Share | None = None
 
 
 def measure(ballots: Ballots, prompts: Mapping[int, str]) -> Agreement:
@@ -67,16 +68,34 @@ def measure(ballots: Ballots, prompts: Mapping[int, str]) -> Agreement:
     decided = np.flatnonzero(ballots.outcome)
     clusters = Clusters.of(prompt, ballots.rater) if len(ballots) else None
     if clusters is None:
-        return Agreement(None, None, None, None)
+        return Agreement()
     return Agreement(
         estimate_share(same, clusters.take(rows)) if same else None,
+        _ceiling(ballots, again, clusters.take(rows)),
         estimate_share([_same(ballots, i, j) for i, j in couples], Clusters.of(prompt[across])) if couples else None,
         estimate_share(ballots.outcome[decided] == 1, clusters.take(decided)) if len(decided) else None,
         estimate_share(ballots.outcome == 0, clusters),
     )
 
 
+def _ceiling(ballots: Ballots, again: list[tuple[int, int]], clusters: Clusters) -> Share | None:
+    """The ceiling from the repeated pairs; None where none of them was decided."""
+    both = np.array([_votes(ballots, i, j) for i, j in again], np.float64).reshape(-1, 2)
+    decided = float(np.abs(both).mean()) if len(both) else 0.0
+    if not decided:
+        return None
+    product = estimate_share((1 + both.prod(axis=1)) / 2, clusters)
+    ends = (2 * np.array([product.mean, product.low, product.high]) - 1).clip(min=0)
+    mean, low, high = ((1 + np.sqrt(ends) / decided).clip(max=2) / 2).tolist()
+    return Share(mean, low, high, product.n, product.basis)
+
+
 def _same(ballots: Ballots, i: int, j: int) -> float:
-    swapped = ballots.left[i] != ballots.left[j]
-    first, second = int(ballots.outcome[i]), int(-ballots.outcome[j] if swapped else ballots.outcome[j])
+    first, second = _votes(ballots, i, j)
     return 1.0 if first == second else 0.5 if 0 in (first, second) else 0.0
+
+
+def _votes(ballots: Ballots, i: int, j: int) -> tuple[int, int]:
+    """Votes i and j on one pair, 1 for the left image of vote i."""
+    swapped = ballots.left[i] != ballots.left[j]
+    return int(ballots.outcome[i]), int(-ballots.outcome[j] if swapped else ballots.outcome[j])

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import etude
 from etude.batching import Progress, silent
-from etude.errors import EtudeError, unknown
+from etude.config import SamplerSettings, parse_sampler
+from etude.errors import EtudeError
 from etude.policies.adapter_file import WEIGHTS
 from etude.policies.source import ModelSource
-from etude.preferences.pool import Pool, encode_pictures
+from etude.preferences.pictures import encode_pictures
+from etude.preferences.pool import Pool
 from etude.sampling.model import Policy
-from etude.sampling.sampler import ODE, SDE, Sampler
-from etude.sampling.solvers import Solver
+from etude.sampling.sampler import Sampler
 
 STREAM = "preferences"
 """Stream of the noise, so that the images are none that training or evaluations draw."""
@@ -94,41 +95,21 @@ def label(source: ModelSource, sampler: Sampler) -> str:
     return f"{source.name}{adapter}, {sampler.label}, {sampler.steps} steps"
 
 
-_SIDE: dict[str, Callable[[str], Any]] = {
-    "lora": str, "eta": float, "solver": str, "steps": int, "guidance": float, "kernel": str,
-}  # fmt: skip
-
-
-def parse_side(text: str, base: ModelSource, steps: int | None, guidance: float) -> tuple[ModelSource, Sampler]:
-    """The model and the sampler of one side of a judgement: `MODEL[,lora=DIR][,eta=E][,solver=NAME][,steps=N]`.
+def parse_side(text: str, base: ModelSource, beside: SamplerSettings) -> tuple[ModelSource, Sampler]:
+    """The model and the sampler of one side of a judgement: `MODEL[,lora=DIR][,SAMPLER]`.
 
     Args:
-        text: the side. Options: lora, eta, solver, steps, guidance, kernel.
+        text: the side; the sampler as `config.parse_sampler` reads it, such as `eta=1.2,steps=10`.
         base: settings that both sides share.
-        steps: steps where the side names none. Default: 20.
-        guidance: guidance scale where the side names none.
+        beside: steps, guidance and size where the side names none.
 
     Raises:
-        EtudeError: an option is unknown or stands twice, or its value cannot be read.
+        EtudeError: an option is unknown or stands twice, or its value cannot be used.
     """
-    name, *parts = text.split(",")
-    options: dict[str, Any] = {}
-    for part in parts:
-        key, _, value = part.partition("=")
-        if key not in _SIDE:
-            raise unknown("option of a side", key, _SIDE)
-        if key in options:
-            raise EtudeError(f"the side '{text}' gives {key} twice: leave one out.")
-        try:
-            options[key] = _SIDE[key](value)
-        except ValueError:
-            raise EtudeError(f"the option {part} of the side '{text}' is no number: give {key}=NUMBER.") from None
-    source = replace(base, name=name, lora=options.get("lora"))
-    count, scale = options.get("steps", steps or 20), options.get("guidance", guidance)
-    if "solver" in options and (options.get("eta") or "kernel" in options):
-        raise EtudeError(f"the side '{text}' gives a solver, which is deterministic, and eta or kernel: leave one out.")
-    if "solver" in options:
-        return source, Solver(options["solver"], count, scale)
-    if options.get("eta"):
-        return source, SDE(options["eta"], count, options.get("kernel", "gddim"), guidance=scale)
-    return source, ODE(count, scale)
+    name, *parts = (part.strip() for part in text.split(","))
+    adapters = [part.removeprefix("lora=") for part in parts if part.startswith("lora=")]
+    if len(adapters) > 1 or "" in (name, *adapters):
+        raise EtudeError(f"the side '{text}' needs one model and at most one lora: write MODEL,lora=DIR,eta=1.2.")
+    rest = ",".join(part for part in parts if not part.startswith("lora="))
+    settings = parse_sampler(rest, beside) if rest else beside.filled()
+    return replace(base, name=name, lora=next(iter(adapters), None), resolution=settings.size), settings.sampler()

@@ -12,6 +12,7 @@ features are heard beside many.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def pool_features(pool: Pool, name: str, advance: Callable[[int, int], None] = l
     Raises:
         EtudeError: as in `load_backbone`, or an image or the cache cannot be read.
     """
-    path = pool.root / "features" / f"{re.sub(r'[^a-zA-Z0-9.-]+', '-', name)}.safetensors"
+    path = pool.root / "features" / f"{_file_name(name)}.safetensors"
     images = pool.images()
     numbers = np.array([image.id for image in images], np.int64)
     cached = read_tensors(path) if path.is_file() else {}
@@ -114,6 +115,12 @@ def pool_features(pool: Pool, name: str, advance: Callable[[int, int], None] = l
                 values = [np.concatenate(values)]
                 _save(path, numbers[:end], values[0], blocks)
     return Features(numbers, np.concatenate(values) if values else np.zeros((0, 0), np.float32), blocks)
+
+
+def _file_name(backbone: str) -> str:
+    """A file name for a backbone: its own name, or a part of it and a digest that no other name has."""
+    plain = re.sub(r"[^a-zA-Z0-9.-]+", "-", backbone)
+    return plain if plain == backbone else f"{plain[:80]}-{hashlib.sha256(backbone.encode()).hexdigest()[:12]}"
 
 
 def _describe(pool: Pool, backbone: Backbone, images: list[PoolImage]) -> tuple[NDArray[np.float32], tuple[int, ...]]:

@@ -11,14 +11,13 @@ from its digest, so that a pool from somebody else cannot lead out of its direct
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
 import sqlite3
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,17 +26,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from etude.errors import EtudeError, brief, brief_value
 from etude.files import atomic_write_bytes
+from etude.preferences.pictures import LARGEST_FILE, open_picture
 
 DATABASE = "votes.sqlite"
 ANSWERS = {"left": 1, "tie": 0, "right": -1, "skip": None}
 """Answers of a vote, and the outcome of each."""
-LARGEST_FILE = 64 << 20
-LARGEST_SIDE = 8192
-"""Bytes of an image's file and pixels of its side, at most."""
 LONGEST_PROMPT, LONGEST_NAME = 10_000, 40
 _VERSION = 1
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -301,16 +297,33 @@ class Pool:
             "SELECT id, left_image, right_image, rater, coalesce(repeats, 0) FROM pairs WHERE id > ? ORDER BY id", after
         )
 
-    def import_vote(self, left: int, right: int, rater: str, answer: str, origin: str, time: str) -> None:
-        """Stores a vote from elsewhere, pair and answer at once; `origin` tells it from every other.
+    def import_vote(
+        self,
+        left: int,
+        right: int,
+        rater: str,
+        answer: str,
+        origin: str,
+        *,
+        repeats: int | None = None,
+        seconds: float | None = None,
+        time: str = "",
+    ) -> int:
+        """Stores a vote from elsewhere, pair and answer at once, and returns the number of its pair.
 
-        It waits for no disk: a vote that a power cut loses is imported again by the same call.
+        `origin` tells the vote from every other. The call waits for no disk: a vote that a power cut
+        loses is imported again by the same call.
         """
         with self._writing(durable=False) as run:
-            row = (left, right, check_rater(rater), origin, time or _now())
-            run("INSERT INTO pairs (left_image, right_image, rater, origin, time) VALUES (?, ?, ?, ?, ?)", row)
+            name, moment = check_rater(rater), time or _now()
+            run(
+                "INSERT INTO pairs (left_image, right_image, rater, repeats, origin, time) VALUES (?, ?, ?, ?, ?, ?)",
+                (left, right, name, repeats, origin, moment),
+            )
             pair = int(run("SELECT last_insert_rowid()").fetchone()[0])
-            run("INSERT INTO votes (pair, rater, answer, time) VALUES (?, ?, ?, ?)", (pair, row[2], answer, row[4]))
+            row = (pair, name, answer, seconds, moment)
+            run("INSERT INTO votes (pair, rater, answer, seconds, time) VALUES (?, ?, ?, ?, ?)", row)
+        return pair
 
     def open_pairs(self, rater: str) -> list[tuple[int, int, int]]:
         """(number, left, right) of the pairs that a rater was shown and has not answered, in order."""
@@ -371,15 +384,23 @@ class Pool:
         """Whether a pair has a vote that counts and is no skip."""
         return bool(self._query("SELECT 1 FROM votes WHERE pair = ? AND withdrawn IS NULL AND answer != 'skip'", pair))
 
-    def has_origin(self, origin: str) -> bool:
-        """Whether a vote of that origin was imported."""
-        return bool(self._query("SELECT 1 FROM pairs WHERE origin = ?", origin))
+    def pair_from(self, origin: str) -> int | None:
+        """The number of the pair that came with an imported vote, or None."""
+        rows = self._query("SELECT id FROM pairs WHERE origin = ?", origin)
+        return int(rows[0][0]) if rows else None
 
-    def ballots(self) -> Ballots:
-        """All votes that count."""
+    def progress(self, after: int = 0) -> tuple[int, int, int]:
+        """(votes that count, number of the last of them, how many have a number above `after`), skips included."""
+        statement = "SELECT count(*), coalesce(max(id), 0), coalesce(sum(id > ?), 0) FROM votes WHERE withdrawn IS NULL"
+        count, last, new = self._query(statement, after)[0]
+        return int(count), int(last), int(new)
+
+    def ballots(self, after: int = 0) -> Ballots:
+        """All votes that count, with a number above `after`."""
         rows = self._query(
             "SELECT p.id, p.left_image, p.right_image, v.answer, v.rater, coalesce(p.repeats, 0), v.seconds "
-            "FROM votes v JOIN pairs p ON p.id = v.pair WHERE v.withdrawn IS NULL AND v.answer != 'skip' ORDER BY v.id"
+            "FROM votes v JOIN pairs p ON p.id = v.pair WHERE v.id > ? AND v.withdrawn IS NULL AND v.answer != 'skip' ORDER BY v.id",
+            after,
         )
         pair, left, right, answer, rater, repeats, seconds = zip(*rows, strict=True) if rows else ([],) * 7
         return Ballots(
@@ -458,33 +479,9 @@ def check_rater(name: str) -> str:
     return name
 
 
-def encode_pictures(pixels: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> list[bytes]:
-    """uint8 images `[n, 3, h, w]` as PNG files, without a word of where they come from."""
-    files = []
-    for each in pixels:
-        buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(each.transpose(1, 2, 0))).save(buffer, format="PNG", compress_level=4)
-        files.append(buffer.getvalue())
-    return files
-
-
-def open_picture(data: bytes, name: str) -> Image.Image:
-    """An image file from anywhere as RGB pixels, its size checked before it is unpacked.
-
-    Raises:
-        EtudeError: the file is no PNG, JPEG or WebP image, is damaged, or is too large.
-    """
-    try:
-        picture = Image.open(io.BytesIO(data), formats=["PNG", "JPEG", "WEBP"])
-        if max(picture.size) > LARGEST_SIDE:
-            raise EtudeError(
-                f"the image {name} is of size {picture.size}: sides of at most {LARGEST_SIDE} pixels are read; make it smaller."
-            )
-        return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, EtudeError):
-            raise
-        raise EtudeError(f"the image {name} cannot be read as PNG, JPEG or WebP ({brief(error, 80)}).") from None
+def read_seconds(seconds: object) -> float | None:
+    """Seconds to a vote as the pool keeps them: None for what is no sensible number."""
+    return float(seconds) if isinstance(seconds, int | float) and 0 <= seconds < 1e6 else None
 
 
 def _now() -> str:

@@ -17,6 +17,7 @@ from etude.preferences.pool import Pool
 from etude.preferences.preference_reward import Head, read_head
 from etude.preferences.verdict import Verdict, describe, judge
 from etude.report.figures import COLOURS, Line, draw_line, figure, line_figure
+from etude.report.page import templates
 from etude.runs.reader import Run, read_run
 
 if TYPE_CHECKING:
@@ -48,41 +49,29 @@ def write_page(
     Raises:
         EtudeError: one of the directories is none of its kind.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     head = None if reward is None else read_head(reward)
     verdict = _verdict(pool, judgement)
     ballots = pool.ballots()
     agreement = measure(ballots, {image.id: image.prompt for image in pool.images()})
-    environment = Environment(
-        loader=PackageLoader("etude.preferences", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template("preferences.html").render(
-        style=_style(),
-        pool=pool.root.name,
-        votes=_votes(pool, agreement),
-        raters=Counter(ballots.rater.tolist()).most_common(),
-        trust=describe(agreement),
-        reward=None if head is None else _reward(head, reward),
-        figures=[] if head is None else _figures(head),
-        ranking=[] if head is None else _ranking(pool, head, advance),
-        training=[] if run is None else _training(read_run(run)),
-        run=None if run is None else run.name,
-        verdict=verdict,
+    text = (
+        templates("preferences", "report")
+        .get_template("preferences.html")
+        .render(
+            pool=pool.root.name,
+            votes=_votes(pool, agreement),
+            raters=Counter(ballots.rater.tolist()).most_common(),
+            trust=describe(agreement),
+            reward=None if head is None else _reward(head, reward),
+            figures=[] if head is None else _figures(head),
+            ranking=[] if head is None else _ranking(pool, head, advance),
+            training=[] if run is None else _training(read_run(run)),
+            run=None if run is None else run.name,
+            verdict=verdict,
+        )
     )
     target = out or pool.root / "preferences.html"
     atomic_write_text(target, text)
     return target
-
-
-def _style() -> str:
-    from importlib import resources
-
-    return (resources.files("etude.report") / "style.css").read_text(encoding="utf-8")
 
 
 def _verdict(pool: Pool, judgement: Path | None) -> Verdict | None:
@@ -116,7 +105,9 @@ def _reward(head: Head, place: Path | None) -> list[tuple[str, str]]:
         ("held-out accuracy", accuracy),
     ]
     if card.get("ceiling"):
-        rows.append(("at most possible", f"{100 * card['ceiling']:.0f} %, by the raters' self-agreement"))
+        low, high = card.get("ceiling_interval") or [card["ceiling"]] * 2
+        most = f"{100 * card['ceiling']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        rows.append(("at most possible", f"{most}, by the pairs that came back"))
     for name, label in (("slope", "calibration slope (1 is calibrated)"), ("side", "leaning to the left, logits")):
         if each := card.get(name):
             rows.append((label, format_interval(each["mean"], each["low"], each["high"], signed=name == "side")))
@@ -163,7 +154,7 @@ def _figures(head: Head) -> list[Figure]:
 def _ranking(
     pool: Pool, head: Head, advance: Callable[[int, int], None]
 ) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """The best and the worst images: (title, [(data URI, prompt, score)])."""
+    """The best and the worst images beside others of their prompt: (title, [(data URI, prompt, score)])."""
     import torch
 
     from etude.preferences.features import pool_features
@@ -171,6 +162,8 @@ def _ranking(
     features = pool_features(pool, head.backbone, advance)
     scores = head.score(torch.from_numpy(features.values)).numpy()
     images = {image.id: image for image in pool.images()}
+    group = np.unique([images[number].prompt for number in features.images.tolist()], return_inverse=True)[1]
+    scores = scores - (np.bincount(group, scores) / np.bincount(group))[group]
     order = np.argsort(-scores, kind="stable")
     ends = [("Liked most", order[:SHOWN]), ("Liked least", order[::-1][:SHOWN])]
     rows = []

@@ -63,17 +63,23 @@ class Head:
     def unsure(self, features: Features) -> Unsure:
         """How much a vote on a pair would teach: the information of the vote times the variance of d.
 
-        (1 - P(tie) - (P(left) - P(right))^2) / 4 * x' C x, with x the difference of the features.
+        (1 - P(tie) - (P(left) - P(right))^2) / 4 * x' C x, with x the difference of the features. A pair
+        with an image that has none, as one drawn since, counts as the average pair.
         """
         z = features.values @ self.basis.numpy()
         r = features.values @ self.weight.numpy()
         covariance = self.covariance.numpy()
 
         def informs(pairs: list[tuple[int, int]]) -> NDArray[np.float64]:
-            a, b = (features.rows(np.array(side)).clip(max=len(z) - 1) for side in zip(*pairs, strict=True))
+            numbers = np.array(pairs)
+            known = np.isin(numbers, features.images).all(axis=1)
+            a, b = features.rows(numbers[known]).T
             x = z[a] - z[b]
             information = davidson.information(r[a] - r[b], self.eta)[:, 0, 0]
-            return np.asarray(information * ((x @ covariance) * x).sum(axis=1) + 1e-12, np.float64)
+            taught = np.zeros(len(pairs))
+            taught[known] = information * ((x @ covariance) * x).sum(axis=1)
+            taught[~known] = taught[known].mean() if known.any() else 1.0
+            return taught + 1e-12
 
         return informs
 

@@ -5,9 +5,9 @@
 
 z are the features, centred within each prompt, each block of them with an equal share of the
 variance, in their 256 largest principal components; voted pairs differ by 1 on average (root mean
-square). side and eta are one number each, or one for each
-rater. The ridge strength has the best likelihood on held-out prompts. Figures of a prompt come from
-a fit without that prompt, at the strength that the other folds choose.
+square). side and eta are one number each, or one for each rater. The ridge strength has the best
+likelihood on held-out prompts. Figures of a prompt come from a fit without that prompt, at the
+strength that the other folds choose.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ def fit_reward(
         "accuracy": accuracy.to_dict(),
         "self_agreement": None if agreement.own is None else agreement.own.to_dict(),
         "between_raters": None if agreement.between is None else agreement.between.to_dict(),
-        "ceiling": agreement.ceiling,
+        "ceiling": None if agreement.ceiling is None else agreement.ceiling.mean,
+        "ceiling_interval": None if agreement.ceiling is None else [agreement.ceiling.low, agreement.ceiling.high],
         "left": None if agreement.left is None else agreement.left.to_dict(),
         "ties": None if agreement.ties is None else agreement.ties.to_dict(),
         "side_bias_logits": {

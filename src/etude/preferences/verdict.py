@@ -9,16 +9,18 @@ page says which is which. Pairs that are shown again speak of self-agreement alo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from etude.errors import EtudeError
 from etude.preferences.agreement import Agreement, measure
 from etude.preferences.always_valid import INDIFFERENT, Running, running
 from etude.preferences.clustering import Clusters
-from etude.preferences.pool import Pool
+from etude.preferences.pool import Ballots, Pool, PoolImage
 from etude.preferences.shares import Share, estimate_share
 
 WORDS = {
@@ -87,12 +89,17 @@ def describe(agreement: Agreement) -> list[str]:
     """Agreement and side bias in words, one fact a line; a leaning that is sure is called one."""
     lines = []
     if agreement.own is not None:
-        ceiling = f"; no predictor can be right on more than {100 * (agreement.ceiling or 0):.0f} % of such votes"
-        lines.append(f"self-agreement {agreement.own} on {agreement.own.n} repeated pairs{ceiling}")
+        lines.append(f"self-agreement {agreement.own} on {agreement.own.n} repeated pairs")
+    if agreement.ceiling is not None:
+        lines.append(f"the best predictor of such votes is right on {agreement.ceiling} of decided ones, at most")
     if agreement.between is not None:
         lines.append(f"agreement between raters {agreement.between} on {agreement.between.n} shared pairs")
     if (left := agreement.left) is not None:
-        sure = "fair" if left.low <= 0.5 <= left.high else f"a leaning to the {'left' if left.mean > 0.5 else 'right'}"
+        sure = (
+            "no leaning found"
+            if left.low <= 0.5 <= left.high
+            else f"a leaning to the {'left' if left.mean > 0.5 else 'right'}"
+        )
         lines.append(f"left side chosen {left} of decided votes: {sure}")
     return lines
 
@@ -108,38 +115,59 @@ def judge(pool: Pool) -> Verdict:
         raise EtudeError(
             f"the pool '{pool.root}' compares no two sides: make one with `etude preferences judge A B --out DIR`."
         )
-    values, prompts, raters = _votes(pool, sides)
+    ballots, images = pool.ballots(), {image.id: image for image in pool.images()}
+    rows, values, prompts = _fresh(ballots, images, sides)
     first = np.unique(prompts, return_index=True)[1] if len(values) else np.zeros(0, int)
-    entering = values[first]
-    counts = [int((entering == value).sum()) for value in (1.0, 0.5, 0.0)]
     makers = pool.makers()
     return Verdict(
         makers[sides[0]].label,
         makers[sides[1]].label,
-        estimate_share(values, Clusters.of(prompts, raters)) if len(values) else None,
-        running(*counts),
-        measure(pool.ballots(), {image.id: image.prompt for image in pool.images()}),
+        estimate_share(values, Clusters.of(prompts, ballots.rater[rows])) if len(values) else None,
+        _running(values[first]),
+        measure(ballots, {number: image.prompt for number, image in images.items()}),
         int((values == 0.5).sum()),
     )
 
 
-def enough(pool: Pool) -> str | None:
-    """A sentence once a judgement is decided; it does not say which side won."""
-    sides = pool.fact("sides")
-    if sides is None:
-        return None
-    values, prompts, _ = _votes(pool, sides)
-    if not len(values):
-        return None
-    entering = values[np.unique(prompts, return_index=True)[1]]
-    decided = running(*(int((entering == value).sum()) for value in (1.0, 0.5, 0.0))).decision()
-    return None if decided is None else "Enough votes are in, thank you. You may stop or go on."
+class Watch:
+    """Says when a judgement is decided. It follows the votes in the pool, which other servers write, too.
+
+    Args:
+        pool: a pool that judges two makers; one that judges none is never decided.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool, self.sides = pool, pool.fact("sides")
+        self._images: dict[int, PoolImage] = {}
+        self._first: dict[str, float] = {}
+        self._count = self._last = 0
+
+    def enough(self) -> str | None:
+        """A sentence once the judgement is decided; it does not say which side won."""
+        if self.sides is None:
+            return None
+        count, last, new = self.pool.progress(self._last)
+        if count != self._count + new:  # a vote was withdrawn
+            self._first, self._count, self._last = {}, 0, 0
+        if count != self._count:
+            self._images |= {image.id: image for image in self.pool.images(max(self._images, default=0))}
+            _, values, prompts = _fresh(self.pool.ballots(self._last), self._images, self.sides)
+            for value, prompt in zip(values.tolist(), prompts.tolist(), strict=True):
+                self._first.setdefault(prompt, value)
+            self._count, self._last = count, last
+        decided = _running(np.array(list(self._first.values()))).decision()
+        return None if decided is None else "Enough votes are in, thank you. You may stop or go on."
 
 
-def _votes(pool: Pool, sides: list[int]) -> tuple[Any, Any, Any]:
-    """For A: 1, 1/2 or 0 of each vote on a fresh pair in the order of voting; its prompt; its rater."""
-    ballots = pool.ballots()
-    images = {image.id: image for image in pool.images()}
+def _running(values: NDArray[np.float64]) -> Running:
+    """The always-valid interval from the first vote on each prompt."""
+    return running(*(int((values == value).sum()) for value in (1.0, 0.5, 0.0)))
+
+
+def _fresh(
+    ballots: Ballots, images: Mapping[int, PoolImage], sides: list[int]
+) -> tuple[list[int], NDArray[np.float64], NDArray[np.str_]]:
+    """The votes on fresh pairs in the order of voting: the row of each, its value for A (1, 1/2 or 0), its prompt."""
     rows, values, prompts = [], [], []
     for i in range(len(ballots)):
         left, right = images[int(ballots.left[i])], images[int(ballots.right[i])]
@@ -149,4 +177,4 @@ def _votes(pool: Pool, sides: list[int]) -> tuple[Any, Any, Any]:
         sign = 1 if left.maker == sides[0] else -1
         values.append((sign * int(ballots.outcome[i]) + 1) / 2)
         prompts.append(left.prompt)
-    return np.array(values), np.array(prompts, np.str_), ballots.rater[rows]
+    return rows, np.array(values), np.array(prompts, np.str_)

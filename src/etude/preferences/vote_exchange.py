@@ -28,19 +28,14 @@ from typing import Any
 import numpy as np
 
 from etude.errors import EtudeError, brief, brief_value
-from etude.files import atomic_write_bytes, atomic_write_text
-from etude.preferences.pool import (
-    LARGEST_FILE,
-    LONGEST_NAME,
-    LONGEST_PROMPT,
-    Pool,
-    check_rater,
-    encode_pictures,
-    open_picture,
-)
+from etude.files import atomic_write_bytes, atomic_write_text, atomically
+from etude.preferences.pictures import LARGEST_FILE, encode_pictures, open_picture
+from etude.preferences.pool import LONGEST_NAME, LONGEST_PROMPT, Pool, check_rater, read_seconds
 
 IMPORTED = "imported"
 """Rater of votes that name none."""
+_BATCH = 64
+"""Rows of a Parquet file that are held at a time, with their images."""
 _LONGEST_LINE = 1 << 28
 _LONGEST_FILE = 1 << 34
 Advance = Callable[[int, int], None]
@@ -91,11 +86,9 @@ def import_votes(pool: Pool, source: Path, advance: Advance = lambda done, total
         EtudeError: a line lacks a field, an image cannot be read or lies elsewhere; the error names
             the line. Lines before it are in the pool: a repeated call goes on.
     """
-    records = list(_records(source))
     incoming = _Incoming(pool, source)
     votes, before = 0, len(pool.images())
-    advance(0, len(records))
-    for number, record in records:
+    for number, record in _records(source, advance):
         place = f"'{source}', {'row' if source.suffix == '.parquet' else 'line'} {number}"
         if "caption" in record:
             votes += incoming.vote(record, place)
@@ -103,7 +96,6 @@ def import_votes(pool: Pool, source: Path, advance: Advance = lambda done, total
             incoming.image(_text(record["prompt"], place), incoming.read(record["file"], place), place)
         else:
             raise EtudeError(f"{place}: it has neither a `caption` (a vote) nor `prompt` and `file` (an image).")
-        advance(1, len(records))
     return votes, len(pool.images()) - before
 
 
@@ -114,6 +106,7 @@ class _Incoming:
         self.pool, self.folder = pool, source.parent
         self.maker = pool.add_maker(f"from {source.name}", {"kind": "import", "file": source.name})
         self.known: dict[tuple[str, str], int] = {}
+        self.pairs: dict[tuple[str, Any], int] = {}
         for image in pool.images():
             self.known.setdefault((image.digest, image.prompt), image.id)
         self.sample = max(pool.samples(self.maker), default=-1) + 1
@@ -133,14 +126,25 @@ class _Incoming:
         rater = check_rater(str(user)[:LONGEST_NAME]) if isinstance(user, str | int) and str(user).strip() else IMPORTED
         caption = _text(record["caption"], place)
         files = [self._file(record, k, place) for k in (0, 1)]
-        left, right = (self.image(caption, data, place) for data in files)
         key = [caption, *map(_digest, files), labels, rater, record.get("ranking_id")]
         origin = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()
-        if self.pool.has_origin(origin):
-            return False
-        moment = str(record.get("created_at") or "")[:40]
-        self.pool.import_vote(left, right, rater, answers[labels], origin, moment)  # type: ignore[index]
-        return True
+        known = self.pool.pair_from(origin)
+        if known is None:
+            left, right = (self.image(caption, data, place) for data in files)
+            ours = _ours(record)
+            self.pairs[rater, record.get("ranking_id")] = self.pool.import_vote(
+                left,
+                right,
+                rater,
+                answers[labels],  # type: ignore[index]
+                origin,
+                repeats=self.pairs.get((rater, ours.get("repeats"))),
+                seconds=read_seconds(ours.get("seconds")),
+                time=str(record.get("created_at") or "")[:40],
+            )
+            return True
+        self.pairs[rater, record.get("ranking_id")] = known
+        return False
 
     def image(self, prompt: str, data: bytes, place: str) -> int:
         """The number of an image, added now if it is new. Its pixels are written anew, without metadata."""
@@ -219,17 +223,20 @@ def _write_parquet(pool: Pool, rows: list[dict[str, Any]], out: Path, advance: A
     pyarrow = _pyarrow()
     import pyarrow.parquet as parquet
 
-    for row in rows:
-        for k in (0, 1):
-            row[f"jpg_{k}"] = pool.read_image(row[f"image_{k}_uid"])
-        advance(1, len(rows))
-    sink = pyarrow.BufferOutputStream()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
-    atomic_write_bytes(out, sink.getvalue().to_pybytes())
+    def table(batch: list[dict[str, Any]]) -> Any:
+        files = [{f"jpg_{k}": pool.read_image(row[f"image_{k}_uid"]) for k in (0, 1)} for row in batch]
+        return pyarrow.Table.from_pylist([row | pair for row, pair in zip(batch, files, strict=True)])
+
+    batches = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
+    first = table(batches[0])
+    with atomically(out) as temporary, parquet.ParquetWriter(temporary, first.schema) as writer:
+        for batch in batches:
+            writer.write_table(first if batch is batches[0] else table(batch))
+            advance(len(batch), len(rows))
 
 
-def _records(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number of the line, fields) of a file."""
+def _records(source: Path, advance: Advance) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of the line, fields) of a file, read as they are asked for."""
     if not source.is_file() or source.suffix not in {".jsonl", ".parquet"} or source.stat().st_size > _LONGEST_FILE:
         raise EtudeError(f"'{source}' is no .jsonl or .parquet file of at most {_LONGEST_FILE >> 30} GiB.")
     if source.suffix == ".parquet":
@@ -237,25 +244,35 @@ def _records(source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         import pyarrow.parquet as parquet
 
         try:
-            number = 0
-            for batch in parquet.ParquetFile(source).iter_batches(256):
+            file, number = parquet.ParquetFile(source), 0
+            for batch in file.iter_batches(_BATCH):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
+                    advance(1, file.metadata.num_rows)
         except Exception as error:  # pyarrow's errors share no base
             raise EtudeError(f"'{source}' cannot be read as Parquet ({brief(error, 100)}).") from None
         return
     with open(source, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line) if len(line) <= _LONGEST_LINE else None
-            except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict):
-                raise EtudeError(f"'{source}', line {number}: it is no JSON object of at most 256 MiB.")
-            yield number, record
+            if line.strip():
+                try:
+                    record = json.loads(line) if len(line) <= _LONGEST_LINE else None
+                except (ValueError, RecursionError):
+                    record = None
+                if not isinstance(record, dict):
+                    raise EtudeError(f"'{source}', line {number}: it is no JSON object of at most 256 MiB.")
+                yield number, record
+            advance(len(line), source.stat().st_size)
+
+
+def _ours(record: dict[str, Any]) -> dict[str, Any]:
+    """What an exported vote says beyond Pick-a-Pic's fields; nothing for a vote from elsewhere."""
+    try:
+        ours = json.loads(record.get("etude") or "{}")
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return ours if isinstance(ours, dict) else {}
 
 
 def _digest(data: bytes) -> str:

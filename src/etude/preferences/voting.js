@@ -40,9 +40,10 @@ async function take(message, said) {
   const reached = target && votes >= target;
   const words = message.enough || (reached ? "You have reached the target, thank you. You may stop or go on." : "");
   $("count").textContent = target ? votes + " of " + target + " votes" : votes + (votes === 1 ? " vote" : " votes");
-  $("fill").style.width = (target ? Math.min(100, (100 * votes) / target) : 0) + "%";
-  $("bar").setAttribute("aria-valuenow", String(votes));
-  if (target) $("bar").setAttribute("aria-valuemax", String(target));
+  if (target) {
+    $("fill").style.width = Math.min(100, (100 * votes) / target) + "%";
+    $("bar").setAttribute("aria-valuenow", String(Math.min(votes, target)));
+  }
   $("booth").classList.toggle("ended", !queue.length);
   for (const side of ["left", "right"]) $(side).classList.remove("chosen");
   if (!queue.length) {
@@ -79,7 +80,7 @@ async function act(what, fields, said) {
     if (error.status === 409) {
       try { await take(await ask("pairs", {}), "This pair was answered elsewhere."); } catch (again) { notice(again.message, true); }
     } else {
-      notice(error.status ? error.message : "The server cannot be reached. This vote is not saved: try again.", true);
+      notice(error.status ? error.message : "The server cannot be reached, and may not have saved this: try again.", true);
     }
   } finally {
     busy = false;
@@ -95,7 +96,7 @@ function vote(answer) {
 }
 
 function undo() {
-  return act("undo", {}, "Undone.");
+  return act("undo", { votes }, "Undone.");
 }
 
 function enter(name) {
@@ -108,7 +109,7 @@ function enter(name) {
   act("pairs", {});
 }
 
-function ask_name() {
+function askName() {
   $("booth").hidden = true;
   $("door").hidden = false;
   $("name").value = rater;
@@ -117,7 +118,7 @@ function ask_name() {
 
 for (const button of document.querySelectorAll("[data-answer]")) button.addEventListener("click", () => vote(button.dataset.answer));
 $("undo").addEventListener("click", undo);
-$("who").addEventListener("click", ask_name);
+$("who").addEventListener("click", askName);
 $("name-form").addEventListener("submit", (event) => {
   event.preventDefault();
   const name = $("name").value.trim().replace(/\s+/g, " ");
@@ -131,4 +132,4 @@ document.addEventListener("keydown", (event) => {
   if (key === "u") undo(); else vote(KEYS[key]);
 });
 const known = localStorage.getItem("etude-rater");
-if (known) enter(known); else ask_name();
+if (known) enter(known); else askName();

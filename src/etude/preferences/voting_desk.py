@@ -7,8 +7,8 @@ from typing import Any
 
 from etude.errors import EtudeError
 from etude.preferences.pairing import Pairing
-from etude.preferences.pool import ANSWERS, Pool, check_rater
-from etude.preferences.verdict import enough
+from etude.preferences.pool import ANSWERS, Pool, check_rater, read_seconds
+from etude.preferences.verdict import Watch
 
 AHEAD = 3
 """Pairs that are chosen for a rater: the one that is shown, and those that load meanwhile."""
@@ -36,8 +36,8 @@ class Desk:
 
     def __init__(self, pool: Pool, pairing: Pairing, target: int) -> None:
         self.pool, self.pairing, self.target = pool, pairing, target
-        self.judges = pool.fact("sides") is not None
-        self.title = "Blind comparison" if self.judges else "Which is better?"
+        self.watch = Watch(pool)
+        self.title = "Which is better?" if self.watch.sides is None else "Blind comparison"
         self._turn = threading.RLock()
         self._prompts: dict[int, tuple[str, str]] = {}
         self._waiting: dict[str, None] = {}
@@ -52,20 +52,21 @@ class Desk:
         rater, pair, answer, seconds = _name(message), *(message.get(k) for k in ("pair", "answer", "seconds"))
         if type(pair) is not int or not 0 < pair < 1 << 62 or answer not in ANSWERS:
             raise RefusedError(400, f"a vote has a number `pair` and an `answer` of {', '.join(ANSWERS)}")
-        timed = float(seconds) if isinstance(seconds, int | float) and 0 <= seconds < 1e6 else None
         with self._turn:
             self.choose_ahead()
-            self.pool.vote(pair, rater, answer, timed)
+            self.pool.vote(pair, rater, answer, read_seconds(seconds))
             if not (queue := self.pool.open_pairs(rater)):
                 return self._state(rater, self._choose(rater))
             self._waiting[rater] = None
             return self._state(rater, queue)
 
     def undo(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Withdraws the last vote, unless the page shows another number of votes than there are."""
         rater = _name(message)
         with self._turn:
             self.choose_ahead()
-            self.pool.undo(rater)
+            if message.get("votes") in (None, self.pool.count(rater)):
+                self.pool.undo(rater)
             return self.pairs(message)
 
     def choose_ahead(self) -> None:
@@ -88,7 +89,7 @@ class Desk:
             "queue": [self._shown(*pair) for pair in queue[:AHEAD]],
             "votes": self.pool.count(rater),
             "target": self.target,
-            "enough": enough(self.pool) if self.judges else None,
+            "enough": self.watch.enough(),
         }
 
     def _shown(self, pair: int, left: int, right: int) -> dict[str, Any]:

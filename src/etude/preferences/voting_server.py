@@ -4,11 +4,13 @@
     POST /api/pairs        {rater} -> the next pairs and the progress
     POST /api/vote         {rater, pair, answer, seconds} -> the same, once the vote is on the disk;
                            further pairs are chosen after the answer
-    POST /api/undo         {rater} -> the same, with the withdrawn pair first
+    POST /api/undo         {rater, votes} -> the same, with the withdrawn pair first; nothing is
+                           withdrawn where `votes` is not the rater's number of votes, so that a
+                           request whose answer was lost can be sent again
     GET  /image/DIGEST     an image of the pool
 
-On loopback only requests under this machine's own names are answered (DNS rebinding); beyond it a
-token is needed. Requests of pages from other origins are refused, bodies are bounded, and prompts
+Without a token only requests under this machine's own names are answered (DNS rebinding); beyond
+loopback a token is needed. Requests of pages from other origins are refused, bodies are bounded, and prompts
 reach the page as text.
 """
 
@@ -28,6 +30,7 @@ from etude.errors import EtudeError
 from etude.preferences.pairing import Pairing
 from etude.preferences.pool import Pool, VoteError
 from etude.preferences.voting_desk import Desk, RefusedError
+from etude.report.page import templates
 from etude.rewards.remote.wire import check_token, is_loopback
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; script-src 'self'; style-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # no-referrer would make the form's own origin "null"
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
@@ -65,20 +68,19 @@ def build_app(
         pairing: the choice of pairs.
         token: the token that a visitor must give. Default: "", none.
         target: votes of one rater after which the page says that it is reached. Default: 0, none.
-        hosts: names that the header `Host` may hold; empty: any. Default: those of loopback.
+        hosts: names that the header `Host` may hold where there is no token. Default: those of loopback.
 
     Raises:
         EtudeError: the extra `serve` is not installed.
     """
     check_installed()
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from starlette.applications import Starlette
     from starlette.background import BackgroundTask
     from starlette.concurrency import run_in_threadpool
     from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
     from starlette.routing import Route
 
-    pages = Environment(loader=PackageLoader("etude.preferences", "."), autoescape=True, undefined=StrictUndefined)
+    template = templates("preferences", "report").get_template("voting.html")
     desk = Desk(pool, pairing, target)
     files = resources.files("etude.preferences")
 
@@ -87,7 +89,7 @@ def build_app(
     ) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             try:
-                _check_origin(request, hosts)
+                _check_origin(request, () if token else hosts)
                 if not (open_to_all or _knows(request, token)):
                     raise RefusedError(401, "this page asks for a token: open the address that you were given")
                 response = await handler(request)
@@ -105,21 +107,23 @@ def build_app(
 
     async def page(request: Request) -> Response:
         if given := request.query_params.get("token", ""):
-            response: Response = RedirectResponse("/", 303)  # the token leaves the address and the history
-            if token and _equal(given, token):
-                _hand_cookie(response, token)
-            return response
+            return let_in(given)  # the token leaves the address and the history
         inside = _knows(request, token)
-        text = pages.get_template("voting.html").render(inside=inside, target=target, title=desk.title)
+        wrong = not inside and "wrong" in request.query_params
+        text = template.render(inside=inside, wrong=wrong, target=target, title=desk.title)
         return HTMLResponse(text, 200 if inside else 401)
 
     async def enter(request: Request) -> Response:
         from urllib.parse import parse_qs
 
         fields = parse_qs((await _body(request, "application/x-www-form-urlencoded")).decode("utf-8", "replace"))
-        response = RedirectResponse("/", 303)
-        if token and _equal(fields.get("token", [""])[0], token):
-            _hand_cookie(response, token)
+        return let_in(fields.get("token", [""])[0])
+
+    def let_in(given: str) -> Response:
+        right = not token or _equal(given, token)
+        response = RedirectResponse("/" if right else "/?wrong", 303)
+        if token and right:
+            response.set_cookie(_COOKIE, token, httponly=True, samesite="lax", max_age=30 * 86400)
         return response
 
     def prepare() -> None:
@@ -241,7 +245,3 @@ def _knows(request: Request, token: str) -> bool:
 
 def _equal(given: str, token: str) -> bool:
     return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
-
-
-def _hand_cookie(response: Response, token: str) -> None:
-    response.set_cookie(_COOKIE, token, httponly=True, samesite="lax", max_age=30 * 86400)
