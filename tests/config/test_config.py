@@ -219,22 +219,15 @@ def test_true_is_no_number_and_no_text_inside_a_list_or_a_mapping(override: str)
 )
 def test_a_text_in_quotes_is_no_number_and_no_truth_value(key: str, text: str) -> None:
     quoted = text if text.startswith("{") else f"'{text}'"
-    assert key in failure("sd15-ddpo", f"{key}={quoted}")
+    assert key.rpartition(".")[2] in failure("sd15-ddpo", f"{key}={quoted}")
     if not text.startswith("{"):
-        with pytest.raises(EtudeError, match=re.escape(key)):
+        with pytest.raises(EtudeError, match=re.escape(f"the text '{text}' is no number and no truth value")):
             load_config("sd15-ddpo", {key: text})
 
 
 def test_a_text_in_quotes_is_a_text_where_one_is_taken() -> None:
     config = load_config("sd15-ddpo", ["rollout.batch_size='auto'", "prompts.train='010'", "lora.targets=['1', to_q]"])
     assert (config.rollout.batch_size, config.prompts.train, config.lora.targets[0]) == ("auto", "010", "1")
-
-
-@pytest.mark.parametrize("overrides", [["seed=1", "seed=2"], ["model=a", "seed=1", 'model="b"']])
-def test_a_key_that_is_set_twice_to_two_values_is_refused(overrides: list[str]) -> None:
-    with pytest.raises(EtudeError, match=r"is set twice, by '.*' and '.*': leave one out"):
-        load_config("sd15-ddpo", overrides)
-    assert load_config("sd15-ddpo", ["seed=1", "seed=1"]).seed == 1
 
 
 def test_a_reward_with_two_weights_is_refused() -> None:

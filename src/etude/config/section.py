@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo
 from pydantic.functional_validators import field_validator
@@ -24,27 +25,45 @@ class Section(BaseModel):
 
 def check_truth(value: Any, annotation: Any) -> Any:
     """The value of a field, after a look for truth values and texts where the field holds none, and for words of YAML 1.1."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-    for each in inside:
+    inside = (
+        value if isinstance(value, dict) else dict(enumerate(value if isinstance(value, list | tuple) else [value]))
+    )
+    for key, each in inside.items():
         if isinstance(each, bool) and not _takes_truth(annotation):
             raise ValueError("true and false are no numbers and no texts; write the number, or the text in quotes")
         if isinstance(each, Word) and "Any" in str(annotation):
             raise ValueError(f"{each} may mean a truth value or a text; write true or false, or the text in quotes")
-        if isinstance(each, str) and not isinstance(each, Word) and _takes_numbers_alone(annotation):
-            raise ValueError("a text is no number and no truth value; write it without quotes")
+        if (
+            isinstance(each, str)
+            and not isinstance(each, Word)
+            and _misread(each)
+            and not _takes_text(annotation, each)
+        ):
+            where = f"{key}: " if isinstance(value, dict) else ""
+            raise ValueError(f"{where}the text '{each}' is no number and no truth value; write it without quotes")
     return value
 
 
-def _takes_numbers_alone(annotation: Any) -> bool:
-    """Whether each value of a field of this type is a number or a truth value, or null."""
-    parts = get_args(annotation)
-    if get_origin(annotation) is Annotated:
+def _misread(text: str) -> bool:
+    """Whether pydantic would take a text for a number or a truth value."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return text.strip().lower() in {"true", "false", "yes", "no", "on", "off", "t", "f", "y", "n"}
+
+
+def _takes_text(annotation: Any, text: str) -> bool:
+    """Whether a field of this type may hold the text itself."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return text in parts
+    if origin is Annotated:
         parts = parts[:1]
-    if isinstance(get_origin(annotation), type) and issubclass(get_origin(annotation), Mapping):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         parts = parts[1:]
     if not parts:
-        return annotation in (int, float, bool)
-    return all(_takes_numbers_alone(part) for part in parts if part not in (type(None), Ellipsis))
+        return annotation not in (int, float, bool, type(None), Ellipsis)
+    return any(_takes_text(part, text) for part in parts)
 
 
 def _takes_truth(annotation: Any) -> bool:

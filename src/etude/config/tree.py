@@ -53,11 +53,8 @@ def load_config(
         for key, value in overrides.items():
             set_key(tree, key, value, f"the override of {key}")
     else:
-        given: dict[str, str] = {}
         for item in overrides or []:
-            key = _apply_override(tree, item)
-            if given.setdefault(key, item) != item:
-                raise EtudeError(f"'{key}' is set twice, by '{given[key][:200]}' and '{item[:200]}': leave one out.")
+            _apply_override(tree, item)
     return parse_config(tree, "the configuration" if isinstance(source, TrainConfig) else f"'{source}'")
 
 
@@ -127,15 +124,15 @@ def read_tree(source: str) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], item: str) -> str:
-    """Puts the value of a text `key=value` under its key, and returns the key."""
+def _apply_override(tree: dict[str, Any], item: str) -> None:
+    """Puts the value of a text `key=value` under its key."""
     by_reward = item.startswith(tuple(f"{section}." for section in _BY_REWARD))  # a reward's name may hold "="
     key, equals, text = item.rpartition("=") if by_reward else item.partition("=")
     if not equals or not key:
         raise EtudeError(f"--set takes key=value, for example sampling.eta=1.2, not '{item}'.")
     if _takes_text(_split_key(key)) and _NOT_QUOTED.match(text):
         set_key(tree, key, text.strip(), f"--set {item}")  # as it stands: a path may look like a number or a list
-        return key
+        return
     try:
         value = parse_yaml(text, "the value", comments=False)
     except EtudeError as error:
@@ -143,7 +140,6 @@ def _apply_override(tree: dict[str, Any], item: str) -> str:
             f"--set {item[:200]}: it is not a YAML value that can be used ({str(error).rstrip('.')}); quote it."
         ) from None
     set_key(tree, key, value, f"--set {item}")
-    return key
 
 
 def _takes_text(location: list[str]) -> bool:
