@@ -25,10 +25,9 @@ class Section(BaseModel):
 
 def check_truth(value: Any, annotation: Any) -> Any:
     """The value of a field, after a look for truth values and texts where the field holds none, and for words of YAML 1.1."""
-    inside = (
-        value if isinstance(value, dict) else dict(enumerate(value if isinstance(value, list | tuple) else [value]))
-    )
-    for key, each in inside.items():
+    values = value if isinstance(value, list | tuple) else [value]
+    inside = value.items() if isinstance(value, dict) else ((None, each) for each in values)
+    for key, each in inside:
         if isinstance(each, bool) and not _takes_truth(annotation):
             raise ValueError("true and false are no numbers and no texts; write the number, or the text in quotes")
         if isinstance(each, Word) and "Any" in str(annotation):
@@ -39,7 +38,7 @@ def check_truth(value: Any, annotation: Any) -> Any:
             and _misread(each)
             and not _takes_text(annotation, each)
         ):
-            where = f"{key}: " if isinstance(value, dict) else ""
+            where = "" if key is None else f"{key}: "
             raise ValueError(f"{where}the text '{each}' is no number and no truth value; write it without quotes")
     return value
 

@@ -153,7 +153,7 @@ class PlainCall:
         return output
 
     def decoder_input(self, latents: Tensor, encode: Encode) -> Tensor:
-        """What the autoencoder is given to decode for final latents, in its own layout."""
+        """The input of the autoencoder's decoder for final latents, in its own layout."""
         return self._decoding(latents, encode, vae=_Wrapped(self.pipeline.vae, decode=_reach))
 
     def decoder_output(self, latents: Tensor, encode: Encode) -> Tensor:

@@ -267,7 +267,7 @@ def _records(source: Path, advance: Advance) -> Iterator[tuple[int, dict[str, An
 
 
 def _ours(record: dict[str, Any]) -> dict[str, Any]:
-    """What an exported vote says beyond Pick-a-Pic's fields; nothing for a vote from elsewhere."""
+    """The fields of an exported vote beyond Pick-a-Pic's; none for a vote from elsewhere."""
     try:
         ours = json.loads(record.get("etude") or "{}")
     except (TypeError, ValueError, RecursionError):

@@ -63,7 +63,7 @@ class ImageFeatures(nn.Module):
         return features.mean((2, 3))
 
     def pixels(self, images: Tensor) -> Tensor:
-        """What the network sees of uint8 images: float32 `[n, 3, 128, 128]`."""
+        """The network's input for uint8 images: float32 `[n, 3, 128, 128]`."""
         x = (images.float() / 255 - 0.498) / 0.502
         size = (RESOLUTION, RESOLUTION)
         return nn.functional.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
