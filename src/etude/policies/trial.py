@@ -111,10 +111,8 @@ def tell_of_scheduler(model: str, scheduler: Any) -> None:
         )
     for key, (nothing, instead) in _REPLACED.items():
         value = scheduler.config.get(key, nothing)
-        if key in known and value not in (
-            nothing,
-            None,
-        ):  # what another class left in the configuration changes nothing
+        # What another class left in the configuration changes nothing.
+        if key in known and value not in (nothing, None):
             warnings.warn(
                 f"model '{model}' comes with {name} and {key} = {value}; the ODE that etude trains and measures {instead}",
                 stacklevel=2,
